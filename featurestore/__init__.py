@@ -1,0 +1,4 @@
+"""The feature store: a content-addressed, crash-safe cache of what a teacher computed per token.
+
+Needs numpy, pyarrow and zarr only; torch, vLLM and transformers are never imported here.
+"""
