@@ -1,0 +1,105 @@
+"""One row of bytes per position: how features cross from vLLM's worker to us.
+
+vLLM carries a pooling result as one tensor per request. All fields of a position are laid side by side in a
+`uint8 [T, C]` tensor, so that a request's features travel as a single buffer and no per-token Python object
+ever exists. `RowLayout` is computed from the same `CaptureSpec` on both sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from featurestore.schema import GroupFeatures, GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
+from pipeline.capture.reduce import LogitRows
+from pipeline.capture.spec import CaptureSpec
+
+_HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
+
+
+@dataclass(frozen=True)
+class Field:
+    name: str
+    dtype: np.dtype[np.generic]
+    width: int  # elements per position
+    start: int  # byte offset in the row
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each field of a position lies in its row of `size` bytes."""
+
+    fields: tuple[Field, ...]
+    size: int
+
+    @classmethod
+    def of(cls, spec: CaptureSpec, hidden_size: int) -> RowLayout:
+        wanted: list[tuple[str, np.dtype[np.generic], int]] = []
+        if spec.top_k:
+            wanted += [("counts", np.dtype(np.int32), 1), ("head_ids", np.dtype(np.int32), spec.top_k)]
+            wanted += [("head_logits", np.dtype(np.float32), spec.top_k)]
+            wanted += [(name, np.dtype(np.float32), 1) for name in ("lse", "label_logprob", "entropy")]
+        for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
+            wanted.append((f"hidden.{layer}", np.dtype(_HIDDEN_NUMPY[dtype]), hidden_size))
+            if dtype in ("int8", "fp8"):
+                wanted.append((f"scale.{layer}", np.dtype(np.float32), 1))
+        fields, start = [], 0
+        for name, numpy_dtype, width in wanted:
+            fields.append(Field(name, numpy_dtype, width, start))
+            start += numpy_dtype.itemsize * width
+        return cls(tuple(fields), start)
+
+    def pack(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """uint8 [N, size] on the device of the tensors, each [N] or [N, width]."""
+        parts = []
+        for field in self.fields:
+            tensor = tensors[field.name]
+            rows = tensor.reshape(tensor.shape[0], field.width).contiguous()
+            parts.append(rows.view(torch.uint8))
+        return torch.cat(parts, dim=-1)
+
+    def unpack(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The fields of uint8 [T, size] as arrays [T] (width 1) or [T, width]."""
+        out = {}
+        for field in self.fields:
+            stop = field.start + field.dtype.itemsize * field.width
+            flat = np.ascontiguousarray(rows[:, field.start : stop]).view(field.dtype)
+            out[field.name] = flat[:, 0] if field.width == 1 else flat
+        return out
+
+
+def logit_fields(rows: LogitRows) -> dict[str, torch.Tensor]:
+    return {
+        "counts": rows.counts,
+        "head_ids": rows.head_ids,
+        "head_logits": rows.head_logits,
+        "lse": rows.lse,
+        "label_logprob": rows.label_logprob,
+        "entropy": rows.entropy,
+    }
+
+
+def to_features(fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...]) -> dict[GroupSpec, GroupFeatures]:
+    """The unpacked fields of one sample as the store's features, ragged heads in CSR form."""
+    out: dict[GroupSpec, GroupFeatures] = {}
+    for group in groups:
+        if isinstance(group, LogitsSpec):
+            head_ids = fields["head_ids"].reshape(-1, group.top_k)
+            head_logits = fields["head_logits"].reshape(-1, group.top_k)
+            keep = np.arange(group.top_k)[None, :] < fields["counts"][:, None]
+            out[group] = LogitsFeatures(
+                counts=fields["counts"].astype(np.uint16),
+                ids=head_ids[keep].astype(np.uint32),
+                logits=head_logits[keep],
+                lse=fields["lse"],
+                label_logprob=fields["label_logprob"],
+                entropy=fields["entropy"],
+            )
+        elif isinstance(group, HiddenSpec):
+            values = fields[f"hidden.{group.layer}"]
+            out[group] = HiddenFeatures(
+                values=values.reshape(len(values), -1), scale=fields.get(f"scale.{group.layer}"), dtype=group.dtype
+            )
+    return out

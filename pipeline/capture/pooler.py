@@ -1,0 +1,107 @@
+"""The pooler that turns a step's hidden states into packed feature rows, inside vLLM's worker.
+
+Shapes: N scheduled positions of a step, D hidden size, C bytes per packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.pooler import Pooler
+from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from pipeline.capture.packing import RowLayout, logit_fields
+from pipeline.capture.reduce import encode_hidden, reduce_logits
+from pipeline.capture.spec import CaptureSpec
+
+TASK = "token_embed"
+# A chunk of logits is held in float32 a few times over; 2**25 elements are 128 MiB each.
+_CHUNK_ELEMENTS = 2**25
+_CHUNK_ROWS = 512
+
+
+class CapturePooler(Pooler):
+    """LM head in chunks of rows, each reduced at once, so that N x V logits never exist."""
+
+    def __init__(self, model: Any, spec: CaptureSpec, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        # In a tuple, or torch would register the model as a submodule of its own submodule.
+        self._model = (model,)
+        self.spec = spec
+        self.hidden_size = vllm_config.model_config.get_hidden_size()
+        self.depth = vllm_config.model_config.get_total_num_hidden_layers()
+        self.layout = RowLayout.of(spec, self.hidden_size)
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        self.chunk_rows = max(16, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size))
+
+    def get_supported_tasks(self) -> Set[Any]:
+        return {TASK}
+
+    def get_pooling_updates(self, task: Any) -> PoolingParamsUpdate:
+        return PoolingParamsUpdate(requires_token_ids=True)
+
+    def forward(
+        self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata
+    ) -> list[torch.Tensor | None] | None:
+        cursor = pooling_metadata.get_pooling_cursor()
+        scheduled = cursor.num_scheduled_tokens_cpu.tolist()
+        labels = _labels(pooling_metadata, scheduled).to(hidden_states.device)
+        packed = self._reduce(hidden_states, labels)
+        if packed is None:  # tensor parallel: the logits were gathered on another rank
+            return None
+        out: list[torch.Tensor | None] = []
+        for rows, state, finished in zip(
+            packed.split(scheduled), pooling_metadata.pooling_states, cursor.get_finished_mask(), strict=True
+        ):
+            # Chunked prefill: a prompt's rows arrive over several steps.
+            state.hidden_states_cache.append(rows)
+            if finished:
+                out.append(torch.cat(state.hidden_states_cache))
+                state.clean()
+            else:
+                out.append(None)
+        return out
+
+    def _reduce(self, states: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor | None:
+        parts = []
+        for start in range(0, len(states), self.chunk_rows):
+            chunk = states[start : start + self.chunk_rows]
+            fields = self._reduce_chunk(chunk, labels_N[start : start + self.chunk_rows])
+            if fields is None:
+                return None
+            parts.append(self.layout.pack(fields))
+        return torch.cat(parts)
+
+    def _reduce_chunk(self, states: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        streams = states.split(self.hidden_size, dim=-1)
+        final, inner = streams[0], iter(streams[1:])
+        fields: dict[str, torch.Tensor] = {}
+        if self.spec.top_k:
+            logits = self._model[0].compute_logits(final)
+            if logits is None:
+                return None
+            fields |= logit_fields(reduce_logits(logits, labels_N, self.spec.top_k, self.spec.top_p))
+        for layer, dtype in zip(self.spec.layers, self.spec.hidden_dtypes, strict=True):
+            stream = final if layer == self.depth else next(inner)
+            values, scale = encode_hidden(stream, dtype)
+            fields[f"hidden.{layer}"] = values
+            if scale is not None:
+                fields[f"scale.{layer}"] = scale
+        return fields
+
+
+def _labels(metadata: PoolingMetadata, scheduled: list[int]) -> torch.Tensor:
+    """int64 [N] on the CPU: the token after each scheduled position, -1 at the end of a prompt."""
+    labels = torch.full((sum(scheduled),), -1, dtype=torch.int64)
+    seen = metadata.get_pooling_cursor().seq_lens_cpu.tolist()
+    row = 0
+    # get_prompt_token_ids_cpu cuts each row at its prompt's length, so a finished prompt's last label stays -1.
+    for tokens, count, done in zip(metadata.get_prompt_token_ids_cpu(), scheduled, seen, strict=True):
+        following = tokens[done - count + 1 : done + 1]
+        labels[row : row + len(following)] = following
+        row += count
+    return labels

@@ -1,0 +1,54 @@
+"""What to capture per position, in plain JSON types, because it travels into vLLM's worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """The features of one pass over the teacher.
+
+    `top_k` is 0 when no distribution is wanted. `layers` are indices as in transformers'
+    `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with them.
+    """
+
+    top_k: int
+    top_p: float | None
+    layers: tuple[int, ...]
+    hidden_dtypes: tuple[str, ...]
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[GroupSpec]) -> CaptureSpec:
+        """Build the spec that produces exactly these column groups.
+
+        Raises:
+            ValueError: two distributions, or one layer in two dtypes, in a single pass.
+        """
+        logits = [group for group in groups if isinstance(group, LogitsSpec)]
+        hidden = sorted((g for g in groups if isinstance(g, HiddenSpec)), key=lambda group: group.layer)
+        layers = tuple(group.layer for group in hidden)
+        if len(logits) > 1 or len(set(layers)) != len(layers):
+            raise ValueError("one pass captures one distribution and each hidden layer once")
+        return cls(
+            top_k=logits[0].top_k if logits else 0,
+            top_p=logits[0].top_p if logits else None,
+            layers=layers,
+            hidden_dtypes=tuple(group.dtype for group in hidden),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CaptureSpec:
+        return cls(
+            top_k=int(value["top_k"]),
+            top_p=None if value["top_p"] is None else float(value["top_p"]),
+            layers=tuple(int(layer) for layer in value["layers"]),
+            hidden_dtypes=tuple(str(dtype) for dtype in value["hidden_dtypes"]),
+        )

@@ -1,0 +1,1 @@
+"""Teacher engines: vLLM (fast) and plain transformers (the oracle, and the fallback)."""

@@ -1,0 +1,43 @@
+"""What every teacher engine offers, and how one is described before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from featurestore.schema import GroupFeatures, GroupSpec
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine needs to start; validated by `pipeline.request` before.
+
+    `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces.
+    """
+
+    model: Path
+    architecture: str
+    groups: tuple[GroupSpec, ...]
+    dtype: str
+    max_seq_len: int
+    vocab_size: int
+    hidden_size: int
+    tensor_parallel_size: int = 1
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+class Engine(Protocol):
+    """A loaded teacher that turns token ids into features."""
+
+    def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
+        """Yield the features of each prompt (int32 [T], 1 <= T <= max_seq_len), in the order given."""
+        ...
+
+    def close(self) -> None:
+        """Release the teacher's memory; the engine is not used afterwards."""
+        ...

@@ -1,0 +1,73 @@
+"""The teacher in plain transformers: slower, but any causal LM runs, and its numbers are the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from featurestore.schema import GroupFeatures, GroupSpec
+from pipeline.capture.packing import RowLayout, logit_fields, to_features
+from pipeline.capture.reduce import encode_hidden, reduce_logits
+from pipeline.capture.spec import CaptureSpec
+from pipeline.engines.base import EngineConfig
+
+_CHUNK_ROWS = 512
+
+
+class TransformersEngine:
+    """One `AutoModelForCausalLM` in evaluation mode, a sample at a time: memory is T x V logits of one sample."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        self._spec = CaptureSpec.from_groups(config.groups)
+        self.groups = config.groups
+        self._layout = RowLayout.of(self._spec, config.hidden_size)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self._model = model.eval().to(self._device)
+
+    def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
+        for tokens in prompts:
+            with self._torch.inference_mode():
+                rows = self._capture_one(tokens).cpu().numpy()
+            yield to_features(self._layout.unpack(rows), self.groups)
+
+    def _capture_one(self, tokens: np.ndarray) -> Any:
+        torch = self._torch
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        out = self._model(
+            input_ids=ids[None],
+            output_hidden_states=bool(self._spec.layers),
+            use_cache=False,
+            logits_to_keep=0 if self._spec.top_k else 1,
+        )
+        labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
+        parts = []
+        for start in range(0, len(ids), _CHUNK_ROWS):
+            chunk = slice(start, start + _CHUNK_ROWS)
+            fields: dict[str, Any] = {}
+            if self._spec.top_k:
+                rows = reduce_logits(
+                    out.logits[0, chunk], labels[chunk], self._spec.top_k, self._spec.top_p
+                )
+                fields |= logit_fields(rows)
+            for layer, dtype in zip(self._spec.layers, self._spec.hidden_dtypes, strict=True):
+                values, scale = encode_hidden(out.hidden_states[layer][0, chunk], dtype)
+                fields[f"hidden.{layer}"] = values
+                if scale is not None:
+                    fields[f"scale.{layer}"] = scale
+            parts.append(self._layout.pack(fields))
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        del self._model

@@ -1,0 +1,133 @@
+"""A generate request, validated once before anything expensive starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, TeacherIdentity
+from pipeline.errors import RequestError
+from pipeline.teacher import Teacher
+
+EngineName = Literal["vllm", "transformers"]
+ENGINES: tuple[EngineName, ...] = ("vllm", "transformers")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
+DEFAULT_SEQ_LEN = 2048
+MAX_TOP_K = 65_535
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """The flags of `distily-cache generate`, as the user gave them."""
+
+    teacher: str
+    dataset: str
+    out: Path
+    split: str = "train"
+    dataset_config: str | None = None
+    text_column: str = "text"
+    num_samples: int | None = None
+    max_seq_len: int | None = None
+    pack: bool = False
+    top_k: int = 64
+    top_p: float | None = None
+    hidden_layers: tuple[int, ...] = ()
+    hidden_dtype: str = "bf16"
+    engine: EngineName = "vllm"
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    shard_tokens: int = 32_768
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise RequestError(f"--engine {self.engine}: choose one of {', '.join(ENGINES)}")
+        if self.dtype not in DTYPES:
+            raise RequestError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+        if self.hidden_dtype not in HIDDEN_DTYPES:
+            raise RequestError(f"--hidden-dtype {self.hidden_dtype}: choose one of {', '.join(HIDDEN_DTYPES)}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"--top-p {self.top_p}: a probability in (0, 1] is needed")
+        for flag, value, least in (
+            ("--num-samples", self.num_samples, 1),
+            ("--max-seq-len", self.max_seq_len, 2),
+            ("--top-k", self.top_k, 0),
+            ("--tensor-parallel-size", self.tensor_parallel_size, 1),
+            ("--shard-tokens", self.shard_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise RequestError(f"{flag} {value}: must be at least {least}")
+        if self.top_k == 0 and not self.hidden_layers:
+            raise RequestError("--top-k 0: nothing to capture; ask for logits or give --hidden-layers")
+        if len(set(self.hidden_layers)) != len(self.hidden_layers):
+            raise RequestError("--hidden-layers: the same layer is named twice")
+
+    @property
+    def groups(self) -> tuple[GroupSpec, ...]:
+        """The column groups asked for."""
+        logits = (LogitsSpec(self.top_k, self.top_p),) if self.top_k else ()
+        return (*logits, *(HiddenSpec(layer, self.hidden_dtype) for layer in sorted(self.hidden_layers)))
+
+    def sequence_length(self, teacher: Teacher) -> int:
+        return self.max_seq_len or min(DEFAULT_SEQ_LEN, teacher.max_position)
+
+    def torch_dtype(self, teacher: Teacher) -> str:
+        return teacher.config_dtype if self.dtype == "auto" else self.dtype
+
+
+def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
+    """Refuse what this teacher cannot give.
+
+    Raises:
+        RequestError: k over the vocabulary, a layer out of range, or sequences over the model's limit.
+    """
+    if request.top_k > min(teacher.vocab_size, MAX_TOP_K):
+        raise RequestError(
+            f"--top-k {request.top_k}: larger than the vocabulary of {teacher.vocab_size}"
+            if teacher.vocab_size <= MAX_TOP_K
+            else f"--top-k {request.top_k}: at most {MAX_TOP_K}"
+        )
+    for layer in request.hidden_layers:
+        if not 0 <= layer <= teacher.num_layers:
+            raise RequestError(
+                f"--hidden-layers {layer}: out of range, {teacher.name} has 0 (embeddings) to {teacher.num_layers}"
+            )
+    if request.sequence_length(teacher) > teacher.max_position:
+        raise RequestError(
+            f"--max-seq-len {request.max_seq_len}: {teacher.name} takes at most {teacher.max_position} tokens"
+        )
+
+
+def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str) -> TeacherIdentity:
+    """What the store will say of the numbers in it."""
+    return TeacherIdentity(
+        name=teacher.name if not Path(teacher.name).is_dir() else str(teacher.path),
+        architecture=teacher.architecture,
+        digest=teacher.digest,
+        tokenizer_digest=teacher.tokenizer_digest,
+        vocab_size=teacher.vocab_size,
+        hidden_size=teacher.hidden_size,
+        num_layers=teacher.num_layers,
+        max_position=teacher.max_position,
+        engine=request.engine,
+        engine_version=engine_version,
+        dtype=request.torch_dtype(teacher),
+        quantization=teacher.quantization,
+    )
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a store directory that cannot be created or written.
+
+    Raises:
+        RequestError: it is a file, or the nearest existing directory above it is not writable.
+    """
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"--out {out}: exists and is not a directory")
+    nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"--out {out}: {nearest} is not writable")

@@ -1,0 +1,174 @@
+"""The teacher before it is loaded: where it is, what it is, and the digests that identify it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from featurestore.identity import canonical_json
+from pipeline.errors import RequestError
+
+# Everything a tokenizer may be made of; whichever exist are hashed and kept beside the features.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+# What a config may say of where it came from, not of what it computes.
+_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+_NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher checkpoint on disk.
+
+    `max_position` is the longest sequence its config allows (2**31 - 1 when it names no limit);
+    `config_dtype` the torch dtype name that it was saved in.
+    """
+
+    name: str
+    path: Path
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position: int
+    config_dtype: str
+    quantization: str
+    digest: str
+    tokenizer_digest: str
+
+
+def load_teacher(name: str, trust_remote_code: bool = False) -> Teacher:
+    """Describe the checkpoint `name`, a local directory or a hub name, without loading its weights.
+
+    Raises:
+        RequestError: it cannot be found, is not a causal LM checkpoint, or has no safetensors weights.
+    """
+    path = _locate(name)
+    config = _read_config(path, name, trust_remote_code)
+    text = config.get_text_config()
+    architectures = getattr(config, "architectures", None)
+    if not architectures:
+        raise RequestError(f"TEACHER {name}: its config.json names no architecture, so it is not a model checkpoint")
+    if getattr(config, "is_encoder_decoder", False):
+        raise RequestError(f"TEACHER {name}: {architectures[0]} is an encoder-decoder; a causal LM is needed")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise RequestError(
+            f"TEACHER {name}: no *.safetensors weights in {path}; pickled weights are never loaded, "
+            "convert the checkpoint with save_pretrained first"
+        )
+    tokenizer = {file: (path / file).read_bytes() for file in TOKENIZER_FILES if (path / file).is_file()}
+    if not tokenizer:
+        raise RequestError(f"TEACHER {name}: no tokenizer files in {path}; save its tokenizer there")
+    quantization = getattr(config, "quantization_config", None) or {}
+    return Teacher(
+        name=name,
+        path=path,
+        architecture=architectures[0],
+        vocab_size=_positive(text, "vocab_size", name),
+        hidden_size=_positive(text, "hidden_size", name),
+        num_layers=_positive(text, "num_hidden_layers", name),
+        max_position=int(getattr(text, "max_position_embeddings", 0) or _NO_LIMIT),
+        config_dtype=_dtype_name(getattr(config, "dtype", None) or getattr(text, "dtype", None)),
+        quantization=str(quantization.get("quant_method", "none")) if isinstance(quantization, dict) else "none",
+        digest=_weights_digest(path, weights),
+        tokenizer_digest=_files_digest(tokenizer),
+    )
+
+
+def teacher_files(teacher: Teacher) -> dict[str, bytes]:
+    """The small files that stage 2 needs from the teacher: its config and its tokenizer."""
+    wanted = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    return {name: (teacher.path / name).read_bytes() for name in wanted if (teacher.path / name).is_file()}
+
+
+def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(teacher.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise whatever their backend raises
+        raise RequestError(f"TEACHER {teacher.name}: its tokenizer does not load: {_one_line(error)}") from error
+
+
+def _locate(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RequestError(f"TEACHER {name}: not a model directory, it has no config.json")
+        return path.resolve()
+    if path.exists():
+        raise RequestError(f"TEACHER {name}: is a file; give the directory of a checkpoint or a hub name")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RequestError(f"TEACHER {name}: no such directory")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*patterns, *TOKENIZER_FILES]))
+    except Exception as error:  # network, authentication and naming errors share no base class
+        raise RequestError(
+            f"TEACHER {name}: neither a local directory nor a model that the hub gives us: {_one_line(error)}"
+        ) from error
+
+
+def _read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a broken config raises anything from KeyError to OSError
+        hint = "" if trust_remote_code else " (a model with code of its own needs --trust-remote-code)"
+        raise RequestError(f"TEACHER {name}: not a model that transformers knows: {_one_line(error)}{hint}") from error
+
+
+def _positive(config: Any, field: str, name: str) -> int:
+    value = getattr(config, field, None)
+    if not isinstance(value, int) or value < 1:
+        raise RequestError(f"TEACHER {name}: its config gives no usable {field} ({value!r})")
+    return value
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+
+
+def _weights_digest(path: Path, weights: list[Path]) -> str:
+    """Hash of the weights' bytes and of the config that interprets them; names and paths do not enter."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    meaning = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
+    digest = blake3(canonical_json(meaning))
+    for file in weights:
+        hasher = blake3(max_threads=blake3.AUTO)
+        hasher.update_mmap(os.fspath(file))
+        digest.update(hasher.digest())
+    return str(digest.hexdigest())
+
+
+def _files_digest(files: dict[str, bytes]) -> str:
+    digest = blake3()
+    for name in sorted(files):
+        digest.update(blake3(name.encode()).digest() + blake3(files[name]).digest())
+    return str(digest.hexdigest())
+
+
+def _one_line(error: BaseException, limit: int = 200) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
