@@ -1,0 +1,37 @@
+# make quickstart   a real teacher, a cache, a ternary student and a page about it (CPU: about ten minutes)
+# make test         every test, the vLLM path included
+# make ci           lint, types and tests
+VENV ?= .venv
+PYTHON ?= python3
+ACCELERATOR ?= auto
+RUN ?= run
+PY := $(VENV)/bin/python
+
+export VENV PYTHON ACCELERATOR
+
+.PHONY: quickstart test ci lint types format clean
+
+quickstart: $(VENV)/.ready
+	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
+
+test: $(VENV)/.ready
+	$(PY) -m pytest
+
+ci: lint types test
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.ready
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/.ready: requirements/cpu.lock pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+
+clean:
+	rm -rf $(RUN) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

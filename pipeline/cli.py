@@ -1,0 +1,274 @@
+"""`distily-cache`: parse, call one function, map errors to exit codes (0 done, 2 bad request, 1 failure)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from featurestore.errors import (
+    FeatureStoreError,
+    MissingFeatureError,
+    SpecMismatchError,
+    StoreFormatError,
+    StoreNotFoundError,
+)
+from pipeline.errors import PipelineError, RequestError
+
+app = typer.Typer(
+    name="distily-cache",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run a teacher once over a data set and keep what a student learns from: "
+    "per token the top of its distribution and chosen hidden states, in a feature store.",
+)
+_USER_ERRORS = (RequestError, SpecMismatchError, StoreNotFoundError, StoreFormatError, MissingFeatureError)
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a feature store.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+TeacherArgument = Annotated[
+    str, typer.Argument(metavar="TEACHER", help="Local checkpoint directory or hub name of a causal LM.")
+]
+DatasetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET",
+        help="Local .txt/.jsonl/.parquet/.arrow file or folder, a saved `datasets` directory, or a hub name.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Feature store to create or to extend.")]
+SplitOption = Annotated[str, typer.Option(help="Split of a hub or saved data set.")]
+ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub data set, e.g. 20231101.en.")]
+ColumnOption = Annotated[str, typer.Option(help="Column that holds the text.")]
+SamplesOption = Annotated[
+    int | None, typer.Option(help="Capture the first N samples only (after cutting or packing).")
+]
+LengthOption = Annotated[
+    int | None, typer.Option(help="Longest sample in tokens. [default: 2048, or the model's limit if lower]")
+]
+PackOption = Annotated[
+    bool,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Join documents with the end-of-sequence token into full samples, "
+        "instead of cutting each document on its own.",
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option(help="Head size: exact logits kept per position, or their cap with --top-p. 0: none.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option(help="End the head where its cumulative probability reaches P; at most K.")
+]
+LayersOption = Annotated[
+    str,
+    typer.Option(
+        help="Hidden states to keep, e.g. 10,20: 0 is the embeddings, i the residual stream after block i, "
+        "numbered as transformers' output_hidden_states."
+    ),
+]
+HiddenDtypeOption = Annotated[
+    str, typer.Option(help="Stored type of hidden states: bf16, f32, or int8 / fp8 with a scale per position.")
+]
+EngineOption = Annotated[
+    str, typer.Option(help="vllm: fast, in-worker capture. transformers: slower, runs any causal LM.")
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="Teacher's compute type: auto (as saved), bfloat16, float16 or float32.")
+]
+ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (vLLM).")]
+ShardOption = Annotated[
+    int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the engine.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow the teacher's own Python code to run.")
+]
+
+
+@app.command()
+def generate(
+    teacher: TeacherArgument,
+    dataset: DatasetArgument,
+    out: OutOption,
+    split: SplitOption = "train",
+    dataset_config: ConfigOption = None,
+    text_column: ColumnOption = "text",
+    num_samples: SamplesOption = None,
+    max_seq_len: LengthOption = None,
+    pack: PackOption = False,
+    top_k: TopKOption = 64,
+    top_p: TopPOption = None,
+    hidden_layers: LayersOption = "",
+    hidden_dtype: HiddenDtypeOption = "bf16",
+    engine: EngineOption = "vllm",
+    dtype: DtypeOption = "auto",
+    tensor_parallel_size: ParallelOption = 1,
+    shard_tokens: ShardOption = 32_768,
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own log.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run TEACHER over DATASET and store its features; computes only what STORE lacks.
+
+    Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
+    covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
+    the log-probability of the actual next token, the entropy, and the hidden layers asked for.
+
+    Example: distily-cache generate ./teacher corpus.txt --out ./cache --top-k 64 --hidden-layers 15
+    """
+    from pipeline.generate import execute, prepare
+
+    with _exit_codes():
+        request = _request(locals())
+        with _reporter() as report:
+            prepared = prepare(request, report)
+            outcome = execute(prepared, report, verbose)
+        _print_outcome(request.out, outcome, as_json)
+
+
+@app.command()
+def plan(
+    teacher: TeacherArgument,
+    dataset: DatasetArgument,
+    out: OutOption,
+    split: SplitOption = "train",
+    dataset_config: ConfigOption = None,
+    text_column: ColumnOption = "text",
+    num_samples: SamplesOption = None,
+    max_seq_len: LengthOption = None,
+    pack: PackOption = False,
+    top_k: TopKOption = 64,
+    top_p: TopPOption = None,
+    hidden_layers: LayersOption = "",
+    hidden_dtype: HiddenDtypeOption = "bf16",
+    engine: EngineOption = "vllm",
+    dtype: DtypeOption = "auto",
+    shard_tokens: ShardOption = 32_768,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the same `generate` would compute, and about how many bytes; nothing is started or written."""
+    from pipeline.estimate import estimate
+    from pipeline.generate import prepare
+    from pipeline.render import render_plan
+
+    with _exit_codes():
+        with _reporter() as report:
+            prepared = prepare(_request(locals()), report)
+        forecast = estimate(prepared)
+        if as_json:
+            _print_json(forecast.to_json())
+        else:
+            render_plan(Console(), forecast)
+
+
+@app.command()
+def info(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Show what is in STORE: teacher, samples, column groups, bytes per token, what it cost."""
+    from featurestore.info import store_info
+    from pipeline.render import render_info
+
+    with _exit_codes():
+        found = store_info(store)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            render_info(Console(), found)
+
+
+@app.command()
+def verify(
+    store: StoreArgument,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and decode every row.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that STORE holds what was committed: files and sizes, with --deep every byte. Exit code 1 if not."""
+    from featurestore.verify import verify_store
+    from pipeline.render import render_report
+
+    with _exit_codes():
+        report = verify_store(store, deep=deep)
+        if as_json:
+            _print_json(report.to_json())
+        else:
+            render_report(Console(), report)
+        if report.problems:
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    app()
+
+
+def _request(arguments: dict[str, Any]) -> Any:
+    """The command's parameters as a validated request."""
+    from dataclasses import fields
+
+    from pipeline.request import GenerateRequest
+
+    names = {field.name for field in fields(GenerateRequest)}
+    values = {name: value for name, value in arguments.items() if name in names}
+    return GenerateRequest(**{**values, "hidden_layers": _layers(arguments["hidden_layers"])})
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise RequestError(f"--hidden-layers {text}: give layer numbers with commas between, e.g. 10,20") from None
+
+
+def _reporter() -> Any:
+    from pipeline.progress import ConsoleReporter
+
+    return ConsoleReporter(Console(stderr=True))
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print_outcome(out: Path, outcome: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json({"store": str(out), **asdict(outcome)})
+        return
+    console = Console(stderr=True)
+    if not outcome.tokens:
+        console.print(
+            f"nothing to generate: {out} already holds all {outcome.samples:,} samples", highlight=False
+        )
+        return
+    rate = outcome.tokens / max(outcome.capture_seconds, 1e-9)
+    console.print(
+        f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, engine "
+        f"start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes per token",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Known errors become one line on stderr and the exit code of the contract; bugs keep their traceback."""
+    try:
+        yield
+    except _USER_ERRORS as error:
+        _fail(str(error), 2)
+    except (PipelineError, FeatureStoreError) as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where this one stopped", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write("distily-cache: " + " ".join(message.split()) + "\n")
+    raise typer.Exit(code)

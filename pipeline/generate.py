@@ -1,0 +1,193 @@
+"""`distily-cache generate`: plan what is missing, run the teacher over it, commit shard by shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+
+from featurestore import FeatureStore
+from featurestore.plan import GenerationPlan, Task, Work, plan_generation
+from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
+from pipeline import provenance
+from pipeline.engines.base import Engine, EngineConfig
+from pipeline.errors import RequestError
+from pipeline.progress import Reporter
+from pipeline.request import GenerateRequest, check_against_teacher, check_writable, identity_of
+from pipeline.samples import make_samples
+from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files
+from pipeline.texts import load_documents
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked and planned; no model is loaded and nothing is written yet."""
+
+    request: GenerateRequest
+    teacher: Teacher
+    identity: TeacherIdentity
+    samples: dict[str, Sample]
+    plan: GenerationPlan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions."""
+
+    samples: int
+    tokens: int
+    size: int
+    engine_seconds: float
+    capture_seconds: float
+    manifest: str
+
+
+def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
+    """Check the request against teacher, store and data, and plan the work.
+
+    Raises:
+        RequestError: anything the user has to mend; nothing has been written.
+        SpecMismatchError: the store belongs to another teacher, tokenizer or engine.
+    """
+    check_writable(request.out)
+    teacher = load_teacher(request.teacher, request.trust_remote_code)
+    check_against_teacher(request, teacher)
+    identity = identity_of(request, teacher, engine_version(request))
+    store = _existing(request, identity)
+    documents = load_documents(request.dataset, request.split, request.text_column, request.dataset_config)
+    report.stage(f"tokenising {request.dataset}")
+    samples = make_samples(
+        documents,
+        load_tokenizer(teacher, request.trust_remote_code),
+        max_seq_len=request.sequence_length(teacher),
+        vocab_size=teacher.vocab_size,
+        pack=request.pack,
+        num_samples=request.num_samples,
+    )
+    commits = store.commits() if store else {}
+    plan = plan_generation(
+        known_tasks=store.known_tasks() if store else {},
+        committed={group: set(tasks) for group, tasks in commits.items()},
+        committed_specs=store.group_specs() if store else {},
+        wanted=[(sample.id, len(sample)) for sample in samples],
+        groups=request.groups,
+        shard_tokens=request.shard_tokens,
+    )
+    return Prepared(request, teacher, identity, {sample.id: sample for sample in samples}, plan)
+
+
+def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
+    """Compute and commit what the plan lacks, then publish the manifest.
+
+    A kill at any point leaves a store that the same command completes.
+    """
+    request, plan = prepared.request, prepared.plan
+    store = FeatureStore.create(request.out, prepared.identity)
+    if plan.nothing_to_do:
+        return Outcome(plan.samples_total, 0, 0, 0.0, 0.0, store.publish_manifest().digest)
+    store.put_teacher_files(teacher_files(prepared.teacher))
+    store.add_plan(plan.new_tasks)
+    began = datetime.now(UTC)
+    engine_seconds = capture_seconds = 0.0
+    size = 0
+    # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
+    by_groups = sorted(plan.work, key=lambda work: repr(work.groups))
+    for groups, works in groupby(by_groups, key=lambda work: work.groups):
+        clock = time.monotonic()
+        engine = start_engine(prepared, groups, verbose, report) if groups else None
+        engine_seconds += time.monotonic() - clock
+        clock = time.monotonic()
+        try:
+            size += _run(store, prepared, engine, list(works), report)
+        finally:
+            if engine is not None:
+                engine.close()
+        capture_seconds += time.monotonic() - clock
+    manifest = store.publish_manifest()
+    outcome = Outcome(
+        plan.samples_total, plan.rows_to_do, size, engine_seconds, capture_seconds, manifest.digest
+    )
+    store.add_provenance(provenance.record(request, began, outcome))
+    return outcome
+
+
+def engine_version(request: GenerateRequest) -> str:
+    """The version of the engine that would run; RequestError when it is not installed."""
+    if request.engine == "vllm":
+        from pipeline.engines import vllm_engine
+
+        return vllm_engine.version()
+    try:
+        import transformers
+    except ImportError as error:
+        raise RequestError("--engine transformers: not installed; install the extra [train]") from error
+    return str(transformers.__version__)
+
+
+def start_engine(
+    prepared: Prepared, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
+) -> Engine:
+    """Load the teacher in the engine asked for, set to capture `groups`."""
+    request, teacher = prepared.request, prepared.teacher
+    config = EngineConfig(
+        model=teacher.path,
+        architecture=teacher.architecture,
+        groups=groups,
+        dtype=request.torch_dtype(teacher),
+        max_seq_len=request.sequence_length(teacher),
+        vocab_size=teacher.vocab_size,
+        hidden_size=teacher.hidden_size,
+        tensor_parallel_size=request.tensor_parallel_size,
+        trust_remote_code=request.trust_remote_code,
+        seed=request.seed,
+    )
+    report.stage(f"starting {request.engine} with {teacher.architecture} in {config.dtype}")
+    if request.engine == "vllm":
+        from pipeline.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config, verbose)
+    from pipeline.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(config)
+
+
+def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:
+    """The store at --out when there is one; a foreign directory is not written into."""
+    if (request.out / "SPEC.json").exists():
+        return FeatureStore.create(request.out, identity)
+    if request.out.is_dir() and any(request.out.iterdir()):
+        raise RequestError(f"--out {request.out}: not empty and not a feature store; choose another directory")
+    return None
+
+
+def _run(
+    store: FeatureStore, prepared: Prepared, engine: Engine | None, works: Sequence[Work], report: Reporter
+) -> int:
+    """Capture and commit each task; returns the bytes written."""
+    total = prepared.plan.rows_total
+    report.start(total - sum(work.task.rows for work in works), total)
+    size = 0
+    for work in works:
+        samples = _samples_of(store, prepared, work.task)
+        features: dict[GroupSpec, list[GroupFeatures]] = {group: [] for group in work.groups}
+        if engine is not None:
+            for sample, captured in zip(
+                samples, engine.capture([sample.tokens for sample in samples]), strict=True
+            ):
+                for group, rows in captured.items():
+                    features[group].append(rows)
+                report.advance(len(sample))
+        records = store.write_bundle(work.task, samples, features)
+        written = sum(record.size for record in records)
+        size += written
+        report.committed(work.task.rows, written)
+    return size
+
+
+def _samples_of(store: FeatureStore, prepared: Prepared, task: Task) -> list[Sample]:
+    if all(sample_id in prepared.samples for sample_id in task.sample_ids):
+        return [prepared.samples[sample_id] for sample_id in task.sample_ids]
+    # A task of an earlier request that this one overlaps: its tokens are in the store.
+    return store.read_samples(task.id)

