@@ -1,0 +1,140 @@
+"""Durable files: written whole, synced, published without replacing, and read with a bound."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from featurestore.errors import CorruptionError, StoreWriteError
+
+TEMPORARY = ".tmp-"
+MAX_RECORD_BYTES = 256 * 2**20
+BLOCK_BYTES = 4 * 2**20
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a StoreWriteError that says what could not be written, and why."""
+    try:
+        yield
+    except StoreWriteError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        failure = StoreWriteError(
+            f"cannot write {what} under {path}: {reason}. Nothing committed is lost; "
+            "mend this and run the same command again"
+        )
+        failure.errno = error.errno
+        raise failure from error
+
+
+def ensure_directory(path: Path, root: Path) -> None:
+    """Make `path` and its parents below `root`, each entry durable."""
+    if path == root or path.is_dir():
+        return
+    ensure_directory(path.parent, root)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync one file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """fsync every file and directory below `directory`, and itself, leaves first."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Create `path` with `data` and fsync it; FileExistsError when it is there already."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(path: Path, data: bytes) -> bool:
+    """Make `data` appear at `path` at once, whole and durable, unless the name is taken.
+
+    Returns whether this call published it. link(2) never replaces, so of two racing writers one wins.
+    """
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        write_new(temporary, data)
+        try:
+            os.link(temporary, path)
+            won = True
+        except FileExistsError:
+            won = False
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The loser syncs too: it goes on as if the record were durable, so it has to be.
+    sync(path.parent)
+    return won
+
+
+def read_bounded(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
+    """The bytes of a file; CorruptionError when it is missing, unreadable or larger than `limit`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise CorruptionError(f"{path}: {_reason(error)}") from None
+    if len(data) > limit:
+        raise CorruptionError(f"{path}: larger than {limit} bytes")
+    return data
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """(size in bytes, XXH3-64 as 16 hex digits); CorruptionError when the file cannot be read."""
+    hasher, size = xxhash.xxh3_64(), 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(BLOCK_BYTES):
+                hasher.update(block)
+                size += len(block)
+    except OSError as error:
+        raise CorruptionError(f"{path}: {_reason(error)}") from None
+    return size, hasher.hexdigest()
+
+
+def check_file(path: Path, stamp: tuple[int, str], deep: bool = True) -> None:
+    """CorruptionError unless the file has the size, and if `deep` the hash, that were committed."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise CorruptionError(f"{path}: {_reason(error)}") from None
+    if size != stamp[0]:
+        raise CorruptionError(f"{path}: {size} bytes, but {stamp[0]} were committed")
+    if deep and hash_file(path) != stamp:
+        raise CorruptionError(f"{path}: its hash is not the committed one; the file is damaged")
+
+
+def names_in(directory: Path) -> list[str]:
+    """Sorted names in a directory, without temporary files; empty when there is no such directory."""
+    try:
+        names = os.listdir(directory)  # noqa: PTH208  (names only; a Path each is slow for 100k records)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if not name.startswith(TEMPORARY))
+
+
+def _reason(error: OSError) -> str:
+    return "the file is missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))

@@ -1,0 +1,175 @@
+"""Random access by sample to what a manifest lists. Nothing outside the manifest is ever read."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.bundle import Bundle
+from featurestore.directory import manifest_digests, read_manifest, read_spec
+from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError, StoreNotFoundError
+from featurestore.plan import Task
+from featurestore.records import Manifest, read_commit
+from featurestore.schema import GroupFeatures, GroupSpec, LogitsSpec, covers
+from featurestore.tables import read_plan
+
+OPEN_BUNDLES = 128
+MEND = "run the same `distily-cache generate` again to complete it"
+
+
+@dataclass(frozen=True, eq=False)
+class CachedSample:
+    """One sample and its features. tokens: int32 [T]; loss_mask: bool [T]; features by the spec asked for."""
+
+    id: str
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    features: dict[GroupSpec, GroupFeatures]
+
+
+class CacheReader:
+    """The samples of one manifest, by index. Use `CacheReader.open`.
+
+    Holds no open files: it can be forked, and pickling sends the path and the manifest's digest only.
+    Not for use by several threads at once. Bundles are checked against their committed sizes and hashes
+    when they are first read; reading raises CorruptionError rather than return wrong numbers.
+    """
+
+    def __init__(self, path: Path, manifest_digest: str) -> None:
+        self.path = path
+        self.manifest_digest = manifest_digest
+        self.identity, spec_digest = read_spec(path)
+        self._manifest = read_manifest(path, manifest_digest)
+        if self._manifest.spec != spec_digest:
+            raise CorruptionError(
+                f"{path}: SPEC.json is not the one that manifest {manifest_digest} was made for"
+            )
+        self._tasks = _tasks_of(path, self._manifest)
+        self.groups: dict[str, GroupSpec] = dict(self._manifest.groups)
+        self.sample_ids: list[str] = []
+        lengths: list[int] = []
+        places: list[tuple[int, int]] = []
+        seen: set[str] = set()
+        for t, task in enumerate(self._tasks):
+            for position, (sample_id, length) in enumerate(zip(task.sample_ids, task.lengths, strict=True)):
+                # Two generators that planned at the same moment can have put one sample into two tasks.
+                if sample_id not in seen:
+                    seen.add(sample_id)
+                    self.sample_ids.append(sample_id)
+                    lengths.append(length)
+                    places.append((t, position))
+        self.lengths: npt.NDArray[np.int64] = np.asarray(lengths, dtype=np.int64)
+        self._places = np.asarray(places, dtype=np.int64).reshape(-1, 2)
+        self._bundles: OrderedDict[int, Bundle] = OrderedDict()
+        self._verified: set[tuple[str, str]] = set()
+        self._default_groups: list[GroupSpec] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, manifest: str | None = None) -> CacheReader:
+        """Open a store at a manifest: by digest (or an unambiguous start of it), else the fullest one.
+
+        Raises StoreNotFoundError when there is no store, StoreFormatError when it has no such manifest.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise StoreNotFoundError(f"no store at {root}: there is no such directory")
+        read_spec(root)
+        digests = manifest_digests(root)
+        if not digests:
+            raise StoreFormatError(f"the store {root} has no manifest yet: {MEND}")
+        if manifest is None:
+            return cls(root, max(digests, key=lambda d: (read_manifest(root, d).records, d)))
+        matches = [d for d in digests if d.startswith(manifest)]
+        if len(matches) != 1:
+            raise StoreFormatError(
+                f"{len(matches)} manifests of {root} start with {manifest!r}; there are: {', '.join(digests)}"
+            )
+        return cls(root, matches[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.path, self.manifest_digest))
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def teacher_dir(self) -> Path:
+        """Where the teacher's config and tokenizer files lie."""
+        return self.path / "teacher"
+
+    def find(self, kind: str) -> GroupSpec:
+        """The widest spec of a kind ("logits", "hidden.L20") that every sample has.
+
+        Raises MissingFeatureError, naming what there is and the generate flag that adds the kind.
+        """
+        candidates = [spec for spec in self.groups.values() if spec.kind == kind and self._complete(spec)]
+        if candidates:
+            return max(candidates, key=_width)
+        layer = re.fullmatch(r"hidden\.L([0-9]+)", kind)
+        flag = f"--hidden-layers {layer[1]}" if layer else "--top-k K" if kind == "logits" else "that adds it"
+        partial = any(spec.kind == kind for spec in self.groups.values())
+        there = ", ".join(sorted({spec.kind for spec in self.groups.values()})) or "no features"
+        what = f"only some samples have {kind}" if partial else f"no {kind} in this cache (it has: {there})"
+        mend = MEND if partial else f"add it with `distily-cache generate ... {flag}`"
+        raise MissingFeatureError(f"{self.path}: {what}; {mend}")
+
+    def read(self, index: int, groups: Sequence[GroupSpec] | None = None) -> CachedSample:
+        """Sample `index` with the features asked for (default: every group that all samples have).
+
+        A spec that a wider group covers is served from it. Only the rows of this sample are read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        if groups is None:
+            groups = self._complete_groups()
+        t, position = self._places[index].tolist()
+        bundle = self._bundle(t)
+        sample = bundle.samples()[position]
+        features = {spec: bundle.features(position, spec) for spec in groups}
+        return CachedSample(self.sample_ids[index], sample.tokens, sample.loss_mask, features)
+
+    def _bundle(self, t: int) -> Bundle:
+        bundle = self._bundles.get(t)
+        if bundle is None:
+            task = self._tasks[t]
+            named = self._manifest.tasks[task.id]
+            records = {group: read_commit(self.path, group, task.id, d) for group, d in named.items()}
+            bundle = self._bundles[t] = Bundle(self.path, self.identity, task, records, self._verified)
+            if len(self._bundles) > OPEN_BUNDLES:
+                self._bundles.popitem(last=False)
+        self._bundles.move_to_end(t)
+        return bundle
+
+    def _complete(self, want: GroupSpec) -> bool:
+        serving = {group for group, spec in self.groups.items() if covers(spec, want)}
+        return all(serving & set(named) for named in self._manifest.tasks.values())
+
+    def _complete_groups(self) -> list[GroupSpec]:
+        if self._default_groups is None:
+            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
+        return self._default_groups
+
+
+def _width(spec: GroupSpec) -> tuple[int, float]:
+    """Orders the specs of one kind by how much they hold."""
+    if isinstance(spec, LogitsSpec):
+        return spec.top_k, 1.0 if spec.top_p is None else spec.top_p
+    return ["fp8", "int8", "bf16", "f32"].index(spec.dtype), 0.0
+
+
+def _tasks_of(path: Path, manifest: Manifest) -> list[Task]:
+    """The manifest's tasks, in the order of their plan files."""
+    known: dict[str, Task] = {}
+    for name in manifest.plans:
+        known.update((task.id, task) for task in read_plan(path / name))
+    lost = [task for task in manifest.tasks if task not in known]
+    if lost:
+        raise CorruptionError(f"{path}: no plan file has task {lost[0]}, which the manifest lists")
+    return [task for task in known.values() if task.id in manifest.tasks]

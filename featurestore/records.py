@@ -1,0 +1,218 @@
+"""Commit records and manifests: frozen, and validated field by field when they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featurestore.columns import LOGITS_STATS, Stats, group_files
+from featurestore.errors import CorruptionError, StoreFormatError
+from featurestore.files import read_bounded
+from featurestore.identity import (
+    BUNDLE_ID,
+    DIGEST,
+    FILE_NAME,
+    GROUP_ID,
+    HASH,
+    SAMPLES,
+    TASK_ID,
+    check_id,
+    check_int,
+    digest,
+    header,
+    seal,
+    unseal,
+)
+from featurestore.schema import MAX_TOKENS, GroupSpec, LogitsSpec, group_id, group_spec_from_json
+
+SAMPLES_FILE = "samples.parquet"
+MAX_BYTES = 2**50
+
+Stamp = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """One column group (or the samples) of one task is complete, in this bundle, as these files.
+
+    group: a group id, or "samples" (then spec is None). files: path relative to the bundle -> (size in
+    bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS.
+    """
+
+    task: str
+    group: str
+    spec: GroupSpec | None
+    bundle: str
+    rows: int
+    samples: int
+    files: Mapping[str, Stamp]
+    stats: Stats
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        """The content of commit/<group>/<task>.json."""
+        return seal(
+            {
+                **header("commit"),
+                "task": self.task,
+                "group": self.group,
+                "spec": None if self.spec is None else self.spec.to_json(),
+                "bundle": self.bundle,
+                "rows": self.rows,
+                "samples": self.samples,
+                "files": {name: list(stamp) for name, stamp in self.files.items()},
+                "stats": self.stats,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, group: str, task: str, where: str) -> CommitRecord:
+        """Parse and validate the record that lies at commit/<group>/<task>.json."""
+        value = unseal(data, where, "commit")
+        spec = None if group == SAMPLES else group_spec_from_json(value.get("spec"))
+        if value.get("group") != group or value.get("task") != task:
+            raise CorruptionError(f"{where}: this record belongs to another task or group")
+        if spec is not None and group_id(spec) != group:
+            raise StoreFormatError(f"{where}: the spec does not belong to group {group}")
+        rows = check_int(value.get("rows"), 1, MAX_TOKENS, f"{where}: rows")
+        bundle = check_id(value.get("bundle"), BUNDLE_ID, f"{where}: bundle")
+        if not bundle.startswith(f"{task}-"):
+            raise StoreFormatError(f"{where}: the bundle belongs to another task")
+        return cls(
+            task=task,
+            group=group,
+            spec=spec,
+            bundle=bundle,
+            rows=rows,
+            samples=check_int(value.get("samples"), 1, rows, f"{where}: samples"),
+            files=_files(value.get("files"), spec, group, where),
+            stats=_stats(value.get("stats"), spec, rows, where),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a reader trusts: the tasks of one moment, and the exact commit record of each of their groups.
+
+    spec: digest of SPEC.json. plans, teacher: names of the plan and teacher-listing files. groups: id ->
+    spec. tasks: task id -> {group id or "samples": digest of the commit record}.
+    """
+
+    spec: str
+    plans: tuple[str, ...]
+    teacher: tuple[str, ...]
+    groups: Mapping[str, GroupSpec]
+    tasks: Mapping[str, Mapping[str, str]]
+
+    @property
+    def records(self) -> int:
+        """How many commit records it names."""
+        return sum(len(groups) for groups in self.tasks.values())
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits, the identity of what a training run read."""
+        return digest(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of MANIFEST-<digest>.json."""
+        return seal(
+            {
+                **header("manifest"),
+                "spec": self.spec,
+                "plans": list(self.plans),
+                "teacher": list(self.teacher),
+                "groups": {name: spec.to_json() for name, spec in self.groups.items()},
+                "tasks": {task: dict(groups) for task, groups in self.tasks.items()},
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Parse and validate; order of tasks is sorted by id."""
+        value = unseal(data, where, "manifest")
+        groups = {g: group_spec_from_json(s) for g, s in _object(value.get("groups"), where).items()}
+        if any(group_id(spec) != name for name, spec in groups.items()):
+            raise StoreFormatError(f"{where}: a spec does not belong to its group")
+        known = {*groups, SAMPLES}
+        tasks: dict[str, dict[str, str]] = {}
+        for task, named in _object(value.get("tasks"), where).items():
+            records = _object(named, where)
+            if not set(records) <= known or SAMPLES not in records:
+                raise StoreFormatError(f"{where}: task {str(task)[:40]} names unknown groups or no samples")
+            tasks[check_id(task, TASK_ID, where)] = {
+                g: check_id(d, DIGEST, where) for g, d in records.items()
+            }
+        return cls(
+            spec=check_id(value.get("spec"), DIGEST, where),
+            plans=_names(value.get("plans"), where),
+            teacher=_names(value.get("teacher"), where),
+            groups=groups,
+            tasks=tasks,
+        )
+
+
+def commit_path(store: Path, group: str, task: str) -> Path:
+    """commit/<group>/<task>.json."""
+    return store / "commit" / group / f"{task}.json"
+
+
+def read_commit(store: Path, group: str, task: str, expected: str | None = None) -> CommitRecord:
+    """Read one commit record; with `expected`, CorruptionError unless its digest is that."""
+    if group != SAMPLES:
+        check_id(group, GROUP_ID, "commit")
+    path = commit_path(store, group, check_id(task, TASK_ID, "commit"))
+    data = read_bounded(path)
+    if expected is not None and digest(data) != expected:
+        raise CorruptionError(f"{path}: not the commit record that the manifest names; the file is damaged")
+    return CommitRecord.from_bytes(data, group, task, str(path))
+
+
+def files_of(spec: GroupSpec | None, group: str) -> list[str]:
+    """The files of a group (or of the samples) relative to the bundle. No other name is ever accepted."""
+    return [SAMPLES_FILE] if spec is None else [f"{group}/{name}" for name in group_files(spec)]
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise StoreFormatError(f"{where}: expected a JSON object, found {str(value)[:80]}")
+    return value
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise StoreFormatError(f"{where}: expected a list of file names, found {str(value)[:80]}")
+    return tuple(check_id(name, FILE_NAME, where) for name in value)
+
+
+def _files(value: Any, spec: GroupSpec | None, group: str, where: str) -> dict[str, Stamp]:
+    files = _object(value, where)
+    if set(files) != set(files_of(spec, group)):
+        raise StoreFormatError(f"{where}: names other files than group {group} has")
+    stamps: dict[str, Stamp] = {}
+    for name, stamp in files.items():
+        if not isinstance(stamp, list) or len(stamp) != 2:
+            raise StoreFormatError(f"{where}: {name} needs [size, hash]")
+        size = check_int(stamp[0], 1, MAX_BYTES, f"{where}: size of {name}")
+        stamps[name] = (size, check_id(stamp[1], HASH, f"{where}: hash of {name}"))
+    return stamps
+
+
+def _stats(value: Any, spec: GroupSpec | None, rows: int, where: str) -> Stats:
+    stats = _object(value, where)
+    if set(stats) != (set(LOGITS_STATS) if isinstance(spec, LogitsSpec) else set()):
+        raise StoreFormatError(f"{where}: missing or unknown stats")
+    for name, number in stats.items():
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise StoreFormatError(f"{where}: stat {name} is no number")
+    if isinstance(spec, LogitsSpec):
+        check_int(stats["entries"], rows, rows * spec.top_k, f"{where}: entries")
+        check_int(stats["labels"], 0, rows, f"{where}: labels")
+    return stats

@@ -1,0 +1,115 @@
+"""Random but valid samples and features for the store's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from featurestore.codec import row_starts
+from featurestore.plan import Task
+from featurestore.schema import (
+    GroupFeatures,
+    GroupSpec,
+    HiddenFeatures,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+    Sample,
+    TeacherIdentity,
+)
+
+VOCAB, HIDDEN, LAYERS = 1000, 16, 4
+
+
+def identity(**changes: object) -> TeacherIdentity:
+    fields: dict[str, object] = {
+        "name": "tiny",
+        "architecture": "LlamaForCausalLM",
+        "digest": "ab" * 16,
+        "tokenizer_digest": "cd" * 16,
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "max_position": 2048,
+        "engine": "transformers",
+        "engine_version": "5.0",
+        "dtype": "float32",
+        "quantization": "none",
+    }
+    return TeacherIdentity(**{**fields, **changes})
+
+
+def sample(seed: int, length: int | None = None, vocab: int = VOCAB) -> Sample:
+    rng = np.random.default_rng(seed)
+    length = int(rng.integers(1, 40)) if length is None else length
+    tokens = rng.integers(0, vocab, length, dtype=np.int32)
+    return Sample(tokens=tokens, loss_mask=rng.random(length) < 0.8)
+
+
+def task_of(samples: list[Sample]) -> Task:
+    return Task(tuple(s.id for s in samples), tuple(len(s) for s in samples))
+
+
+def logits(one: Sample, spec: LogitsSpec, vocab: int = VOCAB) -> LogitsFeatures:
+    """A real top-k of random full rows, so that lse, label_logprob and entropy are consistent."""
+    seed = int(one.id[:8], 16)
+    rng = np.random.default_rng(seed)
+    full = (rng.standard_normal((len(one), vocab)) * 3).astype(np.float32)
+    top = full.max(axis=1, keepdims=True)
+    lse = (top[:, 0] + np.log(np.exp(full - top).sum(axis=1))).astype(np.float32)
+    k = min(spec.top_k, vocab)
+    order = np.argsort(-full, axis=1, kind="stable")[:, :k]
+    head = np.take_along_axis(full, order, axis=1)
+    keep = np.ones_like(head, dtype=bool)
+    if spec.top_p is not None:
+        p = np.exp(head - lse[:, None])
+        keep = (np.cumsum(p, axis=1) - p) < spec.top_p
+    logprob = full - lse[:, None]
+    label = np.full(len(one), np.nan, dtype=np.float32)
+    label[:-1] = logprob[np.arange(len(one) - 1), one.tokens[1:]]
+    return LogitsFeatures(
+        counts=keep.sum(axis=1).astype(np.uint16),
+        ids=order[keep].astype(np.uint32),
+        logits=head[keep],
+        lse=lse,
+        label_logprob=label,
+        entropy=(-(np.exp(logprob) * logprob).sum(axis=1)).astype(np.float32),
+    )
+
+
+def hidden(one: Sample, spec: HiddenSpec, size: int = HIDDEN) -> HiddenFeatures:
+    rng = np.random.default_rng(int(one.id[:8], 16) + spec.layer)
+    shape = (len(one), size)
+    scale = rng.random(len(one), dtype=np.float32) + 0.1
+    if spec.dtype == "f32":
+        return HiddenFeatures(rng.standard_normal(shape, dtype=np.float32), None, "f32")
+    if spec.dtype == "bf16":
+        bits = rng.standard_normal(shape, dtype=np.float32).view(np.uint32) >> 16
+        return HiddenFeatures(bits.astype(np.uint16), None, "bf16")
+    if spec.dtype == "int8":
+        return HiddenFeatures(rng.integers(-127, 128, shape, dtype=np.int8), scale, "int8")
+    return HiddenFeatures(rng.integers(0, 120, shape, dtype=np.uint8), scale, "fp8")
+
+
+def features(samples: list[Sample], specs: list[GroupSpec]) -> dict[GroupSpec, list[GroupFeatures]]:
+    return {
+        spec: [logits(s, spec) if isinstance(spec, LogitsSpec) else hidden(s, spec) for s in samples]
+        for spec in specs
+    }
+
+
+def assert_same(found: GroupFeatures, given: GroupFeatures) -> None:
+    """Equal to the last bit, but for the head logits: those within the documented bound."""
+    if isinstance(given, HiddenFeatures):
+        assert isinstance(found, HiddenFeatures) and found.dtype == given.dtype
+        np.testing.assert_array_equal(found.values, given.values)
+        assert (found.scale is None) == (given.scale is None)
+        if given.scale is not None:
+            np.testing.assert_array_equal(found.scale, given.scale)
+        return
+    assert isinstance(found, LogitsFeatures)
+    found.check(len(given.counts))
+    for name in ("counts", "ids", "lse", "label_logprob", "entropy"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(given, name), err_msg=name)
+    np.testing.assert_allclose(found.logits, given.logits, rtol=1e-6, atol=1 / 64)
+    starts = row_starts(given.counts)[:-1]
+    np.testing.assert_array_equal(found.logits[starts], given.logits[starts])
