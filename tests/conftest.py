@@ -1,0 +1,29 @@
+"""Fixtures that every suite shares: the demo teacher and its text, made once per session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import teachers
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the demo teacher (`teacher/`) and its text (`topics.jsonl`)."""
+    directory = tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, "-m", "pipeline.demo", str(directory)], check=True, timeout=300)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with V=199, D=64, 3 layers and 256 positions."""
+    return teachers.llama(tmp_path_factory.mktemp("tiny") / "teacher")

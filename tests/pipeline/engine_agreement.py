@@ -1,0 +1,73 @@
+"""Run both engines on the same samples in float32 and print their differences as JSON.
+
+A program of its own, because vLLM's distributed state allows one engine per process life:
+`python -m tests.pipeline.engine_agreement TEACHER SAMPLES.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec
+from pipeline.engines.base import EngineConfig
+from pipeline.engines.transformers_engine import TransformersEngine
+from pipeline.engines.vllm_engine import VllmEngine
+from pipeline.teacher import load_teacher
+
+TOP_K = 64
+
+
+def compare(
+    ours: dict[GroupSpec, GroupFeatures], theirs: dict[GroupSpec, GroupFeatures]
+) -> dict[str, float | bool]:
+    """The largest differences over all positions of one sample."""
+    out: dict[str, float | bool] = {}
+    for group, a in ours.items():
+        b = theirs[group]
+        if isinstance(a, LogitsFeatures) and isinstance(b, LogitsFeatures):
+            ids_a, ids_b = a.ids.reshape(-1, TOP_K), b.ids.reshape(-1, TOP_K)
+            by_id_a = np.take_along_axis(a.logits.reshape(-1, TOP_K), ids_a.argsort(-1), -1)
+            by_id_b = np.take_along_axis(b.logits.reshape(-1, TOP_K), ids_b.argsort(-1), -1)
+            out["same_top_k"] = bool((np.sort(ids_a, -1) == np.sort(ids_b, -1)).all())
+            out["logit"] = float(np.abs(by_id_a - by_id_b).max())
+            out["lse"] = float(np.abs(a.lse - b.lse).max())
+            out["entropy"] = float(np.abs(a.entropy - b.entropy).max())
+            out["label_logprob"] = float(np.abs(a.label_logprob - b.label_logprob)[:-1].max())
+            out["last_label_is_nan"] = bool(np.isnan(a.label_logprob[-1]) and np.isnan(b.label_logprob[-1]))
+        else:
+            x, y = a.to_float32(), b.to_float32()
+            relative = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)
+            out[group.kind] = float(relative.max())
+    return out
+
+
+def main() -> None:
+    teacher = load_teacher(sys.argv[1])
+    prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(sys.argv[2]).read_text())]
+    depth = teacher.num_layers
+    groups = (LogitsSpec(TOP_K), *(HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth)))
+    config = EngineConfig(
+        model=teacher.path,
+        architecture=teacher.architecture,
+        groups=groups,
+        dtype="float32",
+        max_seq_len=max(map(len, prompts)),
+        vocab_size=teacher.vocab_size,
+        hidden_size=teacher.hidden_size,
+    )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    engine = VllmEngine(config)
+    captured = list(engine.capture(prompts))
+    engine.close()
+    oracle = list(TransformersEngine(config).capture(prompts))
+    report = [compare(a, b) for a, b in zip(captured, oracle, strict=True)]
+    sys.stdout.write("\n" + json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Packed rows: what one side packs, the other unpacks, for every combination of fields."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featurestore.schema import HiddenSpec, LogitsSpec
+from pipeline.capture.packing import RowLayout, logit_fields, to_features
+from pipeline.capture.reduce import encode_hidden, reduce_logits
+from pipeline.capture.spec import CaptureSpec
+
+VOCAB, WIDTH = 53, 6
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.integers(1, 9),
+    top_k=st.integers(0, VOCAB),
+    top_p=st.none() | st.floats(0.1, 0.99),
+    layers=st.lists(st.integers(0, 9), unique=True, max_size=3),
+    dtype=st.sampled_from(["bf16", "f32", "int8", "fp8"]),
+)
+def test_round_trip(rows: int, top_k: int, top_p: float | None, layers: list[int], dtype: str) -> None:
+    hidden = [HiddenSpec(layer, dtype) for layer in layers]
+    groups = tuple(([LogitsSpec(top_k, top_p)] if top_k else []) + hidden)
+    if not groups:
+        return
+    spec = CaptureSpec.from_groups(groups)
+    assert CaptureSpec.from_json(spec.to_json()) == spec
+    layout = RowLayout.of(spec, WIDTH)
+    logits = torch.randn(rows, VOCAB)
+    streams = {layer: torch.randn(rows, WIDTH) for layer in layers}
+    fields: dict[str, torch.Tensor] = {}
+    if top_k:
+        reduced = reduce_logits(logits, torch.full((rows,), -1), top_k, top_p)
+        fields |= logit_fields(reduced)
+    for layer, stream in streams.items():
+        values, scale = encode_hidden(stream, dtype)
+        fields |= {f"hidden.{layer}": values} | ({} if scale is None else {f"scale.{layer}": scale})
+
+    packed = layout.pack(fields)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, layout.size)
+    features = to_features(layout.unpack(packed.numpy()), groups)
+
+    assert set(features) == set(groups)
+    if top_k:
+        got = features[groups[0]]
+        got.check(rows)
+        assert got.counts.tolist() == reduced.counts.tolist()
+        start = 0
+        for row, count in enumerate(got.counts.tolist()):
+            assert got.ids[start : start + count].tolist() == reduced.head_ids[row, :count].tolist()
+            np.testing.assert_array_equal(got.logits[start : start + count], reduced.head_logits[row, :count])
+            start += count
+        np.testing.assert_array_equal(got.lse, reduced.lse.numpy())
+    for group in hidden:
+        features[group].check(rows, WIDTH)
+        values, scale = encode_hidden(streams[group.layer], dtype)
+        want = values.float() if scale is None else values.float() * scale[:, None]
+        np.testing.assert_array_equal(features[group].to_float32(), want.numpy())
+
+
+def test_one_pass_takes_one_distribution_and_each_layer_once() -> None:
+    with pytest.raises(ValueError, match="one distribution"):
+        CaptureSpec.from_groups((LogitsSpec(4), LogitsSpec(8)))
+    with pytest.raises(ValueError, match="each hidden layer once"):
+        CaptureSpec.from_groups((HiddenSpec(1, "bf16"), HiddenSpec(1, "int8")))

@@ -1,0 +1,96 @@
+"""The reduction of logits and hidden states, against float64 references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.capture.reduce import encode_hidden, head_counts, reduce_logits
+
+F32 = float(np.finfo(np.float32).eps)
+
+
+def reference(logits: torch.Tensor, labels: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
+    exact = logits.double()
+    logprobs = torch.log_softmax(exact, -1)
+    top = torch.topk(exact, k, dim=-1)
+    return {
+        "head_logits": top.values,
+        "lse": torch.logsumexp(exact, -1),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+        "label_logprob": logprobs.gather(-1, labels[:, None])[:, 0],
+    }
+
+
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(3, 49_152, 64), (2, 262_144, 256), (5, 7, 7), (1, 1, 1)])
+@pytest.mark.parametrize("scale", [0.01, 4.0, 30.0])
+def test_reduction_matches_float64(rows: int, vocab: int, k: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(rows * vocab)
+    logits = torch.randn(rows, vocab, generator=generator) * scale + 5.0
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    got, want = reduce_logits(logits, labels, k, None), reference(logits, labels, k)
+    assert torch.equal(got.head_logits.double(), want["head_logits"])
+    assert torch.equal(logits.gather(-1, got.head_ids.long()), got.head_logits)
+    # A pairwise float32 sum of V positive terms is off by at most log2(V) + 8 roundings relative (torch sums
+    # blocks of a vector width first), the exponentials by two more; logits enter with their own magnitude.
+    magnitude = float(logits.abs().max())
+    bound = F32 * (np.log2(vocab) + 12) * (1.0 + 3 * magnitude)
+    for name in ("lse", "label_logprob", "entropy"):
+        assert (getattr(got, name).double() - want[name]).abs().max() <= bound, name
+
+
+def test_a_row_without_label_is_nan_and_others_are_not() -> None:
+    rows = reduce_logits(torch.randn(3, 11), torch.tensor([4, -1, 0]), 2, None)
+    assert torch.isnan(rows.label_logprob).tolist() == [False, True, False]
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), top_p=st.floats(0.01, 1.0), k=st.integers(1, 40))
+def test_adaptive_head_is_the_smallest_that_reaches_p(seed: int, top_p: float, k: int) -> None:
+    logits = torch.randn(4, 41, generator=torch.Generator().manual_seed(seed)).mul(3)
+    rows = reduce_logits(logits, torch.zeros(4, dtype=torch.long), k, top_p)
+    mass = torch.softmax(logits.double(), -1).sort(-1, descending=True).values.cumsum(-1)
+    for row, count in enumerate(rows.counts.tolist()):
+        assert 1 <= count <= k
+        if count < k:
+            assert mass[row, count - 1] >= top_p - 1e-5
+        if count > 1:
+            assert mass[row, count - 2] < top_p + 1e-5
+
+
+def test_without_top_p_every_head_is_full() -> None:
+    assert head_counts(torch.zeros(3, 5), torch.zeros(3), None).tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (17, 576), (2, 4097)])
+def test_hidden_encodings_stay_within_their_bounds(shape: tuple[int, int]) -> None:
+    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, shape[0])[:, None]
+    hidden[0] = 0.0
+    exact, scale_of_row = hidden.double(), hidden.abs().amax(-1, keepdim=True).double()
+
+    bf16, none = encode_hidden(hidden, "bf16")
+    assert none is None
+    assert ((bf16.double() - exact).abs() <= 2.0**-8 * exact.abs()).all()
+
+    int8, scale = encode_hidden(hidden, "int8")
+    assert scale is not None
+    decoded = int8.double() * scale[:, None].double()
+    assert ((decoded - exact).abs() <= scale_of_row / 127 * (0.5 + 64 * F32)).all()
+
+    fp8, scale = encode_hidden(hidden, "fp8")
+    assert scale is not None
+    decoded = fp8.float().double() * scale[:, None].double()
+    allowed = torch.maximum(exact.abs() * 2.0**-4, scale_of_row / 448 * 2.0**-10) * (1 + 64 * F32)
+    assert ((decoded - exact).abs() <= allowed).all()
+
+    f32, none = encode_hidden(hidden, "f32")
+    assert none is None
+    assert torch.equal(f32, hidden)
+
+
+def test_unknown_hidden_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="int4"):
+        encode_hidden(torch.zeros(1, 1), "int4")
