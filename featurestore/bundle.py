@@ -136,10 +136,15 @@ def bundle_path(store: Path, record: CommitRecord) -> Path:
     return store / "parts" / record.bundle
 
 
-def check_record(store: Path, record: CommitRecord, task: Task, deep: bool = True) -> None:
-    """CorruptionError unless every file of the record has its size and, if `deep`, its committed hash."""
+def check_extent(record: CommitRecord, task: Task) -> None:
+    """StoreFormatError unless the record has the rows and samples of its task."""
     if record.rows != task.rows or record.samples != len(task.lengths):
         raise StoreFormatError(f"commit/{record.group}/{record.task}.json: other sizes than the plan's task")
+
+
+def check_record(store: Path, record: CommitRecord, task: Task, deep: bool = True) -> None:
+    """CorruptionError unless every file of the record has its size and, if `deep`, its committed hash."""
+    check_extent(record, task)
     for name, stamp in record.files.items():
         check_file(bundle_path(store, record) / name, stamp, deep)
 

@@ -48,11 +48,10 @@ def encode_head(counts: Array, logits: Array) -> tuple[npt.NDArray[np.uint16], n
     if not np.isfinite(top).all() or np.isnan(logits).any():
         raise ValueError("head logits must not be NaN, and the top of each row must be finite")
     drop = np.repeat(top.astype(np.float64), counts) - logits
-    with np.errstate(over="ignore"):
-        steps = np.minimum(np.rint(drop * STEPS_PER_NAT), MAX_DROP)
+    steps = np.minimum(np.rint(drop * STEPS_PER_NAT), MAX_DROP)
     gaps = np.diff(steps, prepend=0.0)
     gaps[starts] = 0.0
-    if (np.diff(logits)[_inside(starts, len(logits))] > 0).any():
+    if (logits[1:] > logits[:-1])[_inside(starts, len(logits))].any():
         raise ValueError("head logits must descend inside each row")
     return gaps.astype(np.uint16), top
 

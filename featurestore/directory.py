@@ -77,6 +77,12 @@ def read_manifest(root: Path, manifest_digest: str) -> Manifest:
     return manifest
 
 
+def fullest_manifest(root: Path) -> str | None:
+    """Digest of the manifest with the most commit records, the newest one of a store that only grows."""
+    digests = manifest_digests(root)
+    return max(digests, key=lambda d: (read_manifest(root, d).records, d), default=None)
+
+
 def teacher_listings(root: Path) -> list[str]:
     """Names of the TEACHER-<digest>.json files."""
     return [name for name in names_in(root) if TEACHER.fullmatch(name)]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.bundle import Bundle
-from featurestore.directory import manifest_digests, read_manifest, read_spec
+from featurestore.directory import fullest_manifest, manifest_digests, read_manifest, read_spec
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError, StoreNotFoundError
 from featurestore.plan import Task
 from featurestore.records import Manifest, read_commit
@@ -81,11 +81,12 @@ class CacheReader:
         if not root.is_dir():
             raise StoreNotFoundError(f"no store at {root}: there is no such directory")
         read_spec(root)
-        digests = manifest_digests(root)
-        if not digests:
+        fullest = fullest_manifest(root)
+        if fullest is None:
             raise StoreFormatError(f"the store {root} has no manifest yet: {MEND}")
         if manifest is None:
-            return cls(root, max(digests, key=lambda d: (read_manifest(root, d).records, d)))
+            return cls(root, fullest)
+        digests = manifest_digests(root)
         matches = [d for d in digests if d.startswith(manifest)]
         if len(matches) != 1:
             raise StoreFormatError(

@@ -1,0 +1,125 @@
+"""What a store holds, summed up from its records alone: nothing of the data is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from featurestore.directory import fullest_manifest
+from featurestore.identity import SAMPLES
+from featurestore.plan import Task
+from featurestore.records import CommitRecord
+from featurestore.schema import TeacherIdentity
+from featurestore.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """One column group over all tasks that have it. bytes_per_row: bytes on disk per position.
+
+    arrays: bytes per array (metadata included). mean_head_size, mean_head_mass, mean_entropy (nats) and
+    perplexity (of the teacher, on the next tokens) are None for groups other than logits.
+    """
+
+    kind: str
+    spec: dict[str, Any] | None
+    tasks_done: int
+    tasks_total: int
+    rows: int
+    bytes: int
+    bytes_per_row: float
+    arrays: dict[str, int]
+    mean_head_size: float | None = None
+    mean_head_mass: float | None = None
+    mean_entropy: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """samples, rows: of tasks whose samples are committed; the planned ones include the rest.
+
+    length_histogram: committed samples by length, keyed "low-high" in powers of two. manifest: digest of
+    the one that a reader takes, or None. provenance: the records of the runs, oldest first.
+    """
+
+    path: str
+    identity: TeacherIdentity
+    manifest: str | None
+    samples: int
+    rows: int
+    samples_planned: int
+    rows_planned: int
+    bytes: int
+    groups: dict[str, GroupInfo]
+    length_histogram: dict[str, int]
+    provenance: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def store_info(path: str | Path) -> StoreInfo:
+    """Sum up a store. Raises what FeatureStore.open and its commit records raise."""
+    store = FeatureStore.open(path)
+    tasks = store.known_tasks()
+    commits = store.commits()
+    groups = {group: _group(records, len(tasks)) for group, records in commits.items() if records}
+    done = [tasks[task] for task in commits.get(SAMPLES, {}) if task in tasks]
+    return StoreInfo(
+        path=str(store.path),
+        identity=store.identity,
+        manifest=fullest_manifest(store.path),
+        samples=sum(len(task.lengths) for task in done),
+        rows=sum(task.rows for task in done),
+        samples_planned=sum(len(task.lengths) for task in tasks.values()),
+        rows_planned=sum(task.rows for task in tasks.values()),
+        bytes=sum(group.bytes for group in groups.values()),
+        groups=groups,
+        length_histogram=_histogram(done),
+        provenance=store.provenance(),
+    )
+
+
+def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
+    first = next(iter(records.values()))
+    rows = sum(record.rows for record in records.values())
+    size = sum(record.size for record in records.values())
+    arrays: dict[str, int] = {}
+    stats: dict[str, float] = {}
+    for record in records.values():
+        for name, (length, _) in record.files.items():
+            # <group id>/<array>/..., <group id>/zarr.json, or samples.parquet
+            parts = name.split("/")
+            array = parts[1] if len(parts) > 2 else parts[-1]
+            arrays[array] = arrays.get(array, 0) + length
+        for name, number in record.stats.items():
+            stats[name] = stats.get(name, 0) + number
+    labels = stats.get("labels", 0)
+    return GroupInfo(
+        kind=SAMPLES if first.spec is None else first.spec.kind,
+        spec=None if first.spec is None else first.spec.to_json(),
+        tasks_done=len(records),
+        tasks_total=tasks_total,
+        rows=rows,
+        bytes=size,
+        bytes_per_row=size / rows,
+        arrays=dict(sorted(arrays.items())),
+        mean_head_size=stats["entries"] / rows if stats else None,
+        mean_head_mass=stats["head_mass"] / rows if stats else None,
+        mean_entropy=stats["entropy"] / rows if stats else None,
+        perplexity=math.exp(min(-stats["label_logprob"] / labels, 700.0)) if labels else None,
+    )
+
+
+def _histogram(tasks: list[Task]) -> dict[str, int]:
+    counts: dict[int, int] = {}
+    for task in tasks:
+        for length in task.lengths:
+            bucket = length.bit_length() - 1
+            counts[bucket] = counts.get(bucket, 0) + 1
+    return {f"{2**b}-{2 ** (b + 1) - 1}": counts[b] for b in sorted(counts)}

@@ -1,0 +1,191 @@
+"""The audit: does every byte that was committed lie where it should, unchanged?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurestore.bundle import Group, bundle_path, check_extent, read_samples
+from featurestore.directory import (
+    SPEC_FILE,
+    committed_groups,
+    committed_tasks,
+    manifest_digests,
+    manifest_path,
+    plan_names,
+    provenance_names,
+    read_manifest,
+    read_provenance,
+    read_spec,
+    read_teacher_listing,
+    teacher_listings,
+)
+from featurestore.errors import FeatureStoreError, StoreNotFoundError
+from featurestore.files import check_file, read_bounded
+from featurestore.identity import SAMPLES, digest
+from featurestore.plan import Task
+from featurestore.records import CommitRecord, Manifest, commit_path, read_commit
+from featurestore.schema import TeacherIdentity
+from featurestore.tables import read_plan
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file. path: relative to the store."""
+
+    path: str
+    what: str
+
+
+@dataclass
+class Report:
+    """The result of an audit. rows: positions whose samples are committed."""
+
+    problems: list[Problem] = field(default_factory=list)
+    checked_files: int = 0
+    checked_bytes: int = 0
+    rows: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def verify_store(path: str | Path, deep: bool, progress: Progress | None = None) -> Report:
+    """Check every file that the store's records name; `deep` also hashes their bytes and decodes all rows.
+
+    Without `deep`, presence and sizes of data files are checked, and all records, plans and manifests.
+    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store.
+    """
+    root = Path(path)
+    if not (root / SPEC_FILE).exists() and not (root / "commit").is_dir():
+        raise StoreNotFoundError(f"no store at {root}")
+    return _Audit(root, deep).run(progress)
+
+
+class _Audit:
+    """One pass over a store; each step adds to the report and none stops the next."""
+
+    def __init__(self, root: Path, deep: bool) -> None:
+        self.root = root
+        self.deep = deep
+        self.report = Report()
+        self.identity: TeacherIdentity | None = None
+        self.tasks: dict[str, Task] = {}
+        self.records: dict[tuple[str, str], str] = {}
+
+    def run(self, progress: Progress | None) -> Report:
+        spec_digest = self._spec()
+        for name in plan_names(self.root):
+            with self._file(name):
+                self.tasks.update((task.id, task) for task in read_plan(self.root / name))
+        self._side_files()
+        keys = [(g, t) for g in committed_groups(self.root) for t in committed_tasks(self.root, g)]
+        for done, (group, task) in enumerate(keys):
+            self._commit(group, task)
+            if progress is not None:
+                progress(done + 1, len(keys))
+        self._manifests(spec_digest, anything_committed=bool(keys))
+        return self.report
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[None]:
+        """Count a file of the store, and report what its check raises."""
+        path = self.root / name
+        self.report.checked_files += 1
+        self.report.checked_bytes += path.stat().st_size if path.exists() else 0
+        with self._guard(name):
+            yield
+
+    @contextmanager
+    def _guard(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (FeatureStoreError, OSError) as error:
+            self._problem(name, str(error))
+
+    def _problem(self, name: str, what: str) -> None:
+        what = what.replace(f"{self.root}/{name}: ", "").replace(f"{self.root}/", "")
+        if Problem(name, what) not in self.report.problems:
+            self.report.problems.append(Problem(name, what))
+
+    def _spec(self) -> str | None:
+        with self._file(SPEC_FILE):
+            self.identity, spec_digest = read_spec(self.root)
+            return spec_digest
+        return None
+
+    def _side_files(self) -> None:
+        for name in provenance_names(self.root):
+            with self._file(f"provenance/{name}"):
+                read_provenance(self.root, name)
+        for listing in teacher_listings(self.root):
+            with self._file(listing):
+                for name, stamp in read_teacher_listing(self.root / listing).items():
+                    with self._file(f"teacher/{name}"):
+                        check_file(self.root / "teacher" / name, stamp, self.deep)
+
+    def _commit(self, group: str, task_id: str) -> None:
+        path = commit_path(self.root, group, task_id)
+        name = str(path.relative_to(self.root))
+        with self._file(name):
+            record = read_commit(self.root, group, task_id)
+            self.records[group, task_id] = digest(read_bounded(path))
+            task = self.tasks.get(task_id)
+            if task is None:
+                self._problem(name, "no readable plan file has this task")
+            else:
+                check_extent(record, task)
+                self._data(record, task)
+
+    def _data(self, record: CommitRecord, task: Task) -> None:
+        before = len(self.report.problems)
+        folder = bundle_path(self.root, record)
+        for file, stamp in record.files.items():
+            with self._file(f"parts/{record.bundle}/{file}"):
+                check_file(folder / file, stamp, self.deep)
+        if record.group == SAMPLES:
+            self.report.rows += record.rows
+        if self.deep and len(self.report.problems) == before and self.identity is not None:
+            with self._guard(f"parts/{record.bundle}/{record.group}"):
+                self._decode(record, task, self.identity)
+
+    def _decode(self, record: CommitRecord, task: Task, identity: TeacherIdentity) -> None:
+        """Read every row the way a reader does."""
+        if record.group == SAMPLES:
+            read_samples(self.root, record, task)
+            return
+        columns = Group(self.root, record, task, identity)
+        for position in range(len(task.lengths)):
+            columns.read(position)
+
+    def _manifests(self, spec_digest: str | None, anything_committed: bool) -> None:
+        digests = manifest_digests(self.root)
+        if anything_committed and not digests:
+            self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
+        for manifest_digest in digests:
+            name = manifest_path(self.root, manifest_digest).name
+            with self._file(name):
+                self._manifest(name, read_manifest(self.root, manifest_digest), spec_digest)
+
+    def _manifest(self, name: str, manifest: Manifest, spec_digest: str | None) -> None:
+        if spec_digest is not None and manifest.spec != spec_digest:
+            self._problem(name, "made for another SPEC.json")
+        for file in (*manifest.plans, *manifest.teacher):
+            if not (self.root / file).exists():
+                self._problem(file, "the file is missing")
+        for task, groups in manifest.tasks.items():
+            for group, expected in groups.items():
+                if self.records.get((group, task)) != expected:
+                    what = "not the commit record that the manifest names, or missing"
+                    self._problem(f"commit/{group}/{task}.json", what)

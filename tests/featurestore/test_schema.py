@@ -1,0 +1,98 @@
+"""Specs, identity and samples: what hashes to what, and what is refused."""
+
+import numpy as np
+import pytest
+
+from featurestore.errors import FeatureStoreError, MissingFeatureError, StoreFormatError
+from featurestore.schema import (
+    HiddenSpec,
+    LogitsSpec,
+    Sample,
+    TeacherIdentity,
+    group_id,
+    group_spec_from_json,
+)
+from tests.featurestore.helpers import hidden, identity, logits, sample
+
+
+def test_ids_are_stable_for_ever() -> None:
+    """These strings are names on people's disks. If this fails, the format has changed."""
+    assert group_id(LogitsSpec(50)) == "logits-357ca350"
+    assert group_id(HiddenSpec(2, "bf16")) == "hidden.L2-6f4dd92e"
+    one = Sample(tokens=np.arange(5, dtype=np.int32), loss_mask=np.array([1, 1, 0, 1, 0], dtype=bool))
+    assert one.id == "b48cd36af650bff43c6d07318d92021e"
+
+
+def test_specs_round_trip() -> None:
+    for spec in (LogitsSpec(1), LogitsSpec(50, 0.95), HiddenSpec(0, "f32"), HiddenSpec(30, "fp8")):
+        assert group_spec_from_json(spec.to_json()) == spec
+    assert LogitsSpec(50, 1.0) == LogitsSpec(50)
+    assert len({group_id(s) for s in (LogitsSpec(50), LogitsSpec(51), LogitsSpec(50, 0.9))}) == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {"kind": "logits"},
+        {"kind": "logits", "top_k": 0},
+        {"kind": "logits", "top_k": 65_536},
+        {"kind": "logits", "top_k": True},
+        {"kind": "logits", "top_k": 5, "top_p": 0},
+        {"kind": "logits", "top_k": 5, "later": 1},
+        {"kind": "hidden", "layer": -1, "dtype": "bf16"},
+        {"kind": "hidden", "layer": 1, "dtype": "fp4"},
+        {"kind": ["x"]},
+    ],
+)
+def test_invalid_specs_are_refused(value: object) -> None:
+    with pytest.raises(StoreFormatError):
+        group_spec_from_json(value)
+
+
+def test_identity_compares_all_but_name_and_engine_version() -> None:
+    assert TeacherIdentity.from_json(identity().to_json()) == identity()
+    assert not identity().differences(identity(name="elsewhere/tiny", engine_version="6"))
+    assert identity().differences(identity(dtype="bfloat16")) == [("dtype", "float32", "bfloat16")]
+    for bad in ({}, {**identity().to_json(), "more": 1}, {**identity().to_json(), "vocab_size": -1}):
+        with pytest.raises(StoreFormatError):
+            TeacherIdentity.from_json(bad)
+
+
+def test_the_mask_is_part_of_a_sample() -> None:
+    one = sample(1, 10)
+    other = Sample(tokens=one.tokens, loss_mask=~one.loss_mask)
+    assert one.id != other.id and len(one) == 10 and one.id == sample(1, 10).id
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask"),
+    [
+        (np.zeros(0, np.int32), np.zeros(0, bool)),
+        (np.zeros(3, np.int64), np.zeros(3, bool)),
+        (np.zeros(3, np.int32), np.zeros(4, bool)),
+        (np.array([-1], np.int32), np.ones(1, bool)),
+        (np.zeros((2, 2), np.int32), np.zeros((2, 2), bool)),
+    ],
+)
+def test_invalid_samples_are_refused(tokens: np.ndarray, mask: np.ndarray) -> None:
+    with pytest.raises(ValueError):
+        Sample(tokens=tokens, loss_mask=mask)
+
+
+def test_feature_checks_name_the_field() -> None:
+    one = sample(1, 10)
+    with pytest.raises(ValueError, match="counts"):
+        logits(one, LogitsSpec(5)).check(11)
+    with pytest.raises(ValueError, match="values"):
+        hidden(one, HiddenSpec(1, "int8")).check(10, 99)
+
+
+def test_missing_feature_reads_as_a_sentence() -> None:
+    error = MissingFeatureError("no logits here")
+    assert (
+        str(error) == "no logits here"
+        and isinstance(error, KeyError)
+        and isinstance(error, FeatureStoreError)
+    )

@@ -1,0 +1,250 @@
+"""The store: what goes in comes out, the same request changes nothing, and another teacher is refused."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore.errors import (
+    MissingFeatureError,
+    SpecMismatchError,
+    StoreFormatError,
+    StoreNotFoundError,
+)
+from featurestore.plan import plan_generation
+from featurestore.reader import CacheReader
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec, group_id
+from featurestore.store import FeatureStore
+from tests.featurestore.conftest import SPECS, Filled, fill
+from tests.featurestore.helpers import assert_same, features, hidden, identity, logits, sample, task_of
+
+
+def hashes(root: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(p.relative_to(root)): (p.stat().st_ino, p.read_bytes()) for p in root.rglob("*") if p.is_file()
+    }
+
+
+def committed(store: FeatureStore) -> dict[str, set[str]]:
+    return {group: set(records) for group, records in store.commits().items()}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LogitsSpec(1),
+        LogitsSpec(512),
+        LogitsSpec(64, 0.5),
+        *(HiddenSpec(3, d) for d in ("bf16", "int8", "fp8", "f32")),
+    ],
+)
+def test_every_kind_of_group_comes_back(tmp_path: Path, spec: GroupSpec) -> None:
+    store = FeatureStore.create(tmp_path / "s", identity())
+    samples = [sample(1, 1), sample(2, 700), sample(3, 33)]
+    task = task_of(samples)
+    store.add_plan([task])
+    given = features(samples, [spec])
+    records = store.write_bundle(task, samples, given)
+    assert [r.group for r in records] == [group_id(spec), "samples"]
+    manifest = store.publish_manifest()
+    reader = CacheReader.open(tmp_path / "s", manifest.digest[:8])
+    assert reader.sample_ids == list(task.sample_ids) and reader.lengths.tolist() == [1, 700, 33]
+    for i, one in enumerate(samples):
+        found = reader.read(i)
+        assert found.id == one.id
+        np.testing.assert_array_equal(found.tokens, one.tokens)
+        np.testing.assert_array_equal(found.loss_mask, one.loss_mask)
+        assert_same(found.features[spec], given[spec][i])
+
+
+def test_a_store_of_a_wide_vocabulary(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "s", identity(vocab_size=262_144))
+    one, spec = sample(5, 9, 262_144), LogitsSpec(20)
+    given = logits(one, spec, 262_144)
+    store.add_plan([task_of([one])])
+    store.write_bundle(task_of([one]), [one], {spec: [given]})
+    store.publish_manifest()
+    assert_same(CacheReader.open(tmp_path / "s").read(0).features[spec], given)
+
+
+def test_known_tasks_samples_and_provenance_come_back(filled: Filled) -> None:
+    store = FeatureStore.open(filled.path)
+    assert store.identity == identity()
+    assert store.known_tasks() == {t.id: t for t in filled.tasks} and len(filled.tasks) > 2
+    for task in filled.tasks:
+        assert [s.id for s in store.read_samples(task.id)] == list(task.sample_ids)
+    store.add_provenance({"argv": ["again"], "n": [1, None]})
+    assert [r["argv"] for r in store.provenance()] == [["generate"], ["again"]]
+    assert store.group_specs() == {group_id(s): s for s in SPECS}
+    with pytest.raises(MissingFeatureError):
+        store.read_samples("0" * 16)
+
+
+def test_the_same_request_again_changes_no_file(filled: Filled) -> None:
+    before = hashes(filled.path)
+    store = FeatureStore.create(filled.path, identity(name="another/spelling"))
+    wanted = [(s.id, len(s)) for s in filled.samples.values()]
+    plan = plan_generation(store.known_tasks(), committed(store), store.group_specs(), wanted, SPECS, 90)
+    assert plan.nothing_to_do
+    store.add_plan(filled.tasks)
+    store.put_teacher_files({"config.json": b"{}", "tokenizer.json": b"[1]"})
+    for task in filled.tasks:
+        members = [filled.samples[s] for s in task.sample_ids]
+        store.write_bundle(task, members, features(members, SPECS))
+    store.publish_manifest()
+    assert hashes(filled.path) == before
+
+
+def test_extension_adds_files_and_the_old_manifest_reads_as_before(filled: Filled) -> None:
+    before = hashes(filled.path)
+    old = CacheReader.open(filled.path)
+    store, extra = filled.store, HiddenSpec(4, "fp8")
+    wanted_samples = {**filled.samples, **{s.id: s for s in map(sample, range(100, 106))}}
+    wanted = [(s.id, len(s)) for s in wanted_samples.values()]
+    # Narrower logits than committed: served for old samples, computed for new ones.
+    groups: list[GroupSpec] = [LogitsSpec(4, 0.5), extra]
+    plan = plan_generation(store.known_tasks(), committed(store), store.group_specs(), wanted, groups, 90)
+    assert all(w.groups == (extra,) and not w.needs_samples for w in plan.work[: len(filled.tasks)])
+    assert all(w.groups == tuple(groups) and w.needs_samples for w in plan.work[len(filled.tasks) :])
+    store.add_plan(plan.new_tasks)
+    for work in plan.work:
+        members = [wanted_samples[s] for s in work.task.sample_ids]
+        store.write_bundle(work.task, members, features(members, list(work.groups)))
+    store.publish_manifest()
+
+    after = hashes(filled.path)
+    assert {name: after[name] for name in before} == before
+    new = CacheReader.open(filled.path)
+    assert len(new) == len(wanted_samples) and len(old) == len(filled.samples)
+    assert new.find("logits") == LogitsSpec(4, 0.5) and new.find("hidden.L4") == extra
+    for reader in (old, CacheReader.open(filled.path, old.manifest_digest)):
+        for i, sample_id in enumerate(reader.sample_ids):
+            for spec, found in reader.read(i).features.items():
+                assert_same(found, filled.given[sample_id][spec])
+    for i, sample_id in enumerate(new.sample_ids):
+        found = new.read(i, [LogitsSpec(4, 0.5)]).features[LogitsSpec(4, 0.5)]
+        assert isinstance(found, LogitsFeatures) and int(found.counts.max()) <= 4
+        exact = logits(wanted_samples[sample_id], LogitsSpec(4, 0.5))
+        # The cut comes from logits within 1/64 nat: at most a few rows differ, by one rank.
+        assert (found.counts != exact.counts).mean() < 0.2
+    with pytest.raises(MissingFeatureError, match=r"only some samples have hidden\.L1"):
+        new.find("hidden.L1")
+
+
+def test_racing_writers_commit_once(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "s", identity())
+    samples = [sample(i) for i in range(6)]
+    task = task_of(samples)
+    given = features(samples, SPECS)
+    start, results, errors = threading.Barrier(4), [], []
+
+    def write() -> None:
+        try:
+            mine = FeatureStore.create(tmp_path / "s", identity())
+            start.wait()
+            mine.add_plan([task])
+            results.append(mine.write_bundle(task, samples, given))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(results) == 4
+    assert all(r == results[0] for r in results), "everyone is told the winner's record"
+    assert {g: len(r) for g, r in store.commits().items()} == {
+        **{group_id(s): 1 for s in SPECS},
+        "samples": 1,
+    }
+    store.publish_manifest()
+    for i in range(6):
+        for spec, found in CacheReader.open(tmp_path / "s").read(i).features.items():
+            assert_same(found, given[spec][i])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("digest", "ff" * 16),
+        ("tokenizer_digest", "ee" * 16),
+        ("engine", "vllm"),
+        ("dtype", "bfloat16"),
+        ("vocab_size", 7),
+    ],
+)
+def test_another_teacher_is_refused_with_both_values(filled: Filled, field: str, value: object) -> None:
+    with pytest.raises(SpecMismatchError) as caught:
+        FeatureStore.create(filled.path, identity(**{field: value}))
+    message = str(caught.value)
+    assert field in message and repr(value) in message and repr(getattr(identity(), field)) in message
+    assert "\n" not in message
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreFormatError, match="not empty"):
+        FeatureStore.create(tmp_path, identity())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(StoreNotFoundError):
+            FeatureStore.open(path)
+        with pytest.raises(StoreNotFoundError):
+            CacheReader.open(path)
+
+
+def test_an_unfinished_store_says_how_to_finish_it(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "s", identity())
+    with pytest.raises(StoreFormatError, match="distily-cache generate"):
+        CacheReader.open(tmp_path / "s")
+    with pytest.raises(StoreFormatError, match="nothing is committed"):
+        store.publish_manifest()
+
+
+def test_wrong_numbers_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "s", identity())
+    one, spec, layer = sample(1, 12), LogitsSpec(5), HiddenSpec(2, "int8")
+    task, good = task_of([one]), logits(one, LogitsSpec(5))
+    store.add_plan([task])
+
+    def changed(**fields: np.ndarray) -> LogitsFeatures:
+        return LogitsFeatures(**{**vars(good), **fields})
+
+    nan = good.lse.copy()
+    nan[3] = np.nan
+    bad: list[tuple[GroupSpec, object, str]] = [
+        (spec, changed(ids=good.ids + 1000), "vocabulary"),
+        (spec, changed(lse=nan), "finite"),
+        (spec, changed(label_logprob=good.lse), "label_logprob"),
+        (spec, changed(logits=good.logits[::-1].copy()), "descend|exceeds"),
+        (spec, changed(logits=good.logits + 99), "exceeds"),
+        (spec, changed(ids=good.ids[:-1]), "ids"),
+        (LogitsSpec(4), good, "head sizes"),
+        (layer, hidden(one, HiddenSpec(2, "bf16")), "dtype"),
+        (layer, hidden(one, layer, 17), "values"),
+        (layer, good, "HiddenFeatures"),
+        (HiddenSpec(5, "bf16"), hidden(one, HiddenSpec(5, "bf16")), "4 layers"),
+    ]
+    for given_spec, value, message in bad:
+        with pytest.raises(ValueError, match=message):
+            store.write_bundle(task, [one], {given_spec: [value]})  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="not the samples"):
+        store.write_bundle(task, [sample(2, 12)], {})
+    with pytest.raises(ValueError, match="2 samples for 1"):
+        store.write_bundle(task, [one], {spec: [good, good]})
+    assert not (tmp_path / "s" / "parts").exists() and not store.commits()
+
+
+def test_a_sample_in_two_tasks_is_read_once(tmp_path: Path) -> None:
+    filled = fill(tmp_path / "s", [LogitsSpec(3)], count=4)
+    twice = task_of([filled.samples[filled.tasks[0].sample_ids[0]], sample(77)])
+    members = [filled.samples[twice.sample_ids[0]], sample(77)]
+    filled.store.add_plan([twice])
+    filled.store.write_bundle(twice, members, features(members, [LogitsSpec(3)]))
+    filled.store.publish_manifest()
+    reader = CacheReader.open(tmp_path / "s")
+    assert len(reader) == 5 == len(set(reader.sample_ids))
