@@ -76,7 +76,8 @@ LayersOption = Annotated[
     ),
 ]
 HiddenDtypeOption = Annotated[
-    str, typer.Option(help="Stored type of hidden states: bf16, f32, or int8 / fp8 with a scale per position.")
+    str,
+    typer.Option(help="Stored type of hidden states: bf16, f32, or int8 / fp8 with a scale per position."),
 ]
 EngineOption = Annotated[
     str, typer.Option(help="vllm: fast, in-worker capture. transformers: slower, runs any causal LM.")
@@ -157,7 +158,7 @@ def plan(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the same `generate` would compute, and about how many bytes; nothing is started or written."""
+    """Show what the same `generate` would compute, and about how many bytes; starts and writes nothing."""
     from pipeline.estimate import estimate
     from pipeline.generate import prepare
     from pipeline.render import render_plan
@@ -192,7 +193,10 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and decode every row.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that STORE holds what was committed: files and sizes, with --deep every byte. Exit code 1 if not."""
+    """Check that STORE holds what was committed; exit code 1 if it does not.
+
+    Without --deep the records, the files and their sizes are checked.
+    """
     from featurestore.verify import verify_store
     from pipeline.render import render_report
 
@@ -225,7 +229,9 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise RequestError(f"--hidden-layers {text}: give layer numbers with commas between, e.g. 10,20") from None
+        raise RequestError(
+            f"--hidden-layers {text}: give layer numbers with commas between, e.g. 10,20"
+        ) from None
 
 
 def _reporter() -> Any:
@@ -245,14 +251,17 @@ def _print_outcome(out: Path, outcome: Any, as_json: bool) -> None:
     console = Console(stderr=True)
     if not outcome.tokens:
         console.print(
-            f"nothing to generate: {out} already holds all {outcome.samples:,} samples", highlight=False
+            f"nothing to generate: {out} already holds all {outcome.samples:,} samples",
+            highlight=False,
+            soft_wrap=True,
         )
         return
     rate = outcome.tokens / max(outcome.capture_seconds, 1e-9)
     console.print(
-        f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, engine "
-        f"start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes per token",
+        f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, "
+        f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token",
         highlight=False,
+        soft_wrap=True,
     )
 
 

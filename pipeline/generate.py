@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
-from featurestore import FeatureStore
+from featurestore.errors import StoreWriteError
 from featurestore.plan import GenerationPlan, Task, Work, plan_generation
 from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
+from featurestore.store import FeatureStore
 from pipeline import provenance
 from pipeline.engines.base import Engine, EngineConfig
 from pipeline.errors import RequestError
@@ -84,7 +85,10 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
     A kill at any point leaves a store that the same command completes.
     """
     request, plan = prepared.request, prepared.plan
-    store = FeatureStore.create(request.out, prepared.identity)
+    try:
+        store = FeatureStore.create(request.out, prepared.identity)
+    except StoreWriteError as error:
+        raise RequestError(f"--out {request.out}: {error}") from error
     if plan.nothing_to_do:
         return Outcome(plan.samples_total, 0, 0, 0.0, 0.0, store.publish_manifest().digest)
     store.put_teacher_files(teacher_files(prepared.teacher))
@@ -158,7 +162,9 @@ def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureSto
     if (request.out / "SPEC.json").exists():
         return FeatureStore.create(request.out, identity)
     if request.out.is_dir() and any(request.out.iterdir()):
-        raise RequestError(f"--out {request.out}: not empty and not a feature store; choose another directory")
+        raise RequestError(
+            f"--out {request.out}: not empty and not a feature store; choose another directory"
+        )
     return None
 
 

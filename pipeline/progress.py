@@ -37,8 +37,12 @@ class ConsoleReporter:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = None if not console.is_terminal else self._bar.add_task(
-            "capture", total=None, start=False, visible=False, rate=0.0, size="0 bytes"
+        self._task = (
+            None
+            if not console.is_terminal
+            else self._bar.add_task(
+                "capture", total=None, start=False, visible=False, rate=0.0, size="0 bytes"
+            )
         )
         self._began = time.monotonic()
         self._done = self._offset = self._total = self._bytes = 0
@@ -53,7 +57,7 @@ class ConsoleReporter:
         self._bar.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, tokens_done: int, tokens_total: int) -> None:
         self._began, self._done, self._offset, self._total = time.monotonic(), 0, tokens_done, tokens_total

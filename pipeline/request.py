@@ -49,7 +49,9 @@ class GenerateRequest:
         if self.dtype not in DTYPES:
             raise RequestError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
         if self.hidden_dtype not in HIDDEN_DTYPES:
-            raise RequestError(f"--hidden-dtype {self.hidden_dtype}: choose one of {', '.join(HIDDEN_DTYPES)}")
+            raise RequestError(
+                f"--hidden-dtype {self.hidden_dtype}: choose one of {', '.join(HIDDEN_DTYPES)}"
+            )
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"--top-p {self.top_p}: a probability in (0, 1] is needed")
         for flag, value, least in (
@@ -94,7 +96,7 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
     for layer in request.hidden_layers:
         if not 0 <= layer <= teacher.num_layers:
             raise RequestError(
-                f"--hidden-layers {layer}: out of range, {teacher.name} has 0 (embeddings) to {teacher.num_layers}"
+                f"--hidden-layers {layer}: out of range, there are 0 (embeddings) to {teacher.num_layers}"
             )
     if request.sequence_length(teacher) > teacher.max_position:
         raise RequestError(

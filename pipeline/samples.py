@@ -33,20 +33,23 @@ def make_samples(
     Raises:
         RequestError: no sample comes out, or the tokenizer has ids that the teacher does not.
     """
-    streams: Iterator[Sequence[int]] = _tokenise(documents, tokenizer)
+    tokenised = _tokenise(documents, tokenizer)
+    streams: Iterator[Iterable[int]] = tokenised
     if pack:
         eos = tokenizer.eos_token_id
         if eos is None:
-            raise RequestError("--pack: the teacher's tokenizer has no end-of-sequence token to join documents with")
-        streams = iter([_Joined(streams, eos)])
+            raise RequestError(
+                "--pack: the teacher's tokenizer has no end-of-sequence token to join documents with"
+            )
+        streams = iter([_joined(tokenised, eos)])
     windows = chain.from_iterable(cut(stream, max_seq_len) for stream in streams)
     unique: dict[str, Sample] = {}
     for window in windows:
         tokens = np.asarray(window, dtype=np.int32)
         if int(tokens.max()) >= vocab_size:
             raise RequestError(
-                f"TEACHER: its tokenizer gives token {int(tokens.max())}, its vocabulary ends at {vocab_size - 1}; "
-                "the tokenizer and the model do not belong together"
+                f"TEACHER: its tokenizer gives token {int(tokens.max())}, its vocabulary ends at "
+                f"{vocab_size - 1}; the tokenizer and the model do not belong together"
             )
         sample = Sample(tokens=tokens, loss_mask=np.ones(len(tokens), dtype=np.bool_))
         unique.setdefault(sample.id, sample)
@@ -64,17 +67,12 @@ def cut(tokens: Iterable[int], size: int) -> Iterator[list[int]]:
         yield window
 
 
-class _Joined:
+def _joined(documents: Iterator[Sequence[int]], eos: int) -> Iterator[int]:
     """All documents as one stream of tokens with `eos` between them."""
-
-    def __init__(self, documents: Iterator[Sequence[int]], eos: int) -> None:
-        self._documents, self._eos = documents, eos
-
-    def __iter__(self) -> Iterator[int]:
-        for index, tokens in enumerate(self._documents):
-            if index and tokens and tokens[0] != self._eos:
-                yield self._eos
-            yield from tokens
+    for index, tokens in enumerate(documents):
+        if index and tokens and tokens[0] != eos:
+            yield eos
+        yield from tokens
 
 
 def _tokenise(documents: Iterable[str], tokenizer: Any) -> Iterator[Sequence[int]]:

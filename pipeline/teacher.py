@@ -61,7 +61,9 @@ def load_teacher(name: str, trust_remote_code: bool = False) -> Teacher:
     text = config.get_text_config()
     architectures = getattr(config, "architectures", None)
     if not architectures:
-        raise RequestError(f"TEACHER {name}: its config.json names no architecture, so it is not a model checkpoint")
+        raise RequestError(
+            f"TEACHER {name}: its config.json names no architecture, so it is not a model checkpoint"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"TEACHER {name}: {architectures[0]} is an encoder-decoder; a causal LM is needed")
     weights = sorted(path.glob("*.safetensors"))
@@ -83,7 +85,9 @@ def load_teacher(name: str, trust_remote_code: bool = False) -> Teacher:
         num_layers=_positive(text, "num_hidden_layers", name),
         max_position=int(getattr(text, "max_position_embeddings", 0) or _NO_LIMIT),
         config_dtype=_dtype_name(getattr(config, "dtype", None) or getattr(text, "dtype", None)),
-        quantization=str(quantization.get("quant_method", "none")) if isinstance(quantization, dict) else "none",
+        quantization=str(quantization.get("quant_method", "none"))
+        if isinstance(quantization, dict)
+        else "none",
         digest=_weights_digest(path, weights),
         tokenizer_digest=_files_digest(tokenizer),
     )
@@ -101,7 +105,9 @@ def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(teacher.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise whatever their backend raises
-        raise RequestError(f"TEACHER {teacher.name}: its tokenizer does not load: {_one_line(error)}") from error
+        raise RequestError(
+            f"TEACHER {teacher.name}: its tokenizer does not load: {_one_line(error)}"
+        ) from error
 
 
 def _locate(name: str) -> Path:
@@ -136,7 +142,9 @@ def _read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken config raises anything from KeyError to OSError
         hint = "" if trust_remote_code else " (a model with code of its own needs --trust-remote-code)"
-        raise RequestError(f"TEACHER {name}: not a model that transformers knows: {_one_line(error)}{hint}") from error
+        raise RequestError(
+            f"TEACHER {name}: not a model that transformers knows: {_one_line(error)}{hint}"
+        ) from error
 
 
 def _positive(config: Any, field: str, name: str) -> int:

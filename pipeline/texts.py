@@ -44,7 +44,9 @@ class _TextFiles:
             try:
                 yield file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise RequestError(f"DATASET {file}: not UTF-8 text (byte {error.start}); convert it first") from error
+                raise RequestError(
+                    f"DATASET {file}: not UTF-8 text (byte {error.start}); convert it first"
+                ) from error
             except OSError as error:
                 raise RequestError(f"DATASET {file}: cannot be read: {error.strerror}") from error
 
@@ -53,13 +55,14 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     known = (*_BUILDERS, *_TEXT)
-    return sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in known and f.name[0] != ".")
+    return sorted(
+        f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in known and f.name[0] != "."
+    )
 
 
 def _load_local(path: Path, files: list[Path], dataset: str) -> Any:
     import datasets
 
-    datasets.disable_progress_bars()
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         return _guard(dataset, lambda: datasets.load_from_disk(str(path)))
     builders = {_BUILDERS.get(file.suffix.lower(), file.suffix or "no suffix") for file in files}
@@ -79,6 +82,11 @@ def _load_hub(dataset: str, split: str, config: str | None) -> Any:
 
 
 def _guard(dataset: str, load: Any) -> Any:
+    import datasets
+
+    # The cause is in our own message; the library would log it a second time.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
     try:
         return load()
     except Exception as error:  # builders raise ValueError, OSError, ArrowInvalid, DatasetGenerationError, …
@@ -93,7 +101,7 @@ def _column(table: Any, dataset: str, split: str, text_column: str) -> Iterable[
         table = table[split]
     if text_column not in table.column_names:
         raise RequestError(
-            f"--text-column {text_column}: {dataset} has the columns {', '.join(table.column_names) or 'none'}"
+            f"--text-column {text_column}: the columns of {dataset} are {', '.join(table.column_names)}"
         )
     if len(table) == 0:
         raise RequestError(f"DATASET {dataset}: it is empty")
@@ -111,6 +119,6 @@ class _Column:
                 continue
             if not isinstance(text, str):
                 raise RequestError(
-                    f"--text-column {self._name}: {self._dataset} holds {type(text).__name__} there, text is needed"
+                    f"--text-column {self._name}: {self._dataset} holds {type(text).__name__} there, not text"
                 )
             yield text

@@ -16,7 +16,22 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-WORDS = ("the", "teacher", "student", "cache", "of", "a", "token", "and", "is", "in", "to", "learns", ".", ",")
+WORDS = (
+    "the",
+    "teacher",
+    "student",
+    "cache",
+    "of",
+    "a",
+    "token",
+    "and",
+    "is",
+    "in",
+    "to",
+    "learns",
+    ".",
+    ",",
+)
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -77,7 +92,7 @@ def gemma3(directory: Path, vocab_size: int = 262_144, seed: int = 0) -> Path:
         head_dim=32,
         max_position_embeddings=512,
         sliding_window=32,
-        final_logit_softcapping=3.0,
+        final_logit_softcapping=10.0,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,

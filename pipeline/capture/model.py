@@ -34,7 +34,7 @@ def has_aux_interface(model_class: type[nn.Module]) -> bool:
 
 
 class ResidualTap:
-    """Records the residual stream before or after chosen decoder layers, by forward hooks (eager mode only)."""
+    """Records the residual stream before or after chosen decoder layers, by forward hooks (eager only)."""
 
     def __init__(self, layers: nn.ModuleList, indices: tuple[int, ...]) -> None:
         self.streams: dict[int, torch.Tensor] = {}

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.schema import (
+    GroupFeatures,
+    GroupSpec,
+    HiddenFeatures,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+)
 from pipeline.capture.reduce import LogitRows
 from pipeline.capture.spec import CaptureSpec
 
@@ -81,7 +88,9 @@ def logit_fields(rows: LogitRows) -> dict[str, torch.Tensor]:
     }
 
 
-def to_features(fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...]) -> dict[GroupSpec, GroupFeatures]:
+def to_features(
+    fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...]
+) -> dict[GroupSpec, GroupFeatures]:
     """The unpacked fields of one sample as the store's features, ragged heads in CSR form."""
     out: dict[GroupSpec, GroupFeatures] = {}
     for group in groups:
@@ -100,6 +109,8 @@ def to_features(fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...]) ->
         elif isinstance(group, HiddenSpec):
             values = fields[f"hidden.{group.layer}"]
             out[group] = HiddenFeatures(
-                values=values.reshape(len(values), -1), scale=fields.get(f"scale.{group.layer}"), dtype=group.dtype
+                values=values.reshape(len(values), -1),
+                scale=fields.get(f"scale.{group.layer}"),
+                dtype=group.dtype,
             )
     return out

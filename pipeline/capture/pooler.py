@@ -24,7 +24,7 @@ _CHUNK_ELEMENTS = 2**25
 _CHUNK_ROWS = 512
 
 
-class CapturePooler(Pooler):
+class CapturePooler(Pooler):  # type: ignore[misc]
     """LM head in chunks of rows, each reduced at once, so that N x V logits never exist."""
 
     def __init__(self, model: Any, spec: CaptureSpec, vllm_config: VllmConfig) -> None:
@@ -54,9 +54,8 @@ class CapturePooler(Pooler):
         if packed is None:  # tensor parallel: the logits were gathered on another rank
             return None
         out: list[torch.Tensor | None] = []
-        for rows, state, finished in zip(
-            packed.split(scheduled), pooling_metadata.pooling_states, cursor.get_finished_mask(), strict=True
-        ):
+        states, finished_mask = pooling_metadata.pooling_states, cursor.get_finished_mask()
+        for rows, state, finished in zip(torch.split(packed, scheduled), states, finished_mask, strict=True):
             # Chunked prefill: a prompt's rows arrive over several steps.
             state.hidden_states_cache.append(rows)
             if finished:
@@ -77,7 +76,7 @@ class CapturePooler(Pooler):
         return torch.cat(parts)
 
     def _reduce_chunk(self, states: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        streams = states.split(self.hidden_size, dim=-1)
+        streams = torch.split(states, self.hidden_size, dim=-1)
         final, inner = streams[0], iter(streams[1:])
         fields: dict[str, torch.Tensor] = {}
         if self.spec.top_k:
@@ -99,7 +98,7 @@ def _labels(metadata: PoolingMetadata, scheduled: list[int]) -> torch.Tensor:
     labels = torch.full((sum(scheduled),), -1, dtype=torch.int64)
     seen = metadata.get_pooling_cursor().seq_lens_cpu.tolist()
     row = 0
-    # get_prompt_token_ids_cpu cuts each row at its prompt's length, so a finished prompt's last label stays -1.
+    # get_prompt_token_ids_cpu cuts each row at its prompt's length, so the last label stays -1.
     for tokens, count, done in zip(metadata.get_prompt_token_ids_cpu(), scheduled, seen, strict=True):
         following = tokens[done - count + 1 : done + 1]
         labels[row : row + len(following)] = following

@@ -75,7 +75,8 @@ def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> tuple[torch.Tensor, to
     """Hidden states in their stored type, with a float32 scale [N] for the scaled ones.
 
     `bf16` and `f32` are plain casts. `int8` and `fp8` (e4m3fn) divide each row by its absolute maximum over
-    the type's range: int8 is then within scale/2 per element, fp8 within 1/16 relative (or scale * 2**-10 near 0).
+    the type's range: int8 is then within scale/2 per element, fp8 within 1/16 relative (or within
+    scale * 2**-10 near 0).
 
     Raises:
         ValueError: unknown dtype.

@@ -17,7 +17,7 @@ _CHUNK_ROWS = 512
 
 
 class TransformersEngine:
-    """One `AutoModelForCausalLM` in evaluation mode, a sample at a time: memory is T x V logits of one sample."""
+    """One `AutoModelForCausalLM` in evaluation mode, a sample at a time: T x V logits are held at most."""
 
     def __init__(self, config: EngineConfig) -> None:
         import torch
@@ -57,9 +57,7 @@ class TransformersEngine:
             chunk = slice(start, start + _CHUNK_ROWS)
             fields: dict[str, Any] = {}
             if self._spec.top_k:
-                rows = reduce_logits(
-                    out.logits[0, chunk], labels[chunk], self._spec.top_k, self._spec.top_p
-                )
+                rows = reduce_logits(out.logits[0, chunk], labels[chunk], self._spec.top_k, self._spec.top_p)
                 fields |= logit_fields(rows)
             for layer, dtype in zip(self._spec.layers, self._spec.hidden_dtypes, strict=True):
                 values, scale = encode_hidden(out.hidden_states[layer][0, chunk], dtype)

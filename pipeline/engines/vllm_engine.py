@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ def set_environment(verbose: bool) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # Import-time noise of the engine's processes: deprecations, and that a CPU has no Triton.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+        os.environ.setdefault("TORCH_LOGS", "-torch._library")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 class VllmEngine:
@@ -72,6 +77,7 @@ class VllmEngine:
             hf_overrides={"architectures": [twin], "head_dtype": "model"},
             additional_config={"distily_capture": spec.to_json()},
             load_format="safetensors",
+            use_tqdm_on_load=verbose,
             dtype=config.dtype,
             max_model_len=config.max_seq_len,
             max_num_batched_tokens=max(_STEP_TOKENS, config.max_seq_len),
@@ -119,7 +125,7 @@ def _needs_hooks(config: EngineConfig) -> bool:
 def _require_twin(architecture: str, twin: str, supported: Any) -> None:
     if architecture not in supported:
         raise RequestError(
-            f"--engine vllm: this vLLM does not know the architecture {architecture}; use --engine transformers"
+            f"--engine vllm: this vLLM does not know {architecture}; use --engine transformers"
         )
     if twin not in supported:
         raise RequestError(

@@ -25,6 +25,7 @@ def agreement(teacher: Path, prompts: list[list[int]], tmp_path: Path) -> list[d
     done = subprocess.run(
         [sys.executable, "-m", "tests.pipeline.engine_agreement", str(teacher), str(file)],
         capture_output=True,
+        check=False,
         text=True,
         timeout=600,
         cwd=Path(__file__).parents[2],
@@ -50,12 +51,16 @@ def check(report: list[dict[str, float]], samples: int) -> None:
 def test_the_demo_teacher(demo: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo / "teacher")
     texts = [json.loads(line)["text"] for line in (demo / "topics.jsonl").read_text().splitlines()[:4]]
-    prompts = [tokenizer(text)["input_ids"][:length] for text, length in zip(texts, (2, 37, 200, 512), strict=True)]
+    prompts = [
+        tokenizer(text)["input_ids"][:length] for text, length in zip(texts, (2, 37, 200, 512), strict=True)
+    ]
     check(agreement(demo / "teacher", prompts, tmp_path), 4)
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("make", [teachers.qwen3, teachers.gemma3], ids=["qwen3-untied", "gemma3-262144-softcap"])
+@pytest.mark.parametrize(
+    "make", [teachers.qwen3, teachers.gemma3], ids=["qwen3-untied", "gemma3-262144-softcap"]
+)
 def test_other_architectures(make: Callable[[Path], Path], tmp_path: Path) -> None:
     teacher = make(tmp_path / "teacher")
     vocab = json.loads((teacher / "config.json").read_text())["vocab_size"]

@@ -67,7 +67,10 @@ def test_without_top_p_every_head_is_full() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 1), (17, 576), (2, 4097)])
 def test_hidden_encodings_stay_within_their_bounds(shape: tuple[int, int]) -> None:
-    hidden = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, shape[0])[:, None]
+    hidden = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-3, 3, shape[0])[:, None]
+    )
     hidden[0] = 0.0
     exact, scale_of_row = hidden.double(), hidden.abs().amax(-1, keepdim=True).double()
 

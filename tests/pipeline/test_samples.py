@@ -42,7 +42,11 @@ def test_packing_joins_documents_with_eos(texts: list[list[int]], size: int) -> 
     expected = list(cut(stream, size))
     try:
         samples = make_samples(
-            [" ".join(map(str, text)) for text in texts], Tokenizer(), max_seq_len=size, vocab_size=100, pack=True
+            [" ".join(map(str, text)) for text in texts],
+            Tokenizer(),
+            max_seq_len=size,
+            vocab_size=100,
+            pack=True,
         )
     except RequestError:
         assert not expected

@@ -1,0 +1,85 @@
+"""Tables for people: the text side of `info`, `verify` and `plan`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from featurestore.info import StoreInfo
+from featurestore.verify import Report
+from pipeline.estimate import Forecast
+
+
+def render_plan(console: Console, forecast: Forecast) -> None:
+    if not forecast.shards_to_do:
+        console.print(f"nothing to generate: all {forecast.samples:,} samples are in the store")
+        return
+    table = _facts(f"{forecast.tokens_to_do:,} of {forecast.tokens:,} tokens to capture")
+    table.add_row("samples", f"{forecast.samples:,} ({forecast.duplicates:,} duplicates left out)")
+    table.add_row("shards to compute", f"{forecast.shards_to_do:,}")
+    table.add_row("column groups", ", ".join(forecast.groups_to_do))
+    table.add_row("bytes to write", f"at most about {decimal(forecast.bytes_to_write)}")
+    console.print(table)
+
+
+def render_info(console: Console, info: StoreInfo) -> None:
+    teacher = info.identity
+    facts = _facts(info.path)
+    facts.add_row("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.digest[:12]})")
+    facts.add_row("shape", f"V={teacher.vocab_size:,} D={teacher.hidden_size:,} L={teacher.num_layers}")
+    facts.add_row("engine", f"{teacher.engine} {teacher.engine_version}, {teacher.dtype}")
+    facts.add_row("samples", f"{info.samples:,} of {info.samples_planned:,}")
+    facts.add_row("tokens", f"{info.rows:,} of {info.rows_planned:,}")
+    facts.add_row("size", decimal(info.bytes))
+    facts.add_row("manifest", info.manifest or "none yet: run the same `generate` again to complete it")
+    console.print(facts)
+    groups = Table("column group", "shards", "bytes", "bytes/token", "contents", title="column groups")
+    for name, group in sorted(info.groups.items()):
+        measured = {
+            "mean head": group.mean_head_size,
+            "mass kept": group.mean_head_mass,
+            "entropy": group.mean_entropy,
+            "teacher perplexity": group.perplexity,
+        }
+        groups.add_row(
+            name,
+            f"{group.tasks_done}/{group.tasks_total}",
+            decimal(group.bytes),
+            f"{group.bytes_per_row:,.1f}",
+            ", ".join(f"{label} {value:,.3g}" for label, value in measured.items() if value is not None),
+        )
+    console.print(groups)
+    _render_lengths(console, info.length_histogram)
+    for record in info.provenance:
+        seconds = max(record.get("capture_seconds") or 0.0, 1e-9)
+        tokens = record.get("tokens", 0)
+        console.print(
+            f"{record.get('began', '?')}: {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f}/s",
+            highlight=False,
+        )
+
+
+def render_report(console: Console, report: Report) -> None:
+    for problem in report.problems:
+        console.print(f"[red]damaged[/red] {problem.path}: {problem.what}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(report.problems)} problems in {report.checked_files:,} files, "
+        f"{decimal(report.checked_bytes)} read, {report.rows:,} rows",
+        highlight=False,
+    )
+
+
+def _render_lengths(console: Console, histogram: dict[str, int]) -> None:
+    most = max(histogram.values(), default=0)
+    lengths = Table("tokens", "samples", "", title="sample lengths")
+    for span, count in histogram.items():
+        lengths.add_row(span, f"{count:,}", "█" * max(1, round(30 * count / most)) if count else "")
+    console.print(lengths)
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table

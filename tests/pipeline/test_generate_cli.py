@@ -1,0 +1,178 @@
+"""`distily-cache generate` as a user runs it, with the transformers engine on a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from featurestore.reader import CacheReader
+from featurestore.schema import HiddenSpec, LogitsSpec
+from tests import teachers
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+CLI = Path(sys.executable).parent / "distily-cache"
+
+
+def text_of(words: int, seed: int = 0) -> str:
+    random = np.random.default_rng(seed)
+    return " ".join(random.choice(teachers.WORDS, size=words).tolist())
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": text_of(40 + 13 * index, index), "n": index}) for index in range(24)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def command(*arguments: object) -> list[str]:
+    return [str(CLI), *map(str, arguments)]
+
+
+def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def generate(teacher: Path, corpus: Path, out: Path, *more: object, check: bool = True) -> dict[str, object]:
+    base = ("generate", teacher, corpus, "--out", out, "--engine", "transformers", "--max-seq-len", 64)
+    done = run(*base, "--shard-tokens", 256, "--json", *more, check=check)
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+def files_of(store: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(file.relative_to(store)): (file.stat().st_mtime_ns, file.stat().st_ino)
+        for file in store.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_features_are_the_teachers(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(tiny_teacher, corpus, store, "--top-k", 8, "--hidden-layers", "0,2,3", "--hidden-dtype", "f32")
+    reader = CacheReader.open(store)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    logits_spec = LogitsSpec(8)
+    for index in (0, len(reader) // 2, len(reader) - 1):
+        sample = reader.read(index)
+        with torch.inference_mode():
+            out = model(torch.from_numpy(sample.tokens.astype(np.int64))[None], output_hidden_states=True)
+        head = sample.features[logits_spec]
+        top = torch.topk(out.logits[0].float(), 8)
+        assert head.ids.reshape(-1, 8).tolist() == top.indices.tolist()
+        # Ranks below the top are stored in steps of 1/32 nat, rounded to the nearest.
+        assert np.abs(head.logits.reshape(-1, 8) - top.values.numpy()).max() <= 1 / 64 + 1e-4
+        logprobs = torch.log_softmax(out.logits[0].double(), -1)
+        assert np.abs(head.lse - torch.logsumexp(out.logits[0].double(), -1).numpy()).max() <= 1e-4
+        assert np.abs(head.entropy + (logprobs.exp() * logprobs).sum(-1).numpy()).max() <= 1e-4
+        labels = torch.from_numpy(sample.tokens[1:].astype(np.int64))
+        expected = logprobs[:-1].gather(-1, labels[:, None])[:, 0].numpy()
+        assert np.abs(head.label_logprob[:-1] - expected).max() <= 1e-4
+        for layer in (0, 2, 3):
+            hidden = sample.features[HiddenSpec(layer, "f32")].to_float32()
+            np.testing.assert_allclose(hidden, out.hidden_states[layer][0].numpy(), atol=1e-5)
+
+
+def test_the_same_request_computes_nothing_and_touches_nothing(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert generate(tiny_teacher, corpus, store, "--top-k", 8)["tokens"]
+    before = files_of(store)
+    again = generate(tiny_teacher, corpus, store, "--top-k", 8)
+    narrower = generate(tiny_teacher, corpus, store, "--top-k", 4)
+    assert (again["tokens"], narrower["tokens"]) == (0, 0)
+    assert files_of(store) == before
+
+
+def test_extension_computes_only_what_is_missing(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = generate(tiny_teacher, corpus, store, "--top-k", 8, "--num-samples", 10)
+    before, rows_before = files_of(store), int(sum(CacheReader.open(store).lengths))
+    more = generate(tiny_teacher, corpus, store, "--top-k", 8, "--num-samples", 20)
+    lengths = CacheReader.open(store).lengths
+    assert len(lengths) == 20
+    assert first["tokens"] == rows_before
+    assert more["tokens"] == int(sum(lengths)) - rows_before
+    layer = generate(tiny_teacher, corpus, store, "--top-k", 8, "--num-samples", 20, "--hidden-layers", 1)
+    assert layer["tokens"] == int(sum(lengths))
+    after = files_of(store)
+    assert {name: after[name] for name in before} == before
+    sample = CacheReader.open(store).read(15)
+    assert set(sample.features) == {LogitsSpec(8), HiddenSpec(1, "bf16")}
+
+
+def test_killed_and_started_again_it_goes_on(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store, undisturbed = tmp_path / "store", tmp_path / "undisturbed"
+    arguments = ("generate", tiny_teacher, corpus, "--engine", "transformers", "--max-seq-len", 64)
+    options = ("--shard-tokens", 128, "--top-k", 8)
+    run(*arguments, *options, "--out", undisturbed)
+    process = subprocess.Popen(
+        command(*arguments, *options, "--out", store), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list(store.glob("commit/logits-*/*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    committed = len(list(store.glob("commit/logits-*/*.json")))
+    total = len(list(undisturbed.glob("commit/logits-*/*.json")))
+    assert 2 <= committed < total, "the kill came too late to show anything"
+    again = run(*arguments, *options, "--out", store, "--json")
+    assert 0 < json.loads(again.stdout)["tokens"] < int(sum(CacheReader.open(undisturbed).lengths))
+    run("verify", store, "--deep")
+    ours, theirs = CacheReader.open(store), CacheReader.open(undisturbed)
+    assert ours.sample_ids == theirs.sample_ids
+    for index in range(len(ours)):
+        mine, other = ours.read(index).features[LogitsSpec(8)], theirs.read(index).features[LogitsSpec(8)]
+        for field in ("counts", "ids", "logits", "lse", "entropy"):
+            np.testing.assert_array_equal(getattr(mine, field), getattr(other, field))
+
+
+def test_plan_says_what_is_missing_and_writes_nothing(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    arguments = (tiny_teacher, corpus, "--out", store, "--engine", "transformers", "--max-seq-len", 64)
+    planned = json.loads(run("plan", *arguments, "--json").stdout)
+    assert not store.exists()
+    assert planned["tokens_to_do"] == planned["tokens"] > 0
+    assert planned["groups_to_do"] == ["logits"]
+    done = json.loads(run("generate", *arguments, "--json").stdout)
+    assert done["tokens"] == planned["tokens"]
+    assert json.loads(run("plan", *arguments, "--json").stdout)["tokens_to_do"] == 0
+    assert "nothing" in run("plan", *arguments).stdout
+
+
+def test_info_and_verify(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = generate(tiny_teacher, corpus, store, "--top-k", 8, "--hidden-layers", 2)
+    found = json.loads(run("info", store, "--json").stdout)
+    assert found["rows"] == done["tokens"]
+    assert found["identity"]["architecture"] == "LlamaForCausalLM"
+    text = run("info", store).stdout
+    assert "hidden.L2" in text
+    assert json.loads(run("verify", store, "--deep", "--json").stdout)["problems"] == []
+    victim = next(store.glob("parts/*/logits-*/head_ids/c/0"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 4
+    victim.write_bytes(data)
+    damaged = run("verify", store, "--deep", check=False)
+    assert damaged.returncode == 1
+    assert "head_ids" in damaged.stdout
