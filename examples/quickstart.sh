@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# From nothing to a trained ternary student and a page about it: `make quickstart` runs this.
+# The teacher and the cache are made once; only the training runs anew each time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV=${VENV:-.venv}
+RUN=${RUN:-run}
+step() { printf '\n==> %s\n' "$*"; }
+
+step "1/3 the demo teacher and its text"
+"$VENV/bin/python" -m pipeline.demo "$RUN"
+
+step "2/3 the teacher's features, captured in vLLM"
+"$VENV/bin/distily-cache" generate "$RUN/teacher" "$RUN/topics.jsonl" --out "$RUN/cache" \
+  --max-seq-len 512 --top-k 64 --hidden-layers 15
+
+step "3/3 a BitNet b1.58 student, trained from the cache alone"
+rm -rf "$RUN/student"
+"$VENV/bin/distily-train" from-cache "$RUN/cache" --output-dir "$RUN/student" \
+  --student-model-config '{"num_hidden_layers": 6}' --student-model-as-bitnet \
+  --logits-loss kl --ce-weight 0.1 --hidden-loss cosine --hidden-weight 1.0 \
+  --bf16 --per-device-train-batch-size 4 --learning-rate 1e-3 --num-train-epochs 1
