@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +94,12 @@ def publish(path: Path, data: bytes) -> bool:
 def read_bounded(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
     """The bytes of a file; CorruptionError when it is missing, unreadable or larger than `limit`."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptionError(f"{path}: not a regular file")
         with path.open("rb") as file:
             data = file.read(limit + 1)
+    except CorruptionError:
+        raise
     except OSError as error:
         raise CorruptionError(f"{path}: {_reason(error)}") from None
     if len(data) > limit:

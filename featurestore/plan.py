@@ -27,6 +27,7 @@ class Task:
         for sample_id, length in zip(self.sample_ids, self.lengths, strict=True):
             check_id(sample_id, SAMPLE_ID, "task")
             check_int(length, 1, MAX_TOKENS, f"length of sample {sample_id}")
+        check_int(self.rows, 1, MAX_TOKENS, "rows of a task")
 
     @cached_property
     def id(self) -> str:
@@ -77,8 +78,8 @@ class GenerationPlan:
 
 def split_tasks(ids_and_lengths: Iterable[tuple[str, int]], shard_tokens: int) -> list[Task]:
     """Cut samples, in order, into tasks of at most `shard_tokens` rows; a longer sample is a task alone."""
-    if shard_tokens < 1:
-        raise ValueError(f"shard_tokens must be positive, not {shard_tokens}")
+    if not 1 <= shard_tokens <= MAX_TOKENS:
+        raise ValueError(f"shard_tokens must be in [1, {MAX_TOKENS}], not {shard_tokens}")
     tasks: list[Task] = []
     pending: list[tuple[str, int]] = []
     rows = 0
@@ -93,7 +94,7 @@ def split_tasks(ids_and_lengths: Iterable[tuple[str, int]], shard_tokens: int) -
     return tasks
 
 
-def plan_generation(  # noqa: PLR0917  (the six inputs of a plan are one call, by name or in order)
+def plan_generation(
     known_tasks: Mapping[str, Task],
     committed: Mapping[str, AbstractSet[str]],
     committed_specs: Mapping[str, GroupSpec],

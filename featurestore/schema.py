@@ -22,7 +22,8 @@ Array = npt.NDArray[Any]
 MAX_TOP_K = 65_535
 MAX_LAYER = 9_999
 MAX_VOCAB = 2**31 - 1
-MAX_TOKENS = 2**31 - 1
+# Of a sample, and of a task: what a reader has to be ready to hold at once.
+MAX_TOKENS = 2**24
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from featurestore.identity import check_int
 Array = npt.NDArray[Any]
 
 MAX_METADATA_BYTES = 2**16
-MAX_CHUNK_BYTES = 2**28
+MAX_CHUNK_BYTES = 2**27
 CRC_BYTES = 4
 EMPTY_CHUNK: Final = 2**64 - 1
 BYTES_CODEC = {"name": "bytes", "configuration": {"endian": "little"}}
