@@ -1,0 +1,149 @@
+"""Parsing `from-cache`: our flags and every TrainingArguments flag, in any order, in both spellings."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from student.errors import UserError
+from student.options import StudentOptions
+
+_BOOLEANS = frozenset({"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"})
+_DESCRIPTION = """\
+Train a student from a cache of teacher features, without the teacher. STORE is what `distily-cache generate`
+made; --output-dir receives checkpoints, the trained student (`from_pretrained` loads it), report.html and
+summary.json.
+
+  distily-train from-cache STORE --output-dir out --student-model-config '{"num_hidden_layers": 12}' \\
+      --student-model-as-bitnet --learning_rate 4e-4 --num_train_epochs 3 --bf16
+
+After our own flags come all flags of transformers' TrainingArguments; dashes and underscores are the same.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line."""
+
+    store: str
+    options: StudentOptions
+    training: TrainingArguments
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Keeps the description's line breaks and shows one spelling of each flag, the one with dashes."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if len(action.option_strings) < 2 or not action.option_strings[0].startswith("--"):
+            return super()._format_action_invocation(action)
+        shown = action.option_strings[-1]
+        if action.nargs == 0:
+            return shown
+        default = self._get_default_metavar_for_optional(action)
+        return f"{shown} {self._format_args(action, default)}"
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `distily-train from-cache --help`")
+
+
+def defaults() -> dict[str, Any]:
+    """Our defaults where TrainingArguments' own do not suit distillation from a cache; any explicit flag
+    wins.
+    """
+    on_gpu = torch.cuda.is_available()
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": 0.1,
+        "eval_on_start": True,
+        "logging_steps": 0.02,
+        "logging_first_step": True,
+        "save_steps": 0.25,
+        "save_total_limit": 2,
+        "learning_rate": 4e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        "include_num_input_tokens_seen": "non_padding",
+        "remove_unused_columns": False,
+        "dataloader_num_workers": min(4, os.cpu_count() or 1) if on_gpu else 0,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def make_parser() -> Any:
+    """The parser of `from-cache`; its `error` raises UserError."""
+    parser = _Parser(
+        [StudentOptions, TrainingArguments],
+        prog="distily-train from-cache",
+        description=_DESCRIPTION,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        usage="distily-train from-cache STORE --output-dir DIR [flags]",
+    )
+    parser.add_argument("store", metavar="STORE", help="cache made by `distily-cache generate`")
+    parser.set_defaults(**defaults())
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too
+            action.nargs, action.const = "?", True
+    parser._optionals.title = "transformers TrainingArguments"
+    own = next(group for group in parser._action_groups if group.title == StudentOptions._argument_group_name)
+    parser._action_groups.remove(own)
+    parser._action_groups.insert(1, own)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """UserError for an unknown flag, a bad value or a missing STORE or --output-dir. `--help` exits
+    as usual.
+    """
+    parser = make_parser()
+    try:
+        options, training, rest, unknown = parser.parse_args_into_dataclasses(
+            args=bind_booleans(parser, argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+    if unknown:
+        raise UserError(_unknown(parser, unknown[0]))
+    if training.output_dir is None:
+        raise UserError("--output-dir is missing; say where checkpoints, student and report go")
+    options.check()
+    return Request(rest.store, options, training)
+
+
+def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
+    """`--bf16 STORE` -> `--bf16=True STORE`: a flag with an optional value must not swallow the word after
+    it.
+    """
+    optional = {name for action in parser._actions if action.nargs == "?" for name in action.option_strings}
+    bound = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        alone = word in optional and following.lower() not in _BOOLEANS
+        bound.append(f"{word}=True" if alone else word)
+    return bound
+
+
+def _unknown(parser: Any, word: str) -> str:
+    flag = word.split("=", maxsplit=1)[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {word!r}: there is one STORE; see `distily-train from-cache --help`"
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = difflib.get_close_matches(flag, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "see `distily-train from-cache --help`"
+    return f"unknown flag {flag}; {hint}"

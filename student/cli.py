@@ -1,0 +1,79 @@
+"""The command line `distily-train`: parse, call one function, map errors to exit codes.
+
+Exit codes: 0 done; 2 the request was wrong (one line on standard error says which flag and the mend); 1
+failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+import typer
+
+app = typer.Typer(
+    name="distily-train",
+    help="Train a student from a cache of teacher features; the teacher itself is not needed any more.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `from-cache` a named command while it is the only one."""
+
+
+@app.command(
+    "from-cache",
+    context_settings=_PASS_ALL,
+    add_help_option=False,
+    help="Train a student on STORE into --output-dir. `from-cache --help` lists every flag.",
+)
+def from_cache(context: typer.Context) -> None:
+    """Everything after the command's name goes to `student.arguments`."""
+    from featurestore.errors import (
+        FeatureStoreError,
+        MissingFeatureError,
+        SpecMismatchError,
+        StoreFormatError,
+        StoreNotFoundError,
+    )
+    from student.errors import StudentError, UserError
+
+    try:
+        _run(context.args)
+    except (UserError, MissingFeatureError, SpecMismatchError, StoreFormatError, StoreNotFoundError) as error:
+        _fail(error, 2)
+    except (StudentError, FeatureStoreError) as error:
+        _fail(error, 1)
+
+
+def _run(argv: list[str]) -> None:
+    from student.arguments import parse
+    from student.run import train_from_cache
+
+    request = parse(argv)
+    # Trainer writes its log to standard output; with --json that belongs to the summary alone.
+    quiet = contextlib.redirect_stdout(sys.stderr) if request.options.json else contextlib.nullcontext()
+    with quiet:
+        summary = train_from_cache(request)
+    typer.echo(json.dumps(summary) if request.options.json else summary["report"])
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code) from error
+
+
+def main() -> None:
+    """Console script `distily-train`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

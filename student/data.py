@@ -1,0 +1,134 @@
+"""From the cache to batches: a map-style dataset over `featurestore.CacheReader`, and the collator.
+
+Shape letters: B batch, T positions (padded to the longest sample of the batch), K head columns (padded), D
+hidden size, nnz head entries of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featurestore.reader import CachedSample, CacheReader
+from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
+from student.losses.sparse import complete_targets
+
+IGNORE = -100  # label of a position that is not learned, the value that Trainer leaves out of its count
+
+
+class CachedDataset(torch.utils.data.Dataset[CachedSample]):
+    """Samples `indices` of the cache with the features of `groups`; opened lazily in each loader process."""
+
+    def __init__(self, reader: CacheReader, indices: Sequence[int], groups: Sequence[GroupSpec]) -> None:
+        self._reader, self._indices, self.groups = reader, list(indices), tuple(groups)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> CachedSample:
+        return self._reader.read(self._indices[index], self.groups)
+
+
+def learned_labels(tokens_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
+    """The label of every position, int64 [T]: the next token where it exists and is learned, else IGNORE."""
+    labels_T = np.full(len(tokens_T), IGNORE, np.int64)
+    labels_T[:-1] = np.where(mask_T[1:], tokens_T[1:], IGNORE)
+    return labels_T
+
+
+class Collator:
+    """Pads samples on the right to the longest one and lays out what the model and the objective read.
+
+    The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
+    t (already shifted), IGNORE where nothing is learned; with a `logits` group head_ids int64 [B, T, K],
+    head_logprobs float32 [B, T, K] (-inf on padding), tail_logprob float32 [B, T] and label_logprob float32
+    [B, T] (the teacher's); with hidden groups hidden_targets {teacher layer: float32 or bfloat16 [B, T, D]}.
+    """
+
+    def __init__(self, groups: Sequence[GroupSpec], vocab_size: int, pad_token: int) -> None:
+        self._logits = next((group for group in groups if isinstance(group, LogitsSpec)), None)
+        self._hidden = [group for group in groups if isinstance(group, HiddenSpec)]
+        self._vocab_size, self._pad_token = vocab_size, pad_token
+
+    def __call__(self, samples: Sequence[CachedSample]) -> dict[str, Any]:
+        lengths = [len(sample.tokens) for sample in samples]
+        shape = (len(samples), max(lengths))
+        input_ids = np.full(shape, self._pad_token, np.int64)
+        attention = np.zeros(shape, np.int64)
+        labels = np.full(shape, IGNORE, np.int64)
+        for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+            input_ids[row, :length] = sample.tokens
+            attention[row, :length] = 1
+            labels[row, :length] = learned_labels(sample.tokens, sample.loss_mask)
+        arrays = {"input_ids": input_ids, "attention_mask": attention, "labels": labels}
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self._logits is not None:
+            features = [_logits_features(sample.features, self._logits) for sample in samples]
+            batch.update(pad_heads(features, shape[1], self._vocab_size))
+        if self._hidden:
+            batch["hidden_targets"] = {
+                group.layer: pad_hidden([_hidden_features(s.features, group) for s in samples], shape[1])
+                for group in self._hidden
+            }
+        return batch
+
+
+def pad_heads(features: Sequence[LogitsFeatures], length: int, vocab_size: int) -> dict[str, Tensor]:
+    """The sparse targets of a batch: ragged heads padded to [B, length, K], with the mass outside each head.
+
+    Padding columns repeat the row's first id with log-probability -inf.
+    """
+    counts_BT = np.zeros((len(features), length), np.int64)
+    lse_BT = np.zeros((len(features), length), np.float32)
+    label_BT = np.zeros((len(features), length), np.float32)
+    for row, feature in enumerate(features):
+        counts_BT[row, : len(feature.counts)] = feature.counts
+        lse_BT[row, : len(feature.lse)] = feature.lse
+        label_BT[row, : len(feature.lse)] = np.nan_to_num(feature.label_logprob)
+    width = int(counts_BT.max())
+    real_BTK = np.arange(width) < counts_BT[..., None]
+    ids_BTK = np.zeros(real_BTK.shape, np.int64)
+    ids_BTK[real_BTK] = np.concatenate([feature.ids for feature in features])
+    ids_BTK = np.where(real_BTK, ids_BTK, ids_BTK[..., :1])
+    logprob_BTK = np.full(real_BTK.shape, -np.inf)
+    logprob_BTK[real_BTK] = np.concatenate([feature.logits for feature in features])
+    logprob_BTK -= lse_BT[..., None]
+    full_BT = torch.from_numpy(counts_BT == vocab_size)
+    head_logprobs, tail_logprob = complete_targets(torch.from_numpy(logprob_BTK), full_BT)
+    return {
+        "head_ids": torch.from_numpy(ids_BTK),
+        "head_logprobs": head_logprobs.float(),
+        "tail_logprob": tail_logprob.float(),
+        "label_logprob": torch.from_numpy(label_BT),
+    }
+
+
+def pad_hidden(features: Sequence[HiddenFeatures], length: int) -> Tensor:
+    """Hidden states of a batch, [B, length, D]: bfloat16 when stored so, else float32; zero on padding."""
+    tensors = [_hidden_tensor(feature) for feature in features]
+    padded = tensors[0].new_zeros(len(tensors), length, tensors[0].shape[1])
+    for row, tensor in enumerate(tensors):
+        padded[row, : len(tensor)] = tensor
+    return padded
+
+
+def _hidden_tensor(feature: HiddenFeatures) -> Tensor:
+    if feature.dtype == "bf16":
+        return torch.from_numpy(np.ascontiguousarray(feature.values)).view(torch.bfloat16)
+    return torch.from_numpy(feature.to_float32())
+
+
+def _logits_features(features: Mapping[GroupSpec, Any], group: LogitsSpec) -> LogitsFeatures:
+    feature = features[group]
+    assert isinstance(feature, LogitsFeatures)
+    return feature
+
+
+def _hidden_features(features: Mapping[GroupSpec, Any], group: HiddenSpec) -> HiddenFeatures:
+    feature = features[group]
+    assert isinstance(feature, HiddenFeatures)
+    return feature

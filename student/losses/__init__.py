@@ -1,0 +1,3 @@
+"""Loss terms: functions of the student's reduced logits (`sparse`), of hidden states (`hidden`), and the
+fused head.
+"""

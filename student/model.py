@@ -1,0 +1,191 @@
+"""The student and its objective as one module: what Trainer, accelerate and DDP see.
+
+Shape letters: B batch, T positions, N learned positions of the batch, D hidden size, S terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student.data import IGNORE
+from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
+from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
+from student.objective import HiddenTerm, Objective
+
+EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
+
+
+class DistillationModel(nn.Module):
+    """Runs the decoder body once, and the head only inside the fused loss, on learned positions only."""
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch and not to rescale the loss
+
+    def __init__(self, student: Any, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.transform = HeadTransform.from_config(student.config)
+
+    @property
+    def config(self) -> Any:
+        """The student's configuration, for Trainer's callbacks."""
+        return self.student.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Passed through to the student."""
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's embeddings, for NEFTune."""
+        embeddings: nn.Module = self.student.get_input_embeddings()
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        head_ids: Tensor | None = None,
+        head_logprobs: Tensor | None = None,
+        tail_logprob: Tensor | None = None,
+        label_logprob: Tensor | None = None,
+        hidden_targets: Mapping[int, Tensor] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch as `student.data.Collator` makes it -> {"loss": scalar, ...}.
+
+        While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
+        [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
+        causal attention keeps padding out of every learned position and no mask is passed to the body.
+        """
+        learned_BT = labels != IGNORE
+        with self._capture() as states:
+            body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
+        states[self._depth] = body.last_hidden_state
+        targets = self._targets(labels, learned_BT, head_ids, head_logprobs, tail_logprob)
+        head = self._head(body.last_hidden_state[learned_BT], targets)
+        count = len(targets.label_N) if num_items_in_batch is None else num_items_in_batch
+        loss, hidden_SN = self._hidden(states, hidden_targets, learned_BT, head)
+        scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        if not self.training:
+            sums = self._sums(head, hidden_SN, learned_BT, head_logprobs is not None, label_logprob)
+            return {"loss": loss * scale, "sums": sums}
+        terms = torch.cat([head.terms_SN[: len(self.objective.head)], hidden_SN]).sum(-1)
+        return {"loss": loss * scale, "terms": terms * scale}
+
+    @property
+    def _depth(self) -> int:
+        depth: int = self.student.config.get_text_config().num_hidden_layers
+        return depth
+
+    @contextmanager
+    def _capture(self) -> Iterator[dict[int, Tensor]]:
+        """Collect the hidden states that terms need, by hooks on the inputs of just those layers."""
+        states: dict[int, Tensor] = {}
+        layers = self.student.get_decoder().layers
+        wanted = {term.student_layer for term in self.objective.hidden} - {self._depth}
+
+        def keep(index: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states.setdefault(index, args[0] if args else kwargs["hidden_states"])
+
+            return hook
+
+        handles = [layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in wanted]
+        try:
+            yield states
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _targets(
+        self,
+        labels: Tensor,
+        learned_BT: Tensor,
+        head_ids: Tensor | None,
+        head_logprobs: Tensor | None,
+        tail_logprob: Tensor | None,
+    ) -> SparseTargets:
+        """The learned positions' targets; heads of zero columns where the batch carries none."""
+        label_N = labels[learned_BT]
+        if head_ids is None or head_logprobs is None or tail_logprob is None:
+            empty = label_N.new_empty(len(label_N), 0)
+            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+        return SparseTargets(
+            head_ids[learned_BT], head_logprobs[learned_BT], tail_logprob[learned_BT], label_N
+        )
+
+    def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
+        """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
+        terms = [(term.loss, term.weight) for term in self.objective.head]
+        if not self.training:
+            terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
+        if not terms:  # hidden terms alone: the head is not even multiplied
+            zero = hidden_ND.new_zeros((), dtype=torch.float32)
+            return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
+        output = self.student.get_output_embeddings()
+        return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
+
+    def _hidden(
+        self,
+        states: Mapping[int, Tensor],
+        hidden_targets: Mapping[int, Tensor] | None,
+        learned_BT: Tensor,
+        head: HeadLoss,
+    ) -> tuple[Tensor, Tensor]:
+        """(weighted sum of all terms, detached values of the hidden terms [S', N])."""
+        loss, values = head.total, [head.terms_SN[:0]]
+        for term in self.objective.hidden:
+            value_N = self._hidden_term(term, states, hidden_targets, learned_BT)
+            loss = loss + term.weight * value_N.sum()
+            values.append(value_N.detach().unsqueeze(0))
+        return loss, torch.cat(values)
+
+    def _hidden_term(
+        self,
+        term: HiddenTerm,
+        states: Mapping[int, Tensor],
+        hidden_targets: Mapping[int, Tensor] | None,
+        learned_BT: Tensor,
+    ) -> Tensor:
+        assert hidden_targets is not None
+        return term.loss(
+            states[term.student_layer][learned_BT], hidden_targets[term.teacher_layer][learned_BT]
+        )
+
+    def _sums(
+        self,
+        head: HeadLoss,
+        hidden_SN: Tensor,
+        learned_BT: Tensor,
+        has_head: bool,
+        label_logprob: Tensor | None,
+    ) -> Tensor:
+        """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
+        kl_N, ce_N = head.terms_SN[-2:]
+        objective_SN = torch.cat([head.terms_SN[:-2], hidden_SN])
+        weights_S = objective_SN.new_tensor(self.objective.weights)
+        ones_N = torch.ones_like(ce_N)
+        known_N = ones_N if has_head else torch.zeros_like(ones_N)
+        teacher_N = known_N if label_logprob is None else -label_logprob[learned_BT]
+        kl_N = kl_N if has_head else known_N
+        columns = [
+            (weights_S.unsqueeze(1) * objective_SN).sum(0),
+            kl_N,
+            ce_N,
+            head.agree_N,
+            teacher_N,
+            ones_N,
+            known_N,
+        ]
+        values_N7 = torch.stack([column.to(ce_N.dtype) for column in columns], dim=-1)
+        rows_N = torch.arange(len(learned_BT), device=learned_BT.device).unsqueeze(1)
+        rows_N = rows_N.expand_as(learned_BT)[learned_BT]
+        sums = values_N7.new_zeros(len(learned_BT), len(EVAL_COLUMNS))
+        return sums.index_add_(0, rows_N, values_N7)

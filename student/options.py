@@ -1,0 +1,117 @@
+"""The flags of `distily-train from-cache` that are not TrainingArguments, and their checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from student.errors import UserError
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class StudentOptions:
+    """What to train and towards what; validated once by `check`."""
+
+    _argument_group_name: ClassVar[str] = "student and objective"
+
+    student_model_config: str | None = _flag(
+        None,
+        "Changes to the teacher's configuration that make the student, as JSON: "
+        "'{\"num_hidden_layers\": 12}'. "
+        "Without it the student has the teacher's shape.",
+    )
+    student: str | None = _flag(
+        None, "Start from this checkpoint (directory or hub name) instead of a changed teacher configuration."
+    )
+    student_model_as_bitnet: bool | None = _flag(
+        None,
+        "Train a BitNet b1.58 student: ternary weights and int8 activations in all linear layers of the "
+        "decoder; "
+        "embeddings, norms and LM head stay full precision. Default: what --student is, else False.",
+    )
+    init: Literal["teacher", "random"] = _flag(
+        "teacher",
+        "Where a new student's weights come from: the teacher's embeddings, head, norms and the layers of "
+        "--copy-layers (read from its safetensors, the model is never built), or random numbers.",
+    )
+    copy_layers: str = _flag(
+        "uniform",
+        "Teacher layers to copy: uniform (spread over the depth, ends included), first, last, or a list "
+        "0,4,9,...",
+    )
+    teacher: str | None = _flag(
+        None,
+        "Directory of the teacher's safetensors for --init teacher; default: the name the cache records.",
+    )
+    freeze_embeddings: bool = _flag(False, "Do not train the input embeddings and the LM head.")
+    logits_loss: Literal["kl", "none"] = _flag(
+        "kl", "Loss on the cached distribution: forward KL on the head plus one bucket for the tail, or none."
+    )
+    logits_weight: float = _flag(1.0, "Weight of --logits-loss.")
+    ce_weight: float = _flag(0.0, "Weight of the cross-entropy on the next token; 0 leaves it out.")
+    hidden_loss: Literal["none", "mse", "cosine"] = _flag(
+        "none", "Loss between hidden states; needs `distily-cache generate --hidden-layers ...`."
+    )
+    hidden_weight: float = _flag(1.0, "Weight of --hidden-loss, shared evenly by its layer pairs.")
+    hidden_layers: str | None = _flag(
+        None,
+        "Cached teacher layers to use, e.g. 10,20 (numbered like transformers' output_hidden_states), each "
+        "paired with the student layer at the same relative depth. Default: all that the cache holds.",
+    )
+    layer_map: str | None = _flag(
+        None, "Explicit pairs TEACHER:STUDENT instead of --hidden-layers, e.g. 10:4,20:8."
+    )
+    eval_fraction: float = _flag(
+        0.1, "Share of the samples held out for evaluation, chosen by sample id; 0 holds nothing out."
+    )
+    json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
+
+    def check(self) -> None:
+        """UserError for the first flag that cannot be served whatever the cache holds."""
+        if self.student is not None and self.student_model_config is not None:
+            raise UserError(
+                "--student and --student-model-config exclude each other: a checkpoint brings its own "
+                "configuration"
+            )
+        for flag in ("logits_weight", "ce_weight", "hidden_weight"):
+            if not 0 <= getattr(self, flag) < float("inf"):
+                raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError("--eval-fraction must be at least 0 and below 1")
+        if self.hidden_loss == "none" and (self.hidden_layers or self.layer_map):
+            flag = "--hidden-layers" if self.hidden_layers else "--layer-map"
+            raise UserError(f"{flag} has no effect without --hidden-loss; add --hidden-loss mse or cosine")
+        if self.hidden_layers and self.layer_map:
+            raise UserError("--hidden-layers and --layer-map exclude each other; keep one")
+        if not self.active_losses:
+            raise UserError(
+                "nothing to learn: give --logits-loss kl, --ce-weight or --hidden-loss a weight above 0"
+            )
+
+    @property
+    def active_losses(self) -> set[str]:
+        """Which of "logits", "ce", "hidden" take part."""
+        active = {
+            "logits": self.logits_loss != "none" and self.logits_weight > 0,
+            "ce": self.ce_weight > 0,
+            "hidden": self.hidden_loss != "none" and self.hidden_weight > 0,
+        }
+        return {name for name, on in active.items() if on}
+
+    def config_changes(self) -> dict[str, Any]:
+        """The object of --student-model-config; UserError unless it is a JSON object."""
+        if self.student_model_config is None:
+            return {}
+        example = "write e.g. --student-model-config '{\"num_hidden_layers\": 12}'"
+        try:
+            changes = json.loads(self.student_model_config)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--student-model-config is not valid JSON ({error}); {example}") from None
+        if not isinstance(changes, dict):
+            raise UserError(f"--student-model-config must be a JSON object; {example}")
+        return changes

@@ -1,0 +1,90 @@
+"""`from-cache` from a parsed request to the summary: check, build, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from featurestore.reader import CacheReader
+from student.arguments import Request
+from student.build import plan_student
+from student.errors import UserError
+from student.model import DistillationModel
+from student.plan import plan_data, plan_objective
+from student.report import write_report
+from student.summary import Run, summarise
+from student.trainer import DistillationTrainer
+
+
+def train_from_cache(request: Request) -> dict[str, Any]:
+    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+
+    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    """
+    options, args = request.options, request.training
+    output_dir = Path(args.output_dir)
+    reader = CacheReader.open(request.store)
+    plan = plan_student(options, reader)
+    objective = plan_objective(options, reader, plan.config)
+    data = plan_data(objective, reader, options.eval_fraction)
+    if data.held_out is None:
+        args.eval_strategy, args.eval_on_start = "no", False
+    checkpoint = _checkpoint(args, output_dir)
+    _check_writable(output_dir)
+
+    set_seed(args.seed)
+    model = DistillationModel(plan.build(), objective)
+    trainer = DistillationTrainer(
+        model, args, data.train, data.held_out, reader.identity.vocab_size, reader.teacher_dir
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    if data.held_out is not None and not _evaluated_last_step(trainer):
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return {}
+    run = Run(reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()))
+    summary = summarise(run)
+    write_report(run, summary)
+    return summary
+
+
+def _evaluated_last_step(trainer: DistillationTrainer) -> bool:
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(evaluated) and evaluated[-1] == trainer.state.global_step
+
+
+def _checkpoint(args: TrainingArguments, output_dir: Path) -> str | None:
+    """The checkpoint that --resume_from_checkpoint means: a directory, or the last one for `True`."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
+        return str(wanted)
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if last is None:
+        raise UserError(
+            f"--resume-from-checkpoint: no checkpoint in {output_dir}; leave the flag out to start anew"
+        )
+    return str(last)
+
+
+def _check_writable(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {output_dir} cannot be written ({error.strerror}); choose another directory"
+        ) from error

@@ -1,0 +1,123 @@
+"""The shape of the student: the teacher's configuration, changed, and which teacher layers its layers come
+from.
+
+Shape letters: L teacher layers, n student layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from student.errors import UserError
+
+_NOT_INHERITED = ("quantization_config", "transformers_version", "_name_or_path", "architectures")
+
+
+def choose_layers(spec: str, count: int, depth: int) -> list[int]:
+    """The `count` teacher layers (0..depth-1) that --copy-layers names.
+
+    uniform spreads them evenly with both ends included; first and last take a block; a list is taken as it is
+    and may repeat layers.
+    """
+    if spec not in ("uniform", "first", "last"):
+        return _explicit_layers(spec, count, depth)
+    if count > depth:
+        raise UserError(
+            f"--copy-layers {spec}: the student has {count} layers, the teacher only {depth}; "
+            "name the layers yourself (repeats allowed) or use --init random"
+        )
+    if spec == "first":
+        return list(range(count))
+    if spec == "last":
+        return list(range(depth - count, depth))
+    return [(2 * i * (depth - 1) + count - 1) // (2 * max(count - 1, 1)) for i in range(count)]
+
+
+def _explicit_layers(spec: str, count: int, depth: int) -> list[int]:
+    try:
+        layers = [int(part) for part in spec.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--copy-layers {spec!r} is none of uniform, first, last, or a list like 0,4,9"
+        ) from None
+    if len(layers) != count:
+        raise UserError(f"--copy-layers names {len(layers)} layers, but the student has {count}")
+    wrong = [layer for layer in layers if not 0 <= layer < depth]
+    if wrong:
+        raise UserError(
+            f"--copy-layers: {wrong[0]} is out of range; the teacher's layers are 0 to {depth - 1}"
+        )
+    return layers
+
+
+def changed_config(teacher: Any, changes: Mapping[str, Any], copy_layers: str) -> tuple[Any, list[int]]:
+    """(student configuration, teacher layer of each student layer).
+
+    Settings that are lists with one entry per layer (`layer_types` of Gemma 3 and Qwen 3) follow the chosen
+    layers unless `changes` gives them. UserError for unknown settings and for values that the architecture
+    refuses.
+    """
+    base = teacher.to_dict()
+    _check_names(changes, base)
+    depth = int(base["num_hidden_layers"])
+    count = changes.get("num_hidden_layers", depth)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError("--student-model-config: num_hidden_layers must be a positive whole number")
+    layers = choose_layers(copy_layers, count, depth)
+    per_layer = {
+        name: [value[layer] for layer in layers]
+        for name, value in base.items()
+        if isinstance(value, list) and len(value) == depth and name.startswith("layer")
+    }
+    settings = {**base, **per_layer, **changes, "dtype": "float32"}
+    for name in _NOT_INHERITED:
+        settings.pop(name, None)
+    try:
+        return type(teacher).from_dict(settings), layers
+    except Exception as error:  # configurations validate with whatever error their authors chose
+        raise UserError(f"--student-model-config: the architecture refuses it: {_one_line(error)}") from error
+
+
+def _check_names(changes: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in changes:
+        if name not in known or name == "model_type":
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"--student-model-config: the teacher's configuration has no setting {name!r}{hint}"
+            )
+
+
+def check_vocabulary(config: Any, vocab_size: int, flag: str) -> None:
+    """UserError unless the student predicts over exactly the cached vocabulary."""
+    own = config.get_text_config().vocab_size
+    if own != vocab_size:
+        raise UserError(
+            f"{flag}: the student's vocabulary has {own} tokens, the cache's teacher {vocab_size}; cached "
+            "token ids "
+            "mean nothing to this student, choose one with the teacher's tokenizer"
+        )
+
+
+def check_positions(config: Any, longest: int, flag: str) -> None:
+    """UserError when the longest cached sample does not fit the student."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"{flag}: the student takes {limit} positions, the cache holds samples of {longest}; raise "
+            "max_position_embeddings or generate a cache with a smaller --max-seq-len"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def tokenizers_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two parsed tokenizer.json files give different ids to the same text pieces."""
+    vocabularies = [tokenizer.get("model", {}).get("vocab") for tokenizer in (one, other)]
+    if all(isinstance(vocabulary, (dict, Sequence)) for vocabulary in vocabularies):
+        return bool(vocabularies[0] != vocabularies[1])
+    return False

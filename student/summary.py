@@ -1,0 +1,115 @@
+"""What a run amounted to, as plain data: summary.json."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurestore.info import store_info
+from featurestore.reader import CacheReader
+from student.bitnet import bit_linears
+from student.model import DistillationModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training. state: Trainer's; seconds: of training with its evaluations."""
+
+    reader: CacheReader
+    model: DistillationModel
+    state: Any
+    output_dir: Path
+    seconds: float
+    train_samples: int
+    held_out_samples: int
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """Trainer's log entries of held-out evaluations, oldest first."""
+        return [entry for entry in self.state.log_history if "eval_loss" in entry]
+
+    @property
+    def training_logs(self) -> list[dict[str, float]]:
+        """Trainer's log entries of training steps, oldest first."""
+        return [entry for entry in self.state.log_history if "loss" in entry]
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The summary; also written to summary.json in the output directory."""
+    evaluations = run.evaluations
+    rates = [
+        entry["train_tokens_per_second"] for entry in run.training_logs if "train_tokens_per_second" in entry
+    ]
+    summary = {
+        "output_dir": str(run.output_dir),
+        "report": str(run.output_dir / "report.html"),
+        "cache": str(run.reader.path),
+        "manifest": run.reader.manifest_digest,
+        "steps": run.state.global_step,
+        "train_samples": run.train_samples,
+        "held_out_samples": run.held_out_samples,
+        "first_eval": _metrics(evaluations[0]) if evaluations else None,
+        "last_eval": _metrics(evaluations[-1]) if evaluations else None,
+        "seconds": round(run.seconds, 3),
+        "tokens": int(run.state.num_input_tokens_seen),
+        "tokens_per_second": round(rates[-1], 1) if rates else None,  # evaluations included in the time
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "objective": dict(zip(run.model.objective.labels, run.model.objective.weights, strict=True)),
+        "sizes": _sizes(run),
+        "cache_cost": cache_cost(run.reader),
+    }
+    (run.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cache_cost(reader: CacheReader) -> dict[str, Any]:
+    """What the cache cost: samples, tokens, bytes, and the seconds that its generation recorded."""
+    info = store_info(reader.path)
+    runs = [record for record in info.provenance if "capture_seconds" in record]
+    seconds = sum(float(record["capture_seconds"]) for record in runs)
+    computed = sum(int(record["tokens"]) for record in runs)
+    return {
+        "teacher": reader.identity.name,
+        "engine": reader.identity.engine,
+        "samples": info.samples,
+        "tokens": info.rows,
+        "bytes": info.bytes,
+        "bytes_per_token": round(info.bytes / max(info.rows, 1), 2),
+        "capture_seconds": round(seconds, 3) if runs else None,
+        "capture_tokens_per_second": round(computed / seconds, 1) if seconds else None,
+        "groups": {
+            group.kind: {"bytes": group.bytes, "bytes_per_token": round(group.bytes_per_row, 2)}
+            for group in info.groups.values()
+        },
+    }
+
+
+def _metrics(entry: Mapping[str, float]) -> dict[str, float]:
+    skipped = ("runtime", "per_second", "preparation_time")
+    return {name: value for name, value in entry.items() if not name.endswith(skipped)}
+
+
+def _sizes(run: Run) -> dict[str, Any]:
+    student = run.model.student
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    ternary = sum(layer.weight.numel() for _, layer in bit_linears(student))
+    return {
+        "student_parameters": parameters,
+        "ternary_parameters": ternary,
+        "ternary_share": round(ternary / parameters, 4),
+        "checkpoint_bytes": sum(file.stat().st_size for file in run.output_dir.glob("*.safetensors")),
+    }

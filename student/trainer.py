@@ -1,0 +1,143 @@
+"""transformers' Trainer on a DistillationModel: losses by term, held-out metrics, saving and resuming the
+student.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from student.bitnet import FlipMeter, bit_linears
+from student.data import CachedDataset, Collator
+from student.model import EVAL_COLUMNS, DistillationModel
+from student.saving import load_student, save_student
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trains `model.student`; every checkpoint is a directory that `from_pretrained` loads."""
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        args: TrainingArguments,
+        train_dataset: CachedDataset,
+        eval_dataset: CachedDataset | None,
+        vocab_size: int,
+        tokenizer_dir: Path,
+    ) -> None:
+        pad = model.config.get_text_config().pad_token_id
+        self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
+        self._vocab_size, self._tokenizer_dir = vocab_size, tokenizer_dir
+        self._train_collator = self._collator(train_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=self._train_collator,
+            compute_metrics=held_out_metrics,
+        )
+        self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
+        self._term_start: int | None = None  # the step after which _term_sums began to add up
+        self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
+
+    def _collator(self, dataset: CachedDataset) -> Collator:
+        return Collator(dataset.groups, self._vocab_size, self._pad_token)
+
+    def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
+        """Evaluation reads other column groups than training, so it has its own collator."""
+        self.data_collator = self._collator(eval_dataset or self.eval_dataset)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = self._train_collator
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's own, which divides by the learned positions of the whole accumulated batch; remembers the
+        terms.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if "terms" in outputs:
+            self._term_sums += outputs["terms"]
+            self._term_start = self.state.global_step if self._term_start is None else self._term_start
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the unweighted terms and the movement of the ternary weights to Trainer's training log."""
+        if "loss" in logs and self._term_start is not None:
+            steps = self.state.global_step - self._term_start
+            reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+            means = self.accelerator.reduce(self._term_sums, reduction) / steps
+            names = [f"loss_{label}" for label in self.model.objective.labels]
+            logs |= dict(zip(names, means.tolist(), strict=True))
+            self._term_sums.zero_()
+            self._term_start = None
+            logs |= self._flips.measure() if self._flips else {}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, sums per sequence [B, columns], their number of positions [B]); `held_out_metrics` adds them
+        up.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = model(**inputs)["sums"]
+        return None, sums, sums[:, EVAL_COLUMNS.index("positions")]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_student(self.model.student, directory, self._tokenizer_dir)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_student(self.model.student, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_student(self.model.student, Path(self.state.best_model_checkpoint))
+
+
+def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Means per learned position over the held-out samples.
+
+    loss: the objective. kl: KL(teacher || student), coarse-grained (a lower bound, see
+    losses.sparse.forward_kl), nats. ce: nats per token, and perplexity = exp(ce). top1_agreement: share of
+    positions where both prefer the same token. teacher_perplexity: of the teacher on the same tokens. The
+    teacher's columns need a cached `logits` group.
+    """
+    sums = dict(zip(EVAL_COLUMNS, np.asarray(prediction.predictions, np.float64).sum(0), strict=True))
+    count, known = max(sums["positions"], 1.0), sums["kl_positions"]
+    metrics = {
+        "loss": sums["loss"] / count,
+        "ce": sums["ce"] / count,
+        "perplexity": _perplexity(sums["ce"] / count),
+    }
+    if known:
+        metrics |= {
+            "kl": sums["kl"] / known,
+            "top1_agreement": sums["top1_agreement"] / known,
+            "teacher_perplexity": _perplexity(sums["teacher_nll"] / known),
+        }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
