@@ -20,6 +20,7 @@ from vllm.sequence import IntermediateTensors
 from pipeline.capture.plugin import PREFIX
 from pipeline.capture.pooler import CapturePooler
 from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.watch import end_with_driver
 
 CONFIG_KEY = "distily_capture"
 
@@ -73,6 +74,7 @@ def make_capture_class(base: type[nn.Module], name: str) -> type[nn.Module]:
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            end_with_driver()
             spec = capture_spec(vllm_config)
             depth = vllm_config.model_config.get_total_num_hidden_layers()
             # The stream after the last block is taken behind the final norm, where transformers takes it too.

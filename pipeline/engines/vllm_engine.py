@@ -13,6 +13,7 @@ from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec
 from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.plugin import capture_name
 from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.errors import EngineError, RequestError
 
@@ -59,6 +60,7 @@ class VllmEngine:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
+        announce_driver()
         twin = capture_name(config.architecture)
         _require_twin(config.architecture, twin, ModelRegistry.get_supported_archs())
         spec = CaptureSpec.from_groups(config.groups)

@@ -1,0 +1,41 @@
+"""The engine's processes end with the command that started them, however that command ended.
+
+vLLM's core process outlives a parent that was killed, and would keep the teacher's memory for good.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+_VARIABLE = "DISTILY_DRIVER_PID"
+_POLL_SECONDS = 1.0
+
+
+def announce_driver() -> None:
+    """In the command: name it to the processes that vLLM will start; they inherit the environment."""
+    os.environ[_VARIABLE] = str(os.getpid())
+
+
+def end_with_driver() -> None:
+    """In an engine process: end hard once the announced process is gone; a no-op in that process."""
+    driver = int(os.environ.get(_VARIABLE, "0"))
+    if driver not in (0, os.getpid()):
+        threading.Thread(target=_watch, args=(driver,), name="distily-driver-watch", daemon=True).start()
+
+
+def _watch(driver: int) -> None:
+    while _alive(driver):
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

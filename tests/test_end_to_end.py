@@ -1,0 +1,87 @@
+"""The main job on the demo teacher: vLLM, killed and gone on, the store, and a ternary student from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from featurestore.reader import CacheReader
+
+BIN = Path(sys.executable).parent
+
+
+def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(BIN / program), *map(str, arguments)], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def gone(processes: list[psutil.Process], seconds: float) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def cache(demo: Path) -> Path:
+    """A cache of 24 samples made in vLLM by a command that was killed once and started again."""
+    store = demo / "cache"
+    arguments = [demo / "teacher", demo / "topics.jsonl", "--out", store, "--max-seq-len", 256]
+    arguments += ["--num-samples", 24, "--shard-tokens", 512, "--top-k", 32, "--hidden-layers", "15"]
+    process = subprocess.Popen(
+        [str(BIN / "distily-cache"), "generate", *map(str, arguments)], stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while len(list(store.glob("commit/logits-*/*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    engines = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert engines, "vLLM runs in processes of its own"
+    assert gone(engines, 20), "the engine outlived the command"
+    before = {file: file.read_bytes() for file in store.glob("commit/*/*.json")}
+    again = json.loads(run("distily-cache", "generate", *arguments, "--json").stdout)
+    total = int(sum(CacheReader.open(store).lengths))
+    assert 0 < again["tokens"] < total
+    assert {file: file.read_bytes() for file in before} == before
+    return store
+
+
+@pytest.mark.vllm
+def test_the_cache_is_whole_and_asks_for_nothing_more(demo: Path, cache: Path) -> None:
+    assert len(CacheReader.open(cache)) == 24
+    assert json.loads(run("distily-cache", "verify", cache, "--deep", "--json").stdout)["problems"] == []
+    arguments = [demo / "teacher", demo / "topics.jsonl", "--out", cache, "--max-seq-len", 256]
+    again = run("distily-cache", "generate", *arguments, "--num-samples", 24, "--top-k", 32)
+    assert "nothing to generate" in again.stderr
+    assert "starting" not in again.stderr
+
+
+@pytest.mark.vllm
+def test_a_ternary_student_learns_from_it(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    config = '{"num_hidden_layers": 3}'
+    done = run(
+        "distily-train",
+        *("from-cache", cache, "--output-dir", out, "--student-model-config", config),
+        *("--student-model-as-bitnet", "--hidden-loss", "cosine", "--ce-weight", "0.1", "--bf16"),
+        *("--max-steps", 12, "--per-device-train-batch-size", 2, "--learning-rate", "1e-3", "--json"),
+    )
+    summary = json.loads(done.stdout)
+    assert summary["last_eval"]["eval_kl"] < 0.9 * summary["first_eval"]["eval_kl"]
+    assert (out / "report.html").is_file()
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.num_hidden_layers == 3
+    assert model(**tokenizer("The assert statement", return_tensors="pt")).logits.isfinite().all()
