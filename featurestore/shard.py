@@ -34,6 +34,9 @@ EMPTY_CHUNK: Final = 2**64 - 1
 BYTES_CODEC = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC_CODEC = {"name": "crc32c"}
 
+# As zarr-python does when it is imported: blosc's own threads do not survive a fork into a worker.
+blosc.use_threads = False
+
 
 def write_group(
     directory: Path,

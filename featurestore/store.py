@@ -97,10 +97,13 @@ class FeatureStore:
         return {task.id: task for _, tasks in sorted(self._plans.items()) for task in tasks}
 
     def add_plan(self, tasks: Sequence[Task]) -> None:
-        """Publish a plan file with these tasks. The same tasks again change nothing."""
-        if tasks:
+        """Publish a plan file with the tasks that are not planned yet."""
+        known = self.known_tasks()
+        new = [task for task in tasks if task.id not in known]
+        if new:
+            data = plan_to_bytes(new)
             with writing("a plan", self.path):
-                publish(self.path / plan_name(tasks), plan_to_bytes(tasks))
+                publish(self.path / plan_name(data), data)
 
     def commits(self) -> dict[str, dict[str, CommitRecord]]:
         """group id ("samples" included) -> task id -> record, of everything that is committed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptionError, FeatureStoreError
 from featurestore.files import read_bounded
-from featurestore.identity import canonical_json, digest
+from featurestore.identity import digest
 from featurestore.plan import Task
 from featurestore.schema import Sample
 
@@ -28,9 +28,9 @@ SAMPLE_SCHEMA = pa.schema(
 MAX_PLAN_BYTES = 4 * 2**30
 
 
-def plan_name(tasks: Iterable[Task]) -> str:
-    """plan-<32 hex>.parquet, by the ids of the tasks in order."""
-    return f"plan-{digest(canonical_json([task.id for task in tasks]))}.parquet"
+def plan_name(data: bytes) -> str:
+    """plan-<32 hex>.parquet, by the bytes of the file: every bit of it is covered."""
+    return f"plan-{digest(data)}.parquet"
 
 
 def plan_to_bytes(tasks: Sequence[Task]) -> bytes:
@@ -44,8 +44,10 @@ def plan_to_bytes(tasks: Sequence[Task]) -> bytes:
 
 
 def read_plan(path: Path) -> list[Task]:
-    """The tasks of a plan file, checked against their ids and the file's name."""
+    """The tasks of a plan file, checked against the file's name and their own ids."""
     data = read_bounded(path, MAX_PLAN_BYTES)
+    if plan_name(data) != path.name:
+        raise CorruptionError(f"{path}: its content does not hash to its name; the file is damaged")
     # Sample ids are random hex digits: a real plan never expands a hundredfold.
     table = _from_bytes(data, PLAN_SCHEMA, 100 * len(data) + 2**20, path)
     rows: dict[str, tuple[list[str], list[int]]] = {}
@@ -58,8 +60,8 @@ def read_plan(path: Path) -> list[Task]:
         tasks = [Task(tuple(ids), tuple(lengths)) for ids, lengths in rows.values()]
     except FeatureStoreError as error:
         raise CorruptionError(f"{path}: {error}") from None
-    if [task.id for task in tasks] != list(rows) or plan_name(tasks) != path.name:
-        raise CorruptionError(f"{path}: its content does not hash to its name; the file is damaged")
+    if [task.id for task in tasks] != list(rows):
+        raise CorruptionError(f"{path}: samples that do not hash to their task's id")
     return tasks
 
 
