@@ -94,17 +94,18 @@ def publish(path: Path, data: bytes) -> bool:
 def read_bounded(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
     """The bytes of a file; CorruptionError when it is missing, unreadable or larger than `limit`."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise CorruptionError(f"{path}: not a regular file")
+        if status.st_size > limit:
+            raise CorruptionError(f"{path}: larger than {limit} bytes")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # A bounded read allocates its bound at once, so the bound is the size that the file has.
+            return file.read(status.st_size)
     except CorruptionError:
         raise
     except OSError as error:
         raise CorruptionError(f"{path}: {_reason(error)}") from None
-    if len(data) > limit:
-        raise CorruptionError(f"{path}: larger than {limit} bytes")
-    return data
 
 
 def hash_file(path: Path) -> tuple[int, str]:

@@ -82,13 +82,15 @@ class _Audit:
         self.report = Report()
         self.identity: TeacherIdentity | None = None
         self.tasks: dict[str, Task] = {}
+        self.planned: dict[str, dict[str, Task]] = {}
         self.records: dict[tuple[str, str], str] = {}
 
     def run(self, progress: Progress | None) -> Report:
         spec_digest = self._spec()
         for name in plan_names(self.root):
             with self._file(name):
-                self.tasks.update((task.id, task) for task in read_plan(self.root / name))
+                self.planned[name] = {task.id: task for task in read_plan(self.root / name)}
+                self.tasks.update(self.planned[name])
         self._side_files()
         keys = [(g, t) for g in committed_groups(self.root) for t in committed_tasks(self.root, g)]
         for done, (group, task) in enumerate(keys):
@@ -184,7 +186,10 @@ class _Audit:
         for file in (*manifest.plans, *manifest.teacher):
             if not (self.root / file).exists():
                 self._problem(file, "the file is missing")
+        planned = {task for plan in manifest.plans for task in self.planned.get(plan, ())}
         for task, groups in manifest.tasks.items():
+            if task not in planned:
+                self._problem(name, f"task {task} is in none of the plan files that it names")
             for group, expected in groups.items():
                 if self.records.get((group, task)) != expected:
                     what = "not the commit record that the manifest names, or missing"

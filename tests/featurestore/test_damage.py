@@ -37,7 +37,7 @@ def damages(data: bytes, other: bytes, chance: random.Random) -> Iterator[tuple[
 
 
 def test_every_damage_is_named_and_never_read(tmp_path: Path) -> None:
-    path = fill(tmp_path / "store", [LogitsSpec(4), HiddenSpec(1, "int8")], count=5, shard_tokens=60).path
+    path = fill(tmp_path / "store", [LogitsSpec(4), HiddenSpec(1, "int8")], count=4, shard_tokens=60).path
     assert verify_store(path, deep=True).sound
     files = sorted(p for p in path.rglob("*") if p.is_file())
     chance, flips = random.Random(3), 0

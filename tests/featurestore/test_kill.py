@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import random
 import signal
@@ -19,29 +20,44 @@ from tests.featurestore.kill_writer import SPECS, complete, request
 KILLS = 24
 
 
+def run_and_kill(path: Path, bundles: int, seconds: float) -> int:
+    """Start two writers in opposite orders and kill both `seconds` into their n-th bundle.
+
+    Returns how many died of it. Counting bundles keeps the moment where it belongs on a slow machine.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.featurestore.kill_writer"])
+    pipes = [server.Pipe(duplex=False) for _ in range(2)]
+    pair = [server.Process(target=complete, args=(path, i == 1, pipes[i][1])) for i in range(2)]
+    for process, (_, sender) in zip(pair, pipes, strict=True):
+        process.start()
+        sender.close()
+    # A writer that has nothing left to do closes its end.
+    with contextlib.suppress(EOFError):
+        for _ in range(bundles):
+            for receiver, _ in pipes:
+                receiver.recv()
+    time.sleep(seconds)
+    for process in pair:
+        process.kill()
+        process.join()
+    return sum(process.exitcode == -signal.SIGKILL for process in pair)
+
+
 def test_killed_writers_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "store"
-    spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["tests.featurestore.kill_writer"])
     chance = random.Random(7)
-    committed: set[tuple[str, str]] = set()
+    committed: dict[tuple[str, str], str] = {}
     killed = 0
-    for attempt in range(200):
-        pair = [spawn.Process(target=complete, args=(path, backwards)) for backwards in (False, True)]
-        for process in pair:
-            process.start()
-        time.sleep(chance.uniform(0.0, 0.15) + (0.5 if attempt == 0 else 0.0))
-        for process in pair:
-            process.kill()
-            process.join()
-        killed += sum(process.exitcode == -signal.SIGKILL for process in pair)
+    while killed < KILLS:
+        killed += run_and_kill(path, chance.randint(1, 3), chance.uniform(0.0, 0.06))
         if (path / "SPEC.json").exists():
-            now = {(g, t) for g, records in FeatureStore.open(path).commits().items() for t in records}
-            assert committed <= now, "a commit vanished"
+            commits = FeatureStore.open(path).commits()
+            now = {(g, t): r.bundle for g, records in commits.items() for t, r in records.items()}
+            assert committed.items() <= now.items(), "a commit vanished or was replaced"
             committed = now
-        if killed >= KILLS:
-            break
-    assert killed >= KILLS
+    orphans = {p.name for p in path.glob("parts/*")} - set(committed.values())
+    assert len(orphans) >= KILLS // 4, "the kills have to hit bundles that are being written"
 
     complete(path)
     tasks, samples = request()

@@ -19,14 +19,15 @@ from featurestore.verify import verify_store
 from tests.featurestore.helpers import features, identity, sample, task_of
 
 SPECS: list[GroupSpec] = [LogitsSpec(5), HiddenSpec(1, "int8")]
+FEW_FILES: list[GroupSpec] = [HiddenSpec(1, "bf16")]
 
 
-def write_all(path: Path) -> None:
+def write_all(path: Path, specs: list[GroupSpec] = FEW_FILES) -> None:
     store = FeatureStore.create(path, identity())
     for seed in (1, 2):
         one = sample(seed, 300)
         store.add_plan([task_of([one])])
-        store.write_bundle(task_of([one]), [one], features([one], SPECS))
+        store.write_bundle(task_of([one]), [one], features([one], specs))
     store.put_teacher_files({"config.json": b"{}"})
     store.add_provenance({"seconds": 1})
     store.publish_manifest()
