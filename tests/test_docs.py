@@ -1,0 +1,63 @@
+"""README and docs stay true: their commands run, their links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import teachers
+from tests.pipeline.test_generate_cli import text_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Every line of the page's `bash` blocks; they are written to run one after the other."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    teachers.llama(tmp_path / "my-teacher")
+    lines = [json.dumps({"text": text_of(60, seed)}) for seed in range(24)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    if (ROOT / "examples").is_dir():
+        shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in commands(page):
+        done = subprocess.run(
+            line,
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_make_targets_of_the_readme_exist_and_ci_runs_them() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    ci = (ROOT / ".ci" / "run").read_text() + makefile[makefile.index("\nci:") : makefile.index("\nlint:")]
+    for target in ("quickstart", "test"):
+        assert f"make {target}" in (ROOT / "README.md").read_text()
+        assert re.search(rf"^{target}:", makefile, flags=re.M)
+        assert target in ci
