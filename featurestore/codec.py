@@ -60,9 +60,10 @@ def decode_head(counts: Array, gaps: Array, top: Array) -> npt.NDArray[np.float3
     """The inverse of `encode_head`, within 1/64 nat: logits float32 [nnz]."""
     total = np.cumsum(gaps, dtype=np.int64)
     starts = row_starts(counts)[:-1]
-    # total[start] includes the row's own first gap, which is 0 by definition: the top is exact.
-    base = top.astype(np.float64) + total[starts] / STEPS_PER_NAT
-    return (np.repeat(base, counts) - total / STEPS_PER_NAT).astype(np.float32)
+    # The subtraction of integers is exact, so each row's top comes back to the last bit. A row's first
+    # gap is 0 by definition and cancels.
+    drop = (total - np.repeat(total[starts], counts)) / STEPS_PER_NAT
+    return (np.repeat(top.astype(np.float64), counts) - drop).astype(np.float32)
 
 
 def head_mass(counts: Array, logits: Array, lse: Array) -> npt.NDArray[np.float64]:

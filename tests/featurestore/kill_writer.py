@@ -17,7 +17,7 @@ SPECS: list[GroupSpec] = [LogitsSpec(5), HiddenSpec(1, "int8")]
 
 
 def request() -> tuple[list[Task], dict[str, Sample]]:
-    samples = {s.id: s for s in (sample(i, 5) for i in range(120))}
+    samples = {s.id: s for s in (sample(i, 5) for i in range(60))}
     return split_tasks([(s.id, len(s)) for s in samples.values()], 10), samples
 
 
