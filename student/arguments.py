@@ -66,6 +66,7 @@ def defaults() -> dict[str, Any]:
     """
     on_gpu = torch.cuda.is_available()
     return {
+        "use_cpu": not torch.accelerator.is_available(),  # without it --bf16 is refused on CPUs
         "eval_strategy": "steps",
         "eval_steps": 0.1,
         "eval_on_start": True,
@@ -99,11 +100,17 @@ def make_parser() -> Any:
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too
             action.nargs, action.const = "?", True
+        if action.dest == "include_num_input_tokens_seen":
+            action.type = _token_count  # a string or a bool, which HfArgumentParser takes for a bool
     parser._optionals.title = "transformers TrainingArguments"
     own = next(group for group in parser._action_groups if group.title == StudentOptions._argument_group_name)
     parser._action_groups.remove(own)
     parser._action_groups.insert(1, own)
     return parser
+
+
+def _token_count(value: str) -> str | bool:
+    return value if value in ("all", "non_padding") else bool(string_to_bool(value))
 
 
 def parse(argv: Sequence[str]) -> Request:

@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"distily-train: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code) from error
 
 
