@@ -24,15 +24,20 @@ from featurestore.schema import HiddenSpec, LogitsSpec, group_id
 from featurestore.store import FeatureStore
 from featurestore.tables import SAMPLE_SCHEMA
 from featurestore.verify import verify_store
-from tests.featurestore.conftest import Filled, fill
+from tests.featurestore.conftest import Filled, copy_of, fill
 
 LOGITS, HIDDEN = LogitsSpec(4), HiddenSpec(1, "int8")
 Edit = Callable[[dict[str, Any]], object]
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    return fill(tmp_path_factory.mktemp("sound") / "store", [LOGITS, HIDDEN], count=3, shard_tokens=1000)
+
+
 @pytest.fixture
-def victim(tmp_path: Path) -> Filled:
-    return fill(tmp_path / "store", [LOGITS, HIDDEN], count=3, shard_tokens=1000)
+def victim(sound: Filled, tmp_path: Path) -> Filled:
+    return copy_of(sound, tmp_path / "store")
 
 
 def reseal(path: Path, edit: Edit) -> None:
