@@ -49,11 +49,6 @@ class Extent:
     hidden_size: int
 
 
-def array_names(spec: GroupSpec) -> tuple[str, ...]:
-    """The arrays of a group of this spec."""
-    return tuple(layouts(spec, Extent(1, 1, 1, 1, 1)))
-
-
 def group_files(spec: GroupSpec) -> list[str]:
     """Every file of a group, relative to its directory: metadata, and one shard per array."""
     files = ["zarr.json"]
