@@ -116,11 +116,15 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _terms: Tensor, _agree: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "the fused head cannot be differentiated a second time: it scales its gradients in place"
+            )
         grads = [
             None if grad is None else grad.mul_(grad_total).to(dtype)
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
-        ctx.grads = (None, None, None)
+        ctx.grads = None
         return (*grads, None, None, None, None)
 
 

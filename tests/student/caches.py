@@ -1,0 +1,120 @@
+"""Real stores for the training tests: features computed by transformers from a tiny teacher, written
+by featurestore.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from featurestore.plan import split_tasks
+from featurestore.schema import (
+    GroupFeatures,
+    GroupSpec,
+    HiddenFeatures,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+    Sample,
+    TeacherIdentity,
+)
+from featurestore.store import FeatureStore
+
+
+def random_samples(
+    count: int, vocab_size: int, lengths: tuple[int, int] = (5, 24), seed: int = 0
+) -> list[Sample]:
+    """Samples over a few tokens (so that there is something to learn), ragged, the first third
+    partly masked.
+    """
+    rng = np.random.default_rng(seed)
+    samples = []
+    for index in range(count):
+        length = int(rng.integers(*lengths))
+        tokens = rng.integers(3, min(17, vocab_size), length).astype(np.int32)
+        mask = np.ones(length, bool)
+        if index % 3 == 0:
+            mask[: length // 2] = False
+        samples.append(Sample(tokens=tokens, loss_mask=mask))
+    return samples
+
+
+def write_cache(
+    path: Path, teacher: Path, samples: list[Sample], groups: list[GroupSpec], shard_tokens: int = 200
+) -> Path:
+    """A complete store at `path`."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    config = model.config
+    identity = TeacherIdentity(
+        name=str(teacher),
+        architecture=type(model).__name__,
+        digest="ab" * 16,
+        tokenizer_digest="cd" * 16,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        max_position=config.max_position_embeddings,
+        engine="transformers",
+        engine_version="5",
+        dtype="float32",
+        quantization="none",
+    )
+    store = FeatureStore.create(path, identity)
+    store.put_teacher_files(
+        {file.name: file.read_bytes() for file in teacher.iterdir() if file.suffix in (".json", ".jinja")}
+    )
+    by_id = {sample.id: sample for sample in samples}
+    tasks = split_tasks([(sample.id, len(sample)) for sample in samples], shard_tokens)
+    store.add_plan(tasks)
+    for task in tasks:
+        members = [by_id[sample_id] for sample_id in task.sample_ids]
+        computed = [features_of(model, sample, groups) for sample in members]
+        store.write_bundle(task, members, {spec: [one[spec] for one in computed] for spec in groups})
+    store.add_provenance({"tokens": sum(map(len, samples)), "capture_seconds": 2.0, "engine_seconds": 1.0})
+    store.publish_manifest()
+    return path
+
+
+@torch.no_grad()
+def features_of(
+    model: torch.nn.Module, sample: Sample, groups: list[GroupSpec]
+) -> dict[GroupSpec, GroupFeatures]:
+    """What the design says of every column group, straight from one forward pass."""
+    ids = torch.from_numpy(sample.tokens.astype(np.int64))[None]
+    output = model(input_ids=ids, output_hidden_states=True)
+    return {
+        spec: logits_of(output.logits[0], ids[0], spec)
+        if isinstance(spec, LogitsSpec)
+        else hidden_of(output.hidden_states[spec.layer][0], spec)
+        for spec in groups
+    }
+
+
+def logits_of(logits_TV: torch.Tensor, ids_T: torch.Tensor, spec: LogitsSpec) -> LogitsFeatures:
+    logprob_TV = logits_TV.double().log_softmax(-1)
+    top = logits_TV.topk(spec.top_k, dim=-1)
+    head_p = logprob_TV.gather(1, top.indices).exp()
+    keep = torch.ones_like(head_p, dtype=torch.bool)
+    if spec.top_p is not None:
+        keep = head_p.cumsum(-1) - head_p < spec.top_p
+    label = np.full(len(ids_T), np.nan, np.float32)
+    label[:-1] = logprob_TV[:-1].gather(1, ids_T[1:, None])[:, 0].float().numpy()
+    return LogitsFeatures(
+        counts=keep.sum(-1).numpy().astype(np.uint16),
+        ids=top.indices[keep].numpy().astype(np.uint32),
+        logits=top.values[keep].float().numpy(),
+        lse=logits_TV.double().logsumexp(-1).float().numpy(),
+        label_logprob=label,
+        entropy=-(logprob_TV.exp() * logprob_TV).sum(-1).float().numpy(),
+    )
+
+
+def hidden_of(hidden_TD: torch.Tensor, spec: HiddenSpec) -> HiddenFeatures:
+    if spec.dtype == "bf16":
+        bits = hidden_TD.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        return HiddenFeatures(values=bits, scale=None, dtype="bf16")
+    assert spec.dtype == "f32"
+    return HiddenFeatures(values=hidden_TD.float().contiguous().numpy(), scale=None, dtype="f32")

@@ -1,0 +1,65 @@
+"""One small cache and one way to run the command, shared by the training tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featurestore.schema import HiddenSpec, LogitsSpec
+from student.cli import main
+from tests.student.caches import random_samples, write_cache
+
+SPECS = [LogitsSpec(16), HiddenSpec(1, "bf16"), HiddenSpec(3, "f32")]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """36 samples of the tiny Llama: its 16 best logits, hidden states 1 (bf16) and 3 (f32, after the
+    final norm).
+    """
+    path = tmp_path_factory.mktemp("cache") / "store"
+    return write_cache(path, tiny_teacher, random_samples(36, 199), SPECS)
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """transformers compiles its BitNet quantisers; compiling takes longer than these tests."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
+def distily_train(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `distily-train from-cache ARGS` in this process; (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["distily-train", "from-cache", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def train(distily_train: Callable[..., tuple[int, str, str]], cache: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a successful training on `cache` with quick settings; the summary it prints."""
+
+    def run(output_dir: Path, *arguments: object) -> dict[str, Any]:
+        quick = ["--per-device-train-batch-size", 4, "--eval-fraction", 0.25, "--report-to", "none"]
+        code, out, err = distily_train(cache, "--output-dir", output_dir, *quick, "--json", *arguments)
+        assert code == 0, err
+        summary: dict[str, Any] = json.loads(out)
+        return summary
+
+    return run
