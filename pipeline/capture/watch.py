@@ -6,6 +6,7 @@ vLLM's core process outlives a parent that was killed, and would keep the teache
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 
@@ -22,12 +23,16 @@ def end_with_driver() -> None:
     """In an engine process: end hard once the announced process is gone; a no-op in that process."""
     driver = int(os.environ.get(_VARIABLE, "0"))
     if driver not in (0, os.getpid()):
-        threading.Thread(target=_watch, args=(driver,), name="distily-driver-watch", daemon=True).start()
+        watch = threading.Thread(target=_watch, args=(driver, os.getppid()), daemon=True)
+        watch.start()
 
 
-def _watch(driver: int) -> None:
+def _watch(driver: int, parent: int) -> None:
     while _alive(driver):
         time.sleep(_POLL_SECONDS)
+    if parent == os.getppid() != driver:
+        # vLLM's core process stands between the command and its workers, and only waits once they are gone.
+        os.kill(parent, signal.SIGKILL)
     os._exit(1)
 
 
