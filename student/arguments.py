@@ -100,6 +100,7 @@ def make_parser() -> Any:
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too
             action.nargs, action.const = "?", True
+        action.required = action.required or action.dest == "output_dir"
         if action.dest == "include_num_input_tokens_seen":
             action.type = _token_count  # a string or a bool, which HfArgumentParser takes for a bool
     parser._optionals.title = "transformers TrainingArguments"
@@ -120,7 +121,9 @@ def parse(argv: Sequence[str]) -> Request:
     parser = make_parser()
     try:
         options, training, rest, unknown = parser.parse_args_into_dataclasses(
-            args=bind_booleans(parser, argv), return_remaining_strings=True, look_for_args_file=False
+            args=lower_is_better(bind_booleans(parser, argv)),
+            return_remaining_strings=True,
+            look_for_args_file=False,
         )
     except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, UserError):
@@ -128,8 +131,6 @@ def parse(argv: Sequence[str]) -> Request:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
     if unknown:
         raise UserError(_unknown(parser, unknown[0]))
-    if training.output_dir is None:
-        raise UserError("--output-dir is missing; say where checkpoints, student and report go")
     options.check()
     return Request(rest.store, options, training)
 
@@ -144,6 +145,15 @@ def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
         alone = word in optional and following.lower() not in _BOOLEANS
         bound.append(f"{word}=True" if alone else word)
     return bound
+
+
+def lower_is_better(argv: Sequence[str]) -> list[str]:
+    """Adds `--greater_is_better False` for our metrics that fall; Trainer assumes so for losses only."""
+    words = [part for word in argv for part in word.replace("-", "_").split("=", 1)]
+    asked = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "__metric_for_best_model"]
+    decided = "__greater_is_better" in words
+    falling = bool(asked) and asked[-1].removeprefix("eval_") in ("kl", "ce", "perplexity")
+    return [*argv, "--greater_is_better", "False"] if falling and not decided else list(argv)
 
 
 def _unknown(parser: Any, word: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from featurestore.plan import split_tasks
 from featurestore.schema import (
@@ -22,6 +22,31 @@ from featurestore.schema import (
     TeacherIdentity,
 )
 from featurestore.store import FeatureStore
+from tests.teachers import word_tokenizer
+
+
+def save_teacher(directory: Path, layers: int = 3) -> Path:
+    """A random Llama (V=199, D=64, tied) whose layers matter: its distributions are neither flat nor
+    certain.
+    """
+    config = LlamaConfig(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    word_tokenizer(199).save_pretrained(directory)
+    return directory
 
 
 def random_samples(

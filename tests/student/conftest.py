@@ -13,18 +13,24 @@ import torch
 
 from featurestore.schema import HiddenSpec, LogitsSpec
 from student.cli import main
-from tests.student.caches import random_samples, write_cache
+from tests.student.caches import random_samples, save_teacher, write_cache
 
 SPECS = [LogitsSpec(16), HiddenSpec(1, "bf16"), HiddenSpec(3, "f32")]
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
-    """36 samples of the tiny Llama: its 16 best logits, hidden states 1 (bf16) and 3 (f32, after the
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the teacher that `cache` is of."""
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """36 samples of the teacher: its 16 best logits, hidden states 1 (bf16) and 3 (f32, after the
     final norm).
     """
     path = tmp_path_factory.mktemp("cache") / "store"
-    return write_cache(path, tiny_teacher, random_samples(36, 199), SPECS)
+    return write_cache(path, teacher, random_samples(36, 199), SPECS)
 
 
 @pytest.fixture

@@ -78,9 +78,7 @@ def test_copies_exactly_the_chosen_layers(architecture: str, shard_size: str, tm
     assert not [name for name in read if "layers.1." in name or "layers.3." in name]
 
 
-def test_an_untied_student_of_a_tied_teacher_starts_from_the_embeddings(
-    tiny_teacher: Path, cache: Path
-) -> None:
+def test_an_untied_student_of_a_tied_teacher_starts_from_the_embeddings(cache: Path) -> None:
     options = StudentOptions(student_model_config='{"tie_word_embeddings": false}', freeze_embeddings=True)
     student = plan_student(options, CacheReader.open(cache)).build()
     head, embeddings = student.get_output_embeddings().weight, student.get_input_embeddings().weight
