@@ -72,7 +72,7 @@ def defaults() -> dict[str, Any]:
         "eval_on_start": True,
         "logging_steps": 0.02,
         "logging_first_step": True,
-        "save_steps": 0.25,
+        "save_steps": 0.2,
         "save_total_limit": 2,
         "learning_rate": 4e-4,
         "lr_scheduler_type": "cosine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
     checkpoint = _checkpoint(args, output_dir)
+    _check_optimizer(args)
     _check_writable(output_dir)
 
     set_seed(args.seed)
@@ -77,6 +79,15 @@ def _checkpoint(args: TrainingArguments, output_dir: Path) -> str | None:
             f"--resume-from-checkpoint: no checkpoint in {output_dir}; leave the flag out to start anew"
         )
     return str(last)
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Trainer finds a missing optimizer library only when training begins."""
+    name = str(args.optim.value)
+    if any(part in name for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
+        raise UserError(
+            f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
+        )
 
 
 def _check_writable(output_dir: Path) -> None:

@@ -167,6 +167,7 @@ def test_help_teaches_our_flags_first(distily_train: Run) -> None:
         (["--ce-weight", "-1"], ["--ce-weight"]),
         (["--eval-fraction", "1.5"], ["--eval-fraction"]),
         (["--eval-fraction", "0.0001"], ["--eval-fraction", "held-out"]),
+        (["--optim", "paged_adamw_32bit"], ["--optim", "bitsandbytes"]),
         (["--resume_from_checkpoint", "True"], ["--resume-from-checkpoint", "no checkpoint"]),
         (["--resume_from_checkpoint", "no/such"], ["--resume-from-checkpoint", "no/such"]),
     ],
