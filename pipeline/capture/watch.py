@@ -10,6 +10,8 @@ import signal
 import threading
 import time
 
+import psutil  # vLLM requires it
+
 _VARIABLE = "DISTILY_DRIVER_PID"
 _POLL_SECONDS = 1.0
 
@@ -23,24 +25,22 @@ def end_with_driver() -> None:
     """In an engine process: end hard once the announced process is gone; a no-op in that process."""
     driver = int(os.environ.get(_VARIABLE, "0"))
     if driver not in (0, os.getpid()):
-        watch = threading.Thread(target=_watch, args=(driver, os.getppid()), daemon=True)
-        watch.start()
+        arguments = (psutil.Process(driver), os.getppid())
+        threading.Thread(target=_watch, args=arguments, daemon=True).start()
 
 
-def _watch(driver: int, parent: int) -> None:
+def _watch(driver: psutil.Process, parent: int) -> None:
     while _alive(driver):
         time.sleep(_POLL_SECONDS)
-    if parent == os.getppid() != driver:
+    if parent == os.getppid() != driver.pid:
         # vLLM's core process stands between the command and its workers, and only waits once they are gone.
         os.kill(parent, signal.SIGKILL)
     os._exit(1)
 
 
-def _alive(pid: int) -> bool:
+def _alive(process: psutil.Process) -> bool:
+    """Running in truth: neither a zombie nor another process under the same number."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
