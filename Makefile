@@ -7,6 +7,8 @@ ACCELERATOR ?= auto
 RUN ?= run
 PY := $(VENV)/bin/python
 
+# Threads that spin at barriers slow each other down many times over on a shared machine.
+export OMP_WAIT_POLICY ?= passive
 export VENV PYTHON ACCELERATOR
 
 .PHONY: quickstart test ci lint types format clean

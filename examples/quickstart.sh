@@ -19,4 +19,5 @@ rm -rf "$RUN/student"
 "$VENV/bin/distily-train" from-cache "$RUN/cache" --output-dir "$RUN/student" \
   --student-model-config '{"num_hidden_layers": 6}' --student-model-as-bitnet \
   --logits-loss kl --ce-weight 0.1 --hidden-loss cosine --hidden-weight 1.0 \
-  --bf16 --per-device-train-batch-size 4 --learning-rate 1e-3 --num-train-epochs 1
+  --bf16 --per-device-train-batch-size 4 --learning-rate 1e-3 --max-steps 48 \
+  --eval-fraction 0.05 --eval-steps 0.25 --save-strategy no
