@@ -21,8 +21,11 @@ class Line:
     dashed: bool = False
 
 
-def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
-    """An <svg> with axes, a legend and one polyline per line; points that are not finite are left out."""
+def line_chart(lines: Sequence[Line], x_label: str, y_label: str, log: bool = False) -> str:
+    """An <svg> with axes, a legend and one polyline per line; points that are not finite are left out.
+
+    `log` makes the y axis logarithmic; all y must then be positive.
+    """
     lines = [
         Line(line.name, [p for p in line.points if all(map(math.isfinite, p))], line.dashed) for line in lines
     ]
@@ -30,7 +33,7 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
     if not lines:
         return "<p>No data.</p>"
     x_axis = _Axis.around([x for line in lines for x, _ in line.points], _LEFT, _WIDTH - _RIGHT)
-    y_axis = _Axis.around([y for line in lines for _, y in line.points], _HEIGHT - _BOTTOM, _TOP)
+    y_axis = _Axis.around([y for line in lines for _, y in line.points], _HEIGHT - _BOTTOM, _TOP, log)
     body = [*_grid(x_axis, y_axis, x_label, y_label)]
     for index, line in enumerate(lines):
         style = f"c{index % _COLOURS}" + (" dashed" if line.dashed else "")
@@ -45,21 +48,31 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Maps low..high to the pixels start..end."""
+    """Maps low..high to the pixels start..end, by the logarithm when `log`."""
 
     ticks: list[float]
     low: float
     high: float
     start: float
     end: float
+    log: bool = False
 
     @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float) -> _Axis:
-        ticks = nice_ticks(min(values), max(values))
-        return cls(ticks, min(ticks[0], *values), max(ticks[-1], *values), start, end)
+    def around(cls, values: Sequence[float], start: float, end: float, log: bool = False) -> _Axis:
+        ticks = decades(min(values), max(values)) if log else nice_ticks(min(values), max(values))
+        return cls(ticks, min(ticks[0], *values), max(ticks[-1], *values), start, end, log)
 
     def place(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten that enclose low..high, both positive; at least two."""
+    first = math.floor(math.log10(low))
+    return [10.0**power for power in range(first, max(math.ceil(math.log10(high)), first + 1) + 1)]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

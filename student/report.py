@@ -76,7 +76,7 @@ def _held_out(run: Run, summary: Mapping[str, Any]) -> str:
         [Line("KL(teacher || student)", _series(run.evaluations, "eval_kl"))], "step", "nats per token"
     )
     lines = [Line("student", perplexity), Line("teacher", teacher, dashed=True)]
-    chart = line_chart(lines, "step", "perplexity")
+    chart = line_chart(lines, "step", "perplexity", log=True)
     names = {
         "eval_kl": "KL(teacher ‖ student), nats per token (lower bound: the tail is one bucket)",
         "eval_ce": "cross-entropy, nats per token",
