@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Make the virtual environment that the Makefile uses.
 # ACCELERATOR=auto|cpu|cuda   auto takes cuda where nvidia-smi lists a GPU.
+# TORCH_CPU_INDEX=URL          where the CPU build of torch comes from when no local wheel directory has it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 ACCELERATOR=${ACCELERATOR:-auto}
-TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "setup: $PYTHON is $("$PYTHON" --version 2>&1); Python 3.11 or newer is needed, set PYTHON=python3.11" >&2
