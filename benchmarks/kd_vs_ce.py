@@ -13,7 +13,6 @@ OBJECTIVES = {
     "cache: KL + 0.1 CE + hidden cosine": (
         *("--logits-loss", "kl", "--ce-weight", "0.1", "--hidden-loss", "cosine", "--hidden-layers", "15"),
     ),
-    "cache: KL only": ("--logits-loss", "kl"),
     "labels: CE only": ("--logits-loss", "none", "--ce-weight", "1"),
 }
 
@@ -25,7 +24,17 @@ def main() -> None:
     for name, flags in OBJECTIVES.items():
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as directory:
-                options = (*STUDENT, *TRAINING, *flags, "--num-train-epochs", "1", "--seed", str(seed))
+                options = (
+                    *STUDENT,
+                    *TRAINING,
+                    *flags,
+                    "--max-steps",
+                    "48",
+                    "--eval-steps",
+                    "48",
+                    "--seed",
+                    str(seed),
+                )
                 summary = train(Path(directory), *options)
             first, last = summary["first_eval"], summary["last_eval"]
             perplexities[name].append(last["eval_perplexity"])
