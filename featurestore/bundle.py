@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import decode_head, narrow_mask, row_starts
+from featurestore.codec import decode_head, decode_labels, decode_rows, narrow_mask, row_starts
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import check_file, read_bounded
@@ -17,6 +18,7 @@ from featurestore.identity import SAMPLES
 from featurestore.plan import Task
 from featurestore.records import SAMPLES_FILE, CommitRecord
 from featurestore.schema import (
+    NO_DRAW,
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,
@@ -28,6 +30,7 @@ from featurestore.schema import (
 )
 from featurestore.shard import ShardArray
 from featurestore.tables import samples_from_bytes
+from featurestore.tail import first_draws, row_shifts
 
 Array = npt.NDArray[Any]
 
@@ -39,21 +42,19 @@ class Group:
         assert record.spec is not None
         self.spec = record.spec
         directory = bundle_path(store, record) / record.group
-        extent = Extent(
-            rows=task.rows,
-            samples=len(task.lengths),
-            entries=int(record.stats.get("entries", 0)),
-            vocab_size=identity.vocab_size,
-            hidden_size=identity.hidden_size,
-        )
+        extent = Extent.of(task, record.stats, identity)
         self.arrays = {
             name: ShardArray(directory / name, layout) for name, layout in layouts(self.spec, extent).items()
         }
-        self._vocab_size = identity.vocab_size
         self._rows = row_starts(np.asarray(task.lengths)).tolist()
         self._entries: list[int] = []
         if isinstance(self.spec, LogitsSpec):
             self._entries = self.arrays["sample_offsets"].read(0, extent.samples + 1).tolist()
+            self._vocabulary = self.arrays["vocabulary"].read(0, extent.distinct_ids).astype(np.uint32)
+            if int(self._vocabulary.max()) >= identity.vocab_size:
+                raise CorruptionError(
+                    f"{self.arrays['vocabulary'].path}: ids outside the teacher's vocabulary"
+                )
 
     def read(self, position: int) -> GroupFeatures:
         """The features of the sample at `position` of the task."""
@@ -65,23 +66,37 @@ class Group:
 
     def _logits(self, position: int, start: int, stop: int) -> LogitsFeatures:
         first, last = self._entries[position], self._entries[position + 1]
-        counts = self.arrays["head_count"].read(start, stop)
+        counts = self.arrays["head_count"].read(start, stop).astype(np.uint16)
         path = self.arrays["head_count"].path
         if last - first != int(counts.sum(dtype=np.int64)) or not counts.all():
             raise CorruptionError(f"{path}: head sizes that do not add up to sample_offsets")
-        ids = self.arrays["head_ids"].read(first, last).astype(np.uint32)
-        if int(ids.max()) >= self._vocab_size:
-            raise CorruptionError(f"{self.arrays['head_ids'].path}: ids outside the vocabulary")
-        gaps = self.arrays["head_gaps"].read(first, last)
-        top = self.arrays["top_logit"].read(start, stop)
+        ids = self._ids("head_index", self.arrays["head_index"].read(first, last))
+        lse = decode_rows(self.arrays["lse"].read(start, stop))
+        gaps, odds = self.arrays["head_gaps"].read(first, last), self.arrays["head_odds"].read(start, stop)
         return LogitsFeatures(
             counts=counts,
             ids=ids,
-            logits=decode_head(counts, gaps, top),
-            lse=self.arrays["lse"].read(start, stop),
-            label_logprob=self.arrays["label_logprob"].read(start, stop),
-            entropy=self.arrays["entropy"].read(start, stop),
+            logits=decode_head(counts, gaps, odds, lse),
+            lse=lse,
+            label_logprob=decode_labels(self.arrays["label_logprob"].read(start, stop)),
+            entropy=decode_rows(self.arrays["entropy"].read(start, stop)),
+            tail_ids=self._tail(start, stop, ids[row_starts(counts)[:-1]]),
         )
+
+    def _tail(self, start: int, stop: int, tops: Array) -> npt.NDArray[np.int32] | None:
+        """Draws of rows start..stop; a row that repeats its top id has none."""
+        if "tail_index" not in self.arrays:
+            return None
+        steps = self.arrays["tail_index"].read(start, stop)
+        ids = self._ids("tail_index", np.cumsum(steps, axis=1, dtype=np.int64)).astype(np.int32)
+        ids[ids[:, 0] == tops] = NO_DRAW
+        ids.sort(axis=1)
+        return ids
+
+    def _ids(self, name: str, index: Array) -> npt.NDArray[np.uint32]:
+        if int(index.max()) >= len(self._vocabulary):
+            raise CorruptionError(f"{self.arrays[name].path}: an index outside the task's vocabulary")
+        return self._vocabulary[index]
 
 
 class Bundle:
@@ -127,7 +142,10 @@ class Bundle:
             self._groups[record.group] = Group(self._store, record, self.task, self._identity)
         found = self._groups[record.group].read(position)
         if isinstance(want, LogitsSpec) and isinstance(found, LogitsFeatures) and want != record.spec:
-            return narrow(found, want)
+            assert isinstance(record.spec, LogitsSpec)
+            return narrow(
+                found, want, record.spec.tail, self.samples()[position].tokens if want.tail else None
+            )
         return found
 
 
@@ -162,18 +180,24 @@ def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecor
     return min(covering, key=lambda r: (r.spec != want, r.size), default=None)
 
 
-def narrow(features: LogitsFeatures, spec: LogitsSpec) -> LogitsFeatures:
+def narrow(
+    features: LogitsFeatures, spec: LogitsSpec, have_tail: int = 0, tokens: Array | None = None
+) -> LogitsFeatures:
     """What a capture with the smaller `spec` keeps of these rows.
 
     With top_p the cut is found from the stored logits, so it can fall one rank beside the capture's own.
+    Fewer draws are the first ones of more: `tokens` of the sample tell which they are.
     """
+    if spec.tail and features.tail_ids is not None and tokens is not None:
+        shifts = row_shifts(tokens, 0, len(tokens), spec.seed)
+        chosen = features.tail_ids[first_draws(shifts, have_tail, spec.tail)]
+        return replace(features, tail_ids=chosen.reshape(-1, spec.tail))
     keep = narrow_mask(features.counts, features.logits, features.lse, spec.top_k, spec.top_p)
     kept = np.add.reduceat(keep, row_starts(features.counts)[:-1], dtype=np.int64)
-    return LogitsFeatures(
+    return replace(
+        features,
         counts=kept.astype(np.uint16),
         ids=features.ids[keep],
         logits=features.logits[keep],
-        lse=features.lse,
-        label_logprob=features.label_logprob,
-        entropy=features.entropy,
+        tail_ids=None,
     )

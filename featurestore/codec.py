@@ -1,12 +1,15 @@
-"""Number codecs: the head of a distribution, and hidden states. Pure numpy, no loop over rows.
+"""Number codecs: the head of a distribution, row numbers, hidden states. Pure numpy, no loop over rows.
 
 R rows, nnz head entries of all rows together, D hidden size.
 
-Head logits. Each row keeps its top logit exactly (float32). The others are drops below it, quantised to
-steps of 1/32 nat and stored as the differences between neighbours in rank. The *cumulative* drop is what
-is rounded, so the error of a logit is at most 1/64 nat (plus one rounding to float32) at every rank, and
-does not grow along the row. A drop above 65,535 steps (2,047.97 nats) is stored as that: its probability
-is zero in float64 either way.
+Head. A row is stored as the *shape* of its head (how far each logit lies below the top, in steps of 1/16 nat,
+as differences between neighbours in rank) and as the log-odds of its *mass*, log(inside / outside), in steps
+of 1/128. Decoding normalises the shape to the mass, so that head and tail of every row sum to exactly one.
+The *cumulative* drop is what is rounded, to within 1/32 nat at every rank; normalising moves a row by at most
+as much again, and the rounded log-odds its head mass by at most a factor of exp(tail / 256) and its tail mass
+by exp(head / 256). So a log-probability is off by at most 1/16 + 1/256 nat (plus roundings of float32),
+typically 0.01. A drop above 65,535 steps (4,095.9 nats) is stored as that: its probability is zero in float64
+either way.
 """
 
 from __future__ import annotations
@@ -18,9 +21,17 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-STEPS_PER_NAT = 32
+STEPS_PER_NAT = 16
 MAX_DROP = 65_535
-LOGIT_ERROR = 1 / (2 * STEPS_PER_NAT)
+ODDS_STEPS = 128
+MAX_ODDS = 32_766
+# The head holds all the mass.
+CLOSED = 32_767
+LOGPROB_ERROR = 1 / STEPS_PER_NAT + 1 / (2 * ODDS_STEPS)
+# lse, label log-probability and entropy: within 1/128 nat.
+ROW_STEPS = 64
+ROW_ERROR = 1 / (2 * ROW_STEPS)
+NO_LABEL = 2**32 - 1
 
 # dtype name -> (numpy dtype on disk, whether there is a scale per position)
 HIDDEN_DTYPES: dict[str, tuple[type[np.generic], bool]] = {
@@ -38,32 +49,66 @@ def row_starts(counts: Array) -> npt.NDArray[np.int64]:
     return starts
 
 
-def encode_head(counts: Array, logits: Array) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float32]]:
-    """counts [R] (all >= 1) and logits float32 [nnz], descending in each row -> gaps uint16 [nnz], top [R].
+def encode_head(
+    counts: Array, logits: Array, lse: Array
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int16]]:
+    """counts [R] (all >= 1), logits float32 [nnz] descending in each row, lse [R] -> gaps [nnz], odds [R].
 
     ValueError when a logit is NaN or +inf, a top logit is -inf, or a row does not descend.
     """
     starts = row_starts(counts)[:-1]
-    top = logits[starts].astype(np.float32)
+    top = logits[starts].astype(np.float64)
     if not np.isfinite(top).all() or np.isnan(logits).any():
         raise ValueError("head logits must not be NaN, and the top of each row must be finite")
-    drop = np.repeat(top.astype(np.float64), counts) - logits
+    if (logits[1:] > logits[:-1])[_inside(starts, len(logits))].any():
+        raise ValueError("head logits must descend inside each row")
+    drop = np.repeat(top, counts) - logits
     steps = np.minimum(np.rint(drop * STEPS_PER_NAT), MAX_DROP)
     gaps = np.diff(steps, prepend=0.0)
     gaps[starts] = 0.0
-    if (logits[1:] > logits[:-1])[_inside(starts, len(logits))].any():
-        raise ValueError("head logits must descend inside each row")
-    return gaps.astype(np.uint16), top
+    mass = head_mass(counts, logits, lse)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds = np.rint((np.log(mass) - np.log1p(-mass)) * ODDS_STEPS)
+    # A mass of one, or above it by the rounding of lse.
+    odds = np.where(mass >= 1, CLOSED, np.clip(odds, -MAX_ODDS, MAX_ODDS))
+    return gaps.astype(np.uint16), odds.astype(np.int16)
 
 
-def decode_head(counts: Array, gaps: Array, top: Array) -> npt.NDArray[np.float32]:
-    """The inverse of `encode_head`, within 1/64 nat: logits float32 [nnz]."""
-    total = np.cumsum(gaps, dtype=np.int64)
+def decode_head(counts: Array, gaps: Array, odds: Array, lse: Array) -> npt.NDArray[np.float32]:
+    """The inverse of `encode_head`: logits float32 [nnz], within LOGPROB_ERROR relative to `lse`."""
     starts = row_starts(counts)[:-1]
-    # The subtraction of integers is exact, so each row's top comes back to the last bit. A row's first
-    # gap is 0 by definition and cancels.
+    total = np.cumsum(gaps, dtype=np.int64)
+    # A row's first gap is 0 by definition and cancels.
     drop = (total - np.repeat(total[starts], counts)) / STEPS_PER_NAT
-    return (np.repeat(top.astype(np.float64), counts) - drop).astype(np.float32)
+    log_mass = np.where(odds == CLOSED, 0.0, -np.logaddexp(0.0, odds / -ODDS_STEPS))
+    shift = lse + log_mass - np.log(np.add.reduceat(np.exp(-drop), starts))
+    return (np.repeat(shift, counts) - drop).astype(np.float32)
+
+
+def encode_rows(values: Array, dtype: npt.DTypeLike) -> Array:
+    """float [R] in nats -> integers [R] of ROW_STEPS per nat; ValueError when one does not fit the dtype."""
+    codes = np.rint(values.astype(np.float64) * ROW_STEPS)
+    limits = np.iinfo(np.dtype(dtype))
+    if (codes < limits.min).any() or (codes > limits.max).any():
+        raise ValueError(f"a number of a row is outside [{limits.min}, {limits.max}] / {ROW_STEPS} nats")
+    return codes.astype(dtype)
+
+
+def decode_rows(codes: Array) -> npt.NDArray[np.float32]:
+    """The inverse of `encode_rows`, float32 [R], within ROW_ERROR."""
+    return (codes / ROW_STEPS).astype(np.float32)
+
+
+def encode_labels(logprob: Array) -> npt.NDArray[np.uint32]:
+    """float [R] log-probabilities (NaN: no label) -> uint32 [R], the negative in ROW_STEPS per nat."""
+    missing = np.isnan(logprob)
+    codes = encode_rows(np.maximum(-np.where(missing, 0.0, logprob), 0.0), np.uint32)
+    return np.where(missing, np.uint32(NO_LABEL), codes)
+
+
+def decode_labels(codes: Array) -> npt.NDArray[np.float32]:
+    """The inverse of `encode_labels`, within ROW_ERROR."""
+    return np.where(codes == NO_LABEL, np.float32(np.nan), -decode_rows(codes))
 
 
 def head_mass(counts: Array, logits: Array, lse: Array) -> npt.NDArray[np.float64]:

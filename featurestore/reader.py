@@ -158,11 +158,11 @@ class CacheReader:
         return self._default_groups
 
 
-def _width(spec: GroupSpec) -> tuple[int, float]:
-    """Orders the specs of one kind by how much they hold."""
+def _width(spec: GroupSpec) -> tuple[float, ...]:
+    """Orders the specs of one kind by how much they tell; a distribution with a tail is the unbiased one."""
     if isinstance(spec, LogitsSpec):
-        return spec.top_k, 1.0 if spec.top_p is None else spec.top_p
-    return ["fp8", "int8", "bf16", "f32"].index(spec.dtype), 0.0
+        return spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
+    return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
 
 
 def _tasks_of(path: Path, manifest: Manifest) -> list[Task]:

@@ -30,6 +30,8 @@ from featurestore.schema import MAX_TOKENS, GroupSpec, LogitsSpec, group_id, gro
 
 SAMPLES_FILE = "samples.parquet"
 MAX_BYTES = 2**50
+# The list of them is read whole.
+MAX_DISTINCT_IDS = 2**24
 
 Stamp = tuple[int, str]
 
@@ -215,4 +217,6 @@ def _stats(value: Any, spec: GroupSpec | None, rows: int, where: str) -> Stats:
     if isinstance(spec, LogitsSpec):
         check_int(stats["entries"], rows, rows * spec.top_k, f"{where}: entries")
         check_int(stats["labels"], 0, rows, f"{where}: labels")
+        most = min(rows * (spec.top_k + spec.tail), MAX_DISTINCT_IDS)
+        check_int(stats["distinct_ids"], 1, most, f"{where}: distinct_ids")
     return stats

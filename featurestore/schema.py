@@ -1,12 +1,13 @@
 """What a store holds: who the teacher is, which column groups there are, samples and their features.
 
-Letters: T positions of a sample, D hidden size, V vocabulary, nnz head entries of all T rows together.
+Letters: T positions of a sample, D hidden size, V vocabulary, nnz head entries of all T rows together, M tail
+draws of a row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +16,16 @@ import numpy.typing as npt
 
 from featurestore.codec import HIDDEN_DTYPES, decode_hidden
 from featurestore.errors import StoreFormatError
-from featurestore.identity import canonical_json, digest
+from featurestore.identity import canonical_json, check_int, digest
 
 Array = npt.NDArray[Any]
 
 MAX_TOP_K = 65_535
+MAX_TAIL = 4_096
+MAX_SEED = 2**63 - 1
 MAX_LAYER = 9_999
 MAX_VOCAB = 2**31 - 1
+NO_DRAW = -1
 # Of a sample, and of a task: what a reader has to be ready to hold at once.
 MAX_TOKENS = 2**24
 
@@ -76,17 +80,22 @@ class TeacherIdentity:
 
 @dataclass(frozen=True)
 class LogitsSpec:
-    """The exact top of each row's distribution: the smallest head of mass >= top_p, at most top_k wide.
+    """The exact top of each row's distribution, and draws from the rest of it.
 
-    `top_p` None keeps top_k entries in every row (1.0 means the same and is turned into None).
+    The head is the smallest of mass >= top_p, at most top_k wide; `top_p` None keeps top_k entries in every
+    row (1.0 means the same and is turned into None). `tail`: how many draws from outside the head, each of
+    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only.
     """
 
     top_k: int
     top_p: float | None = None
+    tail: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.top_k) is not int or not 1 <= self.top_k <= MAX_TOP_K:
-            raise StoreFormatError(f"top_k must be an integer in [1, {MAX_TOP_K}], not {self.top_k!r}")
+        check_int(self.top_k, 1, MAX_TOP_K, "top_k")
+        check_int(self.tail, 0, MAX_TAIL, "tail")
+        check_int(self.seed, 0, MAX_SEED if self.tail else 0, "seed of the tail's draws")
         if self.top_p is None:
             return
         if type(self.top_p) not in (int, float) or not 0 < self.top_p <= 1:
@@ -100,7 +109,8 @@ class LogitsSpec:
     def to_json(self) -> dict[str, Any]:
         """Optional fields are left out when unset, so that a later field keeps today's group ids."""
         optional = {} if self.top_p is None else {"top_p": self.top_p}
-        return {"kind": "logits", "top_k": self.top_k, **optional}
+        drawn = {name: value for name, value in (("tail", self.tail), ("seed", self.seed)) if value}
+        return {"kind": "logits", "top_k": self.top_k, **optional, **drawn}
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,9 @@ def group_id(spec: GroupSpec) -> str:
 def covers(have: GroupSpec, want: GroupSpec) -> bool:
     """Whether a cache of `have` serves a request for `want`."""
     if isinstance(have, LogitsSpec) and isinstance(want, LogitsSpec):
+        if want.tail:
+            # Draws exclude the head that they were made for, so that a narrower one is another distribution.
+            return have.tail >= want.tail and replace(have, tail=want.tail) == want
         wide = have.top_p is None or (want.top_p is not None and have.top_p >= want.top_p)
         return have.top_k >= want.top_k and wide
     return have == want
@@ -189,6 +202,8 @@ class LogitsFeatures:
     logits: float32 [nnz], raw. lse: float32 [T], logsumexp of the raw logits over all of V.
     label_logprob: float32 [T], log p(tokens[t+1]) in nats; NaN at the last position, which has no label.
     entropy: float32 [T], nats, of the full distribution.
+    tail_ids: int32 [T, M], draws from outside the head, ascending in each row, repeats included; a row whose
+    tail has no mass holds NO_DRAW only. None when nothing is drawn.
     """
 
     counts: Array
@@ -197,6 +212,7 @@ class LogitsFeatures:
     lse: Array
     label_logprob: Array
     entropy: Array
+    tail_ids: Array | None = None
 
     def check(self, length: int) -> None:
         """ValueError unless shapes and dtypes are as documented for a sample of `length` positions."""
@@ -206,6 +222,8 @@ class LogitsFeatures:
         _check("logits", self.logits, np.float32, (nnz,))
         for name in ("lse", "label_logprob", "entropy"):
             _check(name, getattr(self, name), np.float32, (length,))
+        if self.tail_ids is not None:
+            _check("tail_ids", self.tail_ids, np.int32, (length, self.tail_ids.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False)

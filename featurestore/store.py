@@ -257,13 +257,7 @@ class FeatureStore:
         contents: list[tuple[GroupSpec | None, str, Stats]] = []
         for spec, (arrays, stats) in packed.items():
             group = group_id(spec)
-            extent = Extent(
-                rows=task.rows,
-                samples=len(task.lengths),
-                entries=int(stats.get("entries", 0)),
-                vocab_size=self.identity.vocab_size,
-                hidden_size=self.identity.hidden_size,
-            )
+            extent = Extent.of(task, stats, self.identity)
             attributes = {"task": task.id, "group": group, "spec": spec.to_json()}
             write_group(bundle / group, attributes, layouts(spec, extent), arrays)
             contents.append((spec, group, stats))

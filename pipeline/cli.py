@@ -68,6 +68,12 @@ TopKOption = Annotated[
 TopPOption = Annotated[
     float | None, typer.Option(help="End the head where its cumulative probability reaches P; at most K.")
 ]
+TailOption = Annotated[
+    int,
+    typer.Option(
+        help="How often to draw from outside the head: with some draws the student's gradient is unbiased."
+    ),
+]
 LayersOption = Annotated[
     str,
     typer.Option(
@@ -89,7 +95,7 @@ ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (
 ShardOption = Annotated[
     int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the engine.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the tail's draws and of the engine.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the teacher's own Python code to run.")
 ]
@@ -108,6 +114,7 @@ def generate(
     pack: PackOption = False,
     top_k: TopKOption = 64,
     top_p: TopPOption = None,
+    tail: TailOption = 0,
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
@@ -150,11 +157,13 @@ def plan(
     pack: PackOption = False,
     top_k: TopKOption = 64,
     top_p: TopPOption = None,
+    tail: TailOption = 0,
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
     shard_tokens: ShardOption = 32_768,
+    seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

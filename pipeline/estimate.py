@@ -9,10 +9,11 @@ from featurestore.schema import GroupSpec, LogitsSpec
 from pipeline.generate import Prepared
 
 _HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
-# Per position: top logit, lse, label logprob, entropy in float32 and the head size.
-_ROW_BYTES = 17
-# Ids barely compress; a coded logit takes about half a byte (docs/FORMAT.md).
-_LOGIT_BYTES = 0.5
+# Per position: head size and mass, lse, label logprob, entropy; measured in benchmarks/store_size.py, as are
+# the bytes of a head entry (an id and a coded logit) and of a tail draw.
+_ROW_BYTES = 7
+_ENTRY_BYTES = 1.9
+_DRAW_BYTES = 1.3
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def estimate(prepared: Prepared) -> Forecast:
     for work in plan.work:
         for group in work.groups:
             kinds.add(group.kind)
-            size += work.task.rows * row_bytes(group, teacher.vocab_size, teacher.hidden_size)
+            size += work.task.rows * row_bytes(group, teacher.hidden_size)
     return Forecast(
         samples=plan.samples_total,
         duplicates=plan.duplicates,
@@ -50,8 +51,8 @@ def estimate(prepared: Prepared) -> Forecast:
     )
 
 
-def row_bytes(group: GroupSpec, vocab_size: int, hidden_size: int) -> float:
+def row_bytes(group: GroupSpec, hidden_size: int) -> float:
     """About how many bytes one position of `group` takes on disk."""
     if isinstance(group, LogitsSpec):
-        return _ROW_BYTES + group.top_k * ((2 if vocab_size <= 65_536 else 4) + _LOGIT_BYTES)
+        return _ROW_BYTES + group.top_k * _ENTRY_BYTES + group.tail * _DRAW_BYTES
     return hidden_size * _HIDDEN_BYTES[group.dtype] + (4 if group.dtype in ("int8", "fp8") else 0)

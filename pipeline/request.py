@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, TeacherIdentity
+from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, TeacherIdentity
 from pipeline.errors import RequestError
 from pipeline.teacher import Teacher
 
@@ -34,6 +34,7 @@ class GenerateRequest:
     pack: bool = False
     top_k: int = 64
     top_p: float | None = None
+    tail: int = 0
     hidden_layers: tuple[int, ...] = ()
     hidden_dtype: str = "bf16"
     engine: EngineName = "vllm"
@@ -58,6 +59,8 @@ class GenerateRequest:
             ("--num-samples", self.num_samples, 1),
             ("--max-seq-len", self.max_seq_len, 2),
             ("--top-k", self.top_k, 0),
+            ("--tail", self.tail, 0),
+            ("--seed", self.seed, 0),
             ("--tensor-parallel-size", self.tensor_parallel_size, 1),
             ("--shard-tokens", self.shard_tokens, 1),
         ):
@@ -65,13 +68,18 @@ class GenerateRequest:
                 raise RequestError(f"{flag} {value}: must be at least {least}")
         if self.top_k == 0 and not self.hidden_layers:
             raise RequestError("--top-k 0: nothing to capture; ask for logits or give --hidden-layers")
+        if self.tail > MAX_TAIL:
+            raise RequestError(f"--tail {self.tail}: at most {MAX_TAIL}")
+        if self.tail and not self.top_k:
+            raise RequestError("--tail: draws from outside the head need a head; give --top-k 1 or more")
         if len(set(self.hidden_layers)) != len(self.hidden_layers):
             raise RequestError("--hidden-layers: the same layer is named twice")
 
     @property
     def groups(self) -> tuple[GroupSpec, ...]:
         """The column groups asked for."""
-        logits = (LogitsSpec(self.top_k, self.top_p),) if self.top_k else ()
+        seed = self.seed if self.tail else 0
+        logits = (LogitsSpec(self.top_k, self.top_p, self.tail, seed),) if self.top_k else ()
         return (*logits, *(HiddenSpec(layer, self.hidden_dtype) for layer in sorted(self.hidden_layers)))
 
     def sequence_length(self, teacher: Teacher) -> int:

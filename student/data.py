@@ -6,6 +6,7 @@ hidden size, nnz head entries of a sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from featurestore.reader import CachedSample, CacheReader
-from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.schema import NO_DRAW, GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
 from student.losses.sparse import complete_targets
 
 IGNORE = -100  # label of a position that is not learned, the value that Trainer leaves out of its count
@@ -46,7 +47,8 @@ class Collator:
     The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
     t (already shifted), IGNORE where nothing is learned; with a `logits` group head_ids int64 [B, T, K],
     head_logprobs float32 [B, T, K] (-inf on padding), tail_logprob float32 [B, T] and label_logprob float32
-    [B, T] (the teacher's); with hidden groups hidden_targets {teacher layer: float32 or bfloat16 [B, T, D]}.
+    [B, T] (the teacher's), and with a sampled tail teacher_entropy float32 [B, T]; with hidden groups
+    hidden_targets {teacher layer: float32 or bfloat16 [B, T, D]}.
     """
 
     def __init__(self, groups: Sequence[GroupSpec], vocab_size: int, pad_token: int) -> None:
@@ -80,7 +82,9 @@ class Collator:
 def pad_heads(features: Sequence[LogitsFeatures], length: int, vocab_size: int) -> dict[str, Tensor]:
     """The sparse targets of a batch: ragged heads padded to [B, length, K], with the mass outside each head.
 
-    Padding columns repeat the row's first id with log-probability -inf.
+    Padding columns repeat the row's first id with log-probability -inf. Where the features hold tail draws,
+    these are further columns that share the mass outside the head, and teacher_entropy float32 [B, length] is
+    set (see SparseTargets).
     """
     counts_BT = np.zeros((len(features), length), np.int64)
     lse_BT = np.zeros((len(features), length), np.float32)
@@ -99,11 +103,41 @@ def pad_heads(features: Sequence[LogitsFeatures], length: int, vocab_size: int) 
     logprob_BTK -= lse_BT[..., None]
     full_BT = torch.from_numpy(counts_BT == vocab_size)
     head_logprobs, tail_logprob = complete_targets(torch.from_numpy(logprob_BTK), full_BT)
-    return {
+    batch = {
         "head_ids": torch.from_numpy(ids_BTK),
         "head_logprobs": head_logprobs.float(),
         "tail_logprob": tail_logprob.float(),
         "label_logprob": torch.from_numpy(label_BT),
+    }
+    return batch if features[0].tail_ids is None else add_draws(batch, features)
+
+
+def add_draws(batch: dict[str, Tensor], features: Sequence[LogitsFeatures]) -> dict[str, Tensor]:
+    """The same targets with the tail's draws as columns: each distinct id once, weighted by its repeats."""
+    tails = [feature.tail_ids for feature in features if feature.tail_ids is not None]
+    count = tails[0].shape[1]
+    draws_BTM = np.full((*batch["tail_logprob"].shape, count), NO_DRAW, np.int64)
+    entropy_BT = np.full(draws_BTM.shape[:2], np.nan, np.float32)
+    for row, (tail_TM, feature) in enumerate(zip(tails, features, strict=True)):
+        draws_BTM[row, : len(tail_TM)] = tail_TM
+        entropy_BT[row, : len(tail_TM)] = np.where(tail_TM[:, 0] == NO_DRAW, np.nan, feature.entropy)
+    first_BTM = np.diff(draws_BTM, axis=-1, prepend=NO_DRAW) != 0
+    # Where the next distinct draw begins: a running minimum from the right.
+    begins_BTM = np.where(first_BTM, np.arange(count), count)
+    following = np.minimum.accumulate(begins_BTM[..., ::-1], axis=-1)[..., ::-1]
+    following = np.concatenate([following[..., 1:], np.full_like(following[..., :1], count)], axis=-1)
+    repeats_BTM = np.where(first_BTM, following - np.arange(count), 0)
+    with np.errstate(divide="ignore"):
+        share_BTM = torch.from_numpy(np.log(repeats_BTM / count).astype(np.float32))
+    logprob_BTM = batch["tail_logprob"].unsqueeze(-1) + share_BTM
+    real_BTM = torch.isfinite(logprob_BTM)
+    ids_BTM = torch.where(real_BTM, torch.from_numpy(draws_BTM), batch["head_ids"][..., :1])
+    entropy = torch.from_numpy(entropy_BT)
+    return batch | {
+        "head_ids": torch.cat([batch["head_ids"], ids_BTM], dim=-1),
+        "head_logprobs": torch.cat([batch["head_logprobs"], logprob_BTM], dim=-1),
+        "tail_logprob": batch["tail_logprob"].masked_fill(~torch.isnan(entropy), -math.inf),
+        "teacher_entropy": entropy,
     }
 
 

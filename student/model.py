@@ -55,6 +55,7 @@ class DistillationModel(nn.Module):
         head_logprobs: Tensor | None = None,
         tail_logprob: Tensor | None = None,
         label_logprob: Tensor | None = None,
+        teacher_entropy: Tensor | None = None,
         hidden_targets: Mapping[int, Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ class DistillationModel(nn.Module):
         with self._capture() as states:
             body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
-        targets = self._targets(labels, learned_BT, head_ids, head_logprobs, tail_logprob)
+        targets = self._targets(labels, learned_BT, head_ids, head_logprobs, tail_logprob, teacher_entropy)
         head = self._head(body.last_hidden_state[learned_BT], targets)
         count = len(targets.label_N) if num_items_in_batch is None else num_items_in_batch
         loss, hidden_SN = self._hidden(states, hidden_targets, learned_BT, head)
@@ -111,6 +112,7 @@ class DistillationModel(nn.Module):
         head_ids: Tensor | None,
         head_logprobs: Tensor | None,
         tail_logprob: Tensor | None,
+        entropy: Tensor | None,
     ) -> SparseTargets:
         """The learned positions' targets; heads of zero columns where the batch carries none."""
         label_N = labels[learned_BT]
@@ -118,7 +120,11 @@ class DistillationModel(nn.Module):
             empty = label_N.new_empty(len(label_N), 0)
             return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
         return SparseTargets(
-            head_ids[learned_BT], head_logprobs[learned_BT], tail_logprob[learned_BT], label_N
+            head_ids[learned_BT],
+            head_logprobs[learned_BT],
+            tail_logprob[learned_BT],
+            label_N,
+            None if entropy is None else entropy[learned_BT],
         )
 
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:

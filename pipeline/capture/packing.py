@@ -7,6 +7,7 @@ ever exists. `RowLayout` is computed from the same `CaptureSpec` on both sides.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,8 @@ class RowLayout:
             wanted += [("counts", np.dtype(np.int32), 1), ("head_ids", np.dtype(np.int32), spec.top_k)]
             wanted += [("head_logits", np.dtype(np.float32), spec.top_k)]
             wanted += [(name, np.dtype(np.float32), 1) for name in ("lse", "label_logprob", "entropy")]
+        if spec.tail:
+            wanted.append(("tail_draws", np.dtype(np.int32), spec.tail))
         for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
             wanted.append((f"hidden.{layer}", np.dtype(_HIDDEN_NUMPY[dtype]), hidden_size))
             if dtype in ("int8", "fp8"):
@@ -78,14 +81,9 @@ class RowLayout:
 
 
 def logit_fields(rows: LogitRows) -> dict[str, torch.Tensor]:
-    return {
-        "counts": rows.counts,
-        "head_ids": rows.head_ids,
-        "head_logits": rows.head_logits,
-        "lse": rows.lse,
-        "label_logprob": rows.label_logprob,
-        "entropy": rows.entropy,
-    }
+    """The reduced logits by field name."""
+    tensors = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def to_features(
@@ -105,6 +103,7 @@ def to_features(
                 lse=fields["lse"],
                 label_logprob=fields["label_logprob"],
                 entropy=fields["entropy"],
+                tail_ids=fields["tail_draws"].reshape(-1, group.tail) if group.tail else None,
             )
         elif isinstance(group, HiddenSpec):
             values = fields[f"hidden.{group.layer}"]

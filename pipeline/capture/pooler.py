@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from featurestore.tail import row_shifts
 from pipeline.capture.packing import RowLayout, logit_fields
 from pipeline.capture.reduce import encode_hidden, reduce_logits
 from pipeline.capture.spec import CaptureSpec
@@ -50,7 +52,8 @@ class CapturePooler(Pooler):  # type: ignore[misc]
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.tolist()
         labels = _labels(pooling_metadata, scheduled).to(hidden_states.device)
-        packed = self._reduce(hidden_states, labels)
+        shifts = _shifts(pooling_metadata, scheduled, self.spec.seed).to(hidden_states.device)
+        packed = self._reduce(hidden_states, labels, shifts)
         if packed is None:  # tensor parallel: the logits were gathered on another rank
             return None
         out: list[torch.Tensor | None] = []
@@ -65,17 +68,21 @@ class CapturePooler(Pooler):  # type: ignore[misc]
                 out.append(None)
         return out
 
-    def _reduce(self, states: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor | None:
+    def _reduce(
+        self, states: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
+    ) -> torch.Tensor | None:
         parts = []
         for start in range(0, len(states), self.chunk_rows):
-            chunk = states[start : start + self.chunk_rows]
-            fields = self._reduce_chunk(chunk, labels_N[start : start + self.chunk_rows])
+            chunk = slice(start, start + self.chunk_rows)
+            fields = self._reduce_chunk(states[chunk], labels_N[chunk], shifts_N[chunk])
             if fields is None:
                 return None
             parts.append(self.layout.pack(fields))
         return torch.cat(parts)
 
-    def _reduce_chunk(self, states: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    def _reduce_chunk(
+        self, states: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
+    ) -> dict[str, torch.Tensor] | None:
         streams = torch.split(states, self.hidden_size, dim=-1)
         final, inner = streams[0], iter(streams[1:])
         fields: dict[str, torch.Tensor] = {}
@@ -83,7 +90,9 @@ class CapturePooler(Pooler):  # type: ignore[misc]
             logits = self._model[0].compute_logits(final)
             if logits is None:
                 return None
-            fields |= logit_fields(reduce_logits(logits, labels_N, self.spec.top_k, self.spec.top_p))
+            spec = self.spec
+            rows = reduce_logits(logits, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
+            fields |= logit_fields(rows)
         for layer, dtype in zip(self.spec.layers, self.spec.hidden_dtypes, strict=True):
             stream = final if layer == self.depth else next(inner)
             values, scale = encode_hidden(stream, dtype)
@@ -104,3 +113,11 @@ def _labels(metadata: PoolingMetadata, scheduled: list[int]) -> torch.Tensor:
         labels[row : row + len(following)] = following
         row += count
     return labels
+
+
+def _shifts(metadata: PoolingMetadata, scheduled: list[int], seed: int) -> torch.Tensor:
+    """float64 [N] on the CPU: where the tail draws of each scheduled position begin."""
+    seen = metadata.get_pooling_cursor().seq_lens_cpu.tolist()
+    prompts = zip(metadata.get_prompt_token_ids_cpu(), scheduled, seen, strict=True)
+    shifts = [row_shifts(tokens.numpy(), done - count, done, seed) for tokens, count, done in prompts]
+    return torch.from_numpy(np.concatenate(shifts))

@@ -1,6 +1,6 @@
 """Reduce teacher outputs to features: the numerics that both engines share.
 
-Shapes: N rows (positions of a chunk), V vocabulary, K head size, D hidden size.
+Shapes: N rows (positions of a chunk), V vocabulary, K head size, M tail draws, D hidden size.
 """
 
 from __future__ import annotations
@@ -9,8 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from featurestore.tail import van_der_corput
+
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+# Columns of the vocabulary that are summed together before a draw looks inside.
+BLOCK = 256
+NO_DRAW = -1
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,9 @@ class LogitRows:
     """Reduced logits of N rows; all tensors on the device of the logits.
 
     counts int32 [N]: head size of each row, 1..K; head_ids int32 [N, K] and head_logits float32 [N, K],
-    descending, meaningful up to `counts`; lse, label_logprob, entropy float32 [N] (nats).
+    descending, meaningful up to `counts`; lse, label_logprob, entropy float32 [N] (nats); tail_draws int32
+    [N, M]: token ids outside the head, ascending, repeats included (NO_DRAW where the tail has no mass), or
+    None.
     """
 
     counts: torch.Tensor
@@ -27,18 +34,26 @@ class LogitRows:
     lse: torch.Tensor
     label_logprob: torch.Tensor
     entropy: torch.Tensor
+    tail_draws: torch.Tensor | None
 
 
 def reduce_logits(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, top_k: int, top_p: float | None
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    top_k: int,
+    top_p: float | None,
+    tail: int = 0,
+    shifts_N: torch.Tensor | None = None,
 ) -> LogitRows:
-    """Top-k head, logsumexp, label log-probability and entropy of each row.
+    """Top-k head, logsumexp, label log-probability, entropy and tail draws of each row.
 
     Args:
         logits_NV: raw logits, any float dtype; computed in float32.
         labels_N: int64 id of the token that follows each row; negative where there is none.
         top_k: K, 1..V: the head size, or its cap when `top_p` is given.
         top_p: stop the head at the first rank where its cumulative mass reaches p (nucleus, Holtzman 2020).
+        tail: M, how often to draw from what is outside the head.
+        shifts_N: float64 in [0, 1), where each row's draws begin (featurestore.tail.row_shifts); with `tail`.
     """
     logits = logits_NV.float()
     head_logits, head_ids = torch.topk(logits, top_k, dim=-1)
@@ -52,14 +67,54 @@ def reduce_logits(
     entropy = (lse - expected).clamp_min(0.0)
     picked = logits.gather(-1, labels_N.clamp_min(0)[:, None])[:, 0] - lse
     label_logprob = torch.where(labels_N >= 0, picked, torch.full_like(picked, torch.nan))
+    counts = head_counts(head_logits, lse, top_p)
+    draws = None
+    if tail:
+        assert shifts_N is not None
+        inside = torch.arange(top_k, device=counts.device) < counts[:, None]
+        outside = torch.exp(head_logits - peak).masked_fill_(inside, 0.0)
+        draws = sample_tail(weights.scatter_(-1, head_ids, outside), shifts_N.to(logits.device), tail)
     return LogitRows(
-        counts=head_counts(head_logits, lse, top_p),
+        counts=counts,
         head_ids=head_ids.int(),
         head_logits=head_logits,
         lse=lse,
         label_logprob=label_logprob,
         entropy=entropy,
+        tail_draws=draws,
     )
+
+
+def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:
+    """int32 [N, count]: ids drawn in proportion to `weights_NV` (float32, >= 0), ascending in each row.
+
+    Inverse CDF at the points frac(shift + vdC(j)), in two levels: a float64 sum over blocks of columns finds
+    the block, a float64 sum inside it the column. One pass over V; the error of a column's probability is
+    that of a float32 sum of BLOCK terms (about 1e-6 relative), however large V is. A column of weight 0 is
+    never drawn; a row without any weight gives NO_DRAW.
+    """
+    rows, vocab = weights_NV.shape
+    whole = vocab // BLOCK * BLOCK
+    blocks = weights_NV[:, :whole].reshape(rows, -1, BLOCK).sum(-1)
+    sums = torch.cat([blocks, weights_NV[:, whole:].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
+    grid = torch.from_numpy(van_der_corput(count)).to(shifts_N.device)
+    points = torch.sort((shifts_N[:, None] + grid) % 1.0, dim=-1).values
+    target = _below(points * sums[:, -1:], sums[:, -1:])
+    block = torch.searchsorted(sums, target, right=True).clamp_max_(sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    columns = block[..., None] * BLOCK + torch.arange(BLOCK, device=block.device)
+    flat = columns.clamp_max(vocab - 1).reshape(rows, -1)
+    inner = weights_NV.gather(-1, flat).reshape(columns.shape).masked_fill_(columns >= vocab, 0.0)
+    inner = inner.double().cumsum(-1)
+    rest = _below(target - before, inner[..., -1])
+    column = torch.searchsorted(inner, rest[..., None], right=True)[..., 0]
+    ids = block * BLOCK + column
+    return torch.where(sums[:, -1:] > 0, ids, NO_DRAW).int()
+
+
+def _below(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """`value`, at most the next float below `limit`: the CDF then passes it at a column that has weight."""
+    return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 def head_counts(head_logits_NK: torch.Tensor, lse_N: torch.Tensor, top_p: float | None) -> torch.Tensor:

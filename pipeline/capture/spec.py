@@ -13,12 +13,15 @@ from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
 class CaptureSpec:
     """The features of one pass over the teacher.
 
-    `top_k` is 0 when no distribution is wanted. `layers` are indices as in transformers'
-    `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with them.
+    `top_k` is 0 when no distribution is wanted. `tail` draws per position depend on `seed`. `layers` are
+    indices as in transformers' `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with
+    them.
     """
 
     top_k: int
     top_p: float | None
+    tail: int
+    seed: int
     layers: tuple[int, ...]
     hidden_dtypes: tuple[str, ...]
 
@@ -37,6 +40,8 @@ class CaptureSpec:
         return cls(
             top_k=logits[0].top_k if logits else 0,
             top_p=logits[0].top_p if logits else None,
+            tail=logits[0].tail if logits else 0,
+            seed=logits[0].seed if logits else 0,
             layers=layers,
             hidden_dtypes=tuple(group.dtype for group in hidden),
         )
@@ -49,6 +54,8 @@ class CaptureSpec:
         return cls(
             top_k=int(value["top_k"]),
             top_p=None if value["top_p"] is None else float(value["top_p"]),
+            tail=int(value["tail"]),
+            seed=int(value["seed"]),
             layers=tuple(int(layer) for layer in value["layers"]),
             hidden_dtypes=tuple(str(dtype) for dtype in value["hidden_dtypes"]),
         )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.schema import GroupFeatures, GroupSpec
+from featurestore.tail import row_shifts
 from pipeline.capture.packing import RowLayout, logit_fields, to_features
 from pipeline.capture.reduce import encode_hidden, reduce_logits
 from pipeline.capture.spec import CaptureSpec
@@ -52,14 +53,17 @@ class TransformersEngine:
             logits_to_keep=0 if self._spec.top_k else 1,
         )
         labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
+        spec = self._spec
+        shifts = torch.from_numpy(row_shifts(tokens, 0, len(tokens), spec.seed)).to(self._device)
         parts = []
         for start in range(0, len(ids), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             fields: dict[str, Any] = {}
-            if self._spec.top_k:
-                rows = reduce_logits(out.logits[0, chunk], labels[chunk], self._spec.top_k, self._spec.top_p)
+            if spec.top_k:
+                logits = out.logits[0, chunk]
+                rows = reduce_logits(logits, labels[chunk], spec.top_k, spec.top_p, spec.tail, shifts[chunk])
                 fields |= logit_fields(rows)
-            for layer, dtype in zip(self._spec.layers, self._spec.hidden_dtypes, strict=True):
+            for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
                 values, scale = encode_hidden(out.hidden_states[layer][0, chunk], dtype)
                 fields[f"hidden.{layer}"] = values
                 if scale is not None:

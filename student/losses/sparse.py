@@ -26,16 +26,23 @@ class SparseTargets:
     ids_NK: int64 head columns, best first; padding repeats column 0 (so that gathers and scatters stay in
     range). logprob_NK: float teacher log-probabilities; -inf marks padding. tail_N: float log of the
     teacher's mass outside the head; -inf where there is none. label_N: int64 next token.
+
+    Rows whose tail was sampled have their draws as further columns, of probability repeats * tail mass / M,
+    so that the columns sum to one and nothing is left outside; entropy_N (float, nats) is the teacher's full
+    entropy there and NaN in the other rows. None: no row is sampled.
     """
 
     ids_NK: Tensor
     logprob_NK: Tensor
     tail_N: Tensor
     label_N: Tensor
+    entropy_N: Tensor | None = None
 
     def slice(self, start: int, stop: int) -> SparseTargets:
         """The same targets for positions start..stop."""
-        return SparseTargets(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+        parts: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in fields(self)}
+        sliced = {name: part[start:stop] for name, part in parts.items() if part is not None}
+        return SparseTargets(**sliced)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,11 @@ def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     when the student equals the teacher on the head (the tail's mass then agrees, its inner shape is not
     seen). The gradient with respect to the head logits is q - p, unlike plain top-k KL, whose gradient (sum
     p) q - p is biased.
+
+    Rows with a sampled tail give the KL over the full vocabulary instead, -H(p) - sum p^ log q, where p^ is
+    the head and the weighted draws and H the stored entropy: value and gradient q - p^ are unbiased estimates
+    (importance sampling as in Sparse Logit Sampling, ACL 2025, with an exact head). A single row may then
+    come out below zero.
     """
     lse_N = student.lse()
     real_NK = torch.isfinite(teacher.logprob_NK)
@@ -92,7 +104,13 @@ def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     head_N = torch.where(real_NK, teacher.logprob_NK.exp() * gap_NK.masked_fill(~real_NK, 0.0), 0.0).sum(-1)
     has_tail_N = torch.isfinite(teacher.tail_N)
     gap_N = (teacher.tail_N - (student.tail_N - lse_N)).masked_fill(~has_tail_N, 0.0)
-    return head_N + teacher.tail_N.exp() * gap_N
+    kl_N = head_N + teacher.tail_N.exp() * gap_N
+    if teacher.entropy_N is None:
+        return kl_N
+    # Only the constant differs: the sum of p^ log p^ is no estimate of the sum of p log p.
+    logprob_NK = teacher.logprob_NK.masked_fill(~real_NK, 0.0)
+    sampled_N = (teacher.logprob_NK.exp() * logprob_NK).sum(-1)
+    return kl_N - torch.where(torch.isnan(teacher.entropy_N), 0.0, teacher.entropy_N + sampled_N)
 
 
 def cross_entropy(student: ReducedLogits, teacher: SparseTargets) -> Tensor:

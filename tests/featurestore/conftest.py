@@ -14,7 +14,7 @@ from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample
 
-SPECS: list[GroupSpec] = [LogitsSpec(8, 0.9), HiddenSpec(1, "bf16"), HiddenSpec(2, "int8")]
+SPECS: list[GroupSpec] = [LogitsSpec(8, 0.9, tail=6), HiddenSpec(1, "bf16"), HiddenSpec(2, "int8")]
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from featurestore.codec import row_starts
+from featurestore.codec import LOGPROB_ERROR, ROW_ERROR
 from featurestore.plan import Task
 from featurestore.schema import (
+    NO_DRAW,
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,
@@ -64,6 +65,7 @@ def logits(one: Sample, spec: LogitsSpec, vocab: int = VOCAB) -> LogitsFeatures:
         p = np.exp(head - lse[:, None])
         keep = (np.cumsum(p, axis=1) - p) < spec.top_p
     logprob = full - lse[:, None]
+    tail = draws(np.exp(logprob), order, keep, spec) if spec.tail else None
     label = np.full(len(one), np.nan, dtype=np.float32)
     label[:-1] = logprob[np.arange(len(one) - 1), one.tokens[1:]]
     return LogitsFeatures(
@@ -73,7 +75,20 @@ def logits(one: Sample, spec: LogitsSpec, vocab: int = VOCAB) -> LogitsFeatures:
         lse=lse,
         label_logprob=label,
         entropy=(-(np.exp(logprob) * logprob).sum(axis=1)).astype(np.float32),
+        tail_ids=tail,
     )
+
+
+def draws(p: np.ndarray, order: np.ndarray, keep: np.ndarray, spec: LogitsSpec) -> np.ndarray:
+    """Any ids outside each row's head, ascending; every fifth row has no tail."""
+    outside = p.copy()
+    for row in range(len(p)):
+        outside[row, order[row][keep[row]]] = 0.0
+    points = (np.arange(spec.tail) + 0.5) / spec.tail
+    found = [np.searchsorted(c / c[-1], points, side="right") for c in outside.cumsum(axis=1)]
+    tail = np.array(found, dtype=np.int32).reshape(len(p), spec.tail)
+    tail[::5] = NO_DRAW
+    return tail
 
 
 def hidden(one: Sample, spec: HiddenSpec, size: int = HIDDEN) -> HiddenFeatures:
@@ -98,7 +113,7 @@ def features(samples: list[Sample], specs: list[GroupSpec]) -> dict[GroupSpec, l
 
 
 def assert_same(found: GroupFeatures, given: GroupFeatures) -> None:
-    """Equal to the last bit, but for the head logits: those within the documented bound."""
+    """Ids and hidden states equal to the last bit, numbers of a row within the documented bounds."""
     if isinstance(given, HiddenFeatures):
         assert isinstance(found, HiddenFeatures) and found.dtype == given.dtype
         np.testing.assert_array_equal(found.values, given.values)
@@ -108,8 +123,9 @@ def assert_same(found: GroupFeatures, given: GroupFeatures) -> None:
         return
     assert isinstance(found, LogitsFeatures)
     found.check(len(given.counts))
-    for name in ("counts", "ids", "lse", "label_logprob", "entropy"):
+    for name in ("counts", "ids", "tail_ids"):
         np.testing.assert_array_equal(getattr(found, name), getattr(given, name), err_msg=name)
-    np.testing.assert_allclose(found.logits, given.logits, rtol=1e-6, atol=1 / 64)
-    starts = row_starts(given.counts)[:-1]
-    np.testing.assert_array_equal(found.logits[starts], given.logits[starts])
+    for name in ("lse", "label_logprob", "entropy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(given, name), rtol=1e-6, atol=ROW_ERROR)
+    logprobs = [one.logits - np.repeat(one.lse, one.counts) for one in (found, given)]
+    np.testing.assert_allclose(*logprobs, rtol=1e-6, atol=LOGPROB_ERROR + 1e-5)

@@ -1,6 +1,7 @@
 """Number codecs: round trips within the documented bounds, at real vocabulary widths."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from featurestore import codec
 from featurestore.columns import pack
 from featurestore.schema import LogitsFeatures, LogitsSpec
+from tests.featurestore.helpers import logits, sample
 
 
 def ragged(draw: st.DrawFn, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,23 +31,66 @@ def heads(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return ragged(draw, draw(st.sampled_from([1, 2, 50, 512])))
 
 
-@given(heads())
-@example((np.array([2, 1], np.uint16), np.array([1.0, 8.8914043e-13, 8.8914043e-13], np.float32)))
+def logsumexps(counts: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """float64 [R] over each row's head alone."""
+    rows = itertools.pairwise(codec.row_starts(counts))
+    return np.array([np.logaddexp.reduce(logits[a:b].astype(np.float64)) for a, b in rows])
+
+
+@given(heads(), st.floats(0.0, 30.0))
+@example((np.array([2, 1], np.uint16), np.array([1.0, 8.8914043e-13, 8.8914043e-13], np.float32)), 0.0)
 @settings(max_examples=60, deadline=None)
-def test_head_logits_round_trip_within_the_bound_at_every_rank(head: tuple[np.ndarray, np.ndarray]) -> None:
+def test_heads_round_trip_within_the_bound_at_every_rank(
+    head: tuple[np.ndarray, np.ndarray], outside: float
+) -> None:
     counts, logits = head
-    gaps, top = codec.encode_head(counts, logits)
-    assert gaps.dtype == np.uint16 and top.dtype == np.float32
-    decoded = codec.decode_head(counts, gaps, top)
-    starts = codec.row_starts(counts)[:-1]
-    np.testing.assert_array_equal(decoded[starts], logits[starts])
-    drop = np.repeat(logits[starts].astype(np.float64), counts) - logits
-    exact = drop <= codec.MAX_DROP / codec.STEPS_PER_NAT
-    error = np.abs(decoded.astype(np.float64) - logits)
-    assert (error[exact] <= codec.LOGIT_ERROR + np.spacing(np.abs(logits[exact])).astype(np.float64)).all()
-    # A saturated drop stays far beyond any probability that float64 can hold.
-    assert (np.repeat(decoded[starts], counts) - decoded)[~exact].min(initial=3000) > 2000
-    assert (np.diff(decoded)[codec._inside(starts, len(decoded))] <= 0).all()
+    lse = (logsumexps(counts, logits) + outside).astype(np.float32)
+    gaps, odds = codec.encode_head(counts, logits, lse)
+    assert gaps.dtype == np.uint16 and odds.dtype == np.int16
+    # Logits of 4,000 leave float32 little behind the point, so the bound is tested around zero.
+    decoded = codec.decode_head(counts, gaps, odds, np.zeros_like(lse))
+    exact = logits.astype(np.float64) - np.repeat(lse, counts)
+    near = exact > -codec.MAX_DROP / codec.STEPS_PER_NAT
+    bound = codec.LOGPROB_ERROR + 1e-6 * np.abs(exact) + np.spacing(np.abs(np.repeat(lse, counts)))
+    assert (np.abs(decoded - exact)[near] <= bound[near]).all()
+    assert (decoded[~near] < -2000).all()
+    assert (np.diff(decoded)[codec._inside(codec.row_starts(counts)[:-1], len(decoded))] <= 0).all()
+
+
+@given(heads(), st.floats(1e-3, 20.0))
+@settings(max_examples=40, deadline=None)
+def test_no_row_holds_more_than_all_mass_and_tails_keep_their_size(
+    head: tuple[np.ndarray, np.ndarray], outside: float
+) -> None:
+    counts, logits = head[0], head[1] / 100
+    lse = logsumexps(counts, logits) + outside
+    stored = codec.encode_head(counts, logits, lse)
+    mass = codec.head_mass(counts, codec.decode_head(counts, *stored, np.zeros_like(lse)), np.zeros_like(lse))
+    exact = np.exp(-outside)
+    assert (mass <= 1 + 1e-6).all()
+    half = 1 / (2 * codec.ODDS_STEPS)
+    np.testing.assert_allclose(np.log(mass), -outside, atol=half * (1 - exact) + 1e-5)
+    np.testing.assert_allclose(np.log(1 - mass), np.log(1 - exact), atol=half * exact + 1e-3)
+
+
+def test_a_head_of_all_the_mass_stays_closed() -> None:
+    logits = np.array([3.0, 1.0], np.float32)
+    lse = logsumexps(np.array([2]), logits).astype(np.float32) - np.float32(1e-6)
+    gaps, odds = codec.encode_head(np.array([2], np.uint16), logits, lse)
+    assert odds.tolist() == [codec.CLOSED]
+    decoded = codec.decode_head(np.array([2], np.uint16), gaps, odds, lse)
+    assert codec.head_mass(np.array([2]), decoded, lse) == pytest.approx(1.0, abs=1e-6)
+
+
+@given(hnp.arrays(np.float32, 7, elements=st.floats(-400, 400, width=32)))
+def test_numbers_of_a_row_keep_their_bound(values: np.ndarray) -> None:
+    assert np.abs(codec.decode_rows(codec.encode_rows(values, np.int32)) - values).max() <= codec.ROW_ERROR
+    labels = np.append(-np.abs(values), np.float32(np.nan))
+    decoded = codec.decode_labels(codec.encode_labels(labels))
+    assert decoded.dtype == np.float32 and np.isnan(decoded[-1])
+    assert np.abs(decoded - labels)[:-1].max() <= codec.ROW_ERROR
+    with pytest.raises(ValueError, match="outside"):
+        codec.encode_rows(np.array([1100.0]), np.uint16)
 
 
 @pytest.mark.parametrize("vocab", [49_152, 262_144])
@@ -56,39 +101,60 @@ def test_kl_of_the_stored_head_is_negligible(vocab: int, k: int) -> None:
     full = (rng.standard_normal((rows, vocab)) * 4).astype(np.float32)
     order = np.argsort(-full, axis=1)[:, :k]
     logits = np.take_along_axis(full, order, axis=1).ravel()
+    lse = np.log(np.exp(full.astype(np.float64)).sum(axis=1))
     counts = np.full(rows, k, dtype=np.uint16)
-    decoded = codec.decode_head(counts, *codec.encode_head(counts, logits)).reshape(rows, k)
-    exact = logits.reshape(rows, k).astype(np.float64)
-    p = np.exp(exact - exact.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    q = np.exp(decoded - decoded.max(axis=1, keepdims=True).astype(np.float64))
-    q /= q.sum(axis=1, keepdims=True)
-    assert (p * np.log(p / q)).sum(axis=1).max() < 2e-4
+    stored = codec.encode_head(counts, logits, lse)
+    p = np.exp(logits.reshape(rows, k) - lse[:, None])
+    q = np.exp(codec.decode_head(counts, *stored, lse).reshape(rows, k) - lse[:, None])
+    # Head and tail together, so that a wrong mass would count.
+    p, q = (np.column_stack([x, 1 - x.sum(axis=1)]) for x in (p, q))
+    assert np.mean((p * np.log(p / q)).sum(axis=1)) < 2e-4
 
 
 @pytest.mark.parametrize("vocab", [49_152, 65_536, 65_537, 262_144])
-def test_ids_take_two_bytes_up_to_a_vocabulary_of_65536(vocab: int) -> None:
+def test_ids_are_small_indexes_into_the_tasks_own_list(vocab: int) -> None:
     one = LogitsFeatures(
-        counts=np.array([2], np.uint16),
-        ids=np.array([vocab - 1, 0], np.uint32),
-        logits=np.array([1.0, -np.inf], np.float32),
-        lse=np.array([1.5], np.float32),
-        label_logprob=np.array([np.nan], np.float32),
-        entropy=np.array([0.1], np.float32),
+        counts=np.array([2, 1], np.uint16),
+        ids=np.array([vocab - 1, 0, vocab - 1], np.uint32),
+        logits=np.array([1.0, -np.inf, 0.0], np.float32),
+        lse=np.array([1.5, 0.0], np.float32),
+        label_logprob=np.array([-1.0, np.nan], np.float32),
+        entropy=np.array([0.1, 0.0], np.float32),
+        tail_ids=np.array([[7, 7, 9], [-1, -1, -1]], np.int32),
     )
-    arrays, stats = pack(LogitsSpec(2), [one], [1], vocab, 8)
-    assert arrays["head_ids"].itemsize == (2 if vocab <= 65_536 else 4)
-    assert arrays["head_ids"].tolist() == [vocab - 1, 0]
-    assert arrays["head_gaps"].tolist() == [0, 65_535]
-    assert stats["entries"] == 2 and stats["labels"] == 0
+    arrays, stats = pack(LogitsSpec(2, tail=3), [one], [2], vocab, 8)
+    assert arrays["vocabulary"].itemsize == (2 if vocab <= 65_536 else 4)
+    assert arrays["head_index"].dtype == arrays["tail_index"].dtype == np.uint16
+    # The last id occurs five times: twice as a head, three times for the row without draws.
+    assert arrays["vocabulary"].tolist() == [vocab - 1, 7, 0, 9]
+    assert arrays["head_index"].tolist() == [0, 2, 0]
+    assert arrays["tail_index"].tolist() == [[1, 0, 2], [0, 0, 0]]
+    assert arrays["head_gaps"].tolist() == [0, 65_535, 0] and arrays["head_odds"][1] == codec.CLOSED
+    assert stats["entries"] == 3 and stats["labels"] == 1 and stats["distinct_ids"] == 4
+
+
+def test_draws_inside_the_head_are_refused() -> None:
+    task = [sample(3, 4)]
+    good = logits(task[0], LogitsSpec(4, tail=2))
+    assert good.tail_ids is not None
+    for bad, match in (
+        (np.where(good.tail_ids >= 0, good.ids.reshape(-1, 4)[:, :1].astype(np.int32), -1), "head"),
+        (good.tail_ids[:, ::-1] + np.array([[1, 0]], np.int32), "ascend"),
+        (np.full_like(good.tail_ids, 1000), "ascend"),
+        (np.array([[-1, 5]] * 4, np.int32), "all of its"),
+        (good.tail_ids[:, :1], "2 tail draws"),
+        (None, "2 tail draws"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pack(LogitsSpec(4, tail=2), [replace(good, tail_ids=bad)], [4], 1000, 16)
 
 
 @pytest.mark.parametrize(
-    "logits", [[np.nan, 0.0], [np.inf, 0.0], [1.0, np.nan], [0.0, 1.0], [-np.inf, -np.inf], [0.0, np.inf]]
+    "values", [[np.nan, 0.0], [np.inf, 0.0], [1.0, np.nan], [0.0, 1.0], [-np.inf, -np.inf], [0.0, np.inf]]
 )
-def test_heads_that_are_no_distribution_are_refused(logits: list[float]) -> None:
+def test_heads_that_are_no_distribution_are_refused(values: list[float]) -> None:
     with pytest.raises(ValueError):
-        codec.encode_head(np.array([2], np.uint16), np.array(logits, np.float32))
+        codec.encode_head(np.array([2], np.uint16), np.array(values, np.float32), np.zeros(1))
 
 
 @given(heads(), st.integers(1, 60), st.sampled_from([None, 0.1, 0.5, 0.95]))

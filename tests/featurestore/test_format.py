@@ -48,9 +48,12 @@ def third_party_logits(root: Path, group: str) -> dict[str, list[list[tuple[int,
             heads[sample["id"]] = []
             for _ in range(sample["length"]):
                 end = cell + int(column["head_count"][row])
-                drops = np.cumsum(column["head_gaps"][cell:end].astype(np.int64)) / 32
-                logits = (np.float64(column["top_logit"][row]) - drops).astype(np.float32)
-                ids = column["head_ids"][cell:end].tolist()
+                drops = np.cumsum(column["head_gaps"][cell:end].astype(np.int64)) / 16
+                odds = int(column["head_odds"][row])
+                mass = 1.0 if odds == 32_767 else 1 / (1 + np.exp(-odds / 128))
+                logprobs = np.log(mass) - drops - np.log(np.exp(-drops).sum())
+                logits = column["lse"][row] / 64 + logprobs
+                ids = column["vocabulary"][column["head_index"][cell:end]].tolist()
                 heads[sample["id"]].append(list(zip(ids, logits.tolist(), strict=True)))
                 row, cell = row + 1, end
     return heads
@@ -64,9 +67,9 @@ def test_a_third_party_reads_the_same_logits(tmp_path: Path) -> None:
     assert set(heads) == set(reader.sample_ids)
     for i, sample_id in enumerate(reader.sample_ids):
         found = reader.read(i).features[spec]
-        assert [pair for row in heads[sample_id] for pair in row] == list(
-            zip(found.ids.tolist(), found.logits.tolist(), strict=True)
-        )
+        pairs = [pair for row in heads[sample_id] for pair in row]
+        assert [token for token, _ in pairs] == found.ids.tolist()
+        np.testing.assert_allclose([logit for _, logit in pairs], found.logits, rtol=1e-6)
 
 
 def test_zarr_reads_the_same_hidden_states_over_many_chunks(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zarr
 
 from featurestore.errors import CorruptionError, FeatureStoreError, StoreFormatError
 from featurestore.files import hash_file
@@ -26,7 +27,7 @@ from featurestore.tables import SAMPLE_SCHEMA
 from featurestore.verify import verify_store
 from tests.featurestore.conftest import Filled, copy_of, fill
 
-LOGITS, HIDDEN = LogitsSpec(4), HiddenSpec(1, "int8")
+LOGITS, HIDDEN = LogitsSpec(4, tail=3), HiddenSpec(1, "int8")
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -198,7 +199,7 @@ def shard_of(body: bytes, offset: int = 0) -> bytes:
     return chunk + index + google_crc32c.value(index).to_bytes(4, "little")
 
 
-@pytest.mark.parametrize("name", ["lse", "head_ids"])
+@pytest.mark.parametrize("name", ["lse", "head_index", "vocabulary", "tail_index"])
 @pytest.mark.parametrize(
     "shard",
     [
@@ -214,10 +215,20 @@ def shard_of(body: bytes, offset: int = 0) -> bytes:
     ids=["bomb", "zeros", "short", "overflow", "overrun", "absent", "stub"],
 )
 def test_bombs_and_broken_shards(victim: Filled, name: str, shard: bytes) -> None:
-    file = next(victim.path.glob(f"parts/*/{group_id(LOGITS)}/{name}/c/0"))
+    shards = victim.path.glob(f"parts/*/{group_id(LOGITS)}/{name}/c/**/0")
+    file = next(path for path in shards if path.is_file())
     file.write_bytes(shard)
     restamp(victim, file)
     assert f"{name}/c/0" in refused(victim, CorruptionError)
+
+
+@pytest.mark.parametrize("name", ["head_index", "tail_index", "vocabulary"])
+def test_ids_that_no_token_has(victim: Filled, name: str) -> None:
+    folder = next(victim.path.glob(f"parts/*/{group_id(LOGITS)}"))
+    zarr.open_group(str(folder), mode="r+")[name][...] = 60_000
+    shard = next(path for path in (folder / name / "c").rglob("0") if path.is_file())
+    restamp(victim, shard)
+    assert name in refused(victim, CorruptionError)
 
 
 def test_samples_that_unpack_to_gigabytes(victim: Filled) -> None:

@@ -24,7 +24,13 @@ def test_ids_are_stable_for_ever() -> None:
 
 
 def test_specs_round_trip() -> None:
-    for spec in (LogitsSpec(1), LogitsSpec(50, 0.95), HiddenSpec(0, "f32"), HiddenSpec(30, "fp8")):
+    for spec in (
+        LogitsSpec(1),
+        LogitsSpec(50, 0.95),
+        LogitsSpec(8, 0.5, 24, 7),
+        HiddenSpec(0, "f32"),
+        HiddenSpec(30, "fp8"),
+    ):
         assert group_spec_from_json(spec.to_json()) == spec
     assert LogitsSpec(50, 1.0) == LogitsSpec(50)
     assert len({group_id(s) for s in (LogitsSpec(50), LogitsSpec(51), LogitsSpec(50, 0.9))}) == 3
@@ -41,6 +47,9 @@ def test_specs_round_trip() -> None:
         {"kind": "logits", "top_k": True},
         {"kind": "logits", "top_k": 5, "top_p": 0},
         {"kind": "logits", "top_k": 5, "later": 1},
+        {"kind": "logits", "top_k": 5, "tail": -1},
+        {"kind": "logits", "top_k": 5, "tail": 4097},
+        {"kind": "logits", "top_k": 5, "seed": 1},
         {"kind": "hidden", "layer": -1, "dtype": "bf16"},
         {"kind": "hidden", "layer": 1, "dtype": "fp4"},
         {"kind": ["x"]},

@@ -38,6 +38,7 @@ def compare(
             out["lse"] = float(np.abs(a.lse - b.lse).max())
             out["entropy"] = float(np.abs(a.entropy - b.entropy).max())
             out["label_logprob"] = float(np.abs(a.label_logprob - b.label_logprob)[:-1].max())
+            out["same_draws"] = float((a.tail_ids == b.tail_ids).mean())
             out["last_label_is_nan"] = bool(np.isnan(a.label_logprob[-1]) and np.isnan(b.label_logprob[-1]))
         else:
             x, y = a.to_float32(), b.to_float32()
@@ -50,7 +51,7 @@ def main() -> None:
     teacher = load_teacher(sys.argv[1])
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(sys.argv[2]).read_text())]
     depth = teacher.num_layers
-    groups = (LogitsSpec(TOP_K), *(HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth)))
+    groups = (LogitsSpec(TOP_K, tail=16), *(HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth)))
     config = EngineConfig(
         model=teacher.path,
         architecture=teacher.architecture,

@@ -43,6 +43,8 @@ def check(report: list[dict[str, float]], samples: int) -> None:
         hidden = [value for name, value in sample.items() if name.startswith("hidden.")]
         assert len(hidden) >= 3
         assert max(hidden) <= HIDDEN_BOUND, sample
+        # A draw moves to a neighbour only where float32 noise moves a border of the CDF past its point.
+        assert sample["same_draws"] >= 0.999
         for name in ("logit", "lse", "label_logprob", "entropy"):
             assert sample[name] <= LOGIT_BOUND, sample
 

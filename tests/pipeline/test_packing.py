@@ -21,12 +21,15 @@ VOCAB, WIDTH = 53, 6
     rows=st.integers(1, 9),
     top_k=st.integers(0, VOCAB),
     top_p=st.none() | st.floats(0.1, 0.99),
+    tail=st.integers(0, 5),
     layers=st.lists(st.integers(0, 9), unique=True, max_size=3),
     dtype=st.sampled_from(["bf16", "f32", "int8", "fp8"]),
 )
-def test_round_trip(rows: int, top_k: int, top_p: float | None, layers: list[int], dtype: str) -> None:
+def test_round_trip(
+    rows: int, top_k: int, top_p: float | None, tail: int, layers: list[int], dtype: str
+) -> None:
     hidden = [HiddenSpec(layer, dtype) for layer in layers]
-    groups = tuple(([LogitsSpec(top_k, top_p)] if top_k else []) + hidden)
+    groups = tuple(([LogitsSpec(top_k, top_p, tail, seed=min(tail, 1))] if top_k else []) + hidden)
     if not groups:
         return
     spec = CaptureSpec.from_groups(groups)
@@ -36,7 +39,9 @@ def test_round_trip(rows: int, top_k: int, top_p: float | None, layers: list[int
     streams = {layer: torch.randn(rows, WIDTH) for layer in layers}
     fields: dict[str, torch.Tensor] = {}
     if top_k:
-        reduced = reduce_logits(logits, torch.full((rows,), -1), top_k, top_p)
+        reduced = reduce_logits(
+            logits, torch.full((rows,), -1), top_k, top_p, tail, torch.rand(rows).double()
+        )
         fields |= logit_fields(reduced)
     for layer, stream in streams.items():
         values, scale = encode_hidden(stream, dtype)
@@ -58,6 +63,9 @@ def test_round_trip(rows: int, top_k: int, top_p: float | None, layers: list[int
             np.testing.assert_array_equal(got.logits[start : start + count], reduced.head_logits[row, :count])
             start += count
         np.testing.assert_array_equal(got.lse, reduced.lse.numpy())
+        assert (got.tail_ids is None) == (tail == 0)
+        if tail:
+            np.testing.assert_array_equal(got.tail_ids, reduced.tail_draws.numpy())
     for group in hidden:
         features[group].check(rows, WIDTH)
         values, scale = encode_hidden(streams[group.layer], dtype)

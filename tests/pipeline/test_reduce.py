@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.capture.reduce import encode_hidden, head_counts, reduce_logits
+from featurestore.tail import first_draws, row_shifts
+from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, reduce_logits
 
 F32 = float(np.finfo(np.float32).eps)
 
@@ -97,3 +98,48 @@ def test_hidden_encodings_stay_within_their_bounds(shape: tuple[int, int]) -> No
 def test_unknown_hidden_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="int4"):
         encode_hidden(torch.zeros(1, 1), "int4")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "k", "count"), [(49_152, 8, 16), (262_144, 16, 12), (1003, 5, 7), (300, 40, 3)]
+)
+def test_tail_draws_follow_the_distribution_outside_the_head(vocab: int, k: int, count: int) -> None:
+    """Over a grid of G shifts a token is drawn G * M * p times, to within one draw per point and border."""
+    generator = torch.Generator().manual_seed(vocab)
+    row = torch.randn(vocab, generator=generator) * 4
+    grid = 256
+    shifts = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    rows = reduce_logits(row.expand(grid, -1), torch.zeros(grid, dtype=torch.long), k, None, count, shifts)
+    assert rows.tail_draws is not None and rows.tail_draws.shape == (grid, count)
+    p = torch.softmax(row.double(), -1)
+    p[rows.head_ids[0].long()] = 0.0
+    wanted = p / p.sum() * grid * count
+    found = torch.bincount(rows.tail_draws.flatten().long(), minlength=vocab)
+    assert not found[rows.head_ids[0].long()].any()
+    assert (found - wanted).abs().max() <= count + 1e-3
+    # The sum over any set of neighbours is as even: no mass is lost in the deep tail.
+    assert (found.cumsum(0) - wanted.cumsum(0)).abs().max() <= count + 1e-2
+    assert (rows.tail_draws.diff(dim=-1) >= 0).all()
+
+
+def test_draws_do_not_depend_on_the_batch_and_fewer_are_the_first_ones() -> None:
+    logits = torch.randn(9, 700, generator=torch.Generator().manual_seed(3)) * 3
+    tokens = np.arange(9, dtype=np.int32)
+    shifts = torch.from_numpy(row_shifts(tokens, 0, 9, 5))
+    labels = torch.zeros(9, dtype=torch.long)
+    whole = reduce_logits(logits, labels, 10, 0.7, 50, shifts).tail_draws
+    parts = [reduce_logits(logits[i : i + 1], labels[:1], 10, 0.7, 50, shifts[i : i + 1]) for i in range(9)]
+    assert whole is not None and torch.equal(whole, torch.cat([part.tail_draws for part in parts]))
+    few = reduce_logits(logits, labels, 10, 0.7, 12, shifts).tail_draws
+    assert few is not None
+    kept = whole.numpy()[first_draws(shifts.numpy(), 50, 12)].reshape(9, 12)
+    np.testing.assert_array_equal(kept, few.numpy())
+
+
+def test_a_row_without_tail_has_no_draws() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, -torch.inf, 2.0]])
+    shifts = torch.tensor([0.1, 0.999999999], dtype=torch.float64)
+    full = reduce_logits(logits, torch.tensor([0, 0]), 3, None, 4, shifts).tail_draws
+    assert full is not None and (full == NO_DRAW).all()
+    one = reduce_logits(logits, torch.tensor([0, 0]), 1, None, 4, shifts).tail_draws
+    assert one is not None and set(one[1].tolist()) == {0}, "a token of weight zero is never drawn"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures
+from featurestore.schema import NO_DRAW, HiddenSpec, LogitsFeatures
 from student.data import IGNORE, CachedDataset, Collator, learned_labels, pad_heads
 from student.errors import UserError
 from student.objective import depth_map, parse_layer_map
@@ -106,6 +106,26 @@ def test_a_head_of_the_whole_vocabulary_has_no_tail() -> None:
     padded = pad_heads([feature], 1, vocab_size=3)
     assert padded["tail_logprob"].item() == -np.inf
     assert padded["head_logprobs"].exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_draws_become_columns_that_share_the_tail() -> None:
+    feature = LogitsFeatures(
+        counts=np.array([1, 2], np.uint16),
+        ids=np.array([9, 4, 5], np.uint32),
+        logits=np.log(np.array([0.5, 0.6, 0.2], np.float32)),
+        lse=np.zeros(2, np.float32),
+        label_logprob=np.zeros(2, np.float32),
+        entropy=np.array([1.5, 0.7], np.float32),
+        tail_ids=np.array([[1, 3, 3, 8], [NO_DRAW] * 4], np.int32),
+    )
+    padded = pad_heads([feature], 3, vocab_size=10)
+    assert padded["head_ids"][0, :2].tolist() == [[9, 9, 1, 3, 9, 8], [4, 5, 4, 4, 4, 4]]
+    columns = padded["head_logprobs"][0].exp()
+    np.testing.assert_allclose(columns[0], [0.5, 0, 0.125, 0.25, 0, 0.125], atol=1e-6)
+    np.testing.assert_allclose(columns[1], [0.6, 0.2, 0, 0, 0, 0], atol=1e-6)
+    assert padded["tail_logprob"][0, 0] == -np.inf, "nothing is left outside of a sampled row"
+    assert padded["tail_logprob"][0, 1].exp().item() == pytest.approx(0.2, abs=1e-6)
+    np.testing.assert_array_equal(padded["teacher_entropy"][0], np.array([1.5, np.nan, np.nan], np.float32))
 
 
 def test_relative_depth_and_explicit_layer_maps() -> None:
