@@ -17,6 +17,10 @@ from tests import teachers
 # Float32 sums in another order: design bounds for logits of magnitude 10-30 and for residual streams.
 LOGIT_BOUND = 1e-3
 HIDDEN_BOUND = 1e-4
+# Draws move to a neighbour in the CDF where float32 noise moves a border past their point, more often the
+# denser the borders: logits moved by 1e-5 keep 74 % of the draws of the demo teacher, another seed keeps 3 %.
+# This tells one stream from another; that draws are exact for given logits is tested in test_reduce.py.
+SAME_STREAM = 0.5
 
 
 def agreement(teacher: Path, prompts: list[list[int]], tmp_path: Path) -> list[dict[str, float]]:
@@ -43,8 +47,7 @@ def check(report: list[dict[str, float]], samples: int) -> None:
         hidden = [value for name, value in sample.items() if name.startswith("hidden.")]
         assert len(hidden) >= 3
         assert max(hidden) <= HIDDEN_BOUND, sample
-        # A draw moves to a neighbour only where float32 noise moves a border of the CDF past its point.
-        assert sample["same_draws"] >= 0.999
+        assert sample["same_draws"] >= SAME_STREAM, sample
         for name in ("logit", "lse", "label_logprob", "entropy"):
             assert sample[name] <= LOGIT_BOUND, sample
 

@@ -174,10 +174,10 @@ def test_info_and_verify(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> No
     text = run("info", store).stdout
     assert "hidden.L2" in text
     assert json.loads(run("verify", store, "--deep", "--json").stdout)["problems"] == []
-    victim = next(store.glob("parts/*/logits-*/head_ids/c/0"))
+    victim = next(store.glob("parts/*/logits-*/head_index/c/0"))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 4
     victim.write_bytes(data)
     damaged = run("verify", store, "--deep", check=False)
     assert damaged.returncode == 1
-    assert "head_ids" in damaged.stdout
+    assert "head_index" in damaged.stdout
