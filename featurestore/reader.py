@@ -105,6 +105,13 @@ class CacheReader:
         """Where the teacher's config and tokenizer files lie."""
         return self.path / "teacher"
 
+    def shards(self) -> list[list[int]]:
+        """The indices of the samples of each task, for `featurestore.order.epoch_order`."""
+        members: dict[int, list[int]] = {}
+        for index, task in enumerate(self._places[:, 0].tolist()):
+            members.setdefault(task, []).append(index)
+        return list(members.values())
+
     def find(self, kind: str) -> GroupSpec:
         """The widest spec of a kind ("logits", "hidden.L20") that every sample has.
 

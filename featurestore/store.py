@@ -7,6 +7,7 @@ with link(2), which never replaces; a writer that comes second leaves garbage an
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import time
@@ -241,6 +242,8 @@ class FeatureStore:
                 # Nothing refers to the bundle yet. Once publishing has begun, something may.
                 shutil.rmtree(bundle, ignore_errors=True)
                 raise
+            # For `gc`, which takes a bundle that nobody has touched for long as garbage.
+            os.utime(bundle)
             for record in records:
                 path = commit_path(self.path, record.group, task.id)
                 ensure_directory(path.parent, self.path)

@@ -219,6 +219,46 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command(name="ls")
+def list_command(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """List the shards of STORE: samples, tokens, column groups, bytes."""
+    from featurestore.listing import list_shards
+    from pipeline.render import render_shards
+
+    with _exit_codes():
+        shards = list_shards(store)
+        if as_json:
+            _print_json([shard.to_json() for shard in shards])
+        else:
+            render_shards(Console(), shards)
+
+
+@app.command()
+def gc(
+    store: StoreArgument,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove it; without this it is only listed.")
+    ] = False,
+    min_age: Annotated[
+        float, typer.Option(min=0, help="Spare what somebody touched in the last so many seconds.")
+    ] = 3600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what killed and overtaken runs left behind in STORE, and with --delete remove it.
+
+    Nothing that was committed is touched. What is younger than --min-age may belong to a run that is at work.
+    """
+    from featurestore.gc import collect
+    from pipeline.render import render_collection
+
+    with _exit_codes():
+        found = collect(store, delete, min_age)
+        if as_json:
+            _print_json(found.to_json())
+        else:
+            render_collection(Console(), found)
+
+
 def main() -> None:
     app()
 

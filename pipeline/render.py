@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from featurestore.gc import Collection
 from featurestore.info import StoreInfo
+from featurestore.listing import Shard
 from featurestore.verify import Report
 from pipeline.estimate import Forecast
 
@@ -68,6 +70,27 @@ def render_report(console: Console, report: Report) -> None:
         f"{decimal(report.checked_bytes)} read, {report.rows:,} rows",
         highlight=False,
     )
+
+
+def render_shards(console: Console, shards: list[Shard]) -> None:
+    table = Table("shard", "samples", "tokens", "bytes", "column groups")
+    for shard in shards:
+        groups = ", ".join(group for group in shard.groups if group != "samples")
+        state = groups if shard.complete else f"{groups or 'nothing yet'} [yellow](incomplete)[/yellow]"
+        table.add_row(shard.task, f"{shard.samples:,}", f"{shard.rows:,}", decimal(shard.bytes), state)
+    console.print(table)
+
+
+def render_collection(console: Console, found: Collection) -> None:
+    for orphan in found.orphans:
+        state = ("removed" if found.deleted else "garbage") if orphan.removable else "may be in use"
+        console.print(
+            f"{state}: {orphan.path}, {decimal(orphan.bytes)}, untouched for {orphan.age:,.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+    verb = "removed" if found.deleted else "could be removed with --delete"
+    console.print(f"{decimal(found.reclaimed)} {verb}", highlight=False)
 
 
 def _render_lengths(console: Console, histogram: dict[str, int]) -> None:

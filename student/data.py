@@ -7,13 +7,14 @@ hidden size, nnz head entries of a sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from featurestore.order import epoch_order
 from featurestore.reader import CachedSample, CacheReader
 from featurestore.schema import NO_DRAW, GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
 from student.losses.sparse import complete_targets
@@ -27,11 +28,44 @@ class CachedDataset(torch.utils.data.Dataset[CachedSample]):
     def __init__(self, reader: CacheReader, indices: Sequence[int], groups: Sequence[GroupSpec]) -> None:
         self._reader, self._indices, self.groups = reader, list(indices), tuple(groups)
 
+    @property
+    def manifest_digest(self) -> str:
+        """Digest of the manifest that the samples are read from."""
+        return self._reader.manifest_digest
+
+    def shards(self) -> list[list[int]]:
+        """Positions in this data set by the shard that holds them."""
+        place = {index: position for position, index in enumerate(self._indices)}
+        kept = ([place[i] for i in shard if i in place] for shard in self._reader.shards())
+        return [shard for shard in kept if shard]
+
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> CachedSample:
         return self._reader.read(self._indices[index], self.groups)
+
+
+class CacheOrder(torch.utils.data.Sampler[int]):
+    """Positions in a CachedDataset in the order of `featurestore.order`, another one in each epoch.
+
+    The order depends on manifest, seed and epoch alone, so a resumed run reads what is left, with any number
+    of processes that keeps the global batch. `set_epoch` is called by Trainer.
+    """
+
+    def __init__(self, dataset: CachedDataset, seed: int) -> None:
+        self._digest, self._shards = dataset.manifest_digest, dataset.shards()
+        self._length, self._seed, self.epoch = len(dataset), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration has."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from epoch_order(self._digest, self._seed, self.epoch, self._shards).tolist()
 
 
 def learned_labels(tokens_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:

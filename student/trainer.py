@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from student.bitnet import FlipMeter, bit_linears
-from student.data import CachedDataset, Collator
+from student.data import CachedDataset, CacheOrder, Collator
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.saving import load_student, save_student
 
@@ -49,6 +49,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _collator(self, dataset: CachedDataset) -> Collator:
         return Collator(dataset.groups, self._vocab_size, self._pad_token)
+
+    def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
+        """The cache's own order: whole shards in windows, and the same for any number of processes."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return CacheOrder(train_dataset or self.train_dataset, seed)
 
     def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
         """Evaluation reads other column groups than training, so it has its own collator."""

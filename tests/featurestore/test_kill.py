@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+from featurestore.gc import collect
 from featurestore.identity import SAMPLES
 from featurestore.reader import CacheReader
 from featurestore.schema import group_id
@@ -44,6 +45,29 @@ def run_and_kill(path: Path, bundles: int, seconds: float) -> int:
     return sum(process.exitcode == -signal.SIGKILL for process in pair)
 
 
+def bundles_of(path: Path) -> set[str]:
+    """The bundles that are committed."""
+    commits = FeatureStore.open(path).commits()
+    return {record.bundle for records in commits.values() for record in records.values()}
+
+
+def check_complete(path: Path) -> None:
+    """Every row of the request is there once and is what went in."""
+    tasks, samples = request()
+    commits = FeatureStore.create(path, identity()).commits()
+    assert {g: set(r) for g, r in commits.items()} == {
+        g: {t.id for t in tasks} for g in (SAMPLES, *map(group_id, SPECS))
+    }
+    report = verify_store(path, deep=True)
+    assert report.sound and report.rows == sum(t.rows for t in tasks)
+    reader = CacheReader.open(path)
+    assert sorted(reader.sample_ids) == sorted(samples)
+    for i, sample_id in enumerate(reader.sample_ids):
+        given = features([samples[sample_id]], SPECS)
+        for spec, found in reader.read(i).features.items():
+            assert_same(found, given[spec][0])
+
+
 def test_killed_writers_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "store"
     chance = random.Random(7)
@@ -60,16 +84,8 @@ def test_killed_writers_lose_nothing(tmp_path: Path) -> None:
     assert len(orphans) >= KILLS // 4, "the kills have to hit bundles that are being written"
 
     complete(path)
-    tasks, samples = request()
-    commits = FeatureStore.create(path, identity()).commits()
-    assert {g: set(r) for g, r in commits.items()} == {
-        g: {t.id for t in tasks} for g in (SAMPLES, *map(group_id, SPECS))
-    }
-    report = verify_store(path, deep=True)
-    assert report.sound and report.rows == sum(t.rows for t in tasks)
-    reader = CacheReader.open(path)
-    assert sorted(reader.sample_ids) == sorted(samples)
-    for i, sample_id in enumerate(reader.sample_ids):
-        given = features([samples[sample_id]], SPECS)
-        for spec, found in reader.read(i).features.items():
-            assert_same(found, given[spec][0])
+    check_complete(path)
+    found = collect(path, delete=True, min_age=0.0)
+    assert {Path(orphan.path).name for orphan in found.orphans} >= orphans
+    check_complete(path)
+    assert {p.name for p in path.glob("parts/*")} == bundles_of(path)

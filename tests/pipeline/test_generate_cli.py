@@ -181,3 +181,35 @@ def test_info_and_verify(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> No
     damaged = run("verify", store, "--deep", check=False)
     assert damaged.returncode == 1
     assert "head_index" in damaged.stdout
+
+
+def test_draws_are_extended_and_fewer_are_served(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store, head = tmp_path / "store", ("--top-k", 4, "--top-p", 0.6)
+    first = generate(tiny_teacher, corpus, store, *head, "--tail", 12, "--seed", 3)
+    fewer = generate(tiny_teacher, corpus, store, *head, "--tail", 5, "--seed", 3)
+    assert fewer["tokens"] == 0 and first["tokens"]
+    more = generate(tiny_teacher, corpus, store, *head, "--tail", 20, "--seed", 3)
+    assert more["tokens"] == first["tokens"]
+    wide, narrow = LogitsSpec(4, 0.6, 20, seed=3), LogitsSpec(4, 0.6, 5, seed=3)
+    old = CacheReader.open(store, str(first["manifest"]))
+    new = CacheReader.open(store, str(more["manifest"]))
+    assert new.find("logits") == wide
+    for index in range(len(new)):
+        before = old.read(index, [narrow]).features[narrow]
+        np.testing.assert_array_equal(before.tail_ids, new.read(index, [narrow]).features[narrow].tail_ids)
+
+
+def test_ls_and_gc(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    made = generate(tiny_teacher, corpus, store, "--top-k", 4)
+    shards = json.loads(run("ls", store, "--json").stdout)
+    assert sum(shard["rows"] for shard in shards) == made["tokens"] and all(s["complete"] for s in shards)
+    assert shards[0]["task"] in run("ls", store).stdout
+    orphan = store / "parts" / f"{shards[0]['task']}-feedfeedfeed"
+    orphan.mkdir()
+    assert "may be in use" in run("gc", store).stdout
+    found = json.loads(run("gc", store, "--min-age", 0, "--json").stdout)
+    assert [o["removable"] for o in found["orphans"]] == [True] and orphan.exists()
+    assert "removed" in run("gc", store, "--min-age", 0, "--delete").stdout and not orphan.exists()
+    assert run("verify", store, "--deep").returncode == 0
+    assert run("gc", tmp_path, check=False).returncode == 2

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from featurestore.order import epoch_order
 from featurestore.reader import CacheReader
 from featurestore.schema import NO_DRAW, HiddenSpec, LogitsFeatures
-from student.data import IGNORE, CachedDataset, Collator, learned_labels, pad_heads
+from student.data import IGNORE, CachedDataset, CacheOrder, Collator, learned_labels, pad_heads
 from student.errors import UserError
 from student.objective import depth_map, parse_layer_map
 from student.split import is_held_out, split_samples
@@ -76,6 +77,23 @@ def test_a_batch_holds_what_the_store_holds(cache: Path) -> None:
             got = batch["hidden_targets"][spec.layer][row]
             np.testing.assert_array_equal(got[:length].float().numpy(), sample.features[spec].to_float32())
             assert not got[length:].any()
+
+
+def test_training_reads_in_the_caches_order(cache: Path) -> None:
+    reader = CacheReader.open(cache)
+    indices = list(range(1, len(reader), 2))
+    order = CacheOrder(CachedDataset(reader, indices, SPECS), seed=3)
+    assert len(reader.shards()) > 2
+    assert sorted(i for s in reader.shards() for i in s) == list(range(len(reader)))
+    epochs = []
+    for epoch in (0, 1, 0):
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(indices))) and len(order) == len(indices)
+    own = [[(i - 1) // 2 for i in shard if i % 2] for shard in reader.shards()]
+    wanted = epoch_order(reader.manifest_digest, 3, 1, [shard for shard in own if shard])
+    assert epochs[1] == wanted.tolist()
 
 
 def test_ragged_heads_repeat_the_first_id_on_padding() -> None:
