@@ -105,8 +105,10 @@ def _save(model_class: type, config: object, directory: Path, seed: int) -> Path
     torch.manual_seed(seed)
     model = model_class(config).float()
     # The default initialisation gives nearly flat distributions; real teachers are peaked.
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one when tied
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20.0)
+        for weight in ends:
+            weight.mul_(20.0)
     model.save_pretrained(directory)
     word_tokenizer(config.vocab_size).save_pretrained(directory)  # type: ignore[attr-defined]
     return directory
