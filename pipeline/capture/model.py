@@ -19,10 +19,8 @@ from vllm.sequence import IntermediateTensors
 
 from pipeline.capture.plugin import PREFIX
 from pipeline.capture.pooler import CapturePooler
-from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.spec import CONFIG_KEY, CaptureSpec
 from pipeline.capture.watch import end_with_driver
-
-CONFIG_KEY = "distily_capture"
 
 
 def capture_spec(vllm_config: VllmConfig) -> CaptureSpec:

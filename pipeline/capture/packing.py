@@ -21,7 +21,7 @@ from featurestore.schema import (
     LogitsFeatures,
     LogitsSpec,
 )
-from pipeline.capture.reduce import LogitRows
+from pipeline.capture.reduce import LogitRows, encode_hidden
 from pipeline.capture.spec import CaptureSpec
 
 _HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
@@ -84,6 +84,12 @@ def logit_fields(rows: LogitRows) -> dict[str, torch.Tensor]:
     """The reduced logits by field name."""
     tensors = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def hidden_fields(layer: int, stream_ND: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+    values, scale = encode_hidden(stream_ND, dtype)
+    fields = {f"hidden.{layer}": values}
+    return fields if scale is None else fields | {f"scale.{layer}": scale}
 
 
 def to_features(

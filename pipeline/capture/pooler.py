@@ -16,11 +16,10 @@ from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from featurestore.tail import row_shifts
-from pipeline.capture.packing import RowLayout, logit_fields
-from pipeline.capture.reduce import encode_hidden, reduce_logits
-from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.packing import RowLayout, hidden_fields, logit_fields
+from pipeline.capture.reduce import reduce_logits
+from pipeline.capture.spec import POOLING_TASK, CaptureSpec
 
-TASK = "token_embed"
 # A chunk of logits is held in float32 a few times over; 2**25 elements are 128 MiB each.
 _CHUNK_ELEMENTS = 2**25
 _CHUNK_ROWS = 512
@@ -41,7 +40,7 @@ class CapturePooler(Pooler):  # type: ignore[misc]
         self.chunk_rows = max(16, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size))
 
     def get_supported_tasks(self) -> Set[Any]:
-        return {TASK}
+        return {POOLING_TASK}
 
     def get_pooling_updates(self, task: Any) -> PoolingParamsUpdate:
         return PoolingParamsUpdate(requires_token_ids=True)
@@ -95,10 +94,7 @@ class CapturePooler(Pooler):  # type: ignore[misc]
             fields |= logit_fields(rows)
         for layer, dtype in zip(self.spec.layers, self.spec.hidden_dtypes, strict=True):
             stream = final if layer == self.depth else next(inner)
-            values, scale = encode_hidden(stream, dtype)
-            fields[f"hidden.{layer}"] = values
-            if scale is not None:
-                fields[f"scale.{layer}"] = scale
+            fields |= hidden_fields(layer, stream, dtype)
         return fields
 
 

@@ -8,6 +8,11 @@ from typing import Any
 
 from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
 
+# What our side and vLLM's worker call each other by: the key of vLLM's additional_config that holds the spec,
+# and the pooling task whose output is one tensor row per position.
+CONFIG_KEY = "distily_capture"
+POOLING_TASK = "token_embed"
+
 
 @dataclass(frozen=True)
 class CaptureSpec:

@@ -9,8 +9,8 @@ import numpy as np
 
 from featurestore.schema import GroupFeatures, GroupSpec
 from featurestore.tail import row_shifts
-from pipeline.capture.packing import RowLayout, logit_fields, to_features
-from pipeline.capture.reduce import encode_hidden, reduce_logits
+from pipeline.capture.packing import RowLayout, hidden_fields, logit_fields, to_features
+from pipeline.capture.reduce import reduce_logits
 from pipeline.capture.spec import CaptureSpec
 from pipeline.engines.base import EngineConfig
 
@@ -64,10 +64,7 @@ class TransformersEngine:
                 rows = reduce_logits(logits, labels[chunk], spec.top_k, spec.top_p, spec.tail, shifts[chunk])
                 fields |= logit_fields(rows)
             for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
-                values, scale = encode_hidden(out.hidden_states[layer][0, chunk], dtype)
-                fields[f"hidden.{layer}"] = values
-                if scale is not None:
-                    fields[f"scale.{layer}"] = scale
+                fields |= hidden_fields(layer, out.hidden_states[layer][0, chunk], dtype)
             parts.append(self._layout.pack(fields))
         return torch.cat(parts)
 

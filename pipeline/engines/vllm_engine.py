@@ -12,7 +12,7 @@ import numpy as np
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec
 from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.plugin import capture_name
-from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.errors import EngineError, RequestError
@@ -74,10 +74,10 @@ class VllmEngine:
         self._llm: Any = LLM(
             model=str(config.model),
             runner="pooling",
-            pooler_config=PoolerConfig(task="token_embed"),
+            pooler_config=PoolerConfig(task=POOLING_TASK),
             # A pooling model's head would default to float32, which is not the teacher that was asked for.
             hf_overrides={"architectures": [twin], "head_dtype": "model"},
-            additional_config={"distily_capture": spec.to_json()},
+            additional_config={CONFIG_KEY: spec.to_json()},
             load_format="safetensors",
             use_tqdm_on_load=verbose,
             dtype=config.dtype,
@@ -96,7 +96,7 @@ class VllmEngine:
         for piece in _pieces(prompts, _PIECE_TOKENS):
             outputs = self._llm.encode(
                 [{"prompt_token_ids": tokens.tolist()} for tokens in piece],
-                pooling_task="token_embed",
+                pooling_task=POOLING_TASK,
                 use_tqdm=False,
             )
             for tokens, output in zip(piece, outputs, strict=True):
