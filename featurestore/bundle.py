@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import decode_head, decode_labels, decode_rows, narrow_mask, row_starts
+from featurestore.codec import row_starts
+from featurestore.codes import LogitsCodes, count_repeats
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import check_file, read_bounded
@@ -18,92 +18,108 @@ from featurestore.identity import SAMPLES
 from featurestore.plan import Task
 from featurestore.records import SAMPLES_FILE, CommitRecord
 from featurestore.schema import (
-    NO_DRAW,
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,
-    LogitsFeatures,
     LogitsSpec,
     Sample,
     TeacherIdentity,
     covers,
 )
-from featurestore.shard import ShardArray
+from featurestore.shard import ChunkCache, ShardArray
 from featurestore.tables import samples_from_bytes
-from featurestore.tail import first_draws, row_shifts
 
 Array = npt.NDArray[Any]
+GroupCodes = LogitsCodes | HiddenFeatures
 
 
 class Group:
     """The arrays of one column group of one task."""
 
-    def __init__(self, store: Path, record: CommitRecord, task: Task, identity: TeacherIdentity) -> None:
+    def __init__(
+        self,
+        store: Path,
+        record: CommitRecord,
+        task: Task,
+        identity: TeacherIdentity,
+        cache: ChunkCache | None = None,
+    ) -> None:
         assert record.spec is not None
         self.spec = record.spec
         directory = bundle_path(store, record) / record.group
         extent = Extent.of(task, record.stats, identity)
-        self.arrays = {
-            name: ShardArray(directory / name, layout) for name, layout in layouts(self.spec, extent).items()
-        }
+        shapes = layouts(self.spec, extent)
         self._rows = row_starts(np.asarray(task.lengths)).tolist()
         self._entries: list[int] = []
+        decoders: dict[str, Callable[[Array], Array]] = {}
         if isinstance(self.spec, LogitsSpec):
-            self._entries = self.arrays["sample_offsets"].read(0, extent.samples + 1).tolist()
-            self._vocabulary = self.arrays["vocabulary"].read(0, extent.distinct_ids).astype(np.uint32)
-            if int(self._vocabulary.max()) >= identity.vocab_size:
-                raise CorruptionError(
-                    f"{self.arrays['vocabulary'].path}: ids outside the teacher's vocabulary"
-                )
+            offsets = ShardArray(directory / "sample_offsets", shapes.pop("sample_offsets"))
+            self._entries = offsets.read(0, extent.samples + 1).tolist()
+            ids = ShardArray(directory / "vocabulary", shapes.pop("vocabulary"))
+            decoders = _id_decoders(ids, extent)
+        self.arrays = {
+            name: ShardArray(directory / name, layout, cache, decoders.get(name))
+            for name, layout in shapes.items()
+        }
 
     def read(self, position: int) -> GroupFeatures:
         """The features of the sample at `position` of the task."""
+        found = self.codes(position)
+        return found.decode() if isinstance(found, LogitsCodes) else found
+
+    def codes(self, position: int) -> GroupCodes:
+        """The same as stored."""
         start, stop = self._rows[position], self._rows[position + 1]
         if isinstance(self.spec, LogitsSpec):
             return self._logits(position, start, stop)
         scale = self.arrays["scale"].read(start, stop) if "scale" in self.arrays else None
         return HiddenFeatures(self.arrays["values"].read(start, stop), scale, self.spec.dtype)
 
-    def _logits(self, position: int, start: int, stop: int) -> LogitsFeatures:
+    def _logits(self, position: int, start: int, stop: int) -> LogitsCodes:
         first, last = self._entries[position], self._entries[position + 1]
-        counts = self.arrays["head_count"].read(start, stop).astype(np.uint16)
-        path = self.arrays["head_count"].path
+        names = ("head_count", "head_odds", "lse", "label_logprob", "entropy")
+        counts, odds, lse, label_logprob, entropy = (self.arrays[n].read(start, stop) for n in names)
         if last - first != int(counts.sum(dtype=np.int64)) or not counts.all():
+            path = self.arrays["head_count"].path
             raise CorruptionError(f"{path}: head sizes that do not add up to sample_offsets")
-        ids = self._ids("head_index", self.arrays["head_index"].read(first, last))
-        lse = decode_rows(self.arrays["lse"].read(start, stop))
-        gaps, odds = self.arrays["head_gaps"].read(first, last), self.arrays["head_odds"].read(start, stop)
-        return LogitsFeatures(
+        draws = self.arrays["tail_index"].read(start, stop) if "tail_index" in self.arrays else None
+        return LogitsCodes(
             counts=counts,
-            ids=ids,
-            logits=decode_head(counts, gaps, odds, lse),
+            ids=self.arrays["head_index"].read(first, last),
+            gaps=self.arrays["head_gaps"].read(first, last),
+            odds=odds,
             lse=lse,
-            label_logprob=decode_labels(self.arrays["label_logprob"].read(start, stop)),
-            entropy=decode_rows(self.arrays["entropy"].read(start, stop)),
-            tail_ids=self._tail(start, stop, ids[row_starts(counts)[:-1]]),
+            label_logprob=label_logprob,
+            entropy=entropy,
+            draws=None if draws is None else draws[:, 0],
+            repeats=None if draws is None else draws[:, 1],
         )
 
-    def _tail(self, start: int, stop: int, tops: Array) -> npt.NDArray[np.int32] | None:
-        """Draws of rows start..stop; a row that repeats its top id has none."""
-        if "tail_index" not in self.arrays:
-            return None
-        steps = self.arrays["tail_index"].read(start, stop)
-        ids = self._ids("tail_index", np.cumsum(steps, axis=1, dtype=np.int64)).astype(np.int32)
-        ids[ids[:, 0] == tops] = NO_DRAW
-        ids.sort(axis=1)
-        return ids
 
-    def _ids(self, name: str, index: Array) -> npt.NDArray[np.uint32]:
-        if int(index.max()) >= len(self._vocabulary):
-            raise CorruptionError(f"{self.arrays[name].path}: an index outside the task's vocabulary")
-        return self._vocabulary[index]
+def _id_decoders(vocabulary: ShardArray, extent: Extent) -> dict[str, Callable[[Array], Array]]:
+    """What turns chunks of head_index into token ids, uint32, and rows of tail_index [R, M] into ids and how
+    often each occurs, int32 [R, 2, M] (see LogitsCodes).
+    """
+    ids = vocabulary.read(0, extent.distinct_ids).astype(np.uint32)
+    if int(ids.max()) >= extent.vocab_size:
+        raise CorruptionError(f"{vocabulary.path}: ids outside the teacher's vocabulary")
+
+    def draws(steps: Array) -> Array:
+        # One running sum through all rows (modulo 2^32), less what each row began with: faster than one per
+        # row.
+        total = np.cumsum(steps.astype(np.int32), dtype=np.int32).reshape(steps.shape)
+        places = (total - (total[:, :1] - steps[:, :1])).view(np.uint32)
+        found = ids.take(places).view(np.int32)
+        return np.stack([found, count_repeats(found)], axis=1)
+
+    return {"head_index": ids.take, "tail_index": draws}
 
 
 class Bundle:
     """All that is committed of one task. Opens a group when it is first asked for.
 
     `verified` is shared: the (task, group) pairs whose files were hashed already, so that a bundle which
-    is closed and opened again is not hashed again.
+    is closed and opened again is not hashed again. `cache` holds unpacked chunks of all bundles.
     """
 
     def __init__(
@@ -113,13 +129,15 @@ class Bundle:
         task: Task,
         records: Mapping[str, CommitRecord],
         verified: set[tuple[str, str]],
+        cache: ChunkCache,
     ) -> None:
         self.task = task
         self.records = records
         self._store = store
         self._identity = identity
         self._verified = verified
-        self._groups: dict[str, Group] = {}
+        self._cache = cache
+        self._serving: dict[GroupSpec, Group] = {}
         self._samples: list[Sample] | None = None
 
     def samples(self) -> list[Sample]:
@@ -132,21 +150,28 @@ class Bundle:
 
     def features(self, position: int, want: GroupSpec) -> GroupFeatures:
         """The features of one sample, from a group that covers `want`, narrowed to it."""
-        record = serving(self.records, want)
-        if record is None:
-            raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
-        if record.group not in self._groups:
+        found = self.codes(position, want)
+        return found.decode() if isinstance(found, LogitsCodes) else found
+
+    def codes(self, position: int, want: GroupSpec) -> GroupCodes:
+        """The same as stored."""
+        group = self._group(want)
+        found = group.codes(position)
+        if isinstance(want, LogitsSpec) and isinstance(found, LogitsCodes) and want != group.spec:
+            return found.narrow(want, self.samples()[position].tokens)
+        return found
+
+    def _group(self, want: GroupSpec) -> Group:
+        """The group that serves `want`, its files checked when it is first asked for."""
+        if want not in self._serving:
+            record = serving(self.records, want)
+            if record is None:
+                raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
             key = (self.task.id, record.group)
             check_record(self._store, record, self.task, deep=key not in self._verified)
             self._verified.add(key)
-            self._groups[record.group] = Group(self._store, record, self.task, self._identity)
-        found = self._groups[record.group].read(position)
-        if isinstance(want, LogitsSpec) and isinstance(found, LogitsFeatures) and want != record.spec:
-            assert isinstance(record.spec, LogitsSpec)
-            return narrow(
-                found, want, record.spec.tail, self.samples()[position].tokens if want.tail else None
-            )
-        return found
+            self._serving[want] = Group(self._store, record, self.task, self._identity, self._cache)
+        return self._serving[want]
 
 
 def bundle_path(store: Path, record: CommitRecord) -> Path:
@@ -178,26 +203,3 @@ def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecor
     """The record that serves a request: the very group, else the one with the fewest bytes that covers it."""
     covering = [r for r in records.values() if r.spec is not None and covers(r.spec, want)]
     return min(covering, key=lambda r: (r.spec != want, r.size), default=None)
-
-
-def narrow(
-    features: LogitsFeatures, spec: LogitsSpec, have_tail: int = 0, tokens: Array | None = None
-) -> LogitsFeatures:
-    """What a capture with the smaller `spec` keeps of these rows.
-
-    With top_p the cut is found from the stored logits, so it can fall one rank beside the capture's own.
-    Fewer draws are the first ones of more: `tokens` of the sample tell which they are.
-    """
-    if spec.tail and features.tail_ids is not None and tokens is not None:
-        shifts = row_shifts(tokens, 0, len(tokens), spec.seed)
-        chosen = features.tail_ids[first_draws(shifts, have_tail, spec.tail)]
-        return replace(features, tail_ids=chosen.reshape(-1, spec.tail))
-    keep = narrow_mask(features.counts, features.logits, features.lse, spec.top_k, spec.top_p)
-    kept = np.add.reduceat(keep, row_starts(features.counts)[:-1], dtype=np.int64)
-    return replace(
-        features,
-        counts=kept.astype(np.uint16),
-        ids=features.ids[keep],
-        logits=features.logits[keep],
-        tail_ids=None,
-    )

@@ -66,12 +66,15 @@ def encode_head(
     steps = np.minimum(np.rint(drop * STEPS_PER_NAT), MAX_DROP)
     gaps = np.diff(steps, prepend=0.0)
     gaps[starts] = 0.0
-    mass = head_mass(counts, logits, lse)
+    return gaps.astype(np.uint16), encode_odds(head_mass(counts, logits, lse))
+
+
+def encode_odds(mass: Array) -> npt.NDArray[np.int16]:
+    """float64 [R] mass of each head -> int16 [R], log(inside / outside) in ODDS_STEPS; CLOSED from one on."""
     with np.errstate(divide="ignore", invalid="ignore"):
         odds = np.rint((np.log(mass) - np.log1p(-mass)) * ODDS_STEPS)
     # A mass of one, or above it by the rounding of lse.
-    odds = np.where(mass >= 1, CLOSED, np.clip(odds, -MAX_ODDS, MAX_ODDS))
-    return gaps.astype(np.uint16), odds.astype(np.int16)
+    return np.where(mass >= 1, CLOSED, np.clip(odds, -MAX_ODDS, MAX_ODDS)).astype(np.int16)
 
 
 def decode_head(counts: Array, gaps: Array, odds: Array, lse: Array) -> npt.NDArray[np.float32]:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.bundle import Bundle
+from featurestore.bundle import Bundle, GroupCodes
 from featurestore.directory import fullest_manifest, manifest_digests, read_manifest, read_spec
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError, StoreNotFoundError
 from featurestore.plan import Task
 from featurestore.records import Manifest, read_commit
 from featurestore.schema import GroupFeatures, GroupSpec, LogitsSpec, covers
+from featurestore.shard import ChunkCache
 from featurestore.tables import read_plan
 
 OPEN_BUNDLES = 128
@@ -34,12 +35,23 @@ class CachedSample:
     features: dict[GroupSpec, GroupFeatures]
 
 
+@dataclass(frozen=True, eq=False)
+class CodedSample:
+    """One sample and its features as stored, for decoding elsewhere. Otherwise as CachedSample."""
+
+    id: str
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    features: dict[GroupSpec, GroupCodes]
+
+
 class CacheReader:
     """The samples of one manifest, by index. Use `CacheReader.open`.
 
     Holds no open files: it can be forked, and pickling sends the path and the manifest's digest only.
     Not for use by several threads at once. Bundles are checked against their committed sizes and hashes
-    when they are first read; reading raises CorruptionError rather than return wrong numbers.
+    when they are first read; reading raises CorruptionError rather than return wrong numbers. At most 256 MiB
+    of unpacked chunks are kept.
     """
 
     def __init__(self, path: Path, manifest_digest: str) -> None:
@@ -69,6 +81,7 @@ class CacheReader:
         self._places = np.asarray(places, dtype=np.int64).reshape(-1, 2)
         self._bundles: OrderedDict[int, Bundle] = OrderedDict()
         self._verified: set[tuple[str, str]] = set()
+        self._cache = ChunkCache()
         self._default_groups: list[GroupSpec] | None = None
 
     @classmethod
@@ -133,15 +146,25 @@ class CacheReader:
 
         A spec that a wider group covers is served from it. Only the rows of this sample are read.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
         if groups is None:
             groups = self._complete_groups()
-        t, position = self._places[index].tolist()
-        bundle = self._bundle(t)
+        bundle, position = self._place(index)
         sample = bundle.samples()[position]
         features = {spec: bundle.features(position, spec) for spec in groups}
         return CachedSample(self.sample_ids[index], sample.tokens, sample.loss_mask, features)
+
+    def read_codes(self, index: int, groups: Sequence[GroupSpec]) -> CodedSample:
+        """Sample `index` with features as stored: a batch of them is decoded at once by who reads them."""
+        bundle, position = self._place(index)
+        sample = bundle.samples()[position]
+        features = {spec: bundle.codes(position, spec) for spec in groups}
+        return CodedSample(self.sample_ids[index], sample.tokens, sample.loss_mask, features)
+
+    def _place(self, index: int) -> tuple[Bundle, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        t, position = self._places[index].tolist()
+        return self._bundle(t), position
 
     def _bundle(self, t: int) -> Bundle:
         bundle = self._bundles.get(t)
@@ -149,7 +172,9 @@ class CacheReader:
             task = self._tasks[t]
             named = self._manifest.tasks[task.id]
             records = {group: read_commit(self.path, group, task.id, d) for group, d in named.items()}
-            bundle = self._bundles[t] = Bundle(self.path, self.identity, task, records, self._verified)
+            bundle = self._bundles[t] = Bundle(
+                self.path, self.identity, task, records, self._verified, self._cache
+            )
             if len(self._bundles) > OPEN_BUNDLES:
                 self._bundles.popitem(last=False)
         self._bundles.move_to_end(t)

@@ -7,11 +7,13 @@ refuses a missing chunk, which zarr would fill with zeros, and any size that the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,14 +76,51 @@ def write_group(
             array[...] = data
 
 
+class ChunkCache:
+    """Unpacked inner chunks of many arrays, the least recently used leaving first: at most `limit` bytes.
+
+    Samples are read in a shuffled order, and a chunk holds rows of several samples.
+    """
+
+    def __init__(self, limit: int = 2**28) -> None:
+        self._limit, self._size = limit, 0
+        self._chunks: OrderedDict[tuple[int, int], Array] = OrderedDict()
+
+    def get(self, key: tuple[int, int]) -> Array | None:
+        """The chunk under `key` (number of an array, number of a chunk), if it is still there."""
+        chunk = self._chunks.get(key)
+        if chunk is not None:
+            self._chunks.move_to_end(key)
+        return chunk
+
+    def put(self, key: tuple[int, int], chunk: Array) -> None:
+        """Keep a chunk that is not there yet."""
+        self._chunks[key] = chunk
+        self._size += chunk.nbytes
+        while self._size > self._limit:
+            self._size -= self._chunks.popitem(last=False)[1].nbytes
+
+
 class ShardArray:
     """One committed array, read by rows. Holds its chunk index in memory and no open file.
+
+    Chunks that were unpacked stay in `cache`, those stored as they are do not: the system caches their file.
+    `decode` is applied to each chunk as it is read (IndexError: it is damaged), and what it makes of the rows
+    is read instead.
 
     Raises CorruptionError when bytes are not as written, StoreFormatError for a layout other than the
     column group's.
     """
 
-    def __init__(self, directory: Path, layout: ArrayLayout) -> None:
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        directory: Path,
+        layout: ArrayLayout,
+        cache: ChunkCache | None = None,
+        decode: Callable[[Array], Array] | None = None,
+    ) -> None:
         self.layout = layout
         self.path = directory / shard_key(layout)
         self.chunk_rows, self._squeezed = _read_metadata(directory / "zarr.json", layout)
@@ -91,44 +130,65 @@ class ShardArray:
             raise StoreFormatError(f"{directory}: an inner chunk of {self._chunk_bytes} bytes is too large")
         self._dtype = layout.dtype.newbyteorder("<")
         self._offsets, self._sizes = self._read_index()
+        self._cache = cache if self._squeezed else None
+        self._number = next(self._numbers)
+        self._decode = decode
 
     def read(self, start: int, stop: int) -> Array:
-        """Rows [start, stop) as a new array; only the inner chunks that hold them are read."""
-        rows = self.layout.shape[0]
+        """Rows [start, stop), read-only where they are one chunk's; only their inner chunks are read."""
+        rows, step = self.layout.shape[0], self.chunk_rows
         if not 0 <= start < stop <= rows:
             raise CorruptionError(f"{self.path}: rows {start}:{stop} asked of {rows}")
-        out = np.empty((stop - start, *self.layout.shape[1:]), dtype=self.layout.dtype)
-        step = self.chunk_rows
+        first, last = start // step, (stop - 1) // step
+        if first == last:
+            return self._chunk(first)[start - first * step : stop - first * step]
+        parts = [self._chunk(i) for i in range(first, last + 1)]
+        parts[0], parts[-1] = parts[0][start - first * step :], parts[-1][: stop - last * step]
+        return np.concatenate(parts)
+
+    def _chunk(self, i: int) -> Array:
+        """Inner chunk i, decoded, from the cache if it is there."""
+        chunk = None if self._cache is None else self._cache.get((self._number, i))
+        if chunk is None:
+            chunk = self._read_chunk(i)
+            if self._decode is not None:
+                try:
+                    chunk = self._decode(chunk)
+                except IndexError:
+                    raise CorruptionError(f"{self.path}: an index outside the task's vocabulary") from None
+            if self._cache is not None:
+                self._cache.put((self._number, i), chunk)
+        return chunk
+
+    def _read_chunk(self, i: int) -> Array:
+        size = self._sizes[i]
+        # An array, because the checksum takes no memoryview and slices of bytes are copies.
+        data = np.frombuffer(self._pread(size, self._offsets[i]), np.uint8)
+        body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
+        if len(data) != size or int.from_bytes(crc.tobytes(), "little") != google_crc32c.value(body):
+            raise CorruptionError(f"{self.path}: checksum of inner chunk {i} does not match")
+        if self._squeezed:
+            # The blosc header says how much memory unpacking takes; believe it only if it is the layout's.
+            sizes = body[4:16].view("<u4") if len(body) >= 16 else [0, 0, 0]
+            if int(sizes[0]) != self._chunk_bytes or int(sizes[2]) != len(body):
+                raise CorruptionError(f"{self.path}: inner chunk {i} claims another size than its array's")
+            try:
+                body = np.frombuffer(blosc.decompress(body), np.uint8)
+            except RuntimeError:
+                raise CorruptionError(f"{self.path}: inner chunk {i} cannot be decompressed") from None
+        if len(body) != self._chunk_bytes:
+            raise CorruptionError(f"{self.path}: inner chunk {i} has {len(body)} bytes")
+        return body.view(self._dtype).reshape(self._chunk_shape)
+
+    def _pread(self, size: int, offset: int) -> bytes:
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise CorruptionError(f"{self.path}: {error.strerror}") from None
         try:
-            for i in range(start // step, (stop - 1) // step + 1):
-                low, high = max(start, i * step), min(stop, (i + 1) * step)
-                out[low - start : high - start] = self._chunk(descriptor, i)[low - i * step : high - i * step]
+            return os.pread(descriptor, size, offset)
         finally:
             os.close(descriptor)
-        return out
-
-    def _chunk(self, descriptor: int, i: int) -> Array:
-        size = self._sizes[i]
-        data = memoryview(os.pread(descriptor, size, self._offsets[i]))
-        body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
-        if len(data) != size or int.from_bytes(crc, "little") != google_crc32c.value(bytes(body)):
-            raise CorruptionError(f"{self.path}: checksum of inner chunk {i} does not match")
-        if self._squeezed:
-            # The blosc header says how much memory unpacking takes; believe it only if it is the layout's.
-            sizes = np.frombuffer(body[4:16], "<u4") if len(body) >= 16 else [0, 0, 0]
-            if int(sizes[0]) != self._chunk_bytes or int(sizes[2]) != len(body):
-                raise CorruptionError(f"{self.path}: inner chunk {i} claims another size than its array's")
-            try:
-                body = blosc.decompress(body)
-            except RuntimeError:
-                raise CorruptionError(f"{self.path}: inner chunk {i} cannot be decompressed") from None
-        if len(body) != self._chunk_bytes:
-            raise CorruptionError(f"{self.path}: inner chunk {i} has {len(body)} bytes")
-        return np.frombuffer(body, self._dtype).reshape(self._chunk_shape)
 
     def _read_index(self) -> tuple[list[int], list[int]]:
         """(offset, size) of every inner chunk: uint64 pairs and a crc32c at the end of the shard."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from student.data import IGNORE
+from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
 from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
-from student.objective import HiddenTerm, Objective
+from student.objective import Objective
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -51,12 +52,8 @@ class DistillationModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
-        head_ids: Tensor | None = None,
-        head_logprobs: Tensor | None = None,
-        tail_logprob: Tensor | None = None,
-        label_logprob: Tensor | None = None,
-        teacher_entropy: Tensor | None = None,
-        hidden_targets: Mapping[int, Tensor] | None = None,
+        coded_head: Coded | None = None,
+        coded_hidden: Mapping[int, Coded] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """One batch as `student.data.Collator` makes it -> {"loss": scalar, ...}.
@@ -65,17 +62,18 @@ class DistillationModel(nn.Module):
         [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
         causal attention keeps padding out of every learned position and no mask is passed to the body.
         """
-        learned_BT = labels != IGNORE
+        learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         with self._capture() as states:
             body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
-        targets = self._targets(labels, learned_BT, head_ids, head_logprobs, tail_logprob, teacher_entropy)
-        head = self._head(body.last_hidden_state[learned_BT], targets)
-        count = len(targets.label_N) if num_items_in_batch is None else num_items_in_batch
-        loss, hidden_SN = self._hidden(states, hidden_targets, learned_BT, head)
+        coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
+        targets = _targets(select(labels, learned_N), coded)
+        head = self._head(select(body.last_hidden_state, learned_N), targets)
+        count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
+        loss, hidden_SN = self._hidden(states, coded_hidden or {}, learned_N, head)
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
-            sums = self._sums(head, hidden_SN, learned_BT, head_logprobs is not None, label_logprob)
+            sums = self._sums(head, hidden_SN, coded, learned_N // labels.shape[1], len(labels))
             return {"loss": loss * scale, "sums": sums}
         terms = torch.cat([head.terms_SN[: len(self.objective.head)], hidden_SN]).sum(-1)
         return {"loss": loss * scale, "terms": terms * scale}
@@ -105,28 +103,6 @@ class DistillationModel(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def _targets(
-        self,
-        labels: Tensor,
-        learned_BT: Tensor,
-        head_ids: Tensor | None,
-        head_logprobs: Tensor | None,
-        tail_logprob: Tensor | None,
-        entropy: Tensor | None,
-    ) -> SparseTargets:
-        """The learned positions' targets; heads of zero columns where the batch carries none."""
-        label_N = labels[learned_BT]
-        if head_ids is None or head_logprobs is None or tail_logprob is None:
-            empty = label_N.new_empty(len(label_N), 0)
-            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
-        return SparseTargets(
-            head_ids[learned_BT],
-            head_logprobs[learned_BT],
-            tail_logprob[learned_BT],
-            label_N,
-            None if entropy is None else entropy[learned_BT],
-        )
-
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
         """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
         terms = [(term.loss, term.weight) for term in self.objective.head]
@@ -139,59 +115,50 @@ class DistillationModel(nn.Module):
         return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
 
     def _hidden(
-        self,
-        states: Mapping[int, Tensor],
-        hidden_targets: Mapping[int, Tensor] | None,
-        learned_BT: Tensor,
-        head: HeadLoss,
+        self, states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, head: HeadLoss
     ) -> tuple[Tensor, Tensor]:
         """(weighted sum of all terms, detached values of the hidden terms [S', N])."""
         loss, values = head.total, [head.terms_SN[:0]]
         for term in self.objective.hidden:
-            value_N = self._hidden_term(term, states, hidden_targets, learned_BT)
+            teacher_ND = decode_hidden(
+                {n: select(p, learned_N) for n, p in coded[term.teacher_layer].items()}
+            )
+            value_N = term.loss(select(states[term.student_layer], learned_N), teacher_ND)
             loss = loss + term.weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))
         return loss, torch.cat(values)
 
-    def _hidden_term(
-        self,
-        term: HiddenTerm,
-        states: Mapping[int, Tensor],
-        hidden_targets: Mapping[int, Tensor] | None,
-        learned_BT: Tensor,
-    ) -> Tensor:
-        assert hidden_targets is not None
-        return term.loss(
-            states[term.student_layer][learned_BT], hidden_targets[term.teacher_layer][learned_BT]
-        )
-
     def _sums(
-        self,
-        head: HeadLoss,
-        hidden_SN: Tensor,
-        learned_BT: Tensor,
-        has_head: bool,
-        label_logprob: Tensor | None,
+        self, head: HeadLoss, hidden_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
     ) -> Tensor:
         """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
         kl_N, ce_N = head.terms_SN[-2:]
         objective_SN = torch.cat([head.terms_SN[:-2], hidden_SN])
         weights_S = objective_SN.new_tensor(self.objective.weights)
         ones_N = torch.ones_like(ce_N)
-        known_N = ones_N if has_head else torch.zeros_like(ones_N)
-        teacher_N = known_N if label_logprob is None else -label_logprob[learned_BT]
-        kl_N = kl_N if has_head else known_N
+        known_N = ones_N if coded else torch.zeros_like(ones_N)
         columns = [
             (weights_S.unsqueeze(1) * objective_SN).sum(0),
-            kl_N,
+            kl_N if coded else known_N,
             ce_N,
             head.agree_N,
-            teacher_N,
+            -decode_labels(coded["label_logprob"]) if coded else known_N,
             ones_N,
             known_N,
         ]
         values_N7 = torch.stack([column.to(ce_N.dtype) for column in columns], dim=-1)
-        rows_N = torch.arange(len(learned_BT), device=learned_BT.device).unsqueeze(1)
-        rows_N = rows_N.expand_as(learned_BT)[learned_BT]
-        sums = values_N7.new_zeros(len(learned_BT), len(EVAL_COLUMNS))
-        return sums.index_add_(0, rows_N, values_N7)
+        sums = values_N7.new_zeros(sequences, len(EVAL_COLUMNS))
+        return sums.index_add_(0, sequence_N, values_N7)
+
+
+def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
+    """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
+    return tensor_BT.flatten(0, 1).index_select(0, positions_N)
+
+
+def _targets(label_N: Tensor, coded: Coded) -> SparseTargets:
+    """The learned positions' targets; heads of zero columns where the batch carries none."""
+    if coded:
+        return decode_targets(coded, label_N)
+    empty = label_N.new_empty(len(label_N), 0)
+    return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)

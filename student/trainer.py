@@ -33,7 +33,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
-        self._vocab_size, self._tokenizer_dir = vocab_size, tokenizer_dir
+        self._tokenizer_dir = tokenizer_dir
         self._train_collator = self._collator(train_dataset)
         super().__init__(
             model=model,
@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
 
     def _collator(self, dataset: CachedDataset) -> Collator:
-        return Collator(dataset.groups, self._vocab_size, self._pad_token)
+        return Collator(dataset.groups, self._pad_token)
 
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""

@@ -12,7 +12,6 @@ Shape letters: N positions, K head columns (padded), V vocabulary.
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -61,26 +60,6 @@ class ReducedLogits:
     def lse(self) -> Tensor:
         """Logsumexp over the whole vocabulary, [N]."""
         return torch.logsumexp(torch.cat([self.head_NK, self.tail_N.unsqueeze(-1)], dim=-1), dim=-1)
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0 without cancellation (Maechler 2012); -inf at x = 0."""
-    near_zero = x > -math.log(2.0)
-    return torch.where(near_zero, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
-def complete_targets(logprob_NK: Tensor, full_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Close the teacher's rows: head log-probabilities and log mass of the tail that together sum to one.
-
-    logprob_NK: float [N, K], stored logit - lse, -inf on padding. full_N: bool [N], the head is the whole
-    vocabulary. A head whose rounded mass exceeds one (or should be exactly one) is normalised and its tail is
-    empty.
-    """
-    mass_N = torch.logsumexp(logprob_NK, dim=-1)
-    closed_N = full_N | (mass_N >= 0)
-    shift_N = torch.where(closed_N & torch.isfinite(mass_N), mass_N, 0.0)
-    tail_N = torch.where(closed_N, -math.inf, log1mexp(mass_N.clamp(max=0.0)))
-    return logprob_NK - shift_N.unsqueeze(-1), tail_N
 
 
 def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from student.losses.fused import HeadTransform, sparse_head_loss
-from student.losses.sparse import SparseTargets, complete_targets, cross_entropy, forward_kl
+from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
 
 TERMS = [(forward_kl, 0.7), (cross_entropy, 0.3)]
 
@@ -26,7 +26,7 @@ def problem(n: int, v: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tens
     counts = torch.randint(1, k + 1, (n, 1), generator=generator)
     real = torch.arange(k) < counts
     logprob, ids = logprob.masked_fill(~real, -math.inf), torch.where(real, ids, ids[:, :1])
-    logprob, tail = complete_targets(logprob, counts[:, 0] == v)
+    tail = torch.log1p(-logprob.exp().sum(-1)).masked_fill(counts[:, 0] == v, -math.inf)
     labels = torch.randint(0, v, (n,), generator=generator)
     labels[::2] = ids[::2, 0]  # labels inside the head as well as outside
     return hidden, weight, SparseTargets(ids, logprob, tail, labels), full
@@ -174,9 +174,7 @@ def test_a_head_that_holds_all_the_mass_is_finite() -> None:
     vanish into NaN.
     """
     ids = torch.tensor([[0, 1]])
-    logprob, tail = complete_targets(torch.tensor([[0.0, -40.0]]), torch.tensor([False]))
-    assert tail.item() == -math.inf
-    targets = SparseTargets(ids, logprob, tail, torch.tensor([0]))
+    targets = SparseTargets(ids, torch.tensor([[0.0, -40.0]]), torch.tensor([-math.inf]), torch.tensor([0]))
     hidden = torch.tensor([[80.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.5], [0.1], [0.0]], requires_grad=True)
     result = sparse_head_loss(hidden, weight, None, targets, TERMS, HeadTransform())
@@ -186,17 +184,9 @@ def test_a_head_that_holds_all_the_mass_is_finite() -> None:
     assert torch.isfinite(weight.grad).all()
 
 
-def test_rounding_never_makes_the_teachers_mass_exceed_one() -> None:
-    logprob, tail = complete_targets(torch.log(torch.tensor([[0.75, 0.2500002]])), torch.tensor([False]))
-    assert logprob.exp().sum().item() == pytest.approx(1.0, abs=1e-7)
-    assert tail.item() == -math.inf
-
-
 def test_agreement_looks_at_the_whole_vocabulary() -> None:
     ids = torch.tensor([[2, 0], [2, 0], [2, 0]])
-    logprob, tail = complete_targets(
-        torch.log(torch.tensor([[0.6, 0.3]] * 3)), torch.zeros(3, dtype=torch.bool)
-    )
+    logprob, tail = torch.tensor([[0.6, 0.3]] * 3).log(), torch.full((3,), math.log(0.1))
     logits = torch.tensor([[1.0, 0.0, 2.0, 0.0], [3.0, 0.0, 2.0, 0.0], [1.0, 0.0, 2.0, 9.0]])
     targets = SparseTargets(ids, logprob, tail, torch.tensor([0, 0, 0]))
     result = sparse_head_loss(logits, torch.eye(4), None, targets, TERMS, HeadTransform(), chunk=2)

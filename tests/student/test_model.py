@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, Llam
 
 from featurestore.reader import CacheReader
 from student.data import IGNORE, CachedDataset, Collator
+from student.decoding import decode_targets
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective import HeadTerm, HiddenTerm, Objective
 from tests import teachers
@@ -26,7 +27,7 @@ OBJECTIVE = Objective(
 @pytest.fixture
 def batch(cache: Path) -> dict[str, Any]:
     dataset = CachedDataset(CacheReader.open(cache), range(5), SPECS)
-    return Collator(SPECS, 199, 2)([dataset[index] for index in range(5)])
+    return Collator(SPECS, 2)([dataset[index] for index in range(5)])
 
 
 def other_student(teacher: Path) -> Any:
@@ -45,13 +46,15 @@ def plain_terms(student: Any, batch: dict[str, Any]) -> list[torch.Tensor]:
     )
     learned = batch["labels"] != IGNORE
     log_q = output.logits[learned].double().log_softmax(-1)
-    ids, log_p = batch["head_ids"][learned], batch["head_logprobs"][learned].double()
+    coded = {name: part[learned] for name, part in batch["coded_head"].items()}
+    targets = decode_targets(coded, batch["labels"][learned])
+    ids, log_p = targets.ids_NK, targets.logprob_NK.double()
     head_q = log_q.gather(1, ids)
     tail_p, tail_q = 1 - log_p.exp().sum(-1), 1 - head_q.exp().sum(-1)
     kl = (log_p.exp() * (log_p - head_q)).sum(-1) + tail_p * (tail_p / tail_q).log()
     ce = -log_q.gather(1, batch["labels"][learned][:, None])[:, 0]
     states = [state[learned] for state in output.hidden_states]
-    goals = {layer: value[learned].float() for layer, value in batch["hidden_targets"].items()}
+    goals = {layer: part["values"][learned].float() for layer, part in batch["coded_hidden"].items()}
     return [
         kl,
         ce,
@@ -100,7 +103,8 @@ def test_evaluation_sums_by_sequence(teacher: Path, batch: dict[str, Any]) -> No
     assert got["kl"] == pytest.approx(terms[0].sum().item(), rel=1e-4)
     assert got["ce"] == pytest.approx(terms[1].sum().item(), rel=1e-4)
     assert sums[:, 5].tolist() == (batch["labels"] != IGNORE).sum(1).tolist()
-    teacher_nll = -batch["label_logprob"][batch["labels"] != IGNORE].sum().item()
+    codes = batch["coded_head"]["label_logprob"][batch["labels"] != IGNORE]
+    teacher_nll = codes.sum().item() / 64
     assert got["teacher_nll"] == pytest.approx(teacher_nll, rel=1e-5)
 
 

@@ -11,9 +11,9 @@ from featurestore.schema import LogitsFeatures, LogitsSpec
 from featurestore.tail import row_shifts
 from pipeline.capture.packing import logit_fields, to_features
 from pipeline.capture.reduce import reduce_logits
-from student.data import pad_heads
 from student.losses.fused import HeadTransform, sparse_head_loss
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
+from tests.student.reference import targets_of
 
 ROWS, VOCAB, WIDTH = 24, 997, 6
 
@@ -27,17 +27,14 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def targets(teacher: Tensor, tail: int, seed: int) -> SparseTargets:
-    """Through the capture's own reduction and the collator's own columns."""
+    """Through the capture's own reduction, without the rounding of the store."""
     shifts = torch.from_numpy(row_shifts(np.arange(ROWS), 0, ROWS, seed))
     labels = torch.zeros(ROWS, dtype=torch.long)
     fields = logit_fields(reduce_logits(teacher, labels, 8, 0.5, tail, shifts))
     spec = LogitsSpec(8, 0.5, tail, seed if tail else 0)
     features = to_features({name: t.numpy() for name, t in fields.items()}, (spec,))[spec]
     assert isinstance(features, LogitsFeatures)
-    batch = pad_heads([features], ROWS, VOCAB)
-    entropy = batch["teacher_entropy"][0].double() if tail else None
-    columns = (batch[name][0].double() for name in ("head_logprobs", "tail_logprob"))
-    return SparseTargets(batch["head_ids"][0], *columns, labels, entropy)
+    return targets_of(features, labels)
 
 
 def loss_and_gradient(hidden: Tensor, weight: Tensor, wanted: SparseTargets) -> tuple[float, Tensor]:

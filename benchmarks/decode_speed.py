@@ -1,0 +1,155 @@
+"""How fast stored rows become training tensors, beside a plain memmap of the same numbers already decoded.
+
+One process, warm page cache, training order (featurestore.order), batches of 16 samples. Ours: read codes
+from the store (checksums included), pad, decode to head ids, log-probabilities, draws and their weights, as
+training does. Memmap: the same numbers lie decoded in one .npy file per array; slices of it are padded in the
+same way. In both the int8 layer ends as int8 values and a scale per position, as it travels to a device.
+Rounds of the two alternate; the best of each is shown.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RUN, table, write_result
+
+from featurestore.codec import row_starts
+from featurestore.order import epoch_order
+from featurestore.reader import CacheReader, CodedSample
+from featurestore.schema import HiddenSpec, LogitsSpec
+from student.data import Collator, pad
+from student.decoding import decode_targets
+
+BATCH, ROUNDS = 16, 15
+# peers.md of the project: DistillKit's own decompression on this kind of machine, one thread.
+PEERS = {'DistillKit "budget" (k=50)': 133_000, 'DistillKit "recommended" (k=128)': 27_000}
+
+
+class Memmap:
+    """Every field of the cache, decoded, in .npy files that are mapped."""
+
+    def __init__(self, reader: CacheReader, logits: LogitsSpec, hidden: HiddenSpec, folder: Path) -> None:
+        samples = [reader.read(i, [logits, hidden]) for i in range(len(reader))]
+        heads, states = ([s.features[spec] for s in samples] for spec in (logits, hidden))
+        fields: dict[str, list[Any]] = {
+            "tokens": [s.tokens for s in samples],
+            "mask": [s.loss_mask for s in samples],
+            "counts": [h.counts for h in heads],
+            "ids": [h.ids.view(np.int32) for h in heads],
+            "logprobs": [h.logits - np.repeat(h.lse, h.counts) for h in heads],
+            "lse": [h.lse for h in heads],
+            "label_logprob": [h.label_logprob for h in heads],
+            "entropy": [h.entropy for h in heads],
+            "draws": [h.tail_ids for h in heads],
+            "values": [h.values for h in states],
+            "scale": [h.scale for h in states],
+        }
+        self.rows = row_starts(np.array([len(s.tokens) for s in samples]))
+        self.entries = row_starts(np.array([len(h.ids) for h in heads]))
+        self.arrays = {}
+        for name, parts in fields.items():
+            np.save(folder / f"{name}.npy", np.concatenate(parts))
+            self.arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+        self.bytes = sum(array.nbytes for array in self.arrays.values())
+
+    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """The padded tensors of one batch."""
+        length = max(int(self.rows[i + 1] - self.rows[i]) for i in indices)
+
+        def cut(name: str, starts: np.ndarray = self.rows) -> list[np.ndarray]:
+            return [self.arrays[name][starts[i] : starts[i + 1]] for i in indices]
+
+        counts = pad(cut("counts"), length, np.int16)
+        real = np.arange(int(counts.max())) < counts.numpy()[..., None]
+        out = {
+            "input_ids": pad(cut("tokens"), length, np.int64),
+            "mask": pad(cut("mask"), length, np.bool_),
+            "counts": counts,
+            "draws": pad(cut("draws"), length, np.int32),
+            "values": pad(cut("values"), length, np.int8),
+        }
+        for name in ("lse", "label_logprob", "entropy", "scale"):
+            out[name] = pad(cut(name), length, np.float32)
+        for name, fill in (("ids", 0), ("logprobs", -np.inf)):
+            padded = np.full(real.shape, fill, self.arrays[name].dtype)
+            padded[real] = np.concatenate(cut(name, self.entries))
+            out[name] = torch.from_numpy(padded)
+        return out
+
+
+def batches(order: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH]
+
+
+def best_of(steps: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of the fastest round of each; rounds alternate, after one of each to warm up."""
+    found = dict.fromkeys(steps, float("inf"))
+    for round_ in range(ROUNDS + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if round_:
+                found[name] = min(found[name], time.perf_counter() - began)
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    reader = CacheReader.open(RUN / "cache")
+    logits = reader.find("logits")
+    hidden = next(
+        (s for s in reader.groups.values() if isinstance(s, HiddenSpec) and s.dtype == "int8"), None
+    )
+    if hidden is None or not isinstance(logits, LogitsSpec) or not logits.tail:
+        sys.exit(f"{RUN}/cache: draws and an int8 layer are needed; run `make quickstart` first")
+    order = epoch_order(reader.manifest_digest, 0, 0, reader.shards()).tolist()
+    tokens = int(reader.lengths.sum())
+    collate = Collator([logits, hidden], 0)
+
+    def ours(decode: bool) -> None:
+        for samples in read_batches():
+            batch = collate(samples)
+            if decode:
+                rows = {name: part.flatten(0, 1) for name, part in batch["coded_head"].items()}
+                decode_targets(rows, batch["labels"].flatten())
+
+    def read_batches() -> Iterator[list[CodedSample]]:
+        for chosen in batches(order):
+            yield [reader.read_codes(i, [logits, hidden]) for i in chosen]
+
+    with tempfile.TemporaryDirectory() as folder:
+        mapped = Memmap(reader, logits, hidden, Path(folder))
+        seconds = best_of(
+            {
+                "plain memmap, batches": lambda: [mapped.batch(chosen) for chosen in batches(order)],
+                "ours, samples as stored (checksums, unpacking)": lambda: sum(1 for _ in read_batches()),
+                "ours, padded batches as stored": lambda: ours(False),
+                "ours, decoded batches": lambda: ours(True),
+            }
+        )
+    plain = seconds["plain memmap, batches"]
+    lines = [[n, f"{tokens / s:,.0f}", f"{plain / s:.2f}"] for n, s in seconds.items()]
+    ratio = tokens / seconds["ours, decoded batches"]
+    lines += [
+        [f"{n}, as measured in peers.md", f"{r:,}", f"ours is {ratio / r:.1f} times that"]
+        for n, r in PEERS.items()
+    ]
+    intro = (__doc__ or "").split("\n", 2)[2].strip()
+    what = (
+        f"{tokens:,} positions, {len(reader)} samples, {len(reader.shards())} shards; {logits}, {hidden}; "
+        f"{mapped.bytes / tokens:.0f} bytes per position in the memmap. One thread."
+    )
+    body = table(["", "tokens/s", "of the memmap's rate"], lines)
+    write_result("decode_speed", "From the store to training tensors", f"{intro}\n\n{what}\n\n{body}")
+
+
+if __name__ == "__main__":
+    main()
