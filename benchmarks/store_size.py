@@ -13,25 +13,26 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import RESULTS, RUN, table, write_result
 
-from featurestore.bundle import narrow
-from featurestore.codec import head_mass, row_starts
+from featurestore.codec import head_mass, narrow_mask, row_starts
+from featurestore.codes import LogitsCodes
 from featurestore.plan import split_tasks
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsFeatures, LogitsSpec, Sample
 from featurestore.store import FeatureStore
-from featurestore.tail import row_shifts
+from featurestore.tail import first_draws, row_shifts
 from pipeline.capture.packing import logit_fields, to_features
 from pipeline.capture.reduce import reduce_logits
 from pipeline.request import GenerateRequest, identity_of
 from pipeline.teacher import load_teacher
-from student.data import pad_heads
+from student.data import pad_logits
+from student.decoding import decode_targets
 from student.losses.fused import HeadTransform, sparse_head_loss
 from student.losses.sparse import SparseTargets, forward_kl
 
@@ -135,14 +136,22 @@ def capture(states: States) -> dict[LogitsSpec, list[LogitsFeatures]]:
             wide |= to_features({n: t.numpy() for n, t in logit_fields(rows).items()}, (spec,))
         for spec in specs:
             of = next((c for c in CAPTURES if c.tail and spec.tail and c.top_k == spec.top_k), WIDEST)
-            out[spec].append(wide[of] if of == spec else narrow(wide[of], spec, of.tail, ids))
+            out[spec].append(cut(wide[of], of, spec, ids))
     return out
 
 
-def store(
-    spec: LogitsSpec, given: list[LogitsFeatures], states: States
-) -> tuple[float, list[LogitsFeatures]]:
-    """Bytes per position of the group on disk, and the features as the reader gives them."""
+def cut(wide: LogitsFeatures, of: LogitsSpec, spec: LogitsSpec, ids: np.ndarray) -> LogitsFeatures:
+    """What a capture with `spec` gives: fewer draws of the same head, or a narrower head without draws."""
+    if wide.tail_ids is not None:
+        chosen = first_draws(row_shifts(ids, 0, LENGTH, 0), of.tail, spec.tail)
+        return replace(wide, tail_ids=wide.tail_ids[chosen].reshape(-1, spec.tail))
+    keep = narrow_mask(wide.counts, wide.logits, wide.lse, spec.top_k, spec.top_p)
+    counts = np.add.reduceat(keep, row_starts(wide.counts)[:-1], dtype=np.uint16)
+    return replace(wide, counts=counts, ids=wide.ids[keep], logits=wide.logits[keep])
+
+
+def store(spec: LogitsSpec, given: list[LogitsFeatures], states: States) -> tuple[float, list[LogitsCodes]]:
+    """Bytes per position of the group on disk, and the samples as the reader gives them."""
     request = GenerateRequest(teacher="", dataset="", out=Path(), engine="transformers", dtype="float32")
     identity = identity_of(request, load_teacher(str(RUN / "teacher"), False), "-")
     samples = [Sample(ids, np.ones(LENGTH, np.bool_)) for ids in states.ids_ST]
@@ -153,8 +162,14 @@ def store(
         record = made.write_bundle(task, samples, {spec: given})[0]
         made.publish_manifest()
         reader = CacheReader.open(made.path)
-        found = [reader.read(i, [spec]).features[spec] for i in range(len(reader))]
-    return record.size / record.rows, [f for f in found if isinstance(f, LogitsFeatures)]
+        found = [reader.read_codes(i, [spec]).features[spec] for i in range(len(reader))]
+    return record.size / record.rows, [f for f in found if isinstance(f, LogitsCodes)]
+
+
+def targets_of(codes: LogitsCodes) -> SparseTargets:
+    """What training makes of a sample."""
+    coded = {name: part[0] for name, part in pad_logits([codes], LENGTH).items()}
+    return decode_targets(coded, torch.zeros(LENGTH, dtype=torch.long))
 
 
 def divergence(exact: LogitsFeatures, kept: LogitsFeatures) -> np.ndarray:
@@ -187,44 +202,42 @@ class Gradients:
         cosine = float((self.exact_VD * found_VD).sum() / exact / norm)
         return math.degrees(math.acos(min(1.0, cosine))), float(norm / exact)
 
-    def plain(self, features: list[LogitsFeatures]) -> torch.Tensor:
+    def plain(self, samples: list[LogitsCodes]) -> torch.Tensor:
         """With draws q - p^, as all rows sum to one; without, what plain top-k follows: M q - p."""
-        sampled = features[0].tail_ids is not None
+        sampled = samples[0].draws is not None
         found = self.q_VD.clone() if sampled else torch.zeros_like(self.q_VD)
-        for feature, (_, student) in zip(features, self.states.angle_rows(), strict=False):
-            batch = pad_heads([feature], LENGTH, len(found))
-            ids_TK, p_TK = batch["head_ids"][0], batch["head_logprobs"][0].exp()
+        for codes, (_, student) in zip(samples, self.states.angle_rows(), strict=False):
+            targets = targets_of(codes)
+            p_TK = targets.logprob_NK.exp()
             if not sampled:
                 q_TV = (student @ self.states.head_VD.t()).softmax(-1)
                 found += (q_TV * p_TK.sum(-1, keepdim=True)).t() @ student
             for column in range(p_TK.shape[1]):
-                found.index_add_(0, ids_TK[:, column], student * p_TK[:, column : column + 1], alpha=-1)
+                ids_T = targets.ids_NK[:, column]
+                found.index_add_(0, ids_T, student * p_TK[:, column : column + 1], alpha=-1)
         return found
 
-    def trained(self, features: list[LogitsFeatures]) -> torch.Tensor:
+    def trained(self, samples: list[LogitsCodes]) -> torch.Tensor:
         """The gradient of the training code itself."""
         weight = self.states.head_VD.clone().requires_grad_()
-        labels = torch.zeros(LENGTH, dtype=torch.long)
-        for feature, (_, student) in zip(features, self.states.angle_rows(), strict=False):
-            batch = pad_heads([feature], LENGTH, len(weight))
-            columns = (batch[name][0] for name in ("head_ids", "head_logprobs", "tail_logprob"))
-            entropy = batch["teacher_entropy"][0] if "teacher_entropy" in batch else None
-            targets = SparseTargets(*columns, labels, entropy)
+        for codes, (_, student) in zip(samples, self.states.angle_rows(), strict=False):
             terms = [(forward_kl, 1.0)]
-            sparse_head_loss(student, weight, None, targets, terms, HeadTransform()).total.backward()
+            loss = sparse_head_loss(student, weight, None, targets_of(codes), terms, HeadTransform())
+            loss.total.backward()
         assert weight.grad is not None
         return weight.grad
 
 
 def measure(
     spec: LogitsSpec, given: list[LogitsFeatures], states: States, gradients: Gradients
-) -> tuple[Measured, list[LogitsFeatures]]:
+) -> tuple[Measured, list[LogitsCodes]]:
     """Store a spec and compare what comes back with what went in."""
     size, found = store(spec, given, states)
-    kl = np.concatenate([divergence(a, b) for a, b in zip(given, found, strict=True)]).mean(0)
+    pairs = [(a, b.decode()) for a, b in zip(given, found, strict=True)]
+    kl = np.concatenate([divergence(a, b) for a, b in pairs]).mean(0)
     ids = sum(
         len(f.ids) + (0 if f.tail_ids is None else (np.diff(f.tail_ids, axis=1, prepend=-1) != 0).sum())
-        for f in found
+        for _, f in pairs
     ) / (SAMPLES * LENGTH)
     angle = gradients.angle(gradients.plain(found))
     print(f"{label(spec)}: {size:.1f} bytes, {angle[0]:.2f} degrees", flush=True)

@@ -12,7 +12,7 @@ step "1/3 the demo teacher and its text"
 
 step "2/3 the teacher's features, captured in vLLM"
 "$VENV/bin/distily-cache" generate "$RUN/teacher" "$RUN/topics.jsonl" --out "$RUN/cache" \
-  --max-seq-len 512 --top-k 64 --hidden-layers 15
+  --max-seq-len 512 --hidden-layers 15 --hidden-dtype int8
 
 step "3/3 a BitNet b1.58 student, trained from the cache alone"
 rm -rf "$RUN/student"

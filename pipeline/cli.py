@@ -63,15 +63,20 @@ PackOption = Annotated[
     ),
 ]
 TopKOption = Annotated[
-    int, typer.Option(help="Head size: exact logits kept per position, or their cap with --top-p. 0: none.")
+    int | None,
+    typer.Option(
+        help="Head size: exact logits kept per position, or their cap with --top-p. 0: none. "
+        "[default: 64; but without --top-k, --top-p and --tail: --top-k 12 --top-p 0.7 --tail 16]"
+    ),
 ]
 TopPOption = Annotated[
     float | None, typer.Option(help="End the head where its cumulative probability reaches P; at most K.")
 ]
 TailOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="How often to draw from outside the head: with some draws the student's gradient is unbiased."
+        help="How often to draw from outside the head: with some draws the student's gradient is unbiased. "
+        "[default: see --top-k]"
     ),
 ]
 LayersOption = Annotated[
@@ -112,9 +117,9 @@ def generate(
     num_samples: SamplesOption = None,
     max_seq_len: LengthOption = None,
     pack: PackOption = False,
-    top_k: TopKOption = 64,
+    top_k: TopKOption = None,
     top_p: TopPOption = None,
-    tail: TailOption = 0,
+    tail: TailOption = None,
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
@@ -132,7 +137,7 @@ def generate(
     covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
     the log-probability of the actual next token, the entropy, and the hidden layers asked for.
 
-    Example: distily-cache generate ./teacher corpus.txt --out ./cache --top-k 64 --hidden-layers 15
+    Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
     """
     from pipeline.generate import execute, prepare
 
@@ -155,9 +160,9 @@ def plan(
     num_samples: SamplesOption = None,
     max_seq_len: LengthOption = None,
     pack: PackOption = False,
-    top_k: TopKOption = 64,
+    top_k: TopKOption = None,
     top_p: TopPOption = None,
-    tail: TailOption = 0,
+    tail: TailOption = None,
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",

@@ -16,12 +16,18 @@ ENGINES: tuple[EngineName, ...] = ("vllm", "transformers")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
 DEFAULT_SEQ_LEN = 2048
+# The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
+DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
+PLAIN_HEAD: dict[str, int | float] = {"top_k": 64, "tail": 0}
 MAX_TOP_K = 65_535
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """The flags of `distily-cache generate`, as the user gave them."""
+    """The flags of `distily-cache generate`, as the user gave them.
+
+    Without top_k, top_p and tail the head is DEFAULT_HEAD; with any of them the others come from PLAIN_HEAD.
+    """
 
     teacher: str
     dataset: str
@@ -32,9 +38,9 @@ class GenerateRequest:
     num_samples: int | None = None
     max_seq_len: int | None = None
     pack: bool = False
-    top_k: int = 64
+    top_k: int | None = None
     top_p: float | None = None
-    tail: int = 0
+    tail: int | None = None
     hidden_layers: tuple[int, ...] = ()
     hidden_dtype: str = "bf16"
     engine: EngineName = "vllm"
@@ -45,6 +51,11 @@ class GenerateRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        given = [self.top_k, self.top_p, self.tail]
+        head = PLAIN_HEAD if any(flag is not None for flag in given) else DEFAULT_HEAD
+        for name, default in head.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         if self.engine not in ENGINES:
             raise RequestError(f"--engine {self.engine}: choose one of {', '.join(ENGINES)}")
         if self.dtype not in DTYPES:
@@ -68,18 +79,23 @@ class GenerateRequest:
                 raise RequestError(f"{flag} {value}: must be at least {least}")
         if self.top_k == 0 and not self.hidden_layers:
             raise RequestError("--top-k 0: nothing to capture; ask for logits or give --hidden-layers")
-        if self.tail > MAX_TAIL:
+        if self.draws > MAX_TAIL:
             raise RequestError(f"--tail {self.tail}: at most {MAX_TAIL}")
-        if self.tail and not self.top_k:
+        if self.draws and not self.top_k:
             raise RequestError("--tail: draws from outside the head need a head; give --top-k 1 or more")
         if len(set(self.hidden_layers)) != len(self.hidden_layers):
             raise RequestError("--hidden-layers: the same layer is named twice")
 
     @property
+    def draws(self) -> int:
+        """Tail draws of a position."""
+        return self.tail or 0
+
+    @property
     def groups(self) -> tuple[GroupSpec, ...]:
         """The column groups asked for."""
-        seed = self.seed if self.tail else 0
-        logits = (LogitsSpec(self.top_k, self.top_p, self.tail, seed),) if self.top_k else ()
+        seed = self.seed if self.draws else 0
+        logits = (LogitsSpec(self.top_k, self.top_p, self.draws, seed),) if self.top_k else ()
         return (*logits, *(HiddenSpec(layer, self.hidden_dtype) for layer in sorted(self.hidden_layers)))
 
     def sequence_length(self, teacher: Teacher) -> int:
@@ -95,7 +111,7 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
     Raises:
         RequestError: k over the vocabulary, a layer out of range, or sequences over the model's limit.
     """
-    if request.top_k > min(teacher.vocab_size, MAX_TOP_K):
+    if request.top_k is not None and request.top_k > min(teacher.vocab_size, MAX_TOP_K):
         raise RequestError(
             f"--top-k {request.top_k}: larger than the vocabulary of {teacher.vocab_size}"
             if teacher.vocab_size <= MAX_TOP_K
