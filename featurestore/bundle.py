@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import decode_head, decode_labels, decode_rows, narrow_mask, row_starts
+from featurestore.codec import LSE_STEPS, decode_head, decode_labels, decode_rows, narrow_mask, row_starts
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import check_file, read_bounded
@@ -24,6 +24,8 @@ from featurestore.schema import (
     HiddenFeatures,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
     Sample,
     TeacherIdentity,
     covers,
@@ -61,6 +63,8 @@ class Group:
         start, stop = self._rows[position], self._rows[position + 1]
         if isinstance(self.spec, LogitsSpec):
             return self._logits(position, start, stop)
+        if isinstance(self.spec, LseSpec):
+            return LseFeatures(decode_rows(self.arrays["lse"].read(start, stop), LSE_STEPS))
         scale = self.arrays["scale"].read(start, stop) if "scale" in self.arrays else None
         return HiddenFeatures(self.arrays["values"].read(start, stop), scale, self.spec.dtype)
 

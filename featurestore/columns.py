@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from featurestore.codec import (
     HIDDEN_DTYPES,
+    LSE_STEPS,
     ODDS_STEPS,
     ROW_STEPS,
     STEPS_PER_NAT,
@@ -32,6 +33,8 @@ from featurestore.schema import (
     HiddenFeatures,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
     TeacherIdentity,
 )
 
@@ -101,6 +104,8 @@ def layouts(spec: GroupSpec, extent: Extent) -> dict[str, ArrayLayout]:
     rows = (extent.rows,)
     if isinstance(spec, LogitsSpec):
         return _logits_layouts(spec, extent)
+    if isinstance(spec, LseSpec):
+        return {"lse": _flat(rows, np.int32, attributes={"steps_per_nat": LSE_STEPS})}
     stored, scaled = HIDDEN_DTYPES[spec.dtype]
     values = ArrayLayout(
         shape=(extent.rows, extent.hidden_size),
@@ -160,6 +165,9 @@ def pack(
         arrays, stats = _pack_logits([f for f in features if isinstance(f, LogitsFeatures)], vocab_size)
         arrays["head_count"] = arrays["head_count"].astype(np.uint8 if spec.top_k < 2**8 else np.uint16)
         return arrays, stats
+    if isinstance(spec, LseSpec):
+        lse = np.concatenate([f.lse for f in features if isinstance(f, LseFeatures)])
+        return {"lse": encode_rows(lse, np.int32, LSE_STEPS)}, {}
     hidden = [f for f in features if isinstance(f, HiddenFeatures)]
     arrays = {"values": np.concatenate([f.values for f in hidden])}
     if hidden[0].scale is not None:
@@ -182,6 +190,11 @@ def _check(spec: GroupSpec, one: GroupFeatures, length: int, vocab_size: int, hi
             raise ValueError(f"expected LogitsFeatures, not {type(one).__name__}")
         one.check(length)
         _check_logits(spec, one, vocab_size)
+        return
+    if isinstance(spec, LseSpec):
+        if not isinstance(one, LseFeatures):
+            raise ValueError(f"expected LseFeatures, not {type(one).__name__}")
+        one.check(length)
         return
     if not isinstance(one, HiddenFeatures) or one.dtype != spec.dtype:
         raise ValueError(f"expected HiddenFeatures of dtype {spec.dtype}")

@@ -24,6 +24,7 @@ MAX_TOP_K = 65_535
 MAX_TAIL = 4_096
 MAX_SEED = 2**63 - 1
 MAX_LAYER = 9_999
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0
 MAX_VOCAB = 2**31 - 1
 NO_DRAW = -1
 # Of a sample, and of a task: what a reader has to be ready to hold at once.
@@ -137,7 +138,36 @@ class HiddenSpec:
         return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype}
 
 
-GroupSpec = LogitsSpec | HiddenSpec
+@dataclass(frozen=True)
+class LseSpec:
+    """logsumexp(logits / temperature) of each row over the whole vocabulary.
+
+    With it the head's probabilities at that temperature T are known: p_T(j) = exp(logit_j / T - lse_T). T = 1
+    is in every logits group already.
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        value = self.temperature
+        known = type(value) in (int, float) and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE
+        if not known or value == 1 or value != round(value, 3):
+            raise StoreFormatError(
+                f"a temperature is a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g} with at most 3 "
+                f"decimals, other than 1 (which every distribution has), not {str(value)[:80]}"
+            )
+        object.__setattr__(self, "temperature", float(value))
+
+    @property
+    def kind(self) -> str:
+        return f"lse.T{self.temperature:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `group_spec_from_json` reads it."""
+        return {"kind": "lse", "temperature": self.temperature}
+
+
+GroupSpec = LogitsSpec | HiddenSpec | LseSpec
 
 
 def group_spec_from_json(value: object) -> GroupSpec:
@@ -149,6 +179,8 @@ def group_spec_from_json(value: object) -> GroupSpec:
             return LogitsSpec(**fields)
         if kind == "hidden":
             return HiddenSpec(**fields)
+        if kind == "lse":
+            return LseSpec(**fields)
     except TypeError:
         raise StoreFormatError(f"column group {kind}: unknown or missing fields {sorted(fields)}") from None
     raise StoreFormatError(f"unknown kind of column group: {str(kind)[:80]!r}")
@@ -254,7 +286,20 @@ class HiddenFeatures:
             _check("scale", self.scale, np.float32, (length,))
 
 
-GroupFeatures = LogitsFeatures | HiddenFeatures
+@dataclass(frozen=True, eq=False)
+class LseFeatures:
+    """logsumexp(logits / T) of one sample's rows at the temperature of its spec. lse: float32 [T], nats."""
+
+    lse: Array
+
+    def check(self, length: int) -> None:
+        """ValueError unless there is one finite float32 for each of `length` positions."""
+        _check("lse", self.lse, np.float32, (length,))
+        if not np.isfinite(self.lse).all():
+            raise ValueError("lse must be finite")
+
+
+GroupFeatures = LogitsFeatures | HiddenFeatures | LseFeatures
 
 
 def _check(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:

@@ -74,6 +74,13 @@ TailOption = Annotated[
         help="How often to draw from outside the head: with some draws the student's gradient is unbiased."
     ),
 ]
+TemperaturesOption = Annotated[
+    str,
+    typer.Option(
+        help="Temperatures, e.g. 2,4: keeps logsumexp(logits / T) of each position, so that the head's "
+        "probabilities at T are known. T=1 is always kept."
+    ),
+]
 LayersOption = Annotated[
     str,
     typer.Option(
@@ -115,6 +122,7 @@ def generate(
     top_k: TopKOption = 64,
     top_p: TopPOption = None,
     tail: TailOption = 0,
+    temperatures: TemperaturesOption = "",
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
@@ -130,7 +138,8 @@ def generate(
 
     Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
     covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
-    the log-probability of the actual next token, the entropy, and the hidden layers asked for.
+    the log-probability of the actual next token, the entropy, and the temperatures and hidden layers
+    asked for.
 
     Example: distily-cache generate ./teacher corpus.txt --out ./cache --top-k 64 --hidden-layers 15
     """
@@ -158,6 +167,7 @@ def plan(
     top_k: TopKOption = 64,
     top_p: TopPOption = None,
     tail: TailOption = 0,
+    temperatures: TemperaturesOption = "",
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
@@ -271,16 +281,18 @@ def _request(arguments: dict[str, Any]) -> Any:
 
     names = {field.name for field in fields(GenerateRequest)}
     values = {name: value for name, value in arguments.items() if name in names}
-    return GenerateRequest(**{**values, "hidden_layers": _layers(arguments["hidden_layers"])})
+    lists = {
+        "hidden_layers": _numbers(int, arguments["hidden_layers"], "--hidden-layers", "10,20"),
+        "temperatures": _numbers(float, arguments["temperatures"], "--temperatures", "2,4"),
+    }
+    return GenerateRequest(**(values | lists))
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tuple[int | float, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise RequestError(
-            f"--hidden-layers {text}: give layer numbers with commas between, e.g. 10,20"
-        ) from None
+        raise RequestError(f"{flag} {text}: give numbers with commas between, e.g. {example}") from None
 
 
 def _reporter() -> Any:

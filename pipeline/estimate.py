@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from featurestore.schema import GroupSpec, LogitsSpec
+from featurestore.schema import GroupSpec, LogitsSpec, LseSpec
 from pipeline.generate import Prepared
 
 _HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
@@ -14,6 +14,7 @@ _HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
 _ROW_BYTES = 7
 _ENTRY_BYTES = 1.9
 _DRAW_BYTES = 1.3
+_LSE_BYTES = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,6 @@ def row_bytes(group: GroupSpec, hidden_size: int) -> float:
     """About how many bytes one position of `group` takes on disk."""
     if isinstance(group, LogitsSpec):
         return _ROW_BYTES + group.top_k * _ENTRY_BYTES + group.tail * _DRAW_BYTES
+    if isinstance(group, LseSpec):
+        return _LSE_BYTES
     return hidden_size * _HIDDEN_BYTES[group.dtype] + (4 if group.dtype in ("int8", "fp8") else 0)

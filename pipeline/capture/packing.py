@@ -20,8 +20,10 @@ from featurestore.schema import (
     HiddenSpec,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
 )
-from pipeline.capture.reduce import LogitRows, encode_hidden
+from pipeline.capture.reduce import LogitRows, encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
 
 _HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
@@ -51,6 +53,7 @@ class RowLayout:
             wanted += [(name, np.dtype(np.float32), 1) for name in ("lse", "label_logprob", "entropy")]
         if spec.tail:
             wanted.append(("tail_draws", np.dtype(np.int32), spec.tail))
+        wanted += [(lse_field(temperature), np.dtype(np.float32), 1) for temperature in spec.temperatures]
         for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
             wanted.append((f"hidden.{layer}", np.dtype(_HIDDEN_NUMPY[dtype]), hidden_size))
             if dtype in ("int8", "fp8"):
@@ -80,10 +83,26 @@ class RowLayout:
         return out
 
 
+def distribution_fields(
+    spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
+    fields = {lse_field(temperature): lse_at(logits_NV, temperature) for temperature in spec.temperatures}
+    if spec.top_k:
+        rows = reduce_logits(logits_NV, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
+        fields |= logit_fields(rows)
+    return fields
+
+
 def logit_fields(rows: LogitRows) -> dict[str, torch.Tensor]:
     """The reduced logits by field name."""
     tensors = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def lse_field(temperature: float) -> str:
+    """The name of the field that holds the logsumexp at a temperature."""
+    return LseSpec(temperature).kind
 
 
 def hidden_fields(layer: int, stream_ND: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
@@ -111,6 +130,8 @@ def to_features(
                 entropy=fields["entropy"],
                 tail_ids=fields["tail_draws"].reshape(-1, group.tail) if group.tail else None,
             )
+        elif isinstance(group, LseSpec):
+            out[group] = LseFeatures(fields[lse_field(group.temperature)])
         elif isinstance(group, HiddenSpec):
             values = fields[f"hidden.{group.layer}"]
             out[group] = HiddenFeatures(

@@ -85,6 +85,17 @@ def reduce_logits(
     )
 
 
+def lse_at(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 [N]: logsumexp(logits / temperature) of each row, computed in float32.
+
+    What is divided and exponentiated is the distance to the row's top, which float32 holds exactly where it
+    counts, so that a low temperature does not magnify the rounding of a large logit.
+    """
+    logits = logits_NV.float()
+    peak = logits.amax(-1, keepdim=True)
+    return peak[:, 0] / temperature + ((logits - peak) / temperature).exp_().sum(-1).log()
+
+
 def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:
     """int32 [N, count]: ids drawn in proportion to `weights_NV` (float32, >= 0), ascending in each row.
 

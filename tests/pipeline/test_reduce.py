@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.tail import first_draws, row_shifts
-from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, reduce_logits
+from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, lse_at, reduce_logits
 
 F32 = float(np.finfo(np.float32).eps)
 
@@ -41,6 +41,25 @@ def test_reduction_matches_float64(rows: int, vocab: int, k: int, scale: float) 
     bound = F32 * (np.log2(vocab) + 12) * (1.0 + 3 * magnitude)
     for name in ("lse", "label_logprob", "entropy"):
         assert (getattr(got, name).double() - want[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0, 100.0])
+@pytest.mark.parametrize("vocab", [1, 7, 49_152, 262_144])
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (4.0, 5.0), (30.0, -2_000.0), (1.0, 30_000.0)])
+def test_logsumexp_at_a_temperature_matches_float64(
+    temperature: float, vocab: int, scale: float, shift: float
+) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(3, vocab, generator=generator) * scale + shift
+    logits[0, 1:] = -torch.inf
+    want = torch.logsumexp(logits.double() / temperature, -1)
+    got = lse_at(logits, temperature)
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    # A sum of V positive terms (as above); distances to the top of up to 88 T count, each rounded twice; then
+    # the peak's own division and the last addition.
+    bound = F32 * (np.log2(vocab) + 12 + 2 * 88 + 2 * want.abs())
+    assert ((got.double() - want).abs() <= bound).all()
+    assert torch.equal(lse_at(logits.bfloat16(), temperature), lse_at(logits.bfloat16().float(), temperature))
 
 
 def test_a_row_without_label_is_nan_and_others_are_not() -> None:
