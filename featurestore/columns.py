@@ -6,6 +6,7 @@ distinct token ids of a task, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ LOGICAL_DTYPES = {"bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "f
 # What a commit record adds up over the rows of a logits group, for `info` (see docs/FORMAT.md).
 # entries and distinct_ids are sizes of arrays.
 LOGITS_STATS = ("entries", "distinct_ids", "labels", "head_mass", "label_logprob", "entropy")
+# Of a hidden group whose capture measured them: sums over all elements of (stored - exact)^2 and exact^2.
+HIDDEN_STATS = ("squared_error", "squared_norm")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,18 @@ def pack(
     arrays = {"values": np.concatenate([f.values for f in hidden])}
     if hidden[0].scale is not None:
         arrays["scale"] = np.concatenate([f.scale for f in hidden if f.scale is not None])
-    return arrays, {}
+    return arrays, _hidden_stats(hidden)
+
+
+def _hidden_stats(features: Sequence[HiddenFeatures]) -> Stats:
+    """HIDDEN_STATS over all rows; empty unless every sample has them and all are finite."""
+    sums: Stats = {}
+    for name in HIDDEN_STATS:
+        rows = [getattr(f, name) for f in features]
+        if any(row is None for row in rows):
+            return {}
+        sums[name] = float(np.concatenate(rows).sum(dtype=np.float64))
+    return sums if all(map(math.isfinite, sums.values())) else {}
 
 
 def _flat(

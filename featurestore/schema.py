@@ -263,12 +263,16 @@ class HiddenFeatures:
     """One layer's hidden states of one sample, as stored.
 
     values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says.
-    scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None.
+    scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None. squared_error, squared_norm:
+    float32 [T], per row the sums over D of (stored - exact)^2 and exact^2, known to the capture alone: only
+    their sums over a task are kept, and what a reader gives has None.
     """
 
     values: Array
     scale: Array | None
     dtype: str
+    squared_error: Array | None = None
+    squared_norm: Array | None = None
 
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The hidden states as float32 [T, D]."""
@@ -284,6 +288,11 @@ class HiddenFeatures:
             raise ValueError(f"hidden states of dtype {self.dtype} {'need' if scaled else 'have no'} scale")
         if self.scale is not None:
             _check("scale", self.scale, np.float32, (length,))
+        if (self.squared_error is None) != (self.squared_norm is None):
+            raise ValueError("squared_error and squared_norm go together")
+        for name in ("squared_error", "squared_norm"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), np.float32, (length,))
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ def render_info(console: Console, info: StoreInfo) -> None:
             "mass kept": group.mean_head_mass,
             "entropy": group.mean_entropy,
             "teacher perplexity": group.perplexity,
+            "relative error": group.relative_error,
         }
         groups.add_row(
             name,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from featurestore.columns import HIDDEN_STATS
 from featurestore.schema import (
     GroupFeatures,
     GroupSpec,
@@ -58,6 +59,7 @@ class RowLayout:
             wanted.append((f"hidden.{layer}", np.dtype(_HIDDEN_NUMPY[dtype]), hidden_size))
             if dtype in ("int8", "fp8"):
                 wanted.append((f"scale.{layer}", np.dtype(np.float32), 1))
+            wanted += [(f"{name}.{layer}", np.dtype(np.float32), 1) for name in HIDDEN_STATS]
         fields, start = [], 0
         for name, numpy_dtype, width in wanted:
             fields.append(Field(name, numpy_dtype, width, start))
@@ -106,9 +108,11 @@ def lse_field(temperature: float) -> str:
 
 
 def hidden_fields(layer: int, stream_ND: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-    values, scale = encode_hidden(stream_ND, dtype)
-    fields = {f"hidden.{layer}": values}
-    return fields if scale is None else fields | {f"scale.{layer}": scale}
+    """The encoded hidden states of one layer, by field name."""
+    rows = encode_hidden(stream_ND, dtype)
+    fields = {f"{name}.{layer}": getattr(rows, name) for name in HIDDEN_STATS}
+    fields[f"hidden.{layer}"] = rows.values
+    return fields if rows.scale is None else fields | {f"scale.{layer}": rows.scale}
 
 
 def to_features(
@@ -138,5 +142,6 @@ def to_features(
                 values=values.reshape(len(values), -1),
                 scale=fields.get(f"scale.{group.layer}"),
                 dtype=group.dtype,
+                **{name: fields[f"{name}.{group.layer}"] for name in HIDDEN_STATS},
             )
     return out

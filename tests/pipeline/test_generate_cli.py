@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
+from featurestore.directory import read_manifest
 from featurestore.reader import CacheReader
 from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from tests import teachers
@@ -232,6 +233,33 @@ def test_temperatures_are_the_teachers_and_are_added_alone(
             wanted = (logits / temperature).log_softmax(-1).topk(16).values.numpy()
             bound = (LOGPROB_ERROR + ROW_ERROR + 2e-4) / temperature + LSE_ERROR
             assert np.abs(logprobs - wanted).max() <= bound
+
+
+def test_the_error_of_stored_hidden_states_is_measured(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The error that the records and `info` name is the one between an f32 capture and the others."""
+    store = tmp_path / "store"
+    for dtype in ("f32", "bf16", "int8", "fp8"):
+        layers = ("--hidden-layers", "1,3", "--hidden-dtype", dtype)
+        last = generate(tiny_teacher, corpus, store, "--top-k", 0, "--num-samples", 6, *layers)
+    reader = CacheReader.open(store)
+    samples = [reader.read(index).features for index in range(len(reader))]
+    groups = json.loads(run("info", store, "--json").stdout)["groups"]
+    manifest = read_manifest(store, str(last["manifest"]))
+    for layer in (1, 3):
+        exact = np.concatenate([s[HiddenSpec(layer, "f32")].to_float32() for s in samples]).astype(np.float64)
+        for dtype, least in (("f32", 0.0), ("bf16", 1e-4), ("int8", 1e-3), ("fp8", 1e-2)):
+            spec = HiddenSpec(layer, dtype)
+            stored = np.concatenate([s[spec].to_float32() for s in samples])
+            error, norm = np.square(stored - exact).sum(), np.square(exact).sum()
+            sums = manifest.stats[group_id(spec)]
+            assert sums["squared_norm"] == pytest.approx(norm, rel=1e-5)
+            assert sums["squared_error"] == pytest.approx(error, rel=1e-4)
+            found = groups[group_id(spec)]["relative_error"]
+            assert found == pytest.approx(np.sqrt(error / norm), rel=1e-4) and found >= least
+            assert found < 0.05
+    assert "relative error" in run("info", store).stdout
 
 
 def test_a_request_for_temperatures_alone(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec
-from pipeline.capture.packing import RowLayout, distribution_fields, to_features
+from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.reduce import encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
 
@@ -48,8 +48,7 @@ def test_round_trip(
     labels, shifts = torch.full((rows,), -1), torch.rand(rows).double()
     fields = distribution_fields(spec, logits, labels, shifts)
     for layer, stream in streams.items():
-        values, scale = encode_hidden(stream, dtype)
-        fields |= {f"hidden.{layer}": values} | ({} if scale is None else {f"scale.{layer}": scale})
+        fields |= hidden_fields(layer, stream, dtype)
 
     packed = layout.pack(fields)
     assert packed.dtype == torch.uint8
@@ -75,9 +74,13 @@ def test_round_trip(
             np.testing.assert_array_equal(got.tail_ids, reduced.tail_draws.numpy())
     for group in hidden:
         features[group].check(rows, WIDTH)
-        values, scale = encode_hidden(streams[group.layer], dtype)
-        want = values.float() if scale is None else values.float() * scale[:, None]
-        np.testing.assert_array_equal(features[group].to_float32(), want.numpy())
+        coded = encode_hidden(streams[group.layer], dtype)
+        want = coded.values.float()
+        want = want if coded.scale is None else want * coded.scale[:, None]
+        found = features[group].to_float32()
+        np.testing.assert_array_equal(found, want.numpy())
+        error = np.square(found.astype(np.float64) - streams[group.layer].numpy()).sum(-1)
+        np.testing.assert_allclose(features[group].squared_error, error, rtol=1e-5)
 
 
 def test_one_pass_takes_one_distribution_and_each_layer_once() -> None:
