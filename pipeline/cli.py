@@ -193,17 +193,37 @@ def plan(
 
 
 @app.command()
-def info(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Show what is in STORE: teacher, samples, column groups, bytes per token, what it cost."""
+def info(
+    store: StoreArgument,
+    sample: Annotated[
+        int | None, typer.Option(help="Show sample N (from 0) instead, token by token.", metavar="N")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="With --sample: so many tokens at most.")] = 40,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in STORE: teacher, samples, column groups, where bytes and mass are, what it cost.
+
+    With --sample N: each token's text, the teacher's probability of the token that follows, what it held for
+    more probable, the mass in the stored head, and the entropy.
+    """
     from featurestore.info import store_info
+    from pipeline.inside import render_ranks, render_sizes
     from pipeline.render import render_info
 
     with _exit_codes():
+        if sample is not None:
+            _show_sample(store, sample, tokens, as_json)
+            return
         found = store_info(store)
+        ranks = _mass_by_rank(store) if found.manifest else None
         if as_json:
-            _print_json(found.to_json())
-        else:
-            render_info(Console(), found)
+            _print_json({**found.to_json(), "mass_by_rank": None if ranks is None else ranks.to_json()})
+            return
+        console = Console()
+        render_info(console, found)
+        render_sizes(console, found)
+        if ranks is not None:
+            render_ranks(console, ranks)
 
 
 @app.command()
@@ -293,6 +313,36 @@ def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tup
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise RequestError(f"{flag} {text}: give numbers with commas between, e.g. {example}") from None
+
+
+def _show_sample(store: Path, index: int, tokens: int, as_json: bool) -> None:
+    from featurestore.inspect import look_at
+    from featurestore.reader import CacheReader
+    from pipeline.inside import render_sample, sample_json
+    from pipeline.pieces import load_pieces
+
+    reader = CacheReader.open(store)
+    if not 0 <= index < len(reader):
+        raise RequestError(f"--sample {index}: {store} has {len(reader)} samples, 0 to {len(reader) - 1}")
+    view, pieces = look_at(reader, index, tokens), load_pieces(reader.teacher_dir)
+    if as_json:
+        _print_json(sample_json(view, pieces))
+    else:
+        render_sample(Console(), view, pieces)
+
+
+def _mass_by_rank(store: Path) -> Any:
+    """None where there are no logits; damage is named, and the rest of `info` still shown."""
+    from featurestore.inspect import mass_by_rank
+    from featurestore.reader import CacheReader
+
+    try:
+        return mass_by_rank(CacheReader.open(store))
+    except MissingFeatureError:
+        return None
+    except FeatureStoreError as error:
+        sys.stderr.write(f"distily-cache: mass by rank is left out: {error}\n")
+        return None
 
 
 def _reporter() -> Any:

@@ -11,6 +11,7 @@ from featurestore.info import StoreInfo
 from featurestore.listing import Shard
 from featurestore.verify import Report
 from pipeline.estimate import Forecast
+from pipeline.inside import bar
 
 
 def render_plan(console: Console, forecast: Forecast) -> None:
@@ -95,10 +96,10 @@ def render_collection(console: Console, found: Collection) -> None:
 
 
 def _render_lengths(console: Console, histogram: dict[str, int]) -> None:
-    most = max(histogram.values(), default=0)
+    most = max(histogram.values(), default=1)
     lengths = Table("tokens", "samples", "", title="sample lengths")
     for span, count in histogram.items():
-        lengths.add_row(span, f"{count:,}", "█" * max(1, round(30 * count / most)) if count else "")
+        lengths.add_row(span, f"{count:,}", bar(count / most))
     console.print(lengths)
 
 
