@@ -177,7 +177,10 @@ def plan(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the same `generate` would compute, and about how many bytes; starts and writes nothing."""
+    """Show what the same `generate` would compute, in about how many bytes and how much time.
+
+    Starts and writes nothing. The time is that of earlier runs of the store, else a rough one.
+    """
     from pipeline.estimate import estimate
     from pipeline.generate import prepare
     from pipeline.render import render_plan

@@ -22,8 +22,20 @@ def render_plan(console: Console, forecast: Forecast) -> None:
     table.add_row("samples", f"{forecast.samples:,} ({forecast.duplicates:,} duplicates left out)")
     table.add_row("shards to compute", f"{forecast.shards_to_do:,}")
     table.add_row("column groups", ", ".join(forecast.groups_to_do))
-    table.add_row("bytes to write", f"at most about {decimal(forecast.bytes_to_write)}")
+    size = decimal(forecast.bytes_to_write)
+    bound = f"about {size}, as in this store" if forecast.bytes_measured else f"at most about {size}"
+    table.add_row("bytes to write", bound)
+    table.add_row("time", f"about {duration(forecast.seconds)} ({forecast.seconds_from})")
+    table.add_row("", "the start of the engine is not counted in")
     console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def render_info(console: Console, info: StoreInfo) -> None:
