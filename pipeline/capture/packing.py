@@ -89,9 +89,10 @@ def distribution_fields(
     spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
-    fields = {lse_field(temperature): lse_at(logits_NV, temperature) for temperature in spec.temperatures}
+    logits = logits_NV.float()
+    fields = {lse_field(temperature): lse_at(logits, temperature) for temperature in spec.temperatures}
     if spec.top_k:
-        rows = reduce_logits(logits_NV, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
+        rows = reduce_logits(logits, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
         fields |= logit_fields(rows)
     return fields
 
