@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import row_starts
+from featurestore.codec import LSE_STEPS, decode_rows, row_starts
 from featurestore.codes import LogitsCodes, count_repeats
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
@@ -22,6 +22,8 @@ from featurestore.schema import (
     GroupSpec,
     HiddenFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
     Sample,
     TeacherIdentity,
     covers,
@@ -30,7 +32,7 @@ from featurestore.shard import ChunkCache, ShardArray
 from featurestore.tables import samples_from_bytes
 
 Array = npt.NDArray[Any]
-GroupCodes = LogitsCodes | HiddenFeatures
+GroupCodes = LogitsCodes | LseFeatures | HiddenFeatures
 
 
 class Group:
@@ -72,6 +74,8 @@ class Group:
         start, stop = self._rows[position], self._rows[position + 1]
         if isinstance(self.spec, LogitsSpec):
             return self._logits(position, start, stop)
+        if isinstance(self.spec, LseSpec):
+            return LseFeatures(decode_rows(self.arrays["lse"].read(start, stop), LSE_STEPS))
         scale = self.arrays["scale"].read(start, stop) if "scale" in self.arrays else None
         return HiddenFeatures(self.arrays["values"].read(start, stop), scale, self.spec.dtype)
 

@@ -31,6 +31,9 @@ LOGPROB_ERROR = 1 / STEPS_PER_NAT + 1 / (2 * ODDS_STEPS)
 # lse, label log-probability and entropy: within 1/128 nat.
 ROW_STEPS = 64
 ROW_ERROR = 1 / (2 * ROW_STEPS)
+# logsumexp at a temperature of its own: within 1/512 nat.
+LSE_STEPS = 256
+LSE_ERROR = 1 / (2 * LSE_STEPS)
 NO_LABEL = 2**32 - 1
 
 # dtype name -> (numpy dtype on disk, whether there is a scale per position)
@@ -88,18 +91,18 @@ def decode_head(counts: Array, gaps: Array, odds: Array, lse: Array) -> npt.NDAr
     return (np.repeat(shift, counts) - drop).astype(np.float32)
 
 
-def encode_rows(values: Array, dtype: npt.DTypeLike) -> Array:
-    """float [R] in nats -> integers [R] of ROW_STEPS per nat; ValueError when one does not fit the dtype."""
-    codes = np.rint(values.astype(np.float64) * ROW_STEPS)
+def encode_rows(values: Array, dtype: npt.DTypeLike, steps: int = ROW_STEPS) -> Array:
+    """float [R] in nats -> integers [R] of `steps` per nat; ValueError when one does not fit the dtype."""
+    codes = np.rint(values.astype(np.float64) * steps)
     limits = np.iinfo(np.dtype(dtype))
     if (codes < limits.min).any() or (codes > limits.max).any():
-        raise ValueError(f"a number of a row is outside [{limits.min}, {limits.max}] / {ROW_STEPS} nats")
+        raise ValueError(f"a number of a row is outside [{limits.min}, {limits.max}] / {steps} nats")
     return codes.astype(dtype)
 
 
-def decode_rows(codes: Array) -> npt.NDArray[np.float32]:
-    """The inverse of `encode_rows`, float32 [R], within ROW_ERROR."""
-    return (codes / ROW_STEPS).astype(np.float32)
+def decode_rows(codes: Array, steps: int = ROW_STEPS) -> npt.NDArray[np.float32]:
+    """The inverse of `encode_rows`, float32 [R], within half a step."""
+    return (codes / steps).astype(np.float32)
 
 
 def encode_labels(logprob: Array) -> npt.NDArray[np.uint32]:

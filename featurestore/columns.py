@@ -6,6 +6,7 @@ distinct token ids of a task, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from featurestore.codec import (
     HIDDEN_DTYPES,
+    LSE_STEPS,
     ODDS_STEPS,
     ROW_STEPS,
     STEPS_PER_NAT,
@@ -32,6 +34,8 @@ from featurestore.schema import (
     HiddenFeatures,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
     TeacherIdentity,
 )
 
@@ -46,6 +50,8 @@ LOGICAL_DTYPES = {"bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "f
 # What a commit record adds up over the rows of a logits group, for `info` (see docs/FORMAT.md).
 # entries and distinct_ids are sizes of arrays.
 LOGITS_STATS = ("entries", "distinct_ids", "labels", "head_mass", "label_logprob", "entropy")
+# Of a hidden group whose capture measured them: sums over all elements of (stored - exact)^2 and exact^2.
+HIDDEN_STATS = ("squared_error", "squared_norm")
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ def layouts(spec: GroupSpec, extent: Extent) -> dict[str, ArrayLayout]:
     rows = (extent.rows,)
     if isinstance(spec, LogitsSpec):
         return _logits_layouts(spec, extent)
+    if isinstance(spec, LseSpec):
+        return {"lse": _flat(rows, np.int32, attributes={"steps_per_nat": LSE_STEPS})}
     stored, scaled = HIDDEN_DTYPES[spec.dtype]
     values = ArrayLayout(
         shape=(extent.rows, extent.hidden_size),
@@ -160,11 +168,25 @@ def pack(
         arrays, stats = _pack_logits([f for f in features if isinstance(f, LogitsFeatures)], vocab_size)
         arrays["head_count"] = arrays["head_count"].astype(np.uint8 if spec.top_k < 2**8 else np.uint16)
         return arrays, stats
+    if isinstance(spec, LseSpec):
+        lse = np.concatenate([f.lse for f in features if isinstance(f, LseFeatures)])
+        return {"lse": encode_rows(lse, np.int32, LSE_STEPS)}, {}
     hidden = [f for f in features if isinstance(f, HiddenFeatures)]
     arrays = {"values": np.concatenate([f.values for f in hidden])}
     if hidden[0].scale is not None:
         arrays["scale"] = np.concatenate([f.scale for f in hidden if f.scale is not None])
-    return arrays, {}
+    return arrays, _hidden_stats(hidden)
+
+
+def _hidden_stats(features: Sequence[HiddenFeatures]) -> Stats:
+    """HIDDEN_STATS over all rows; empty unless every sample has them and all are finite."""
+    sums: Stats = {}
+    for name in HIDDEN_STATS:
+        rows = [getattr(f, name) for f in features]
+        if any(row is None for row in rows):
+            return {}
+        sums[name] = float(np.concatenate(rows).sum(dtype=np.float64))
+    return sums if all(map(math.isfinite, sums.values())) else {}
 
 
 def _flat(
@@ -182,6 +204,11 @@ def _check(spec: GroupSpec, one: GroupFeatures, length: int, vocab_size: int, hi
             raise ValueError(f"expected LogitsFeatures, not {type(one).__name__}")
         one.check(length)
         _check_logits(spec, one, vocab_size)
+        return
+    if isinstance(spec, LseSpec):
+        if not isinstance(one, LseFeatures):
+            raise ValueError(f"expected LseFeatures, not {type(one).__name__}")
+        one.check(length)
         return
     if not isinstance(one, HiddenFeatures) or one.dtype != spec.dtype:
         raise ValueError(f"expected HiddenFeatures of dtype {spec.dtype}")

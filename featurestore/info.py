@@ -11,8 +11,8 @@ from typing import Any
 from featurestore.directory import fullest_manifest
 from featurestore.identity import SAMPLES
 from featurestore.plan import Task
-from featurestore.records import CommitRecord
-from featurestore.schema import TeacherIdentity
+from featurestore.records import CommitRecord, sum_stats
+from featurestore.schema import LogitsSpec, TeacherIdentity
 from featurestore.store import FeatureStore
 
 
@@ -21,7 +21,9 @@ class GroupInfo:
     """One column group over all tasks that have it. bytes_per_row: bytes on disk per position.
 
     arrays: bytes per array (metadata included). mean_head_size, mean_head_mass, mean_entropy (nats) and
-    perplexity (of the teacher, on the next tokens) are None for groups other than logits.
+    perplexity (of the teacher, on the next tokens) are None for groups other than logits. relative_error:
+    sqrt(sum of squared errors / sum of squares) of hidden states as stored, against those that the worker
+    had; None for other groups and where nothing was measured.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class GroupInfo:
     mean_head_mass: float | None = None
     mean_entropy: float | None = None
     perplexity: float | None = None
+    relative_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,15 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
     rows = sum(record.rows for record in records.values())
     size = sum(record.size for record in records.values())
     arrays: dict[str, int] = {}
-    stats: dict[str, float] = {}
     for record in records.values():
         for name, (length, _) in record.files.items():
             # <group id>/<array>/..., <group id>/zarr.json, or samples.parquet
             parts = name.split("/")
             array = parts[1] if len(parts) > 2 else parts[-1]
             arrays[array] = arrays.get(array, 0) + length
-        for name, number in record.stats.items():
-            stats[name] = stats.get(name, 0) + number
-    labels = stats.get("labels", 0)
+    stats = sum_stats(records.values())
+    labels, norm = stats.get("labels", 0), stats.get("squared_norm", 0.0)
+    logits = isinstance(first.spec, LogitsSpec)
     return GroupInfo(
         kind=SAMPLES if first.spec is None else first.spec.kind,
         spec=None if first.spec is None else first.spec.to_json(),
@@ -109,10 +111,11 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
         bytes=size,
         bytes_per_row=size / rows,
         arrays=dict(sorted(arrays.items())),
-        mean_head_size=stats["entries"] / rows if stats else None,
-        mean_head_mass=stats["head_mass"] / rows if stats else None,
-        mean_entropy=stats["entropy"] / rows if stats else None,
+        mean_head_size=stats["entries"] / rows if logits else None,
+        mean_head_mass=stats["head_mass"] / rows if logits else None,
+        mean_entropy=stats["entropy"] / rows if logits else None,
         perplexity=math.exp(min(-stats["label_logprob"] / labels, 700.0)) if labels else None,
+        relative_error=math.sqrt(stats["squared_error"] / norm) if norm else None,
     )
 
 

@@ -17,7 +17,7 @@ from featurestore.directory import fullest_manifest, manifest_digests, read_mani
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError, StoreNotFoundError
 from featurestore.plan import Task
 from featurestore.records import Manifest, read_commit
-from featurestore.schema import GroupFeatures, GroupSpec, LogitsSpec, covers
+from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers
 from featurestore.shard import ChunkCache
 from featurestore.tables import read_plan
 
@@ -133,8 +133,7 @@ class CacheReader:
         candidates = [spec for spec in self.groups.values() if spec.kind == kind and self._complete(spec)]
         if candidates:
             return max(candidates, key=_width)
-        layer = re.fullmatch(r"hidden\.L([0-9]+)", kind)
-        flag = f"--hidden-layers {layer[1]}" if layer else "--top-k K" if kind == "logits" else "that adds it"
+        flag = _flag(kind)
         partial = any(spec.kind == kind for spec in self.groups.values())
         there = ", ".join(sorted({spec.kind for spec in self.groups.values()})) or "no features"
         what = f"only some samples have {kind}" if partial else f"no {kind} in this cache (it has: {there})"
@@ -194,7 +193,18 @@ def _width(spec: GroupSpec) -> tuple[float, ...]:
     """Orders the specs of one kind by how much they tell; a distribution with a tail is the unbiased one."""
     if isinstance(spec, LogitsSpec):
         return spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
-    return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
+    if isinstance(spec, HiddenSpec):
+        return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
+    return ()
+
+
+def _flag(kind: str) -> str:
+    """The flag of `distily-cache generate` that adds a kind of column group."""
+    if layer := re.fullmatch(r"hidden\.L([0-9]+)", kind):
+        return f"--hidden-layers {layer[1]}"
+    if temperature := re.fullmatch(r"lse\.T([0-9.]+)", kind):
+        return f"--temperatures {temperature[1]}"
+    return "--top-k K" if kind == "logits" else "that adds it"
 
 
 def _tasks_of(path: Path, manifest: Manifest) -> list[Task]:

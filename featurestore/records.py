@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featurestore.columns import LOGITS_STATS, Stats, group_files
+from featurestore.columns import HIDDEN_STATS, LOGITS_STATS, Stats, group_files
 from featurestore.errors import CorruptionError, StoreFormatError
 from featurestore.files import read_bounded
 from featurestore.identity import (
@@ -26,10 +26,11 @@ from featurestore.identity import (
     seal,
     unseal,
 )
-from featurestore.schema import MAX_TOKENS, GroupSpec, LogitsSpec, group_id, group_spec_from_json
+from featurestore.schema import MAX_TOKENS, GroupSpec, HiddenSpec, LogitsSpec, group_id, group_spec_from_json
 
 SAMPLES_FILE = "samples.parquet"
 MAX_BYTES = 2**50
+MAX_STAT = 1e100
 # The list of them is read whole.
 MAX_DISTINCT_IDS = 2**24
 
@@ -41,7 +42,7 @@ class CommitRecord:
     """One column group (or the samples) of one task is complete, in this bundle, as these files.
 
     group: a group id, or "samples" (then spec is None). files: path relative to the bundle -> (size in
-    bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS.
+    bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS and HIDDEN_STATS.
     """
 
     task: str
@@ -104,7 +105,8 @@ class Manifest:
     """What a reader trusts: the tasks of one moment, and the exact commit record of each of their groups.
 
     spec: digest of SPEC.json. plans, teacher: names of the plan and teacher-listing files. groups: id ->
-    spec. tasks: task id -> {group id or "samples": digest of the commit record}.
+    spec. tasks: task id -> {group id or "samples": digest of the commit record}. stats: group id -> the sums
+    of `sum_stats` over its tasks; groups without any are left out, as all are in manifests of before.
     """
 
     spec: str
@@ -112,6 +114,7 @@ class Manifest:
     teacher: tuple[str, ...]
     groups: Mapping[str, GroupSpec]
     tasks: Mapping[str, Mapping[str, str]]
+    stats: Mapping[str, Stats] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -133,6 +136,7 @@ class Manifest:
                 "teacher": list(self.teacher),
                 "groups": {name: spec.to_json() for name, spec in self.groups.items()},
                 "tasks": {task: dict(groups) for task, groups in self.tasks.items()},
+                **({"stats": {name: dict(sums) for name, sums in self.stats.items()}} if self.stats else {}),
             }
         )
 
@@ -158,6 +162,7 @@ class Manifest:
             teacher=_names(value.get("teacher"), where),
             groups=groups,
             tasks=tasks,
+            stats=_sums(value.get("stats", {}), groups, where),
         )
 
 
@@ -180,6 +185,22 @@ def read_commit(store: Path, group: str, task: str, expected: str | None = None)
 def files_of(spec: GroupSpec | None, group: str) -> list[str]:
     """The files of a group (or of the samples) relative to the bundle. No other name is ever accepted."""
     return [SAMPLES_FILE] if spec is None else [f"{group}/{name}" for name in group_files(spec)]
+
+
+def sum_stats(records: Iterable[CommitRecord]) -> Stats:
+    """The stats of a group's tasks added up; the order of the records does not matter.
+
+    `distinct_ids` is no sum over rows and left out. Tasks without stats count for nothing.
+    """
+    found: dict[str, list[int | float]] = {}
+    for record in records:
+        for name, number in record.stats.items():
+            found.setdefault(name, []).append(number)
+    found.pop("distinct_ids", None)
+    return {
+        name: math.fsum(numbers) if any(type(number) is float for number in numbers) else sum(numbers)
+        for name, numbers in sorted(found.items())
+    }
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -208,15 +229,37 @@ def _files(value: Any, spec: GroupSpec | None, group: str, where: str) -> dict[s
 
 
 def _stats(value: Any, spec: GroupSpec | None, rows: int, where: str) -> Stats:
-    stats = _object(value, where)
-    if set(stats) != (set(LOGITS_STATS) if isinstance(spec, LogitsSpec) else set()):
+    stats = _numbers(value, where)
+    # Hidden groups of before, and those whose capture could not measure its error, have none.
+    optional = isinstance(spec, HiddenSpec) and not stats
+    if set(stats) != _stats_of(spec) and not optional:
         raise StoreFormatError(f"{where}: missing or unknown stats")
-    for name, number in stats.items():
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise StoreFormatError(f"{where}: stat {name} is no number")
+    if isinstance(spec, HiddenSpec) and min(stats.values(), default=0) < 0:
+        raise StoreFormatError(f"{where}: a sum of squares is negative")
     if isinstance(spec, LogitsSpec):
         check_int(stats["entries"], rows, rows * spec.top_k, f"{where}: entries")
         check_int(stats["labels"], 0, rows, f"{where}: labels")
         most = min(rows * (spec.top_k + spec.tail), MAX_DISTINCT_IDS)
         check_int(stats["distinct_ids"], 1, most, f"{where}: distinct_ids")
     return stats
+
+
+def _stats_of(spec: GroupSpec | None) -> set[str]:
+    if isinstance(spec, LogitsSpec):
+        return set(LOGITS_STATS)
+    return set(HIDDEN_STATS) if isinstance(spec, HiddenSpec) else set()
+
+
+def _numbers(value: Any, where: str) -> Stats:
+    stats = _object(value, where)
+    for name, number in stats.items():
+        if type(number) not in (int, float) or not abs(number) <= MAX_STAT:
+            raise StoreFormatError(f"{where}: stat {name[:40]} is no number")
+    return stats
+
+
+def _sums(value: Any, groups: Mapping[str, GroupSpec], where: str) -> dict[str, Stats]:
+    sums = {name: _numbers(numbers, where) for name, numbers in _object(value, where).items()}
+    if not set(sums) <= set(groups):
+        raise StoreFormatError(f"{where}: stats of groups that it does not list")
+    return sums

@@ -24,6 +24,7 @@ MAX_TOP_K = 65_535
 MAX_TAIL = 4_096
 MAX_SEED = 2**63 - 1
 MAX_LAYER = 9_999
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0
 MAX_VOCAB = 2**31 - 1
 NO_DRAW = -1
 # Of a sample, and of a task: what a reader has to be ready to hold at once.
@@ -137,7 +138,36 @@ class HiddenSpec:
         return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype}
 
 
-GroupSpec = LogitsSpec | HiddenSpec
+@dataclass(frozen=True)
+class LseSpec:
+    """logsumexp(logits / temperature) of each row over the whole vocabulary.
+
+    With it the head's probabilities at that temperature T are known: p_T(j) = exp(logit_j / T - lse_T). T = 1
+    is in every logits group already.
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        value = self.temperature
+        known = type(value) in (int, float) and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE
+        if not known or value == 1 or value != round(value, 3):
+            raise StoreFormatError(
+                f"a temperature is a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g} with at most 3 "
+                f"decimals, other than 1 (which every distribution has), not {str(value)[:80]}"
+            )
+        object.__setattr__(self, "temperature", float(value))
+
+    @property
+    def kind(self) -> str:
+        return f"lse.T{self.temperature:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `group_spec_from_json` reads it."""
+        return {"kind": "lse", "temperature": self.temperature}
+
+
+GroupSpec = LogitsSpec | HiddenSpec | LseSpec
 
 
 def group_spec_from_json(value: object) -> GroupSpec:
@@ -149,6 +179,8 @@ def group_spec_from_json(value: object) -> GroupSpec:
             return LogitsSpec(**fields)
         if kind == "hidden":
             return HiddenSpec(**fields)
+        if kind == "lse":
+            return LseSpec(**fields)
     except TypeError:
         raise StoreFormatError(f"column group {kind}: unknown or missing fields {sorted(fields)}") from None
     raise StoreFormatError(f"unknown kind of column group: {str(kind)[:80]!r}")
@@ -231,12 +263,16 @@ class HiddenFeatures:
     """One layer's hidden states of one sample, as stored.
 
     values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says.
-    scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None.
+    scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None. squared_error, squared_norm:
+    float32 [T], per row the sums over D of (stored - exact)^2 and exact^2, known to the capture alone: only
+    their sums over a task are kept, and what a reader gives has None.
     """
 
     values: Array
     scale: Array | None
     dtype: str
+    squared_error: Array | None = None
+    squared_norm: Array | None = None
 
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The hidden states as float32 [T, D]."""
@@ -252,9 +288,27 @@ class HiddenFeatures:
             raise ValueError(f"hidden states of dtype {self.dtype} {'need' if scaled else 'have no'} scale")
         if self.scale is not None:
             _check("scale", self.scale, np.float32, (length,))
+        if (self.squared_error is None) != (self.squared_norm is None):
+            raise ValueError("squared_error and squared_norm go together")
+        for name in ("squared_error", "squared_norm"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), np.float32, (length,))
 
 
-GroupFeatures = LogitsFeatures | HiddenFeatures
+@dataclass(frozen=True, eq=False)
+class LseFeatures:
+    """logsumexp(logits / T) of one sample's rows at the temperature of its spec. lse: float32 [T], nats."""
+
+    lse: Array
+
+    def check(self, length: int) -> None:
+        """ValueError unless there is one finite float32 for each of `length` positions."""
+        _check("lse", self.lse, np.float32, (length,))
+        if not np.isfinite(self.lse).all():
+            raise ValueError("lse must be finite")
+
+
+GroupFeatures = LogitsFeatures | HiddenFeatures | LseFeatures
 
 
 def _check(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:

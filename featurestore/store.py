@@ -46,7 +46,15 @@ from featurestore.files import (
 )
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
 from featurestore.plan import Task
-from featurestore.records import SAMPLES_FILE, CommitRecord, Manifest, commit_path, files_of, read_commit
+from featurestore.records import (
+    SAMPLES_FILE,
+    CommitRecord,
+    Manifest,
+    commit_path,
+    files_of,
+    read_commit,
+    sum_stats,
+)
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
 from featurestore.shard import write_group
 from featurestore.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
@@ -161,6 +169,7 @@ class FeatureStore:
         """Publish the list of all that is committed now. The same commits give the same manifest."""
         tasks: dict[str, dict[str, str]] = {}
         specs: dict[str, GroupSpec] = {}
+        records: dict[str, list[CommitRecord]] = {}
         for group in committed_groups(self.path):
             for task in committed_tasks(self.path, group):
                 data = read_bounded(commit_path(self.path, group, task))
@@ -168,6 +177,7 @@ class FeatureStore:
                 tasks.setdefault(task, {})[group] = digest(data)
                 if record.spec is not None:
                     specs[group] = record.spec
+                    records.setdefault(group, []).append(record)
         complete = {task: groups for task, groups in sorted(tasks.items()) if SAMPLES in groups}
         if not complete:
             raise StoreFormatError(f"nothing is committed in {self.path} yet, so there is nothing to list")
@@ -177,6 +187,11 @@ class FeatureStore:
             teacher=tuple(teacher_listings(self.path)),
             groups={group: specs[group] for group in sorted(specs)},
             tasks=complete,
+            stats={
+                group: sums
+                for group, found in sorted(records.items())
+                if (sums := sum_stats(record for record in found if record.task in complete))
+            },
         )
         with writing("a manifest", self.path):
             publish(manifest_path(self.path, manifest.digest), manifest.to_bytes())

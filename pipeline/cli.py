@@ -79,6 +79,13 @@ TailOption = Annotated[
         "[default: see --top-k]"
     ),
 ]
+TemperaturesOption = Annotated[
+    str,
+    typer.Option(
+        help="Temperatures, e.g. 2,4: keeps logsumexp(logits / T) of each position, so that the head's "
+        "probabilities at T are known. T=1 is always kept."
+    ),
+]
 LayersOption = Annotated[
     str,
     typer.Option(
@@ -120,6 +127,7 @@ def generate(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     tail: TailOption = None,
+    temperatures: TemperaturesOption = "",
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
@@ -135,7 +143,8 @@ def generate(
 
     Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
     covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
-    the log-probability of the actual next token, the entropy, and the hidden layers asked for.
+    the log-probability of the actual next token, the entropy, and the temperatures and hidden layers
+    asked for.
 
     Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
     """
@@ -163,6 +172,7 @@ def plan(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     tail: TailOption = None,
+    temperatures: TemperaturesOption = "",
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
@@ -172,7 +182,10 @@ def plan(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the same `generate` would compute, and about how many bytes; starts and writes nothing."""
+    """Show what the same `generate` would compute, in about how many bytes and how much time.
+
+    Starts and writes nothing. The time is that of earlier runs of the store, else a rough one.
+    """
     from pipeline.estimate import estimate
     from pipeline.generate import prepare
     from pipeline.render import render_plan
@@ -188,17 +201,37 @@ def plan(
 
 
 @app.command()
-def info(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Show what is in STORE: teacher, samples, column groups, bytes per token, what it cost."""
+def info(
+    store: StoreArgument,
+    sample: Annotated[
+        int | None, typer.Option(help="Show sample N (from 0) instead, token by token.", metavar="N")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="With --sample: so many tokens at most.")] = 40,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in STORE: teacher, samples, column groups, where bytes and mass are, what it cost.
+
+    With --sample N: each token's text, the teacher's probability of the token that follows, what it held for
+    more probable, the mass in the stored head, and the entropy.
+    """
     from featurestore.info import store_info
+    from pipeline.inside import render_ranks, render_sizes
     from pipeline.render import render_info
 
     with _exit_codes():
+        if sample is not None:
+            _show_sample(store, sample, tokens, as_json)
+            return
         found = store_info(store)
+        ranks = _mass_by_rank(store) if found.manifest else None
         if as_json:
-            _print_json(found.to_json())
-        else:
-            render_info(Console(), found)
+            _print_json({**found.to_json(), "mass_by_rank": None if ranks is None else ranks.to_json()})
+            return
+        console = Console()
+        render_info(console, found)
+        render_sizes(console, found)
+        if ranks is not None:
+            render_ranks(console, ranks)
 
 
 @app.command()
@@ -276,16 +309,48 @@ def _request(arguments: dict[str, Any]) -> Any:
 
     names = {field.name for field in fields(GenerateRequest)}
     values = {name: value for name, value in arguments.items() if name in names}
-    return GenerateRequest(**{**values, "hidden_layers": _layers(arguments["hidden_layers"])})
+    lists = {
+        "hidden_layers": _numbers(int, arguments["hidden_layers"], "--hidden-layers", "10,20"),
+        "temperatures": _numbers(float, arguments["temperatures"], "--temperatures", "2,4"),
+    }
+    return GenerateRequest(**(values | lists))
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tuple[int | float, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise RequestError(
-            f"--hidden-layers {text}: give layer numbers with commas between, e.g. 10,20"
-        ) from None
+        raise RequestError(f"{flag} {text}: give numbers with commas between, e.g. {example}") from None
+
+
+def _show_sample(store: Path, index: int, tokens: int, as_json: bool) -> None:
+    from featurestore.inspect import look_at
+    from featurestore.reader import CacheReader
+    from pipeline.inside import render_sample, sample_json
+    from pipeline.pieces import load_pieces
+
+    reader = CacheReader.open(store)
+    if not 0 <= index < len(reader):
+        raise RequestError(f"--sample {index}: {store} has {len(reader)} samples, 0 to {len(reader) - 1}")
+    view, pieces = look_at(reader, index, tokens), load_pieces(reader.teacher_dir)
+    if as_json:
+        _print_json(sample_json(view, pieces))
+    else:
+        render_sample(Console(), view, pieces)
+
+
+def _mass_by_rank(store: Path) -> Any:
+    """None where there are no logits; damage is named, and the rest of `info` still shown."""
+    from featurestore.inspect import mass_by_rank
+    from featurestore.reader import CacheReader
+
+    try:
+        return mass_by_rank(CacheReader.open(store))
+    except MissingFeatureError:
+        return None
+    except FeatureStoreError as error:
+        sys.stderr.write(f"distily-cache: mass by rank is left out: {error}\n")
+        return None
 
 
 def _reporter() -> Any:

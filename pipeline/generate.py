@@ -24,13 +24,17 @@ from pipeline.texts import load_documents
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was checked and planned; no model is loaded and nothing is written yet."""
+    """A request that was checked and planned; no model is loaded and nothing is written yet.
+
+    `store` is the one at --out, None where there is none yet.
+    """
 
     request: GenerateRequest
     teacher: Teacher
     identity: TeacherIdentity
     samples: dict[str, Sample]
     plan: GenerationPlan
+    store: FeatureStore | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         groups=request.groups,
         shard_tokens=request.shard_tokens,
     )
-    return Prepared(request, teacher, identity, {sample.id: sample for sample in samples}, plan)
+    return Prepared(request, teacher, identity, {sample.id: sample for sample in samples}, plan, store)
 
 
 def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:

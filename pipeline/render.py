@@ -11,6 +11,7 @@ from featurestore.info import StoreInfo
 from featurestore.listing import Shard
 from featurestore.verify import Report
 from pipeline.estimate import Forecast
+from pipeline.inside import bar
 
 
 def render_plan(console: Console, forecast: Forecast) -> None:
@@ -21,8 +22,20 @@ def render_plan(console: Console, forecast: Forecast) -> None:
     table.add_row("samples", f"{forecast.samples:,} ({forecast.duplicates:,} duplicates left out)")
     table.add_row("shards to compute", f"{forecast.shards_to_do:,}")
     table.add_row("column groups", ", ".join(forecast.groups_to_do))
-    table.add_row("bytes to write", f"at most about {decimal(forecast.bytes_to_write)}")
+    size = decimal(forecast.bytes_to_write)
+    bound = f"about {size}, as in this store" if forecast.bytes_measured else f"at most about {size}"
+    table.add_row("bytes to write", bound)
+    table.add_row("time", f"about {duration(forecast.seconds)} ({forecast.seconds_from})")
+    table.add_row("", "the start of the engine is not counted in")
     console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def render_info(console: Console, info: StoreInfo) -> None:
@@ -43,6 +56,7 @@ def render_info(console: Console, info: StoreInfo) -> None:
             "mass kept": group.mean_head_mass,
             "entropy": group.mean_entropy,
             "teacher perplexity": group.perplexity,
+            "relative error": group.relative_error,
         }
         groups.add_row(
             name,
@@ -94,10 +108,10 @@ def render_collection(console: Console, found: Collection) -> None:
 
 
 def _render_lengths(console: Console, histogram: dict[str, int]) -> None:
-    most = max(histogram.values(), default=0)
+    most = max(histogram.values(), default=1)
     lengths = Table("tokens", "samples", "", title="sample lengths")
     for span, count in histogram.items():
-        lengths.add_row(span, f"{count:,}", "█" * max(1, round(30 * count / most)) if count else "")
+        lengths.add_row(span, f"{count:,}", bar(count / most))
     console.print(lengths)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, TeacherIdentity
+from featurestore.errors import StoreFormatError
+from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
 from pipeline.errors import RequestError
 from pipeline.teacher import Teacher
 
@@ -41,6 +42,7 @@ class GenerateRequest:
     top_k: int | None = None
     top_p: float | None = None
     tail: int | None = None
+    temperatures: tuple[float, ...] = ()
     hidden_layers: tuple[int, ...] = ()
     hidden_dtype: str = "bf16"
     engine: EngineName = "vllm"
@@ -77,14 +79,17 @@ class GenerateRequest:
         ):
             if value is not None and value < least:
                 raise RequestError(f"{flag} {value}: must be at least {least}")
-        if self.top_k == 0 and not self.hidden_layers:
-            raise RequestError("--top-k 0: nothing to capture; ask for logits or give --hidden-layers")
+        if not (self.top_k or self.hidden_layers or self.temperatures):
+            raise RequestError(
+                "--top-k 0: nothing to capture; ask for logits, or give --hidden-layers or --temperatures"
+            )
         if self.draws > MAX_TAIL:
             raise RequestError(f"--tail {self.tail}: at most {MAX_TAIL}")
         if self.draws and not self.top_k:
             raise RequestError("--tail: draws from outside the head need a head; give --top-k 1 or more")
         if len(set(self.hidden_layers)) != len(self.hidden_layers):
             raise RequestError("--hidden-layers: the same layer is named twice")
+        _check_temperatures(self.temperatures)
 
     @property
     def draws(self) -> int:
@@ -96,13 +101,25 @@ class GenerateRequest:
         """The column groups asked for."""
         seed = self.seed if self.draws else 0
         logits = (LogitsSpec(self.top_k, self.top_p, self.draws, seed),) if self.top_k else ()
-        return (*logits, *(HiddenSpec(layer, self.hidden_dtype) for layer in sorted(self.hidden_layers)))
+        lse = (LseSpec(temperature) for temperature in sorted(self.temperatures))
+        hidden = (HiddenSpec(layer, self.hidden_dtype) for layer in sorted(self.hidden_layers))
+        return (*logits, *lse, *hidden)
 
     def sequence_length(self, teacher: Teacher) -> int:
         return self.max_seq_len or min(DEFAULT_SEQ_LEN, teacher.max_position)
 
     def torch_dtype(self, teacher: Teacher) -> str:
         return teacher.config_dtype if self.dtype == "auto" else self.dtype
+
+
+def _check_temperatures(temperatures: tuple[float, ...]) -> None:
+    for temperature in temperatures:
+        try:
+            LseSpec(temperature)
+        except StoreFormatError as error:
+            raise RequestError(f"--temperatures {temperature:g}: {error}") from None
+    if len(set(temperatures)) != len(temperatures):
+        raise RequestError("--temperatures: the same temperature is named twice")
 
 
 def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,18 @@ def teacher_files(teacher: Teacher) -> dict[str, bytes]:
     """The small files that stage 2 needs from the teacher: its config and its tokenizer."""
     wanted = ("config.json", "generation_config.json", *TOKENIZER_FILES)
     return {name: (teacher.path / name).read_bytes() for name in wanted if (teacher.path / name).is_file()}
+
+
+def count_parameters(teacher: Teacher) -> int:
+    """Numbers in the checkpoint's tensors, from the headers of its files; packed weights count as stored."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in teacher.path.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            names = tensors.keys()
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return total
 
 
 def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:

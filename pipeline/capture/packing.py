@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from featurestore.columns import HIDDEN_STATS
 from featurestore.schema import (
     GroupFeatures,
     GroupSpec,
@@ -20,8 +21,10 @@ from featurestore.schema import (
     HiddenSpec,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
 )
-from pipeline.capture.reduce import LogitRows, encode_hidden
+from pipeline.capture.reduce import LogitRows, encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
 
 _HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
@@ -51,10 +54,12 @@ class RowLayout:
             wanted += [(name, np.dtype(np.float32), 1) for name in ("lse", "label_logprob", "entropy")]
         if spec.tail:
             wanted.append(("tail_draws", np.dtype(np.int32), spec.tail))
+        wanted += [(lse_field(temperature), np.dtype(np.float32), 1) for temperature in spec.temperatures]
         for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
             wanted.append((f"hidden.{layer}", np.dtype(_HIDDEN_NUMPY[dtype]), hidden_size))
             if dtype in ("int8", "fp8"):
                 wanted.append((f"scale.{layer}", np.dtype(np.float32), 1))
+            wanted += [(f"{name}.{layer}", np.dtype(np.float32), 1) for name in HIDDEN_STATS]
         fields, start = [], 0
         for name, numpy_dtype, width in wanted:
             fields.append(Field(name, numpy_dtype, width, start))
@@ -80,16 +85,35 @@ class RowLayout:
         return out
 
 
+def distribution_fields(
+    spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
+    logits = logits_NV.float()
+    fields = {lse_field(temperature): lse_at(logits, temperature) for temperature in spec.temperatures}
+    if spec.top_k:
+        rows = reduce_logits(logits, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
+        fields |= logit_fields(rows)
+    return fields
+
+
 def logit_fields(rows: LogitRows) -> dict[str, torch.Tensor]:
     """The reduced logits by field name."""
     tensors = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def lse_field(temperature: float) -> str:
+    """The name of the field that holds the logsumexp at a temperature."""
+    return LseSpec(temperature).kind
+
+
 def hidden_fields(layer: int, stream_ND: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-    values, scale = encode_hidden(stream_ND, dtype)
-    fields = {f"hidden.{layer}": values}
-    return fields if scale is None else fields | {f"scale.{layer}": scale}
+    """The encoded hidden states of one layer, by field name."""
+    rows = encode_hidden(stream_ND, dtype)
+    fields = {f"{name}.{layer}": getattr(rows, name) for name in HIDDEN_STATS}
+    fields[f"hidden.{layer}"] = rows.values
+    return fields if rows.scale is None else fields | {f"scale.{layer}": rows.scale}
 
 
 def to_features(
@@ -111,11 +135,14 @@ def to_features(
                 entropy=fields["entropy"],
                 tail_ids=fields["tail_draws"].reshape(-1, group.tail) if group.tail else None,
             )
+        elif isinstance(group, LseSpec):
+            out[group] = LseFeatures(fields[lse_field(group.temperature)])
         elif isinstance(group, HiddenSpec):
             values = fields[f"hidden.{group.layer}"]
             out[group] = HiddenFeatures(
                 values=values.reshape(len(values), -1),
                 scale=fields.get(f"scale.{group.layer}"),
                 dtype=group.dtype,
+                **{name: fields[f"{name}.{group.layer}"] for name in HIDDEN_STATS},
             )
     return out

@@ -16,8 +16,7 @@ from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from featurestore.tail import row_shifts
-from pipeline.capture.packing import RowLayout, hidden_fields, logit_fields
-from pipeline.capture.reduce import reduce_logits
+from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields
 from pipeline.capture.spec import POOLING_TASK, CaptureSpec
 
 # A chunk of logits is held in float32 a few times over; 2**25 elements are 128 MiB each.
@@ -85,13 +84,11 @@ class CapturePooler(Pooler):  # type: ignore[misc]
         streams = torch.split(states, self.hidden_size, dim=-1)
         final, inner = streams[0], iter(streams[1:])
         fields: dict[str, torch.Tensor] = {}
-        if self.spec.top_k:
+        if self.spec.needs_logits:
             logits = self._model[0].compute_logits(final)
             if logits is None:
                 return None
-            spec = self.spec
-            rows = reduce_logits(logits, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
-            fields |= logit_fields(rows)
+            fields |= distribution_fields(self.spec, logits, labels_N, shifts_N)
         for layer, dtype in zip(self.spec.layers, self.spec.hidden_dtypes, strict=True):
             stream = final if layer == self.depth else next(inner)
             fields |= hidden_fields(layer, stream, dtype)

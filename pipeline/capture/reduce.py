@@ -85,6 +85,17 @@ def reduce_logits(
     )
 
 
+def lse_at(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 [N]: logsumexp(logits / temperature) of each row, computed in float32.
+
+    What is divided and exponentiated is the distance to the row's top, which float32 holds exactly where it
+    counts, so that a low temperature does not magnify the rounding of a large logit.
+    """
+    logits = logits_NV.float()
+    peak = logits.amax(-1, keepdim=True)
+    return peak[:, 0] / temperature + ((logits - peak) / temperature).exp_().sum(-1).log()
+
+
 def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:
     """int32 [N, count]: ids drawn in proportion to `weights_NV` (float32, >= 0), ascending in each row.
 
@@ -126,8 +137,22 @@ def head_counts(head_logits_NK: torch.Tensor, lse_N: torch.Tensor, top_p: float 
     return 1 + (mass_before < top_p).sum(-1, dtype=torch.int32)
 
 
-def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states in their stored type, with a float32 scale [N] for the scaled ones.
+@dataclass(frozen=True)
+class HiddenRows:
+    """Encoded hidden states of N rows, and what the encoding cost.
+
+    values [N, D] in the stored type; scale float32 [N] for int8 and fp8, else None. squared_error and
+    squared_norm float32 [N]: sums over D of (stored - given)^2 and of given^2, both in float32.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+    squared_error: torch.Tensor
+    squared_norm: torch.Tensor
+
+
+def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> HiddenRows:
+    """Hidden states in their stored type, and the error of that against the values given.
 
     `bf16` and `f32` are plain casts. `int8` and `fp8` (e4m3fn) divide each row by its absolute maximum over
     the type's range: int8 is then within scale/2 per element, fp8 within 1/16 relative (or within
@@ -136,16 +161,18 @@ def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> tuple[torch.Tensor, to
     Raises:
         ValueError: unknown dtype.
     """
-    if dtype == "bf16":
-        return hidden_ND.to(torch.bfloat16), None
-    if dtype == "f32":
-        return hidden_ND.float(), None
-    if dtype not in ("int8", "fp8"):
+    if dtype not in ("bf16", "f32", "int8", "fp8"):
         raise ValueError(f"unknown hidden dtype {dtype!r}")
-    values = hidden_ND.float()
-    top = INT8_MAX if dtype == "int8" else FP8_MAX
-    scale = values.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny * top) / top
-    scaled = values / scale[:, None]
-    if dtype == "int8":
-        return scaled.round().to(torch.int8), scale
-    return scaled.to(torch.float8_e4m3fn), scale
+    exact = hidden_ND.float()
+    scale = None
+    if dtype == "bf16":
+        values = hidden_ND.to(torch.bfloat16)
+    elif dtype == "f32":
+        values = exact
+    else:
+        top = INT8_MAX if dtype == "int8" else FP8_MAX
+        scale = exact.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny * top) / top
+        scaled = exact / scale[:, None]
+        values = scaled.round().to(torch.int8) if dtype == "int8" else scaled.to(torch.float8_e4m3fn)
+    stored = values.float() if scale is None else values.float() * scale[:, None]
+    return HiddenRows(values, scale, (stored - exact).square().sum(-1), exact.square().sum(-1))

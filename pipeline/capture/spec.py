@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
 
 # What our side and vLLM's worker call each other by: the key of vLLM's additional_config that holds the spec,
 # and the pooling task whose output is one tensor row per position.
@@ -18,35 +18,45 @@ POOLING_TASK = "token_embed"
 class CaptureSpec:
     """The features of one pass over the teacher.
 
-    `top_k` is 0 when no distribution is wanted. `tail` draws per position depend on `seed`. `layers` are
-    indices as in transformers' `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with
-    them.
+    `top_k` is 0 when no distribution is wanted. `tail` draws per position depend on `seed`. `temperatures`,
+    ascending and distinct, are those of which a logsumexp is wanted. `layers` are indices as in transformers'
+    `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with them.
     """
 
     top_k: int
     top_p: float | None
     tail: int
     seed: int
+    temperatures: tuple[float, ...]
     layers: tuple[int, ...]
     hidden_dtypes: tuple[str, ...]
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the LM head has to run."""
+        return bool(self.top_k or self.temperatures)
 
     @classmethod
     def from_groups(cls, groups: Sequence[GroupSpec]) -> CaptureSpec:
         """Build the spec that produces exactly these column groups.
 
         Raises:
-            ValueError: two distributions, or one layer in two dtypes, in a single pass.
+            ValueError: two distributions, a temperature twice, or a layer in two dtypes, in a single pass.
         """
         logits = [group for group in groups if isinstance(group, LogitsSpec)]
         hidden = sorted((g for g in groups if isinstance(g, HiddenSpec)), key=lambda group: group.layer)
         layers = tuple(group.layer for group in hidden)
-        if len(logits) > 1 or len(set(layers)) != len(layers):
-            raise ValueError("one pass captures one distribution and each hidden layer once")
+        temperatures = tuple(sorted(group.temperature for group in groups if isinstance(group, LseSpec)))
+        if len(logits) > 1 or any(len(set(many)) != len(many) for many in (layers, temperatures)):
+            raise ValueError(
+                "one pass captures one distribution, each temperature and each hidden layer once"
+            )
         return cls(
             top_k=logits[0].top_k if logits else 0,
             top_p=logits[0].top_p if logits else None,
             tail=logits[0].tail if logits else 0,
             seed=logits[0].seed if logits else 0,
+            temperatures=temperatures,
             layers=layers,
             hidden_dtypes=tuple(group.dtype for group in hidden),
         )
@@ -61,6 +71,7 @@ class CaptureSpec:
             top_p=None if value["top_p"] is None else float(value["top_p"]),
             tail=int(value["tail"]),
             seed=int(value["seed"]),
+            temperatures=tuple(float(temperature) for temperature in value["temperatures"]),
             layers=tuple(int(layer) for layer in value["layers"]),
             hidden_dtypes=tuple(str(dtype) for dtype in value["hidden_dtypes"]),
         )

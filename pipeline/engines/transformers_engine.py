@@ -9,8 +9,7 @@ import numpy as np
 
 from featurestore.schema import GroupFeatures, GroupSpec
 from featurestore.tail import row_shifts
-from pipeline.capture.packing import RowLayout, hidden_fields, logit_fields, to_features
-from pipeline.capture.reduce import reduce_logits
+from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
 from pipeline.engines.base import EngineConfig
 
@@ -50,7 +49,7 @@ class TransformersEngine:
             input_ids=ids[None],
             output_hidden_states=bool(self._spec.layers),
             use_cache=False,
-            logits_to_keep=0 if self._spec.top_k else 1,
+            logits_to_keep=0 if self._spec.needs_logits else 1,
         )
         labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
         spec = self._spec
@@ -59,10 +58,8 @@ class TransformersEngine:
         for start in range(0, len(ids), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             fields: dict[str, Any] = {}
-            if spec.top_k:
-                logits = out.logits[0, chunk]
-                rows = reduce_logits(logits, labels[chunk], spec.top_k, spec.top_p, spec.tail, shifts[chunk])
-                fields |= logit_fields(rows)
+            if spec.needs_logits:
+                fields |= distribution_fields(spec, out.logits[0, chunk], labels[chunk], shifts[chunk])
             for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
                 fields |= hidden_fields(layer, out.hidden_states[layer][0, chunk], dtype)
             parts.append(self._layout.pack(fields))

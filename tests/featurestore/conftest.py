@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from featurestore.plan import Task, split_tasks
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, Sample
+from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, Sample
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample
 
-SPECS: list[GroupSpec] = [LogitsSpec(8, 0.9, tail=6), HiddenSpec(1, "bf16"), HiddenSpec(2, "int8")]
+SPECS: list[GroupSpec] = [
+    LogitsSpec(8, 0.9, tail=6),
+    HiddenSpec(1, "bf16"),
+    HiddenSpec(2, "int8"),
+    LseSpec(2.0),
+]
 
 
 @dataclass

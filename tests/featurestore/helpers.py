@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from featurestore.codec import LOGPROB_ERROR, ROW_ERROR
+from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
 from featurestore.plan import Task
 from featurestore.schema import (
     NO_DRAW,
@@ -14,6 +14,8 @@ from featurestore.schema import (
     HiddenSpec,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
     Sample,
     TeacherIdentity,
 )
@@ -105,11 +107,19 @@ def hidden(one: Sample, spec: HiddenSpec, size: int = HIDDEN) -> HiddenFeatures:
     return HiddenFeatures(rng.integers(0, 120, shape, dtype=np.uint8), scale, "fp8")
 
 
+def lse(one: Sample, spec: LseSpec) -> LseFeatures:
+    rng = np.random.default_rng(int(one.id[:8], 16))
+    return LseFeatures((rng.standard_normal(len(one)) * 30 / spec.temperature).astype(np.float32))
+
+
 def features(samples: list[Sample], specs: list[GroupSpec]) -> dict[GroupSpec, list[GroupFeatures]]:
-    return {
-        spec: [logits(s, spec) if isinstance(spec, LogitsSpec) else hidden(s, spec) for s in samples]
-        for spec in specs
-    }
+    return {spec: [feature(s, spec) for s in samples] for spec in specs}
+
+
+def feature(one: Sample, spec: GroupSpec) -> GroupFeatures:
+    if isinstance(spec, LogitsSpec):
+        return logits(one, spec)
+    return lse(one, spec) if isinstance(spec, LseSpec) else hidden(one, spec)
 
 
 def assert_same(found: GroupFeatures, given: GroupFeatures) -> None:
@@ -120,6 +130,10 @@ def assert_same(found: GroupFeatures, given: GroupFeatures) -> None:
         assert (found.scale is None) == (given.scale is None)
         if given.scale is not None:
             np.testing.assert_array_equal(found.scale, given.scale)
+        return
+    if isinstance(given, LseFeatures):
+        assert isinstance(found, LseFeatures)
+        np.testing.assert_allclose(found.lse, given.lse, rtol=1e-6, atol=LSE_ERROR)
         return
     assert isinstance(found, LogitsFeatures)
     found.check(len(given.counts))

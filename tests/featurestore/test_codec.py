@@ -93,6 +93,15 @@ def test_numbers_of_a_row_keep_their_bound(values: np.ndarray) -> None:
         codec.encode_rows(np.array([1100.0]), np.uint16)
 
 
+@given(hnp.arrays(np.float32, 7, elements=st.floats(-80_000, 80_000, width=32)))
+def test_logsumexps_at_a_temperature_keep_their_bound(values: np.ndarray) -> None:
+    """+-80,000 nats: logits of 4,000 at T = 0.05."""
+    codes = codec.encode_rows(values, np.int32, codec.LSE_STEPS)
+    decoded = codec.decode_rows(codes, codec.LSE_STEPS)
+    assert decoded.dtype == np.float32
+    assert (np.abs(decoded.astype(np.float64) - values) <= codec.LSE_ERROR + np.spacing(np.abs(values))).all()
+
+
 @pytest.mark.parametrize("vocab", [49_152, 262_144])
 @pytest.mark.parametrize("k", [1, 50, 512])
 def test_kl_of_the_stored_head_is_negligible(vocab: int, k: int) -> None:

@@ -13,7 +13,7 @@ import zarr
 from blake3 import blake3
 
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, group_id
+from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseSpec, group_id
 from tests.featurestore.conftest import fill
 
 
@@ -85,6 +85,18 @@ def test_zarr_reads_the_same_hidden_states_over_many_chunks(tmp_path: Path) -> N
         ours = np.concatenate([f.values for f in found if isinstance(f, HiddenFeatures)])
         assert len(ours) > 2 * 256, "several inner chunks, and samples that cross their borders"
         np.testing.assert_array_equal(ours, group["values"][...])
+
+
+def test_a_third_party_reads_the_same_logsumexps(tmp_path: Path) -> None:
+    spec = LseSpec(0.5)
+    path = fill(tmp_path / "s", [spec], count=5, shard_tokens=10_000).path
+    (bundle,) = (path / "parts").iterdir()
+    assert group_id(spec).startswith("lse.T0.5-")
+    array = zarr.open_group(str(bundle / group_id(spec)), mode="r")["lse"]
+    reader = CacheReader.open(path)
+    ours = np.concatenate([reader.read(i).features[spec].lse for i in range(len(reader))])
+    np.testing.assert_allclose(array[...] / array.attrs["steps_per_nat"], ours, rtol=1e-7)
+    assert array.dtype == np.int32 and array.attrs["steps_per_nat"] == 256
 
 
 def test_every_name_in_a_store_is_in_the_format(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def refused(victim: Filled, kind: type[FeatureStoreError] = FeatureStoreError) -
         lambda r: r.update(rows=r["rows"] + 1),
         lambda r: r["stats"].update(entries=2**60),
         lambda r: r["stats"].update(head_mass="much"),
+        lambda r: r["stats"].update(entropy=10**400),
         lambda r: r.update(stats={}),
         lambda r: r["spec"].update(top_k=10**30),
         lambda r: r.update(spec={"kind": "hidden", "layer": 10**9, "dtype": "bf16"}),
@@ -139,12 +140,31 @@ def test_hostile_commit_records(victim: Filled, edit: Edit) -> None:
         lambda r: r.update(tasks={"0" * 16: {"logits-12345678": "0" * 32, "samples": "0" * 32}}),
         lambda r: r.update(tasks={"0" * 16: []}),
         lambda r: r.update(spec="0" * 32),
+        lambda r: r.update(stats=[1]),
+        lambda r: r.update(stats={"logits-12345678": {"entries": 1}}),
+        lambda r: r["stats"].update({name: {"entries": "many"} for name in r["stats"]}),
+        lambda r: r["stats"].update({name: {"entries": 10**400} for name in r["stats"]}),
         lambda r: r.update(version=2),
     ],
 )
 def test_hostile_manifests(victim: Filled, edit: Edit) -> None:
     relist(victim, edit)
     refused(victim)
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        {"squared_error": 1.0},
+        {"squared_error": -1.0, "squared_norm": 2.0},
+        {"squared_error": 0, "entries": 3},
+    ],
+)
+def test_hostile_errors_of_hidden_states(victim: Filled, stats: dict[str, float]) -> None:
+    for commit in (victim.path / "commit" / group_id(HIDDEN)).iterdir():
+        reseal(commit, lambda r: r.update(stats=stats))
+    relist(victim)
+    refused(victim, StoreFormatError)
 
 
 def test_a_future_version_says_so(victim: Filled) -> None:

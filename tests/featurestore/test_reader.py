@@ -13,7 +13,7 @@ import pytest
 from featurestore import reader as reader_module
 from featurestore.errors import MissingFeatureError, StoreFormatError
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec
 from tests.featurestore.conftest import SPECS, Filled, fill
 from tests.featurestore.helpers import assert_same
 
@@ -56,6 +56,9 @@ def test_missing_groups_name_what_there_is_and_the_flag(filled: Filled) -> None:
     with pytest.raises(MissingFeatureError) as caught:
         reader.find("hidden.L3")
     assert "--hidden-layers 3" in str(caught.value) and "hidden.L1, hidden.L2, logits" in str(caught.value)
+    with pytest.raises(MissingFeatureError, match=r"--temperatures 0\.5`"):
+        reader.find("lse.T0.5")
+    assert reader.find("lse.T2") == LseSpec(2)
     with pytest.raises(MissingFeatureError):
         reader.read(0, [LogitsSpec(9, 0.9)])
     with pytest.raises(StoreFormatError, match=r"0 manifests .* there are"):

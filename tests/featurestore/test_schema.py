@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from featurestore.errors import FeatureStoreError, MissingFeatureError, StoreFormatError
+from featurestore.identity import GROUP_ID
 from featurestore.schema import (
     HiddenSpec,
     LogitsSpec,
+    LseSpec,
     Sample,
     TeacherIdentity,
+    covers,
     group_id,
     group_spec_from_json,
 )
@@ -19,6 +22,7 @@ def test_ids_are_stable_for_ever() -> None:
     """These strings are names on people's disks. If this fails, the format has changed."""
     assert group_id(LogitsSpec(50)) == "logits-357ca350"
     assert group_id(HiddenSpec(2, "bf16")) == "hidden.L2-6f4dd92e"
+    assert group_id(LseSpec(2)) == "lse.T2-f750ff06"
     one = Sample(tokens=np.arange(5, dtype=np.int32), loss_mask=np.array([1, 1, 0, 1, 0], dtype=bool))
     assert one.id == "b48cd36af650bff43c6d07318d92021e"
 
@@ -30,6 +34,8 @@ def test_specs_round_trip() -> None:
         LogitsSpec(8, 0.5, 24, 7),
         HiddenSpec(0, "f32"),
         HiddenSpec(30, "fp8"),
+        LseSpec(0.05),
+        LseSpec(100),
     ):
         assert group_spec_from_json(spec.to_json()) == spec
     assert LogitsSpec(50, 1.0) == LogitsSpec(50)
@@ -52,12 +58,40 @@ def test_specs_round_trip() -> None:
         {"kind": "logits", "top_k": 5, "seed": 1},
         {"kind": "hidden", "layer": -1, "dtype": "bf16"},
         {"kind": "hidden", "layer": 1, "dtype": "fp4"},
+        {"kind": "lse"},
+        {"kind": "lse", "temperature": 1},
+        {"kind": "lse", "temperature": 1.0},
+        {"kind": "lse", "temperature": 0.049},
+        {"kind": "lse", "temperature": 100.5},
+        {"kind": "lse", "temperature": 0.1234},
+        {"kind": "lse", "temperature": float("nan")},
+        {"kind": "lse", "temperature": "2"},
+        {"kind": "lse", "temperature": True},
+        {"kind": "lse", "temperature": 2.0, "top_k": 5},
         {"kind": ["x"]},
     ],
 )
 def test_invalid_specs_are_refused(value: object) -> None:
     with pytest.raises(StoreFormatError):
         group_spec_from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "kind"),
+    [(2, "lse.T2"), (0.5, "lse.T0.5"), (0.05, "lse.T0.05"), (99.999, "lse.T99.999"), (100.0, "lse.T100")],
+)
+def test_a_temperature_is_named_by_its_shortest_decimal_form(temperature: float, kind: str) -> None:
+    spec = LseSpec(temperature)
+    assert spec.kind == kind and GROUP_ID.fullmatch(group_id(spec))
+    assert group_id(LseSpec(2)) == group_id(LseSpec(2.0))
+    assert covers(spec, spec) and not covers(spec, LseSpec(3)) and not covers(LogitsSpec(5), spec)
+
+
+@pytest.mark.parametrize(
+    "name", ["lse.T2.0", "lse.T02", "lse.T", "lse.T2.", "lse.T0.1234", "lse.T-2", "lse.T1000"]
+)
+def test_other_spellings_of_a_temperature_are_no_group(name: str) -> None:
+    assert not GROUP_ID.fullmatch(f"{name}-00000000")
 
 
 def test_identity_compares_all_but_name_and_engine_version() -> None:

@@ -16,7 +16,14 @@ from featurestore.errors import (
 )
 from featurestore.plan import plan_generation
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec, group_id
+from featurestore.schema import (
+    GroupSpec,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+    LseSpec,
+    group_id,
+)
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import SPECS, Filled, fill
 from tests.featurestore.helpers import assert_same, features, hidden, identity, logits, sample, task_of
@@ -39,6 +46,7 @@ def committed(store: FeatureStore) -> dict[str, set[str]]:
         LogitsSpec(512),
         LogitsSpec(64, 0.5),
         *(HiddenSpec(3, d) for d in ("bf16", "int8", "fp8", "f32")),
+        LseSpec(0.05),
     ],
 )
 def test_every_kind_of_group_comes_back(tmp_path: Path, spec: GroupSpec) -> None:

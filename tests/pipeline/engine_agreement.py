@@ -13,7 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.schema import (
+    GroupFeatures,
+    GroupSpec,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+    LseFeatures,
+    LseSpec,
+)
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.engines.vllm_engine import VllmEngine
@@ -40,6 +48,8 @@ def compare(
             out["label_logprob"] = float(np.abs(a.label_logprob - b.label_logprob)[:-1].max())
             out["same_draws"] = float((a.tail_ids == b.tail_ids).mean())
             out["last_label_is_nan"] = bool(np.isnan(a.label_logprob[-1]) and np.isnan(b.label_logprob[-1]))
+        elif isinstance(a, LseFeatures) and isinstance(b, LseFeatures):
+            out[group.kind] = float(np.abs(a.lse - b.lse).max())
         else:
             x, y = a.to_float32(), b.to_float32()
             relative = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(y, axis=-1)
@@ -51,7 +61,8 @@ def main() -> None:
     teacher = load_teacher(sys.argv[1])
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(sys.argv[2]).read_text())]
     depth = teacher.num_layers
-    groups = (LogitsSpec(TOP_K, tail=16), *(HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth)))
+    hidden = (HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth))
+    groups = (LogitsSpec(TOP_K, tail=16), LseSpec(2.0), *hidden)
     config = EngineConfig(
         model=teacher.path,
         architecture=teacher.architecture,

@@ -126,6 +126,12 @@ def test_broken_and_binary_data(
         (["--dtype", "int8"], "--dtype int8"),
         (["--num-samples", "0"], "--num-samples 0"),
         (["--top-k", "0"], "--top-k 0"),
+        (["--temperatures", "1"], "--temperatures 1: a temperature is a number from 0.05 to 100"),
+        (["--temperatures", "2,0"], "--temperatures 0: a temperature"),
+        (["--temperatures", "nan"], "--temperatures nan: a temperature"),
+        (["--temperatures", "0.1234"], "--temperatures 0.1234: a temperature"),
+        (["--temperatures", "2,2.0"], "--temperatures: the same temperature is named twice"),
+        (["--temperatures", "warm"], "--temperatures warm: give numbers"),
     ],
 )
 def test_bad_options(

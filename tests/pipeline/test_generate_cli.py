@@ -16,9 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import LOGPROB_ERROR, ROW_ERROR
+from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
+from featurestore.directory import read_manifest
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsSpec
+from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from tests import teachers
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -197,6 +198,76 @@ def test_draws_are_extended_and_fewer_are_served(tiny_teacher: Path, corpus: Pat
     for index in range(len(new)):
         before = old.read(index, [narrow]).features[narrow]
         np.testing.assert_array_equal(before.tail_ids, new.read(index, [narrow]).features[narrow].tail_ids)
+
+
+def test_temperatures_are_the_teachers_and_are_added_alone(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    first = generate(tiny_teacher, corpus, store, "--top-k", 16)
+    before, old = files_of(store), {f: f.read_bytes() for f in store.rglob("*") if f.is_file()}
+    more = generate(tiny_teacher, corpus, store, "--top-k", 16, "--temperatures", "2,0.5")
+    assert more["tokens"] == first["tokens"]
+    after = files_of(store)
+    assert {name: after[name] for name in before} == before
+    assert all(file.read_bytes() == data for file, data in old.items())
+    new = {name.split("/")[2] for name in set(after) - set(before) if name.startswith("parts/")}
+    assert new == {group_id(LseSpec(2)), group_id(LseSpec(0.5))}, "nothing but the small groups is written"
+    for request in (("--top-k", 16, "--temperatures", "0.5"), ("--top-k", 0, "--temperatures", "2.0")):
+        assert generate(tiny_teacher, corpus, store, *request)["tokens"] == 0
+    assert run("verify", store, "--deep").returncode == 0
+    assert "lse.T0.5" in run("info", store).stdout
+
+    reader = CacheReader.open(store)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    for index in (0, len(reader) - 1):
+        sample = reader.read(index)
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(sample.tokens.astype(np.int64))[None]).logits[0].double()
+        head = sample.features[LogitsSpec(16)]
+        for temperature in (2.0, 0.5):
+            found = sample.features[LseSpec(temperature)].lse
+            exact = torch.logsumexp(logits / temperature, -1).numpy()
+            assert np.abs(found - exact).max() <= LSE_ERROR + 1e-4 / temperature
+            logprobs = head.logits.reshape(-1, 16) / temperature - found[:, None]
+            wanted = (logits / temperature).log_softmax(-1).topk(16).values.numpy()
+            bound = (LOGPROB_ERROR + ROW_ERROR + 2e-4) / temperature + LSE_ERROR
+            assert np.abs(logprobs - wanted).max() <= bound
+
+
+def test_the_error_of_stored_hidden_states_is_measured(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The error that the records and `info` name is the one between an f32 capture and the others."""
+    store = tmp_path / "store"
+    for dtype in ("f32", "bf16", "int8", "fp8"):
+        layers = ("--hidden-layers", "1,3", "--hidden-dtype", dtype)
+        last = generate(tiny_teacher, corpus, store, "--top-k", 0, "--num-samples", 6, *layers)
+    reader = CacheReader.open(store)
+    samples = [reader.read(index).features for index in range(len(reader))]
+    groups = json.loads(run("info", store, "--json").stdout)["groups"]
+    manifest = read_manifest(store, str(last["manifest"]))
+    for layer in (1, 3):
+        exact = np.concatenate([s[HiddenSpec(layer, "f32")].to_float32() for s in samples]).astype(np.float64)
+        for dtype, least in (("f32", 0.0), ("bf16", 1e-4), ("int8", 1e-3), ("fp8", 1e-2)):
+            spec = HiddenSpec(layer, dtype)
+            stored = np.concatenate([s[spec].to_float32() for s in samples])
+            error, norm = np.square(stored - exact).sum(), np.square(exact).sum()
+            sums = manifest.stats[group_id(spec)]
+            assert sums["squared_norm"] == pytest.approx(norm, rel=1e-5)
+            assert sums["squared_error"] == pytest.approx(error, rel=1e-4)
+            found = groups[group_id(spec)]["relative_error"]
+            assert found == pytest.approx(np.sqrt(error / norm), rel=1e-4) and found >= least
+            assert found < 0.05
+    assert "relative error" in run("info", store).stdout
+
+
+def test_a_request_for_temperatures_alone(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert generate(tiny_teacher, corpus, store, "--top-k", 0, "--temperatures", "4")["tokens"]
+    reader = CacheReader.open(store)
+    assert list(reader.groups.values()) == [LseSpec(4)]
+    assert reader.read(0).features[LseSpec(4)].lse.shape == (reader.lengths[0],)
 
 
 def test_ls_and_gc(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.schema import HiddenSpec, LogitsSpec
-from pipeline.capture.packing import RowLayout, logit_fields, to_features
-from pipeline.capture.reduce import encode_hidden, reduce_logits
+from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec
+from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
+from pipeline.capture.reduce import encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
 
 VOCAB, WIDTH = 53, 6
@@ -22,14 +22,22 @@ VOCAB, WIDTH = 53, 6
     top_k=st.integers(0, VOCAB),
     top_p=st.none() | st.floats(0.1, 0.99),
     tail=st.integers(0, 5),
+    temperatures=st.lists(st.sampled_from([0.05, 0.5, 2.0, 99.999]), unique=True, max_size=3),
     layers=st.lists(st.integers(0, 9), unique=True, max_size=3),
     dtype=st.sampled_from(["bf16", "f32", "int8", "fp8"]),
 )
 def test_round_trip(
-    rows: int, top_k: int, top_p: float | None, tail: int, layers: list[int], dtype: str
+    rows: int,
+    top_k: int,
+    top_p: float | None,
+    tail: int,
+    temperatures: list[float],
+    layers: list[int],
+    dtype: str,
 ) -> None:
     hidden = [HiddenSpec(layer, dtype) for layer in layers]
-    groups = tuple(([LogitsSpec(top_k, top_p, tail, seed=min(tail, 1))] if top_k else []) + hidden)
+    lse = [LseSpec(temperature) for temperature in temperatures]
+    groups = (*([LogitsSpec(top_k, top_p, tail, seed=min(tail, 1))] if top_k else []), *hidden, *lse)
     if not groups:
         return
     spec = CaptureSpec.from_groups(groups)
@@ -37,15 +45,10 @@ def test_round_trip(
     layout = RowLayout.of(spec, WIDTH)
     logits = torch.randn(rows, VOCAB)
     streams = {layer: torch.randn(rows, WIDTH) for layer in layers}
-    fields: dict[str, torch.Tensor] = {}
-    if top_k:
-        reduced = reduce_logits(
-            logits, torch.full((rows,), -1), top_k, top_p, tail, torch.rand(rows).double()
-        )
-        fields |= logit_fields(reduced)
+    labels, shifts = torch.full((rows,), -1), torch.rand(rows).double()
+    fields = distribution_fields(spec, logits, labels, shifts)
     for layer, stream in streams.items():
-        values, scale = encode_hidden(stream, dtype)
-        fields |= {f"hidden.{layer}": values} | ({} if scale is None else {f"scale.{layer}": scale})
+        fields |= hidden_fields(layer, stream, dtype)
 
     packed = layout.pack(fields)
     assert packed.dtype == torch.uint8
@@ -53,7 +56,10 @@ def test_round_trip(
     features = to_features(layout.unpack(packed.numpy()), groups)
 
     assert set(features) == set(groups)
+    for group in lse:
+        np.testing.assert_array_equal(features[group].lse, lse_at(logits, group.temperature).numpy())
     if top_k:
+        reduced = reduce_logits(logits, labels, top_k, top_p, tail, shifts)
         got = features[groups[0]]
         got.check(rows)
         assert got.counts.tolist() == reduced.counts.tolist()
@@ -68,9 +74,13 @@ def test_round_trip(
             np.testing.assert_array_equal(got.tail_ids, reduced.tail_draws.numpy())
     for group in hidden:
         features[group].check(rows, WIDTH)
-        values, scale = encode_hidden(streams[group.layer], dtype)
-        want = values.float() if scale is None else values.float() * scale[:, None]
-        np.testing.assert_array_equal(features[group].to_float32(), want.numpy())
+        coded = encode_hidden(streams[group.layer], dtype)
+        want = coded.values.float()
+        want = want if coded.scale is None else want * coded.scale[:, None]
+        found = features[group].to_float32()
+        np.testing.assert_array_equal(found, want.numpy())
+        error = np.square(found.astype(np.float64) - streams[group.layer].numpy()).sum(-1)
+        np.testing.assert_allclose(features[group].squared_error, error, rtol=1e-5)
 
 
 def test_one_pass_takes_one_distribution_and_each_layer_once() -> None:
@@ -78,3 +88,5 @@ def test_one_pass_takes_one_distribution_and_each_layer_once() -> None:
         CaptureSpec.from_groups((LogitsSpec(4), LogitsSpec(8)))
     with pytest.raises(ValueError, match="each hidden layer once"):
         CaptureSpec.from_groups((HiddenSpec(1, "bf16"), HiddenSpec(1, "int8")))
+    with pytest.raises(ValueError, match="each temperature"):
+        CaptureSpec.from_groups((LseSpec(2), LseSpec(2.0)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.tail import first_draws, row_shifts
-from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, reduce_logits
+from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, lse_at, reduce_logits
 
 F32 = float(np.finfo(np.float32).eps)
 
@@ -41,6 +41,25 @@ def test_reduction_matches_float64(rows: int, vocab: int, k: int, scale: float) 
     bound = F32 * (np.log2(vocab) + 12) * (1.0 + 3 * magnitude)
     for name in ("lse", "label_logprob", "entropy"):
         assert (getattr(got, name).double() - want[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0, 100.0])
+@pytest.mark.parametrize("vocab", [1, 7, 49_152, 262_144])
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (4.0, 5.0), (30.0, -2_000.0), (1.0, 30_000.0)])
+def test_logsumexp_at_a_temperature_matches_float64(
+    temperature: float, vocab: int, scale: float, shift: float
+) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(3, vocab, generator=generator) * scale + shift
+    logits[0, 1:] = -torch.inf
+    want = torch.logsumexp(logits.double() / temperature, -1)
+    got = lse_at(logits, temperature)
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    # A sum of V positive terms (as above); distances to the top of up to 88 T count, each rounded twice; then
+    # the peak's own division and the last addition.
+    bound = F32 * (np.log2(vocab) + 12 + 2 * 88 + 2 * want.abs())
+    assert ((got.double() - want).abs() <= bound).all()
+    assert torch.equal(lse_at(logits.bfloat16(), temperature), lse_at(logits.bfloat16().float(), temperature))
 
 
 def test_a_row_without_label_is_nan_and_others_are_not() -> None:
@@ -75,24 +94,47 @@ def test_hidden_encodings_stay_within_their_bounds(shape: tuple[int, int]) -> No
     hidden[0] = 0.0
     exact, scale_of_row = hidden.double(), hidden.abs().amax(-1, keepdim=True).double()
 
-    bf16, none = encode_hidden(hidden, "bf16")
-    assert none is None
-    assert ((bf16.double() - exact).abs() <= 2.0**-8 * exact.abs()).all()
+    bf16 = encode_hidden(hidden, "bf16")
+    assert bf16.scale is None
+    assert ((bf16.values.double() - exact).abs() <= 2.0**-8 * exact.abs()).all()
 
-    int8, scale = encode_hidden(hidden, "int8")
-    assert scale is not None
-    decoded = int8.double() * scale[:, None].double()
+    int8 = encode_hidden(hidden, "int8")
+    assert int8.scale is not None
+    decoded = int8.values.double() * int8.scale[:, None].double()
     assert ((decoded - exact).abs() <= scale_of_row / 127 * (0.5 + 64 * F32)).all()
 
-    fp8, scale = encode_hidden(hidden, "fp8")
-    assert scale is not None
-    decoded = fp8.float().double() * scale[:, None].double()
+    fp8 = encode_hidden(hidden, "fp8")
+    assert fp8.scale is not None
+    decoded = fp8.values.float().double() * fp8.scale[:, None].double()
     allowed = torch.maximum(exact.abs() * 2.0**-4, scale_of_row / 448 * 2.0**-10) * (1 + 64 * F32)
     assert ((decoded - exact).abs() <= allowed).all()
 
-    f32, none = encode_hidden(hidden, "f32")
-    assert none is None
-    assert torch.equal(f32, hidden)
+    f32 = encode_hidden(hidden, "f32")
+    assert f32.scale is None
+    assert torch.equal(f32.values, hidden)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32", "int8", "fp8"])
+def test_the_error_of_an_encoding_is_measured(dtype: str) -> None:
+    hidden = (
+        torch.randn(9, 577, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 4, 9)[:, None]
+    )
+    hidden[4] = 0.0
+    rows = encode_hidden(hidden, dtype)
+    stored = (
+        rows.values.double()
+        if rows.scale is None
+        else rows.values.float().double() * rows.scale[:, None].double()
+    )
+    # A difference of float32 numbers carries one rounding of the stored one: 2**-24 of the element.
+    error, norm = (stored - hidden.double()).square().sum(-1), hidden.double().square().sum(-1)
+    assert rows.squared_error.dtype == rows.squared_norm.dtype == torch.float32
+    assert ((rows.squared_norm - norm).abs() <= 32 * F32 * norm).all()
+    rounding = 2 * F32 * (error * norm).sqrt() + (F32**2) * norm
+    assert ((rows.squared_error - error).abs() <= 32 * F32 * error + rounding).all()
+    assert bool(rows.squared_error.any()) == (dtype != "f32")
+    given = hidden.bfloat16()
+    assert not encode_hidden(given, "bf16").squared_error.any(), "against what the worker had"
 
 
 def test_unknown_hidden_dtype_is_refused() -> None:

@@ -1,0 +1,112 @@
+"""What `plan` says a run would cost: bytes from the store, time from earlier runs or the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from featurestore.info import store_info
+from featurestore.plan import Task, Work
+from featurestore.records import CommitRecord
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
+from pipeline.estimate import bytes_of, row_bytes, stored_row_bytes
+from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
+from pipeline.render import duration
+from pipeline.teacher import count_parameters, load_teacher
+from tests.pipeline.test_generate_cli import generate, run, text_of
+
+
+def record(tokens: Any, seconds: Any, engine: str = "vllm") -> dict[str, Any]:
+    return {"request": {"engine": engine}, "tokens": tokens, "capture_seconds": seconds}
+
+
+def test_the_pace_is_the_median_of_earlier_runs_with_the_same_engine() -> None:
+    runs = [record(1000, 1.0), record(100, 2.0), record(9000, 3.0), record(7, 1.0, "transformers")]
+    assert earlier_pace(runs, "vllm") == Pace(1000.0, "from 3 earlier runs of this store")
+    assert earlier_pace(runs[:1], "vllm") == Pace(1000.0, "from 1 earlier run of this store")
+    assert earlier_pace(runs, "transformers") == Pace(7.0, "from 1 earlier run of this store")
+    assert earlier_pace([], "vllm") is None
+    useless = [{}, {"request": 3}, {"request": {}}, record(0, 1.0), record(5, 0.0), record("many", 1.0)]
+    assert earlier_pace([*useless, record(5, None)], "vllm") is None
+
+
+@given(st.floats(1e6, 1e15), st.integers(1, 10**12), st.integers(0, 10**12))
+def test_a_rough_pace_is_half_of_the_machine_at_two_operations_per_parameter(
+    rate: float, parameters: int, tokens: int
+) -> None:
+    pace = rough_pace(rate, parameters)
+    assert pace.seconds(tokens) == pytest.approx(4 * parameters * tokens / rate)
+    assert pace.source.startswith("rough: ")
+
+
+def test_the_machine_is_measured() -> None:
+    assert 1e7 < matrix_product_rate("float32") < 1e16
+
+
+def test_bytes_follow_the_store_where_it_knows_the_group() -> None:
+    known: GroupSpec = LogitsSpec(64, 0.9)
+    other = HiddenSpec(1, "int8")
+    tasks = [Task((f"{i:032x}",), (length,)) for i, length in enumerate((100, 300))]
+    records = {
+        task.id: CommitRecord(
+            task=task.id,
+            group="logits",
+            spec=known,
+            bundle="",
+            rows=task.rows,
+            samples=1,
+            files={"a": (10 * task.rows, ""), "b": (5 * task.rows + 40, "")},
+            stats={},
+        )
+        for task in tasks
+    }
+    stored = stored_row_bytes({"logits": records, "samples": {}})
+    assert stored == {known: 15 + 80 / 400}
+    work = [Work(tasks[0], (known, other), True), Work(tasks[1], (other, LseSpec(2)), False)]
+    assert bytes_of(work, stored, 16) == pytest.approx(
+        100 * 15.2 + 400 * 20 + 300 * row_bytes(LseSpec(2), 16)
+    )
+    assert bytes_of(work, {}, 16) > bytes_of(work, stored, 16)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (119, "119 s"), (120, "2.0 min"), (7200, "2.0 h"), (1e6, "11.6 days")],
+)
+def test_durations_are_read_by_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_parameters_are_counted_from_the_headers(tiny_teacher: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    assert count_parameters(load_teacher(str(tiny_teacher))) == model.num_parameters()
+
+
+def test_plan_names_time_and_where_it_is_from(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus, store = tmp_path / "corpus.jsonl", tmp_path / "store"
+    corpus.write_text("\n".join(json.dumps({"text": text_of(60, seed)}) for seed in range(12)))
+    options = ("--out", store, "--engine", "transformers", "--max-seq-len", 64)
+    arguments = ("plan", tiny_teacher, corpus, *options)
+    head = ("--top-k", 16, "--top-p", 0.5)
+    rough = json.loads(run(*arguments, *head, "--json").stdout)
+    assert rough["seconds"] > 0 and rough["seconds_from"].startswith("rough: ")
+    assert rough["bytes_measured"] is False
+    assert not store.exists()
+    first = generate(tiny_teacher, corpus, store, *head, "--num-samples", 6)
+    planned = json.loads(run(*arguments, *head, "--json").stdout)
+    assert planned["seconds_from"] == "from 1 earlier run of this store" and planned["bytes_measured"] is True
+    rate = first["tokens"] / first["capture_seconds"]
+    assert planned["seconds"] == pytest.approx(planned["tokens_to_do"] / rate, rel=0.02, abs=2e-3)
+    (group,) = (g for g in store_info(store).groups.values() if g.kind == "logits")
+    assert planned["bytes_to_write"] == round(group.bytes_per_row * planned["tokens_to_do"])
+    text = " ".join(run(*arguments, *head).stdout.replace("│", " ").split())
+    assert "from 1 earlier run" in text and "start of the engine is not counted" in text
+    generate(tiny_teacher, corpus, store, *head)
+    done = json.loads(run(*arguments, *head, "--json").stdout)
+    assert (done["seconds"], done["seconds_from"], done["bytes_to_write"]) == (0.0, "nothing to do", 0)
