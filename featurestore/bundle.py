@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ import numpy.typing as npt
 from featurestore.codec import decode_head, decode_labels, decode_rows, narrow_mask, row_starts
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
-from featurestore.files import check_file, read_bounded
 from featurestore.identity import SAMPLES
 from featurestore.plan import Task
 from featurestore.records import SAMPLES_FILE, CommitRecord
+from featurestore.root import PARTS, Root
 from featurestore.schema import (
     NO_DRAW,
     GroupFeatures,
@@ -38,10 +37,10 @@ Array = npt.NDArray[Any]
 class Group:
     """The arrays of one column group of one task."""
 
-    def __init__(self, store: Path, record: CommitRecord, task: Task, identity: TeacherIdentity) -> None:
+    def __init__(self, root: Root, record: CommitRecord, task: Task, identity: TeacherIdentity) -> None:
         assert record.spec is not None
         self.spec = record.spec
-        directory = bundle_path(store, record) / record.group
+        directory = root.local(f"{bundle_name(record)}/{record.group}")
         extent = Extent.of(task, record.stats, identity)
         self.arrays = {
             name: ShardArray(directory / name, layout) for name, layout in layouts(self.spec, extent).items()
@@ -108,7 +107,7 @@ class Bundle:
 
     def __init__(
         self,
-        store: Path,
+        root: Root,
         identity: TeacherIdentity,
         task: Task,
         records: Mapping[str, CommitRecord],
@@ -116,7 +115,7 @@ class Bundle:
     ) -> None:
         self.task = task
         self.records = records
-        self._store = store
+        self._root = root
         self._identity = identity
         self._verified = verified
         self._groups: dict[str, Group] = {}
@@ -127,7 +126,8 @@ class Bundle:
         if self._samples is None:
             if SAMPLES not in self.records:
                 raise MissingFeatureError(f"the samples of task {self.task.id} are not committed")
-            self._samples = read_samples(self._store, self.records[SAMPLES], self.task)
+            self._verify(self.records[SAMPLES])
+            self._samples = load_samples(self._root, self.records[SAMPLES], self.task)
         return self._samples
 
     def features(self, position: int, want: GroupSpec) -> GroupFeatures:
@@ -135,12 +135,11 @@ class Bundle:
         record = serving(self.records, want)
         if record is None:
             raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
-        if record.group not in self._groups:
-            key = (self.task.id, record.group)
-            check_record(self._store, record, self.task, deep=key not in self._verified)
-            self._verified.add(key)
-            self._groups[record.group] = Group(self._store, record, self.task, self._identity)
-        found = self._groups[record.group].read(position)
+        with self._root.naming():
+            if record.group not in self._groups:
+                self._verify(record)
+                self._groups[record.group] = Group(self._root, record, self.task, self._identity)
+            found = self._groups[record.group].read(position)
         if isinstance(want, LogitsSpec) and isinstance(found, LogitsFeatures) and want != record.spec:
             assert isinstance(record.spec, LogitsSpec)
             return narrow(
@@ -148,10 +147,25 @@ class Bundle:
             )
         return found
 
+    def warm(self, wants: Iterable[GroupSpec]) -> None:
+        """Have the files of the samples and of these groups at hand and verified; nothing is decoded.
 
-def bundle_path(store: Path, record: CommitRecord) -> Path:
-    """parts/<bundle>."""
-    return store / "parts" / record.bundle
+        May run in one thread while another reads.
+        """
+        records = {record.group: record for want in wants if (record := serving(self.records, want))}
+        for record in (self.records[SAMPLES], *records.values()):
+            if (self.task.id, record.group) not in self._verified:
+                self._verify(record)
+
+    def _verify(self, record: CommitRecord) -> None:
+        key = (self.task.id, record.group)
+        check_record(self._root, record, self.task, deep=key not in self._verified)
+        self._verified.add(key)
+
+
+def bundle_name(record: CommitRecord) -> str:
+    """parts/<bundle>, the path of a bundle in its store."""
+    return f"{PARTS}/{record.bundle}"
 
 
 def check_extent(record: CommitRecord, task: Task) -> None:
@@ -160,18 +174,22 @@ def check_extent(record: CommitRecord, task: Task) -> None:
         raise StoreFormatError(f"commit/{record.group}/{record.task}.json: other sizes than the plan's task")
 
 
-def check_record(store: Path, record: CommitRecord, task: Task, deep: bool = True) -> None:
+def check_record(root: Root, record: CommitRecord, task: Task, deep: bool = True) -> None:
     """CorruptionError unless every file of the record has its size and, if `deep`, its committed hash."""
     check_extent(record, task)
-    for name, stamp in record.files.items():
-        check_file(bundle_path(store, record) / name, stamp, deep)
+    root.check({f"{bundle_name(record)}/{name}": stamp for name, stamp in record.files.items()}, deep)
 
 
-def read_samples(store: Path, record: CommitRecord, task: Task) -> list[Sample]:
+def read_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
     """The samples of a task from its committed bundle, checked."""
-    check_record(store, record, task)
-    path = bundle_path(store, record) / SAMPLES_FILE
-    return samples_from_bytes(read_bounded(path, record.files[SAMPLES_FILE][0]), task, path)
+    check_record(root, record, task)
+    return load_samples(root, record, task)
+
+
+def load_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
+    """The samples of a task whose file was checked; they have to hash to the plan's ids in any case."""
+    name, (size, _) = f"{bundle_name(record)}/{SAMPLES_FILE}", record.files[SAMPLES_FILE]
+    return root.load(name, lambda data, where: samples_from_bytes(data, task, where), size)
 
 
 def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecord | None:
