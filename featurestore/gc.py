@@ -3,7 +3,8 @@
 A bundle is private until it is committed, so an unnamed one is either garbage (its writer was killed, or lost
 the race for the task) or about to be committed. Nothing tells them apart but time: writers write to a bundle
 continually and touch it right before they commit, so one that nobody has touched for an hour has no writer.
-The age is taken by the clock of the file system, or of the object store. Committed files, plans and manifests are never garbage.
+The age is taken by the clock of the file system, or of the object store. Committed files, plans and manifests
+are never garbage.
 """
 
 from __future__ import annotations

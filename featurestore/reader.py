@@ -16,6 +16,7 @@ from featurestore.bundle import Bundle
 from featurestore.directory import fullest_manifest, manifest_digests, read_manifest, read_spec
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import MAX_RECORD_BYTES
+from featurestore.identity import FILE_NAME
 from featurestore.plan import Task
 from featurestore.records import Manifest, commit_name, read_commit
 from featurestore.root import Root, root_of
@@ -40,8 +41,8 @@ class CacheReader:
     """The samples of one manifest, by index. Use `CacheReader.open`.
 
     Holds no open files: it can be forked, and pickling sends the place and the manifest's digest only.
-    Not for use by several threads at once, except for `warm`. Bundles are checked against their committed sizes and hashes
-    when they are first read; reading raises CorruptionError rather than return wrong numbers.
+    Not for use by several threads at once, except for `warm`. Bundles are checked against their committed
+    sizes and hashes when they are first read; damage raises CorruptionError, and is never returned.
     """
 
     def __init__(self, root: Root, manifest_digest: str) -> None:
@@ -78,9 +79,9 @@ class CacheReader:
     def open(cls, path: str | Path, manifest: str | None = None) -> CacheReader:
         """Open a store at a manifest: by digest (or an unambiguous start of it), else the fullest one.
 
-        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises StoreNotFoundError when there
-        is no store, StoreFormatError when it has no such manifest, StoreAccessError when the object store
-        does not answer.
+        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises StoreNotFoundError when
+        there is no store, StoreFormatError when it has no such manifest, StoreAccessError when the object
+        store does not answer.
         """
         root = root_of(path)
         read_spec(root)
@@ -93,7 +94,8 @@ class CacheReader:
         matches = [d for d in digests if d.startswith(manifest)]
         if len(matches) != 1:
             raise StoreFormatError(
-                f"{len(matches)} manifests of {root.location} start with {manifest!r}; there are: {', '.join(digests)}"
+                f"{len(matches)} manifests of {root.location} start with {manifest!r}; "
+                f"there are: {', '.join(digests)}"
             )
         return cls(root, matches[0])
 
@@ -106,7 +108,8 @@ class CacheReader:
     @property
     def teacher_dir(self) -> Path:
         """A local directory with the teacher's config and tokenizer files."""
-        self._root.fetch({f"teacher/{name}": MAX_RECORD_BYTES for name in self._root.names("teacher")})
+        found = self._root.names("teacher")
+        self._root.fetch({f"teacher/{name}": MAX_RECORD_BYTES for name in found if FILE_NAME.fullmatch(name)})
         return self._root.local("teacher")
 
     def shards(self) -> list[list[int]]:

@@ -85,7 +85,7 @@ class Root(Protocol):
         """Have these files at hand, several at once; what is missing or over its limit is left out."""
 
     def check(self, stamps: Stamps, deep: bool = True) -> None:
-        """CorruptionError unless the files have their sizes and, if `deep`, their hashes; has them at hand."""
+        """Have these files at hand; CorruptionError unless size and, if `deep`, hash are as stamped."""
 
     def make(self) -> None:
         """Make the place itself, durable."""

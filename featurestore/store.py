@@ -62,9 +62,9 @@ class FeatureStore:
     def create(cls, path: str | Path, identity: TeacherIdentity) -> FeatureStore:
         """Make a store, or open the one that is there if it has the same teacher.
 
-        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises SpecMismatchError for another
-        teacher, StoreWriteError when the place cannot be written, StoreFormatError when it is in use for
-        something else.
+        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises SpecMismatchError for
+        another teacher, StoreWriteError when the place cannot be written, StoreFormatError when it is in use
+        for something else.
         """
         root = root_of(path)
         with writing("a store", root.location):

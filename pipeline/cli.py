@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from featurestore.errors import (
     FeatureStoreError,
     MissingFeatureError,
     SpecMismatchError,
+    StoreAccessError,
     StoreFormatError,
     StoreNotFoundError,
 )
@@ -30,9 +30,18 @@ app = typer.Typer(
     help="Run a teacher once over a data set and keep what a student learns from: "
     "per token the top of its distribution and chosen hidden states, in a feature store.",
 )
-_USER_ERRORS = (RequestError, SpecMismatchError, StoreNotFoundError, StoreFormatError, MissingFeatureError)
+_USER_ERRORS = (
+    RequestError,
+    SpecMismatchError,
+    StoreNotFoundError,
+    StoreFormatError,
+    StoreAccessError,
+    MissingFeatureError,
+)
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a feature store.")]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Feature store: a directory, s3://bucket/prefix or gs://...")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 TeacherArgument = Annotated[
     str, typer.Argument(metavar="TEACHER", help="Local checkpoint directory or hub name of a causal LM.")
@@ -44,7 +53,12 @@ DatasetArgument = Annotated[
         help="Local .txt/.jsonl/.parquet/.arrow file or folder, a saved `datasets` directory, or a hub name.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Feature store to create or to extend.")]
+OutOption = Annotated[
+    str,
+    typer.Option(
+        "--out", help="Feature store to create or to extend: a directory, s3://bucket/prefix or gs://..."
+    ),
+]
 SplitOption = Annotated[str, typer.Option(help="Split of a hub or saved data set.")]
 ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub data set, e.g. 20231101.en.")]
 ColumnOption = Annotated[str, typer.Option(help="Column that holds the text.")]
@@ -293,9 +307,9 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _print_outcome(out: Path, outcome: Any, as_json: bool) -> None:
+def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
     if as_json:
-        _print_json({"store": str(out), **asdict(outcome)})
+        _print_json({"store": out, **asdict(outcome)})
         return
     console = Console(stderr=True)
     if not outcome.tokens:
