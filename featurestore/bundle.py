@@ -135,17 +135,28 @@ class Bundle:
         record = serving(self.records, want)
         if record is None:
             raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
-        with self._root.naming():
-            if record.group not in self._groups:
-                self._verify(record)
-                self._groups[record.group] = Group(self._root, record, self.task, self._identity)
-            found = self._groups[record.group].read(position)
+        try:
+            found = self._read(record, position)
+        except CorruptionError:
+            if not self._root.keeps_copies:
+                raise
+            # Somebody may have emptied the mirror or damaged it since it was verified: once more from there.
+            self._groups.pop(record.group, None)
+            self._verified.discard((self.task.id, record.group))
+            found = self._read(record, position)
         if isinstance(want, LogitsSpec) and isinstance(found, LogitsFeatures) and want != record.spec:
             assert isinstance(record.spec, LogitsSpec)
             return narrow(
                 found, want, record.spec.tail, self.samples()[position].tokens if want.tail else None
             )
         return found
+
+    def _read(self, record: CommitRecord, position: int) -> GroupFeatures:
+        with self._root.naming():
+            if record.group not in self._groups:
+                self._verify(record)
+                self._groups[record.group] = Group(self._root, record, self.task, self._identity)
+            return self._groups[record.group].read(position)
 
     def warm(self, wants: Iterable[GroupSpec]) -> None:
         """Have the files of the samples and of these groups at hand and verified; nothing is decoded.

@@ -32,6 +32,8 @@ TRANSFERS = 8
 class RemoteRoot:
     """A store at a URL. Safe to use from several threads, and for reading after a fork."""
 
+    keeps_copies = True
+
     def __init__(self, url: str, mirror: Path | None = None) -> None:
         self.url = url.rstrip("/")
         self._objects = Objects(self.url)
@@ -218,7 +220,8 @@ class RemoteRoot:
                 f"free space there or set {MIRROR_VARIABLE} to another directory"
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
         return True
 
     def _download_elsewhere(self, limits: Mapping[str, int]) -> None:

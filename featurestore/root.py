@@ -53,6 +53,9 @@ class Root(Protocol):
     the place does not answer. Writing raises OSError.
     """
 
+    keeps_copies: bool
+    """Whether what is read comes from copies, which can be damaged while the store is sound."""
+
     @property
     def location(self) -> str | Path:
         """What opens this store again: a directory, or a URL."""
@@ -150,6 +153,8 @@ def _spelling(path: str | Path) -> str:
 
 class LocalRoot:
     """A directory. Files are published with link(2), which never replaces."""
+
+    keeps_copies = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -69,6 +69,8 @@ class Bucket:
             region_name="us-east-1",
         )
         self.client.create_bucket(Bucket=name)
+        # So that a test sees when an object was written again.
+        self.client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
 
     def url(self, store: str) -> str:
         return f"s3://{self.name}/{store}"
@@ -84,7 +86,10 @@ class Bucket:
         """Replace an object, or remove it."""
         key = {"Bucket": self.name, "Key": f"{store}/{name}"}
         if data is None:
-            self.client.delete_object(**key)
+            # With every version: moto lists the folder of an object that only has a marker of its removal.
+            found = self.client.list_object_versions(Bucket=self.name, Prefix=key["Key"])
+            for version in found.get("Versions", ()):
+                self.client.delete_object(**key, VersionId=version["VersionId"])
         else:
             self.client.put_object(**key, Body=data)
 

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from featurestore.plan import Task, split_tasks
+from featurestore.reader import CacheReader
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, Sample
 from featurestore.store import FeatureStore
-from tests.featurestore.helpers import features, identity, sample
+from tests.featurestore.helpers import assert_same, features, identity, sample
 from tests.s3 import Bucket
 
 SPECS: list[GroupSpec] = [LogitsSpec(8, 0.9, tail=6), HiddenSpec(1, "bf16"), HiddenSpec(2, "int8")]
+
+
+SMALL: list[GroupSpec] = [LogitsSpec(4, tail=3), HiddenSpec(1, "int8")]
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Place:
         found = {}
         for name in self.bucket.names(store):
             head = self.bucket.client.head_object(Bucket=self.bucket.name, Key=f"{store}/{name}")
-            found[name] = (head["LastModified"], self.bucket.read(store, name))
+            found[name] = (head["VersionId"], self.bucket.read(store, name))
         return found
 
     def write(self, store: str, name: str, data: bytes | None) -> None:
@@ -114,3 +118,23 @@ def filled_anywhere(template: Filled, place: Place) -> Filled:
     place.bucket.upload(template.path, "store")
     url = place.bucket.url("store")
     return dataclasses.replace(template, path=url, store=FeatureStore.open(url))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    return fill(tmp_path_factory.mktemp("small") / "store", SMALL, count=4, shard_tokens=60)
+
+
+@pytest.fixture
+def url(small: Filled, bucket: Bucket) -> str:
+    """A complete store in the bucket; the same bytes as a local one, since the format is the same."""
+    bucket.upload(small.path, "store")
+    return bucket.url("store")
+
+
+def read_everything(url: str, given: dict[str, Any]) -> None:
+    reader = CacheReader.open(url)
+    assert len(reader) == len(given)
+    for i, sample_id in enumerate(reader.sample_ids):
+        for spec, found in reader.read(i).features.items():
+            assert_same(found, given[sample_id][spec])
