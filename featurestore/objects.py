@@ -18,8 +18,9 @@ RETRIES: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 CREATE_ATTEMPTS = 3
 HINTS = {
     "NoSuchBucket": "there is no such bucket",
-    "169.254.169.254": "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://, or "
-    "GOOGLE_APPLICATION_CREDENTIALS for gs://",
+    # The services that give a machine of the cloud its credentials, asked when there are no others.
+    "latest/api/token": "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "computeMetadata": "no credentials found; set GOOGLE_APPLICATION_CREDENTIALS",
     "403 Forbidden": "access denied; check the credentials and what they allow",
     "401 Unauthorized": "access denied; check the credentials",
     "builder error": "the endpoint is plain http; set AWS_ALLOW_HTTP=true if that is meant",
