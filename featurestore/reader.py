@@ -13,10 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.bundle import Bundle
-from featurestore.directory import fullest_manifest, manifest_digests, read_manifest, read_spec
+from featurestore.directory import (
+    fullest_manifest,
+    manifest_digests,
+    read_manifest,
+    read_spec,
+    read_teacher_listing,
+)
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import MAX_RECORD_BYTES
-from featurestore.identity import FILE_NAME
 from featurestore.plan import Task
 from featurestore.records import Manifest, commit_name, read_commit
 from featurestore.root import Root, root_of
@@ -108,8 +113,10 @@ class CacheReader:
     @property
     def teacher_dir(self) -> Path:
         """A local directory with the teacher's config and tokenizer files."""
-        found = self._root.names("teacher")
-        self._root.fetch({f"teacher/{name}": MAX_RECORD_BYTES for name in found if FILE_NAME.fullmatch(name)})
+        if self._root.keeps_copies:
+            for listing in self._manifest.teacher:
+                stamps = read_teacher_listing(self._root, listing)
+                self._root.check({f"teacher/{name}": stamp for name, stamp in stamps.items()})
         return self._root.local("teacher")
 
     def shards(self) -> list[list[int]]:

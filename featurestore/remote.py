@@ -120,7 +120,16 @@ class RemoteRoot:
                 self._check(name, stamp, deep=True)
 
     def make(self) -> None:
-        self.probe()
+        """There is nothing to make. Find out whether the service replaces what it was told not to."""
+        name = f"{TEMPORARY}{secrets.token_hex(8)}"
+        try:
+            if self.publish(name, b"first") and self.publish(name, b"second"):
+                raise StoreAccessError(
+                    f"{self.url}: this service ignores `If-None-Match: *`, so two writers would overwrite "
+                    "each other; use one that honours it, or a local directory"
+                )
+        finally:
+            self._objects.delete([name])
 
     def publish(self, name: str, data: bytes) -> bool:
         return self._objects.create(name, data)

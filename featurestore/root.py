@@ -91,7 +91,7 @@ class Root(Protocol):
         """Have these files at hand; CorruptionError unless size and, if `deep`, hash are as stamped."""
 
     def make(self) -> None:
-        """Make the place itself, durable."""
+        """Make the place itself, durable; OSError when it cannot hold a store."""
 
     def publish(self, name: str, data: bytes) -> bool:
         """Make `data` appear at once, whole and durable, unless the name is taken; did this call do it."""

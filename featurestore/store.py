@@ -69,11 +69,11 @@ class FeatureStore:
         root = root_of(path)
         with writing("a store", root.location):
             if not root.exists(SPEC_FILE):
-                root.make()
                 if root.names(""):
                     raise StoreFormatError(
                         f"{root.location} is not empty and holds no store; choose another directory"
                     )
+                root.make()
                 root.publish(SPEC_FILE, seal({**header("spec"), "teacher": identity.to_json()}))
         store = cls(root, read_spec(root)[0])
         differences = store.identity.differences(identity)

@@ -23,7 +23,7 @@ from featurestore.directory import (
     read_teacher_listing,
     teacher_listings,
 )
-from featurestore.errors import FeatureStoreError, StoreNotFoundError
+from featurestore.errors import FeatureStoreError, StoreAccessError, StoreNotFoundError
 from featurestore.files import MAX_RECORD_BYTES
 from featurestore.identity import SAMPLES
 from featurestore.plan import Task
@@ -66,7 +66,8 @@ def verify_store(path: str | Path, deep: bool, progress: Progress | None = None)
     """Check every file that the store's records name; `deep` also hashes their bytes and decodes all rows.
 
     Without `deep`, presence and sizes of data files are checked, and all records, plans and manifests.
-    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store.
+    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store,
+    StoreAccessError when the object store does not answer.
     """
     root = root_of(path)
     if not root.exists(SPEC_FILE) and not root.names("commit"):
@@ -115,6 +116,9 @@ class _Audit:
     def _guard(self, name: str) -> Iterator[None]:
         try:
             yield
+        except StoreAccessError:
+            # A service that does not answer says nothing about the store.
+            raise
         except (FeatureStoreError, OSError) as error:
             self._problem(name, str(error))
 

@@ -32,7 +32,7 @@ from featurestore.store import FeatureStore
 from featurestore.verify import verify_store
 from tests.featurestore.conftest import SMALL, Filled, fill, read_everything
 from tests.featurestore.helpers import features, identity, sample, task_of
-from tests.lost_replies import losing_replies
+from tests.proxy import Proxy
 from tests.s3 import Bucket, free_port
 
 
@@ -45,16 +45,40 @@ def test_a_name_is_taken_once(bucket: Bucket) -> None:
 
 
 def test_lost_replies_lose_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    with losing_replies(bucket.endpoint) as (endpoint, lost):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with Proxy(bucket.endpoint, lose_replies=True).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         assert root_of(bucket.url("one")).publish("x", b"data")
         assert not root_of(bucket.url("one")).publish("x", b"other")
         filled = fill(bucket.url("store"), SMALL, count=2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
-    assert {f"/{bucket.name}/store/{name}" for name in bucket.names("store")} <= lost
+    assert {f"/{bucket.name}/store/{name}" for name in bucket.names("store")} <= proxy.lost
     assert verify_store(bucket.url("store"), deep=True).sound
     assert collect(bucket.url("store")).orphans == []
     read_everything(bucket.url("store"), filled.given)
+
+
+def test_a_service_that_replaces_is_refused(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Proxy(bucket.endpoint, ignore="if-none-match").running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(StoreWriteError, match="ignores `If-None-Match"):
+            FeatureStore.create(bucket.url("store"), identity())
+    assert bucket.names("store") == []
+
+
+def test_a_service_that_goes_away_is_not_damage(
+    url: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(bucket.endpoint).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        reader = CacheReader.open(url)
+
+        def leave(done: int, total: int) -> None:
+            proxy.gone = True
+
+        with pytest.raises(StoreAccessError, match="no answer"):
+            verify_store(url, deep=True, progress=leave)
+        with pytest.raises(StoreAccessError, match="no answer"):
+            reader.read(0)
 
 
 def test_the_losers_bundle_is_garbage_and_nothing_else_is(bucket: Bucket) -> None:
