@@ -137,13 +137,14 @@ class Bundle:
             raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
         try:
             found = self._read(record, position)
-        except CorruptionError:
+        except (CorruptionError, StoreFormatError):
             if not self._root.keeps_copies:
                 raise
-            # Somebody may have emptied the mirror or damaged it since it was verified: once more from there.
+            # The mirror may have been emptied or damaged since it was verified: verify once more, and read.
             self._groups.pop(record.group, None)
             self._verified.discard((self.task.id, record.group))
-            found = self._read(record, position)
+            with self._root.naming():
+                found = self._read(record, position)
         if isinstance(want, LogitsSpec) and isinstance(found, LogitsFeatures) and want != record.spec:
             assert isinstance(record.spec, LogitsSpec)
             return narrow(
@@ -152,11 +153,10 @@ class Bundle:
         return found
 
     def _read(self, record: CommitRecord, position: int) -> GroupFeatures:
-        with self._root.naming():
-            if record.group not in self._groups:
-                self._verify(record)
-                self._groups[record.group] = Group(self._root, record, self.task, self._identity)
-            return self._groups[record.group].read(position)
+        if record.group not in self._groups:
+            self._verify(record)
+            self._groups[record.group] = Group(self._root, record, self.task, self._identity)
+        return self._groups[record.group].read(position)
 
     def warm(self, wants: Iterable[GroupSpec]) -> None:
         """Have the files of the samples and of these groups at hand and verified; nothing is decoded.
