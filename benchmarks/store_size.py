@@ -152,7 +152,7 @@ def cut(wide: LogitsFeatures, of: LogitsSpec, spec: LogitsSpec, ids: np.ndarray)
 
 def store(spec: LogitsSpec, given: list[LogitsFeatures], states: States) -> tuple[float, list[LogitsCodes]]:
     """Bytes per position of the group on disk, and the samples as the reader gives them."""
-    request = GenerateRequest(teacher="", dataset="", out=Path(), engine="transformers", dtype="float32")
+    request = GenerateRequest(teacher="", dataset="", out="", engine="transformers", dtype="float32")
     identity = identity_of(request, load_teacher(str(RUN / "teacher"), False), "-")
     samples = [Sample(ids, np.ones(LENGTH, np.bool_)) for ids in states.ids_ST]
     with tempfile.TemporaryDirectory() as folder:

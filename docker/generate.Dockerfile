@@ -7,6 +7,6 @@ WORKDIR /opt/distily-cache
 COPY . .
 # vLLM's torch and transformers stay as the image has them.
 RUN pip install --no-cache-dir --no-deps . \
- && pip install --no-cache-dir blake3 datasets pyarrow rich safetensors typer xxhash 'zarr>=3.1.2'
+ && pip install --no-cache-dir blake3 datasets obstore pyarrow rich safetensors typer xxhash 'zarr>=3.1.2'
 WORKDIR /data
 ENTRYPOINT ["distily-cache"]

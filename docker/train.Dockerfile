@@ -6,6 +6,6 @@ FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/distily-cache
 COPY . .
-RUN pip install --no-cache-dir '.[train]' bitsandbytes
+RUN pip install --no-cache-dir '.[train,s3]' bitsandbytes
 WORKDIR /data
 ENTRYPOINT ["distily-train"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ from featurestore.codec import LSE_STEPS, decode_rows, row_starts
 from featurestore.codes import LogitsCodes, count_repeats
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
-from featurestore.files import check_file, read_bounded
 from featurestore.identity import SAMPLES
 from featurestore.plan import Task
 from featurestore.records import SAMPLES_FILE, CommitRecord
+from featurestore.root import PARTS, Root
 from featurestore.schema import (
     GroupFeatures,
     GroupSpec,
@@ -40,7 +39,7 @@ class Group:
 
     def __init__(
         self,
-        store: Path,
+        root: Root,
         record: CommitRecord,
         task: Task,
         identity: TeacherIdentity,
@@ -48,7 +47,7 @@ class Group:
     ) -> None:
         assert record.spec is not None
         self.spec = record.spec
-        directory = bundle_path(store, record) / record.group
+        directory = root.local(f"{bundle_name(record)}/{record.group}")
         extent = Extent.of(task, record.stats, identity)
         shapes = layouts(self.spec, extent)
         self._rows = row_starts(np.asarray(task.lengths)).tolist()
@@ -128,7 +127,7 @@ class Bundle:
 
     def __init__(
         self,
-        store: Path,
+        root: Root,
         identity: TeacherIdentity,
         task: Task,
         records: Mapping[str, CommitRecord],
@@ -137,11 +136,12 @@ class Bundle:
     ) -> None:
         self.task = task
         self.records = records
-        self._store = store
+        self._root = root
         self._identity = identity
         self._verified = verified
         self._cache = cache
-        self._serving: dict[GroupSpec, Group] = {}
+        self._groups: dict[str, Group] = {}
+        self._serving: dict[GroupSpec, CommitRecord] = {}
         self._samples: list[Sample] | None = None
 
     def samples(self) -> list[Sample]:
@@ -149,7 +149,8 @@ class Bundle:
         if self._samples is None:
             if SAMPLES not in self.records:
                 raise MissingFeatureError(f"the samples of task {self.task.id} are not committed")
-            self._samples = read_samples(self._store, self.records[SAMPLES], self.task)
+            self._verify(self.records[SAMPLES])
+            self._samples = load_samples(self._root, self.records[SAMPLES], self.task)
         return self._samples
 
     def features(self, position: int, want: GroupSpec) -> GroupFeatures:
@@ -159,28 +160,55 @@ class Bundle:
 
     def codes(self, position: int, want: GroupSpec) -> GroupCodes:
         """The same as stored."""
-        group = self._group(want)
-        found = group.codes(position)
-        if isinstance(want, LogitsSpec) and isinstance(found, LogitsCodes) and want != group.spec:
+        record = self._record(want)
+        try:
+            found = self._read(record, position)
+        except (CorruptionError, StoreFormatError):
+            if not self._root.keeps_copies:
+                raise
+            # The mirror may have been emptied or damaged since it was verified: verify once more, and read.
+            self._groups.pop(record.group, None)
+            self._verified.discard((self.task.id, record.group))
+            with self._root.naming():
+                found = self._read(record, position)
+        if isinstance(want, LogitsSpec) and isinstance(found, LogitsCodes) and want != record.spec:
             return found.narrow(want, self.samples()[position].tokens)
         return found
 
-    def _group(self, want: GroupSpec) -> Group:
-        """The group that serves `want`, its files checked when it is first asked for."""
+    def _record(self, want: GroupSpec) -> CommitRecord:
         if want not in self._serving:
             record = serving(self.records, want)
             if record is None:
                 raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
-            key = (self.task.id, record.group)
-            check_record(self._store, record, self.task, deep=key not in self._verified)
-            self._verified.add(key)
-            self._serving[want] = Group(self._store, record, self.task, self._identity, self._cache)
+            self._serving[want] = record
         return self._serving[want]
 
+    def _read(self, record: CommitRecord, position: int) -> GroupCodes:
+        if record.group not in self._groups:
+            self._verify(record)
+            group = Group(self._root, record, self.task, self._identity, self._cache)
+            self._groups[record.group] = group
+        return self._groups[record.group].codes(position)
 
-def bundle_path(store: Path, record: CommitRecord) -> Path:
-    """parts/<bundle>."""
-    return store / "parts" / record.bundle
+    def warm(self, wants: Iterable[GroupSpec]) -> None:
+        """Have the files of the samples and of these groups at hand and verified; nothing is decoded.
+
+        May run in one thread while another reads.
+        """
+        records = {record.group: record for want in wants if (record := serving(self.records, want))}
+        for record in (self.records[SAMPLES], *records.values()):
+            if (self.task.id, record.group) not in self._verified:
+                self._verify(record)
+
+    def _verify(self, record: CommitRecord) -> None:
+        key = (self.task.id, record.group)
+        check_record(self._root, record, self.task, deep=key not in self._verified)
+        self._verified.add(key)
+
+
+def bundle_name(record: CommitRecord) -> str:
+    """parts/<bundle>, the path of a bundle in its store."""
+    return f"{PARTS}/{record.bundle}"
 
 
 def check_extent(record: CommitRecord, task: Task) -> None:
@@ -189,18 +217,22 @@ def check_extent(record: CommitRecord, task: Task) -> None:
         raise StoreFormatError(f"commit/{record.group}/{record.task}.json: other sizes than the plan's task")
 
 
-def check_record(store: Path, record: CommitRecord, task: Task, deep: bool = True) -> None:
+def check_record(root: Root, record: CommitRecord, task: Task, deep: bool = True) -> None:
     """CorruptionError unless every file of the record has its size and, if `deep`, its committed hash."""
     check_extent(record, task)
-    for name, stamp in record.files.items():
-        check_file(bundle_path(store, record) / name, stamp, deep)
+    root.check({f"{bundle_name(record)}/{name}": stamp for name, stamp in record.files.items()}, deep)
 
 
-def read_samples(store: Path, record: CommitRecord, task: Task) -> list[Sample]:
+def read_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
     """The samples of a task from its committed bundle, checked."""
-    check_record(store, record, task)
-    path = bundle_path(store, record) / SAMPLES_FILE
-    return samples_from_bytes(read_bounded(path, record.files[SAMPLES_FILE][0]), task, path)
+    check_record(root, record, task)
+    return load_samples(root, record, task)
+
+
+def load_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
+    """The samples of a task whose file was checked; they have to hash to the plan's ids in any case."""
+    name, (size, _) = f"{bundle_name(record)}/{SAMPLES_FILE}", record.files[SAMPLES_FILE]
+    return root.load(name, lambda data, where: samples_from_bytes(data, task, where), size)
 
 
 def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecord | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from featurestore.errors import CorruptionError, StoreFormatError, StoreNotFoundError
-from featurestore.files import names_in, read_bounded
 from featurestore.identity import (
     DIGEST,
     FILE_NAME,
@@ -21,6 +19,7 @@ from featurestore.identity import (
     unseal,
 )
 from featurestore.records import MAX_BYTES, Manifest, Stamp
+from featurestore.root import Root
 from featurestore.schema import TeacherIdentity
 
 SPEC_FILE = "SPEC.json"
@@ -30,94 +29,107 @@ TEACHER = re.compile(r"TEACHER-([0-9a-f]{32})\.json")
 PROVENANCE = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.json")
 
 
-def read_spec(root: Path) -> tuple[TeacherIdentity, str]:
+def read_spec(root: Root) -> tuple[TeacherIdentity, str]:
     """The identity in SPEC.json, and the digest of that file; StoreNotFoundError when there is none."""
-    path = root / SPEC_FILE
-    if not path.exists():
-        raise StoreNotFoundError(f"no store at {root}: it has no {SPEC_FILE}")
-    data = read_bounded(path)
-    value = unseal(data, str(path), "spec")
-    return TeacherIdentity.from_json(value.get("teacher")), digest(data)
+
+    def parse(data: bytes, where: str) -> tuple[TeacherIdentity, str]:
+        return TeacherIdentity.from_json(unseal(data, where, "spec").get("teacher")), digest(data)
+
+    try:
+        return root.load(SPEC_FILE, parse)
+    except CorruptionError:
+        if root.exists(SPEC_FILE):
+            raise
+    root.probe()
+    raise StoreNotFoundError(f"no store at {root.location}: it has no {SPEC_FILE}")
 
 
-def plan_names(root: Path) -> list[str]:
+def plan_names(root: Root) -> list[str]:
     """Names of the plan files."""
-    return [name for name in names_in(root) if PLAN.fullmatch(name)]
+    return [name for name in root.names("") if PLAN.fullmatch(name)]
 
 
-def committed_groups(root: Path) -> list[str]:
+def committed_groups(root: Root) -> list[str]:
     """Groups that have a directory of commit records, "samples" included."""
-    return [g for g in names_in(root / "commit") if g == SAMPLES or GROUP_ID.fullmatch(g)]
+    return [g for g in root.names("commit") if g == SAMPLES or GROUP_ID.fullmatch(g)]
 
 
-def committed_tasks(root: Path, group: str) -> list[str]:
+def committed_tasks(root: Root, group: str) -> list[str]:
     """Tasks that have a commit record for a group."""
-    names = names_in(root / "commit" / group)
+    names = root.names(f"commit/{group}")
     stems = [name.removesuffix(".json") for name in names if name.endswith(".json")]
     return [stem for stem in stems if TASK_ID.fullmatch(stem)]
 
 
-def manifest_digests(root: Path) -> list[str]:
+def manifest_digests(root: Root) -> list[str]:
     """Digests of the published manifests."""
-    return [found[1] for name in names_in(root) if (found := MANIFEST.fullmatch(name))]
+    return [found[1] for name in root.names("") if (found := MANIFEST.fullmatch(name))]
 
 
-def manifest_path(root: Path, manifest_digest: str) -> Path:
+def manifest_name(manifest_digest: str) -> str:
     """MANIFEST-<digest>.json."""
-    return root / f"MANIFEST-{check_id(manifest_digest, DIGEST, 'manifest')}.json"
+    return f"MANIFEST-{check_id(manifest_digest, DIGEST, 'manifest')}.json"
 
 
-def read_manifest(root: Path, manifest_digest: str) -> Manifest:
+def read_manifest(root: Root, manifest_digest: str) -> Manifest:
     """A manifest, checked against its name."""
-    path = manifest_path(root, manifest_digest)
-    data = read_bounded(path)
-    manifest = Manifest.from_bytes(data, str(path))
-    if digest(data) != manifest_digest:
-        raise CorruptionError(f"{path}: its content does not hash to its name")
-    return manifest
+
+    def parse(data: bytes, where: str) -> Manifest:
+        manifest = Manifest.from_bytes(data, where)
+        if digest(data) != manifest_digest:
+            raise CorruptionError(f"{where}: its content does not hash to its name")
+        return manifest
+
+    return root.load(manifest_name(manifest_digest), parse)
 
 
-def fullest_manifest(root: Path) -> str | None:
+def fullest_manifest(root: Root) -> str | None:
     """Digest of the manifest with the most commit records, the newest one of a store that only grows."""
     digests = manifest_digests(root)
     return max(digests, key=lambda d: (read_manifest(root, d).records, d), default=None)
 
 
-def teacher_listings(root: Path) -> list[str]:
+def teacher_listings(root: Root) -> list[str]:
     """Names of the TEACHER-<digest>.json files."""
-    return [name for name in names_in(root) if TEACHER.fullmatch(name)]
+    return [name for name in root.names("") if TEACHER.fullmatch(name)]
 
 
-def read_teacher_listing(path: Path) -> dict[str, Stamp]:
+def read_teacher_listing(root: Root, listing: str) -> dict[str, Stamp]:
     """File name in teacher/ -> (size, XXH3-64), checked against the listing's own name."""
-    data = read_bounded(path)
-    value = unseal(data, str(path), "teacher")
-    if path.name != f"TEACHER-{digest(data)}.json":
-        raise CorruptionError(f"{path}: its content does not hash to its name")
-    files = value.get("files")
-    if not isinstance(files, dict):
-        raise StoreFormatError(f"{path}: no list of files")
-    stamps: dict[str, Stamp] = {}
-    for name, stamp in files.items():
-        check_id(name, FILE_NAME, str(path))
-        if not isinstance(stamp, list) or len(stamp) != 2:
-            raise StoreFormatError(f"{path}: {name} needs [size, hash]")
-        stamps[name] = (check_int(stamp[0], 0, MAX_BYTES, str(path)), check_id(stamp[1], HASH, str(path)))
-    return stamps
+
+    def parse(data: bytes, where: str) -> dict[str, Stamp]:
+        value = unseal(data, where, "teacher")
+        if listing != f"TEACHER-{digest(data)}.json":
+            raise CorruptionError(f"{where}: its content does not hash to its name")
+        files = value.get("files")
+        if not isinstance(files, dict):
+            raise StoreFormatError(f"{where}: no list of files")
+        stamps: dict[str, Stamp] = {}
+        for name, stamp in files.items():
+            check_id(name, FILE_NAME, where)
+            if not isinstance(stamp, list) or len(stamp) != 2:
+                raise StoreFormatError(f"{where}: {name} needs [size, hash]")
+            stamps[name] = (check_int(stamp[0], 0, MAX_BYTES, where), check_id(stamp[1], HASH, where))
+        return stamps
+
+    return root.load(listing, parse)
 
 
-def provenance_names(root: Path) -> list[str]:
+def provenance_names(root: Root) -> list[str]:
     """File names of the provenance records, oldest first."""
-    return [name for name in names_in(root / "provenance") if PROVENANCE.fullmatch(name)]
+    return [name for name in root.names("provenance") if PROVENANCE.fullmatch(name)]
 
 
-def read_provenance(root: Path, name: str) -> dict[str, Any]:
+def read_provenance(root: Root, name: str) -> dict[str, Any]:
     """One provenance record, as it was given."""
-    path = root / "provenance" / name
-    value = unseal(read_bounded(path), str(path), "provenance")
-    if value.get("id") != path.stem:
-        raise CorruptionError(f"{path}: this is the record {str(value.get('id'))[:40]}")
-    record = value.get("record")
-    if not isinstance(record, dict):
-        raise StoreFormatError(f"{path}: no record")
-    return record
+
+    def parse(data: bytes, where: str) -> dict[str, Any]:
+        value = unseal(data, where, "provenance")
+        if f"{value.get('id')}.json" != name:
+            raise CorruptionError(f"{where}: this is the record {str(value.get('id'))[:40]}")
+        record = value.get("record")
+        if not isinstance(record, dict):
+            raise StoreFormatError(f"{where}: no record")
+        return record
+
+    return root.load(f"provenance/{name}", parse)

@@ -31,3 +31,7 @@ class CorruptionError(FeatureStoreError, OSError):
 
 class StoreWriteError(FeatureStoreError, OSError):
     """The store cannot be written. Nothing that was committed is lost."""
+
+
+class StoreAccessError(FeatureStoreError, OSError):
+    """The object store cannot be reached, has no such bucket, or refuses us."""

@@ -20,7 +20,7 @@ BLOCK_BYTES = 4 * 2**20
 
 
 @contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
+def writing(what: str, path: str | Path) -> Iterator[None]:
     """Turn an OSError of the body into a StoreWriteError that says what could not be written, and why."""
     try:
         yield
@@ -119,6 +119,11 @@ def hash_file(path: Path) -> tuple[int, str]:
     except OSError as error:
         raise CorruptionError(f"{path}: {_reason(error)}") from None
     return size, hasher.hexdigest()
+
+
+def hash_bytes(data: bytes, _where: str = "") -> tuple[int, str]:
+    """(size in bytes, XXH3-64 as 16 hex digits), as `hash_file` says of a file."""
+    return len(data), xxhash.xxh3_64_hexdigest(data)
 
 
 def check_file(path: Path, stamp: tuple[int, str], deep: bool = True) -> None:

@@ -76,7 +76,7 @@ def store_info(path: str | Path) -> StoreInfo:
     return StoreInfo(
         path=str(store.path),
         identity=store.identity,
-        manifest=fullest_manifest(store.path),
+        manifest=fullest_manifest(store.root),
         samples=sum(len(task.lengths) for task in done),
         rows=sum(task.rows for task in done),
         samples_planned=sum(len(task.lengths) for task in tasks.values()),

@@ -13,10 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.bundle import Bundle, GroupCodes
-from featurestore.directory import fullest_manifest, manifest_digests, read_manifest, read_spec
-from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError, StoreNotFoundError
+from featurestore.directory import (
+    fullest_manifest,
+    manifest_digests,
+    read_manifest,
+    read_spec,
+    read_teacher_listing,
+)
+from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
+from featurestore.files import MAX_RECORD_BYTES
 from featurestore.plan import Task
-from featurestore.records import Manifest, read_commit
+from featurestore.records import Manifest, commit_name, read_commit
+from featurestore.root import Root, root_of
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers
 from featurestore.shard import ChunkCache
 from featurestore.tables import read_plan
@@ -48,22 +56,23 @@ class CodedSample:
 class CacheReader:
     """The samples of one manifest, by index. Use `CacheReader.open`.
 
-    Holds no open files: it can be forked, and pickling sends the path and the manifest's digest only.
-    Not for use by several threads at once. Bundles are checked against their committed sizes and hashes
-    when they are first read; reading raises CorruptionError rather than return wrong numbers. At most 256 MiB
-    of unpacked chunks are kept.
+    Holds no open files: it can be forked, and pickling sends the place and the manifest's digest only.
+    Not for use by several threads at once, except for `warm`. Bundles are checked against their committed
+    sizes and hashes when they are first read; damage raises CorruptionError, and is never returned. At most
+    256 MiB of unpacked chunks are kept.
     """
 
-    def __init__(self, path: Path, manifest_digest: str) -> None:
-        self.path = path
+    def __init__(self, root: Root, manifest_digest: str) -> None:
+        self.path = root.location
         self.manifest_digest = manifest_digest
-        self.identity, spec_digest = read_spec(path)
-        self._manifest = read_manifest(path, manifest_digest)
+        self._root = root
+        self.identity, spec_digest = read_spec(root)
+        self._manifest = read_manifest(root, manifest_digest)
         if self._manifest.spec != spec_digest:
             raise CorruptionError(
-                f"{path}: SPEC.json is not the one that manifest {manifest_digest} was made for"
+                f"{self.path}: SPEC.json is not the one that manifest {manifest_digest} was made for"
             )
-        self._tasks = _tasks_of(path, self._manifest)
+        self._tasks = _tasks_of(root, self._manifest)
         self.groups: dict[str, GroupSpec] = dict(self._manifest.groups)
         self.sample_ids: list[str] = []
         lengths: list[int] = []
@@ -88,35 +97,40 @@ class CacheReader:
     def open(cls, path: str | Path, manifest: str | None = None) -> CacheReader:
         """Open a store at a manifest: by digest (or an unambiguous start of it), else the fullest one.
 
-        Raises StoreNotFoundError when there is no store, StoreFormatError when it has no such manifest.
+        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises StoreNotFoundError when
+        there is no store, StoreFormatError when it has no such manifest, StoreAccessError when the object
+        store does not answer.
         """
-        root = Path(path)
-        if not root.is_dir():
-            raise StoreNotFoundError(f"no store at {root}: there is no such directory")
+        root = root_of(path)
         read_spec(root)
         fullest = fullest_manifest(root)
         if fullest is None:
-            raise StoreFormatError(f"the store {root} has no manifest yet: {MEND}")
+            raise StoreFormatError(f"the store {root.location} has no manifest yet: {MEND}")
         if manifest is None:
             return cls(root, fullest)
         digests = manifest_digests(root)
         matches = [d for d in digests if d.startswith(manifest)]
         if len(matches) != 1:
             raise StoreFormatError(
-                f"{len(matches)} manifests of {root} start with {manifest!r}; there are: {', '.join(digests)}"
+                f"{len(matches)} manifests of {root.location} start with {manifest!r}; "
+                f"there are: {', '.join(digests)}"
             )
         return cls(root, matches[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.path, self.manifest_digest))
+        return (type(self), (self._root, self.manifest_digest))
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     @property
     def teacher_dir(self) -> Path:
-        """Where the teacher's config and tokenizer files lie."""
-        return self.path / "teacher"
+        """A local directory with the teacher's config and tokenizer files."""
+        if self._root.keeps_copies:
+            for listing in self._manifest.teacher:
+                stamps = read_teacher_listing(self._root, listing)
+                self._root.check({f"teacher/{name}": stamp for name, stamp in stamps.items()})
+        return self._root.local("teacher")
 
     def shards(self) -> list[list[int]]:
         """The indices of the samples of each task, for `featurestore.order.epoch_order`."""
@@ -165,15 +179,26 @@ class CacheReader:
         t, position = self._places[index].tolist()
         return self._bundle(t), position
 
+    def warm(self, index: int, groups: Sequence[GroupSpec]) -> None:
+        """Make the files of the shard that holds sample `index` available and verified; nothing is decoded.
+
+        Safe in one thread while another reads: the reads that follow find the files at hand and trust them.
+        A spec that no group serves is left to `read`, which says so. Raises what `read` raises for damage.
+        """
+        self._open(int(self._places[index, 0])).warm(groups)
+
+    def _open(self, t: int) -> Bundle:
+        """A bundle of its own, with no data read yet."""
+        task = self._tasks[t]
+        named = self._manifest.tasks[task.id]
+        self._root.fetch({commit_name(group, task.id): MAX_RECORD_BYTES for group in named})
+        records = {group: read_commit(self._root, group, task.id, d) for group, d in named.items()}
+        return Bundle(self._root, self.identity, task, records, self._verified, self._cache)
+
     def _bundle(self, t: int) -> Bundle:
         bundle = self._bundles.get(t)
         if bundle is None:
-            task = self._tasks[t]
-            named = self._manifest.tasks[task.id]
-            records = {group: read_commit(self.path, group, task.id, d) for group, d in named.items()}
-            bundle = self._bundles[t] = Bundle(
-                self.path, self.identity, task, records, self._verified, self._cache
-            )
+            bundle = self._bundles[t] = self._open(t)
             if len(self._bundles) > OPEN_BUNDLES:
                 self._bundles.popitem(last=False)
         self._bundles.move_to_end(t)
@@ -207,12 +232,12 @@ def _flag(kind: str) -> str:
     return "--top-k K" if kind == "logits" else "that adds it"
 
 
-def _tasks_of(path: Path, manifest: Manifest) -> list[Task]:
+def _tasks_of(root: Root, manifest: Manifest) -> list[Task]:
     """The manifest's tasks, in the order of their plan files."""
     known: dict[str, Task] = {}
     for name in manifest.plans:
-        known.update((task.id, task) for task in read_plan(path / name))
+        known.update((task.id, task) for task in read_plan(root, name))
     lost = [task for task in manifest.tasks if task not in known]
     if lost:
-        raise CorruptionError(f"{path}: no plan file has task {lost[0]}, which the manifest lists")
+        raise CorruptionError(f"{root.location}: no plan file has task {lost[0]}, which the manifest lists")
     return [task for task in known.values() if task.id in manifest.tasks]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from featurestore.columns import HIDDEN_STATS, LOGITS_STATS, Stats, group_files
 from featurestore.errors import CorruptionError, StoreFormatError
-from featurestore.files import read_bounded
 from featurestore.identity import (
     BUNDLE_ID,
     DIGEST,
@@ -26,6 +24,7 @@ from featurestore.identity import (
     seal,
     unseal,
 )
+from featurestore.root import Root
 from featurestore.schema import MAX_TOKENS, GroupSpec, HiddenSpec, LogitsSpec, group_id, group_spec_from_json
 
 SAMPLES_FILE = "samples.parquet"
@@ -166,20 +165,32 @@ class Manifest:
         )
 
 
-def commit_path(store: Path, group: str, task: str) -> Path:
-    """commit/<group>/<task>.json."""
-    return store / "commit" / group / f"{task}.json"
-
-
-def read_commit(store: Path, group: str, task: str, expected: str | None = None) -> CommitRecord:
-    """Read one commit record; with `expected`, CorruptionError unless its digest is that."""
+def commit_name(group: str, task: str) -> str:
+    """commit/<group>/<task>.json, the path of a commit record in its store."""
     if group != SAMPLES:
         check_id(group, GROUP_ID, "commit")
-    path = commit_path(store, group, check_id(task, TASK_ID, "commit"))
-    data = read_bounded(path)
-    if expected is not None and digest(data) != expected:
-        raise CorruptionError(f"{path}: not the commit record that the manifest names; the file is damaged")
-    return CommitRecord.from_bytes(data, group, task, str(path))
+    return f"commit/{group}/{check_id(task, TASK_ID, 'commit')}.json"
+
+
+def read_commit(root: Root, group: str, task: str, expected: str | None = None) -> CommitRecord:
+    """Read one commit record; with `expected`, CorruptionError unless its digest is that."""
+    return read_commit_and_digest(root, group, task, expected)[0]
+
+
+def read_commit_and_digest(
+    root: Root, group: str, task: str, expected: str | None = None
+) -> tuple[CommitRecord, str]:
+    """A commit record and the digest of its bytes, by which manifests name it."""
+
+    def parse(data: bytes, where: str) -> tuple[CommitRecord, str]:
+        found = digest(data)
+        if expected is not None and found != expected:
+            raise CorruptionError(
+                f"{where}: not the commit record that the manifest names; the file is damaged"
+            )
+        return CommitRecord.from_bytes(data, group, task, where), found
+
+    return root.load(commit_name(group, task), parse)
 
 
 def files_of(spec: GroupSpec | None, group: str) -> list[str]:

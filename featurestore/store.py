@@ -1,4 +1,4 @@
-"""The store on disk: create or open it, plan, write bundles and commit them, publish a manifest.
+"""The store: create or open it, plan, write bundles and commit them, publish a manifest.
 
 Every writer is independent: there is no lock. A bundle is private until its commit record is published
 with link(2), which never replaces; a writer that comes second leaves garbage and uses the winner's.
@@ -7,9 +7,7 @@ with link(2), which never replaces; a writer that comes second leaves garbage an
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from featurestore.directory import (
     SPEC_FILE,
     committed_groups,
     committed_tasks,
-    manifest_path,
+    manifest_name,
     plan_names,
     provenance_names,
     read_provenance,
@@ -33,38 +31,31 @@ from featurestore.errors import (
     SpecMismatchError,
     StoreFormatError,
 )
-from featurestore.files import (
-    ensure_directory,
-    hash_file,
-    names_in,
-    publish,
-    read_bounded,
-    sync,
-    sync_tree,
-    write_new,
-    writing,
-)
+from featurestore.files import MAX_RECORD_BYTES, hash_bytes, hash_file, write_new, writing
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
 from featurestore.plan import Task
 from featurestore.records import (
     SAMPLES_FILE,
     CommitRecord,
     Manifest,
-    commit_path,
+    commit_name,
     files_of,
     read_commit,
+    read_commit_and_digest,
     sum_stats,
 )
+from featurestore.root import Root, root_of
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
 from featurestore.shard import write_group
 from featurestore.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
 
 
 class FeatureStore:
-    """A cache directory of one teacher. Safe to use from many processes at once, on one file system."""
+    """The cache of one teacher. Safe to use from many processes at once, on a file system or object store."""
 
-    def __init__(self, path: Path, identity: TeacherIdentity) -> None:
-        self.path = path
+    def __init__(self, root: Root, identity: TeacherIdentity) -> None:
+        self.path = root.location
+        self.root = root
         self.identity = identity
         self._plans: dict[str, list[Task]] = {}
 
@@ -72,37 +63,39 @@ class FeatureStore:
     def create(cls, path: str | Path, identity: TeacherIdentity) -> FeatureStore:
         """Make a store, or open the one that is there if it has the same teacher.
 
-        Raises SpecMismatchError for another teacher, StoreWriteError when the directory cannot be
-        written, StoreFormatError when it is in use for something else.
+        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises SpecMismatchError for
+        another teacher, StoreWriteError when the place cannot be written, StoreFormatError when it is in use
+        for something else.
         """
-        root = Path(path)
-        with writing("a store", root):
-            root.mkdir(parents=True, exist_ok=True)
-            if not (root / SPEC_FILE).exists():
-                if names_in(root):
+        root = root_of(path)
+        with writing("a store", root.location):
+            if not root.exists(SPEC_FILE):
+                if root.names(""):
                     raise StoreFormatError(
-                        f"{root} is not empty and holds no store; choose another directory"
+                        f"{root.location} is not empty and holds no store; choose another directory"
                     )
-                publish(root / SPEC_FILE, seal({**header("spec"), "teacher": identity.to_json()}))
-                sync(root.parent)
-        store = cls.open(root)
+                root.make()
+                root.publish(SPEC_FILE, seal({**header("spec"), "teacher": identity.to_json()}))
+        store = cls(root, read_spec(root)[0])
         differences = store.identity.differences(identity)
         if differences:
             listed = "; ".join(f"{n} is {a!r} there, {b!r} now" for n, a, b in differences)
-            raise SpecMismatchError(f"the store {root} belongs to another teacher or engine: {listed}")
+            raise SpecMismatchError(
+                f"the store {root.location} belongs to another teacher or engine: {listed}"
+            )
         return store
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
         """Open an existing store; StoreNotFoundError when there is none."""
-        root = Path(path)
+        root = root_of(path)
         return cls(root, read_spec(root)[0])
 
     def known_tasks(self) -> dict[str, Task]:
         """Every planned task by id, from all plan files."""
-        for name in plan_names(self.path):
+        for name in plan_names(self.root):
             if name not in self._plans:
-                self._plans[name] = read_plan(self.path / name)
+                self._plans[name] = read_plan(self.root, name)
         return {task.id: task for _, tasks in sorted(self._plans.items()) for task in tasks}
 
     def add_plan(self, tasks: Sequence[Task]) -> None:
@@ -112,22 +105,22 @@ class FeatureStore:
         if new:
             data = plan_to_bytes(new)
             with writing("a plan", self.path):
-                publish(self.path / plan_name(data), data)
+                self.root.publish(plan_name(data), data)
 
     def commits(self) -> dict[str, dict[str, CommitRecord]]:
         """group id ("samples" included) -> task id -> record, of everything that is committed."""
         return {
-            group: {task: read_commit(self.path, group, task) for task in committed_tasks(self.path, group)}
-            for group in committed_groups(self.path)
+            group: {task: record for task, (record, _) in self._records(group).items()}
+            for group in committed_groups(self.root)
         }
 
     def group_specs(self) -> dict[str, GroupSpec]:
         """Spec of every column group that at least one task has."""
         specs: dict[str, GroupSpec] = {}
-        for group in committed_groups(self.path):
-            tasks = committed_tasks(self.path, group)
+        for group in committed_groups(self.root):
+            tasks = committed_tasks(self.root, group)
             if group != SAMPLES and tasks:
-                spec = read_commit(self.path, group, tasks[0]).spec
+                spec = read_commit(self.root, group, tasks[0]).spec
                 assert spec is not None
                 specs[group] = spec
         return specs
@@ -135,9 +128,9 @@ class FeatureStore:
     def read_samples(self, task_id: str) -> list[Sample]:
         """Tokens and masks of a committed task, in the task's order."""
         task = self.known_tasks().get(task_id)
-        if task is None or not commit_path(self.path, SAMPLES, task_id).exists():
+        if task is None or not self._has(None, task):
             raise MissingFeatureError(f"the samples of task {task_id} are not committed in {self.path}")
-        return read_samples(self.path, read_commit(self.path, SAMPLES, task_id), task)
+        return read_samples(self.root, read_commit(self.root, SAMPLES, task_id), task)
 
     def write_bundle(
         self,
@@ -152,29 +145,27 @@ class FeatureStore:
         numbers that the contract excludes, StoreWriteError when the disk refuses.
         """
         self._check_samples(task, samples)
-        missing = {g: f for g, f in features.items() if not self._commit_path(g, task).exists()}
+        missing = {g: f for g, f in features.items() if not self._has(g, task)}
         packed = {
             spec: pack(spec, given, task.lengths, self.identity.vocab_size, self.identity.hidden_size)
             for spec, given in missing.items()
             if self._checked(spec)
         }
-        has_samples = self._commit_path(None, task).exists()
+        has_samples = self._has(None, task)
         if packed or not has_samples:
             self._write_and_commit(task, packed, None if has_samples else samples)
         # The samples come last: a task that has them has whatever its first bundle set out to hold.
         groups = [*(group_id(spec) for spec in features), SAMPLES]
-        return [read_commit(self.path, group, task.id) for group in groups]
+        return [read_commit(self.root, group, task.id) for group in groups]
 
     def publish_manifest(self) -> Manifest:
         """Publish the list of all that is committed now. The same commits give the same manifest."""
         tasks: dict[str, dict[str, str]] = {}
         specs: dict[str, GroupSpec] = {}
         records: dict[str, list[CommitRecord]] = {}
-        for group in committed_groups(self.path):
-            for task in committed_tasks(self.path, group):
-                data = read_bounded(commit_path(self.path, group, task))
-                record = CommitRecord.from_bytes(data, group, task, f"commit/{group}/{task}.json")
-                tasks.setdefault(task, {})[group] = digest(data)
+        for group in committed_groups(self.root):
+            for task, (record, record_digest) in self._records(group).items():
+                tasks.setdefault(task, {})[group] = record_digest
                 if record.spec is not None:
                     specs[group] = record.spec
                     records.setdefault(group, []).append(record)
@@ -182,9 +173,9 @@ class FeatureStore:
         if not complete:
             raise StoreFormatError(f"nothing is committed in {self.path} yet, so there is nothing to list")
         manifest = Manifest(
-            spec=read_spec(self.path)[1],
-            plans=tuple(plan_names(self.path)),
-            teacher=tuple(teacher_listings(self.path)),
+            spec=read_spec(self.root)[1],
+            plans=tuple(plan_names(self.root)),
+            teacher=tuple(teacher_listings(self.root)),
             groups={group: specs[group] for group in sorted(specs)},
             tasks=complete,
             stats={
@@ -194,39 +185,43 @@ class FeatureStore:
             },
         )
         with writing("a manifest", self.path):
-            publish(manifest_path(self.path, manifest.digest), manifest.to_bytes())
+            self.root.publish(manifest_name(manifest.digest), manifest.to_bytes())
         return manifest
 
     def put_teacher_files(self, files: Mapping[str, bytes]) -> None:
         """Keep small files of the teacher (config, tokenizer) in teacher/; a name's first content stays."""
         for name in files:
             check_id(name, FILE_NAME, "teacher file")
-        folder = self.path / "teacher"
         with writing("teacher files", self.path):
-            ensure_directory(folder, self.path)
             for name, data in files.items():
-                publish(folder / name, data)
-            listing = {name: list(hash_file(folder / name)) for name in sorted(files)}
-            data = seal({**header("teacher"), "files": listing})
-            publish(self.path / f"TEACHER-{digest(data)}.json", data)
+                self.root.publish(f"teacher/{name}", data)
+            stamps = {name: self.root.load(f"teacher/{name}", hash_bytes) for name in sorted(files)}
+            data = seal({**header("teacher"), "files": {name: list(s) for name, s in stamps.items()}})
+            self.root.publish(f"TEACHER-{digest(data)}.json", data)
 
     def add_provenance(self, record: Mapping[str, Any]) -> str:
         """Keep a JSON record of one run (argv, versions, seconds); returns its id."""
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
-        folder = self.path / "provenance"
         with writing("provenance", self.path):
-            ensure_directory(folder, self.path)
             # Through JSON once, so that what is sealed is what a reader parses.
             record = json.loads(json.dumps(dict(record), allow_nan=False))
-            publish(folder / f"{name}.json", seal({**header("provenance"), "id": name, "record": record}))
+            data = seal({**header("provenance"), "id": name, "record": record})
+            self.root.publish(f"provenance/{name}.json", data)
         return name
 
     def provenance(self) -> list[dict[str, Any]]:
         """The records of all runs, oldest first."""
-        return [read_provenance(self.path, name) for name in provenance_names(self.path)]
+        return [read_provenance(self.root, name) for name in provenance_names(self.root)]
 
-    def _commit_path(self, spec: GroupSpec | None, task: Task) -> Path:
-        return commit_path(self.path, SAMPLES if spec is None else group_id(spec), task.id)
+    def _has(self, spec: GroupSpec | None, task: Task) -> bool:
+        """Is this group (None: are the samples) of the task committed."""
+        return self.root.exists(commit_name(SAMPLES if spec is None else group_id(spec), task.id))
+
+    def _records(self, group: str) -> dict[str, tuple[CommitRecord, str]]:
+        """task id -> record and its digest, of all tasks that have the group."""
+        tasks = committed_tasks(self.root, group)
+        self.root.fetch({commit_name(group, task): MAX_RECORD_BYTES for task in tasks})
+        return {task: read_commit_and_digest(self.root, group, task) for task in tasks}
 
     def _checked(self, spec: GroupSpec) -> bool:
         if isinstance(spec, HiddenSpec) and spec.layer > self.identity.num_layers:
@@ -248,25 +243,21 @@ class FeatureStore:
     ) -> None:
         name = f"{task.id}-{secrets.token_hex(6)}"
         with writing(f"task {task.id}", self.path):
-            ensure_directory(self.path / "parts", self.path)
-            bundle = self.path / "parts" / name
-            bundle.mkdir()
+            folder = self.root.begin(name)
             try:
-                records = self._write_private(bundle, task, packed, samples)
+                records = self._write_private(name, folder, task, packed, samples)
             except BaseException:
                 # Nothing refers to the bundle yet. Once publishing has begun, something may.
-                shutil.rmtree(bundle, ignore_errors=True)
+                self.root.abandon(name)
                 raise
-            # For `gc`, which takes a bundle that nobody has touched for long as garbage.
-            os.utime(bundle)
+            self.root.finish(name)
             for record in records:
-                path = commit_path(self.path, record.group, task.id)
-                ensure_directory(path.parent, self.path)
-                publish(path, record.to_bytes())
+                self.root.publish(commit_name(record.group, task.id), record.to_bytes())
 
     def _write_private(
         self,
-        bundle: Path,
+        bundle: str,
+        folder: Path,
         task: Task,
         packed: Mapping[GroupSpec, tuple[Mapping[str, Any], Stats]],
         samples: Sequence[Sample] | None,
@@ -277,22 +268,21 @@ class FeatureStore:
             group = group_id(spec)
             extent = Extent.of(task, stats, self.identity)
             attributes = {"task": task.id, "group": group, "spec": spec.to_json()}
-            write_group(bundle / group, attributes, layouts(spec, extent), arrays)
+            write_group(folder / group, attributes, layouts(spec, extent), arrays)
             contents.append((spec, group, stats))
         if samples is not None:
-            write_new(bundle / SAMPLES_FILE, samples_to_bytes(samples))
+            write_new(folder / SAMPLES_FILE, samples_to_bytes(samples))
             contents.append((None, SAMPLES, {}))
-        sync_tree(bundle)
-        sync(bundle.parent)
+        settled = self.root.settle(bundle)
         return [
             CommitRecord(
                 task=task.id,
                 group=group,
                 spec=spec,
-                bundle=bundle.name,
+                bundle=bundle,
                 rows=task.rows,
                 samples=len(task.lengths),
-                files={file: hash_file(bundle / file) for file in files_of(spec, group)},
+                files={file: hash_file(settled / file) for file in files_of(spec, group)},
                 stats=stats,
             )
             for spec, group, stats in contents

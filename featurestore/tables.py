@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featurestore.errors import CorruptionError, FeatureStoreError
-from featurestore.files import read_bounded
 from featurestore.identity import digest
 from featurestore.plan import Task
+from featurestore.root import Root
 from featurestore.schema import Sample
 
 PLAN_SCHEMA = pa.schema([("task", pa.string()), ("sample", pa.string()), ("length", pa.int32())])
@@ -43,13 +42,21 @@ def plan_to_bytes(tasks: Sequence[Task]) -> bytes:
     return _to_bytes(pa.table(columns, schema=PLAN_SCHEMA))
 
 
-def read_plan(path: Path) -> list[Task]:
+def read_plan(root: Root, name: str) -> list[Task]:
     """The tasks of a plan file, checked against the file's name and their own ids."""
-    data = read_bounded(path, MAX_PLAN_BYTES)
-    if plan_name(data) != path.name:
-        raise CorruptionError(f"{path}: its content does not hash to its name; the file is damaged")
+
+    def parse(data: bytes, where: str) -> list[Task]:
+        if plan_name(data) != name:
+            raise CorruptionError(f"{where}: its content does not hash to its name; the file is damaged")
+        return plan_from_bytes(data, where)
+
+    return root.load(name, parse, MAX_PLAN_BYTES)
+
+
+def plan_from_bytes(data: bytes, where: str) -> list[Task]:
+    """The inverse of `plan_to_bytes`; CorruptionError for tasks that do not hash to their ids."""
     # Sample ids are random hex digits: a real plan never expands a hundredfold.
-    table = _from_bytes(data, PLAN_SCHEMA, 100 * len(data) + 2**20, path)
+    table = _from_bytes(data, PLAN_SCHEMA, 100 * len(data) + 2**20, where)
     rows: dict[str, tuple[list[str], list[int]]] = {}
     columns = (table.column(name).to_pylist() for name in PLAN_SCHEMA.names)
     for task_id, sample_id, length in zip(*columns, strict=True):
@@ -59,9 +66,9 @@ def read_plan(path: Path) -> list[Task]:
     try:
         tasks = [Task(tuple(ids), tuple(lengths)) for ids, lengths in rows.values()]
     except FeatureStoreError as error:
-        raise CorruptionError(f"{path}: {error}") from None
+        raise CorruptionError(f"{where}: {error}") from None
     if [task.id for task in tasks] != list(rows):
-        raise CorruptionError(f"{path}: samples that do not hash to their task's id")
+        raise CorruptionError(f"{where}: samples that do not hash to their task's id")
     return tasks
 
 
@@ -80,23 +87,23 @@ def samples_to_bytes(samples: Sequence[Sample]) -> bytes:
     return _to_bytes(pa.table(columns, schema=SAMPLE_SCHEMA))
 
 
-def samples_from_bytes(data: bytes, task: Task, path: Path) -> list[Sample]:
+def samples_from_bytes(data: bytes, task: Task, where: str) -> list[Sample]:
     """The samples of a task, in order; CorruptionError unless they are exactly the task's."""
-    table = _from_bytes(data, SAMPLE_SCHEMA, 16 * task.rows + 256 * len(task.lengths) + 2**16, path)
+    table = _from_bytes(data, SAMPLE_SCHEMA, 16 * task.rows + 256 * len(task.lengths) + 2**16, where)
     tokens = _flat(table, "tokens", np.int32)
     mask = _flat(table, "loss_mask", np.bool_)
     if table.column("length").to_pylist() != list(task.lengths) or len(tokens) != task.rows:
-        raise CorruptionError(f"{path}: other sample lengths than the plan's")
+        raise CorruptionError(f"{where}: other sample lengths than the plan's")
     if len(mask) != task.rows:
-        raise CorruptionError(f"{path}: a loss mask of another length than the tokens")
+        raise CorruptionError(f"{where}: a loss mask of another length than the tokens")
     cuts = np.cumsum(task.lengths)[:-1]
     try:
         pairs = zip(np.split(tokens, cuts), np.split(mask, cuts), strict=True)
         samples = [Sample(tokens=t, loss_mask=m) for t, m in pairs]
     except ValueError as error:
-        raise CorruptionError(f"{path}: {error}") from None
+        raise CorruptionError(f"{where}: {error}") from None
     if [sample.id for sample in samples] != list(task.sample_ids):
-        raise CorruptionError(f"{path}: tokens that do not hash to the plan's sample ids")
+        raise CorruptionError(f"{where}: tokens that do not hash to the plan's sample ids")
     return samples
 
 
@@ -112,20 +119,20 @@ def _to_bytes(table: Any) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _from_bytes(data: bytes, schema: Any, limit: int, path: Path) -> Any:
+def _from_bytes(data: bytes, schema: Any, limit: int, where: str) -> Any:
     """Read a Parquet file whose pages, by its own footer, unpack to at most `limit` bytes."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         meta = file.metadata
         unpacked = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
         if unpacked > limit or meta.num_rows > limit:
-            raise CorruptionError(f"{path}: claims to unpack to {unpacked} bytes, too many for its rows")
+            raise CorruptionError(f"{where}: claims to unpack to {unpacked} bytes, too many for its rows")
         if not file.schema_arrow.equals(schema):
-            raise CorruptionError(f"{path}: not the columns of format version 1")
+            raise CorruptionError(f"{where}: not the columns of format version 1")
         table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, CorruptionError):
             raise
-        raise CorruptionError(f"{path}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+        raise CorruptionError(f"{where}: not readable as Parquet: {str(error).splitlines()[0]}") from None
     return table

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featurestore.bundle import Group, bundle_path, check_extent, read_samples
+from featurestore.bundle import Group, bundle_name, check_extent, read_samples
 from featurestore.directory import (
     SPEC_FILE,
     committed_groups,
     committed_tasks,
     manifest_digests,
-    manifest_path,
+    manifest_name,
     plan_names,
     provenance_names,
     read_manifest,
@@ -23,11 +23,12 @@ from featurestore.directory import (
     read_teacher_listing,
     teacher_listings,
 )
-from featurestore.errors import FeatureStoreError, StoreNotFoundError
-from featurestore.files import check_file, read_bounded
-from featurestore.identity import SAMPLES, digest
+from featurestore.errors import FeatureStoreError, StoreAccessError, StoreNotFoundError
+from featurestore.files import MAX_RECORD_BYTES
+from featurestore.identity import SAMPLES
 from featurestore.plan import Task
-from featurestore.records import CommitRecord, Manifest, commit_path, read_commit
+from featurestore.records import CommitRecord, Manifest, commit_name, read_commit_and_digest
+from featurestore.root import Root, root_of
 from featurestore.schema import TeacherIdentity
 from featurestore.tables import read_plan
 
@@ -65,18 +66,20 @@ def verify_store(path: str | Path, deep: bool, progress: Progress | None = None)
     """Check every file that the store's records name; `deep` also hashes their bytes and decodes all rows.
 
     Without `deep`, presence and sizes of data files are checked, and all records, plans and manifests.
-    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store.
+    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store,
+    StoreAccessError when the object store does not answer.
     """
-    root = Path(path)
-    if not (root / SPEC_FILE).exists() and not (root / "commit").is_dir():
-        raise StoreNotFoundError(f"no store at {root}")
-    return _Audit(root, deep).run(progress)
+    root = root_of(path)
+    if not root.exists(SPEC_FILE) and not root.names("commit"):
+        raise StoreNotFoundError(f"no store at {root.location}")
+    with root.audit() as audited:
+        return _Audit(audited, deep).run(progress)
 
 
 class _Audit:
     """One pass over a store; each step adds to the report and none stops the next."""
 
-    def __init__(self, root: Path, deep: bool) -> None:
+    def __init__(self, root: Root, deep: bool) -> None:
         self.root = root
         self.deep = deep
         self.report = Report()
@@ -89,10 +92,11 @@ class _Audit:
         spec_digest = self._spec()
         for name in plan_names(self.root):
             with self._file(name):
-                self.planned[name] = {task.id: task for task in read_plan(self.root / name)}
+                self.planned[name] = {task.id: task for task in read_plan(self.root, name)}
                 self.tasks.update(self.planned[name])
         self._side_files()
         keys = [(g, t) for g in committed_groups(self.root) for t in committed_tasks(self.root, g)]
+        self.root.fetch({commit_name(*key): MAX_RECORD_BYTES for key in keys})
         for done, (group, task) in enumerate(keys):
             self._commit(group, task)
             if progress is not None:
@@ -103,9 +107,8 @@ class _Audit:
     @contextmanager
     def _file(self, name: str) -> Iterator[None]:
         """Count a file of the store, and report what its check raises."""
-        path = self.root / name
         self.report.checked_files += 1
-        self.report.checked_bytes += path.stat().st_size if path.exists() else 0
+        self.report.checked_bytes += self.root.size(name)
         with self._guard(name):
             yield
 
@@ -113,11 +116,14 @@ class _Audit:
     def _guard(self, name: str) -> Iterator[None]:
         try:
             yield
+        except StoreAccessError:
+            # A service that does not answer says nothing about the store.
+            raise
         except (FeatureStoreError, OSError) as error:
             self._problem(name, str(error))
 
     def _problem(self, name: str, what: str) -> None:
-        what = what.replace(f"{self.root}/{name}: ", "").replace(f"{self.root}/", "")
+        what = what.replace(f"{self.root.where(name)}: ", "").replace(f"{self.root.location}/", "")
         if Problem(name, what) not in self.report.problems:
             self.report.problems.append(Problem(name, what))
 
@@ -133,16 +139,14 @@ class _Audit:
                 read_provenance(self.root, name)
         for listing in teacher_listings(self.root):
             with self._file(listing):
-                for name, stamp in read_teacher_listing(self.root / listing).items():
+                for name, stamp in read_teacher_listing(self.root, listing).items():
                     with self._file(f"teacher/{name}"):
-                        check_file(self.root / "teacher" / name, stamp, self.deep)
+                        self.root.check({f"teacher/{name}": stamp}, self.deep)
 
     def _commit(self, group: str, task_id: str) -> None:
-        path = commit_path(self.root, group, task_id)
-        name = str(path.relative_to(self.root))
+        name = commit_name(group, task_id)
         with self._file(name):
-            record = read_commit(self.root, group, task_id)
-            self.records[group, task_id] = digest(read_bounded(path))
+            record, self.records[group, task_id] = read_commit_and_digest(self.root, group, task_id)
             task = self.tasks.get(task_id)
             if task is None:
                 self._problem(name, "no readable plan file has this task")
@@ -152,15 +156,18 @@ class _Audit:
 
     def _data(self, record: CommitRecord, task: Task) -> None:
         before = len(self.report.problems)
-        folder = bundle_path(self.root, record)
-        for file, stamp in record.files.items():
-            with self._file(f"parts/{record.bundle}/{file}"):
-                check_file(folder / file, stamp, self.deep)
+        stamps = {f"{bundle_name(record)}/{file}": stamp for file, stamp in record.files.items()}
+        if self.deep:
+            self.root.fetch({name: size for name, (size, _) in stamps.items()})
+        for name, stamp in stamps.items():
+            with self._file(name):
+                self.root.check({name: stamp}, self.deep)
         if record.group == SAMPLES:
             self.report.rows += record.rows
         if self.deep and len(self.report.problems) == before and self.identity is not None:
-            with self._guard(f"parts/{record.bundle}/{record.group}"):
+            with self._guard(f"{bundle_name(record)}/{record.group}"), self.root.naming():
                 self._decode(record, task, self.identity)
+        self.root.release(bundle_name(record))
 
     def _decode(self, record: CommitRecord, task: Task, identity: TeacherIdentity) -> None:
         """Read every row the way a reader does."""
@@ -176,7 +183,7 @@ class _Audit:
         if anything_committed and not digests:
             self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
         for manifest_digest in digests:
-            name = manifest_path(self.root, manifest_digest).name
+            name = manifest_name(manifest_digest)
             with self._file(name):
                 self._manifest(name, read_manifest(self.root, manifest_digest), spec_digest)
 
@@ -184,7 +191,7 @@ class _Audit:
         if spec_digest is not None and manifest.spec != spec_digest:
             self._problem(name, "made for another SPEC.json")
         for file in (*manifest.plans, *manifest.teacher):
-            if not (self.root / file).exists():
+            if not self.root.exists(file):
                 self._problem(file, "the file is missing")
         planned = {task for plan in manifest.plans for task in self.planned.get(plan, ())}
         for task, groups in manifest.tasks.items():

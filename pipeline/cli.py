@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from featurestore.errors import (
     FeatureStoreError,
     MissingFeatureError,
     SpecMismatchError,
+    StoreAccessError,
     StoreFormatError,
     StoreNotFoundError,
 )
@@ -30,9 +30,18 @@ app = typer.Typer(
     help="Run a teacher once over a data set and keep what a student learns from: "
     "per token the top of its distribution and chosen hidden states, in a feature store.",
 )
-_USER_ERRORS = (RequestError, SpecMismatchError, StoreNotFoundError, StoreFormatError, MissingFeatureError)
+_USER_ERRORS = (
+    RequestError,
+    SpecMismatchError,
+    StoreNotFoundError,
+    StoreFormatError,
+    StoreAccessError,
+    MissingFeatureError,
+)
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a feature store.")]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Feature store: a directory, s3://bucket/prefix or gs://...")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 TeacherArgument = Annotated[
     str, typer.Argument(metavar="TEACHER", help="Local checkpoint directory or hub name of a causal LM.")
@@ -44,7 +53,12 @@ DatasetArgument = Annotated[
         help="Local .txt/.jsonl/.parquet/.arrow file or folder, a saved `datasets` directory, or a hub name.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Feature store to create or to extend.")]
+OutOption = Annotated[
+    str,
+    typer.Option(
+        "--out", help="Feature store to create or to extend: a directory, s3://bucket/prefix or gs://..."
+    ),
+]
 SplitOption = Annotated[str, typer.Option(help="Split of a hub or saved data set.")]
 ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub data set, e.g. 20231101.en.")]
 ColumnOption = Annotated[str, typer.Option(help="Column that holds the text.")]
@@ -323,7 +337,7 @@ def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tup
         raise RequestError(f"{flag} {text}: give numbers with commas between, e.g. {example}") from None
 
 
-def _show_sample(store: Path, index: int, tokens: int, as_json: bool) -> None:
+def _show_sample(store: str, index: int, tokens: int, as_json: bool) -> None:
     from featurestore.inspect import look_at
     from featurestore.reader import CacheReader
     from pipeline.inside import render_sample, sample_json
@@ -339,7 +353,7 @@ def _show_sample(store: Path, index: int, tokens: int, as_json: bool) -> None:
         render_sample(Console(), view, pieces)
 
 
-def _mass_by_rank(store: Path) -> Any:
+def _mass_by_rank(store: str) -> Any:
     """None where there are no logits; damage is named, and the rest of `info` still shown."""
     from featurestore.inspect import mass_by_rank
     from featurestore.reader import CacheReader
@@ -363,9 +377,9 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _print_outcome(out: Path, outcome: Any, as_json: bool) -> None:
+def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
     if as_json:
-        _print_json({"store": str(out), **asdict(outcome)})
+        _print_json({"store": out, **asdict(outcome)})
         return
     console = Console(stderr=True)
     if not outcome.tokens:

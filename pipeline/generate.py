@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
+from featurestore.directory import SPEC_FILE
 from featurestore.errors import StoreWriteError
 from featurestore.plan import GenerationPlan, Task, Work, plan_generation
+from featurestore.root import root_of
 from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.store import FeatureStore
 from pipeline import provenance
@@ -163,9 +165,10 @@ def start_engine(
 
 def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:
     """The store at --out when there is one; a foreign directory is not written into."""
-    if (request.out / "SPEC.json").exists():
+    root = root_of(request.out)
+    if root.exists(SPEC_FILE):
         return FeatureStore.create(request.out, identity)
-    if request.out.is_dir() and any(request.out.iterdir()):
+    if root.names(""):
         raise RequestError(
             f"--out {request.out}: not empty and not a feature store; choose another directory"
         )

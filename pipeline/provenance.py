@@ -23,7 +23,7 @@ def record(request: GenerateRequest, began: datetime, outcome: Outcome) -> dict[
     return {
         "command": "generate",
         "argv": sys.argv,
-        "request": {**asdict(request), "out": str(request.out)},
+        "request": asdict(request),
         "began": began.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "tokens": outcome.tokens,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from featurestore.errors import StoreFormatError
+from featurestore.errors import StoreAccessError, StoreFormatError
+from featurestore.root import is_url, root_of
 from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
 from pipeline.errors import RequestError
 from pipeline.teacher import Teacher
@@ -32,7 +33,7 @@ class GenerateRequest:
 
     teacher: str
     dataset: str
-    out: Path
+    out: str
     split: str = "train"
     dataset_config: str | None = None
     text_column: str = "text"
@@ -163,12 +164,21 @@ def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str)
     )
 
 
-def check_writable(out: Path) -> None:
-    """Refuse a store directory that cannot be created or written.
+def check_writable(place: str) -> None:
+    """Refuse a store that cannot be created or written. Of an object store, that it can be listed is all
+    that is known before the first write.
 
     Raises:
-        RequestError: it is a file, or the nearest existing directory above it is not writable.
+        RequestError: it is a file, the nearest existing directory above it is not writable, or the object
+            store does not answer.
     """
+    if is_url(place):
+        try:
+            root_of(place).probe()
+        except (StoreAccessError, StoreFormatError) as error:
+            raise RequestError(f"--out {error}") from error
+        return
+    out = Path(place)
     if out.exists() and not out.is_dir():
         raise RequestError(f"--out {out}: exists and is not a directory")
     nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))

@@ -95,7 +95,11 @@ def make_parser() -> Any:
         allow_abbrev=False,
         usage="distily-train from-cache STORE --output-dir DIR [flags]",
     )
-    parser.add_argument("store", metavar="STORE", help="cache made by `distily-cache generate`")
+    parser.add_argument(
+        "store",
+        metavar="STORE",
+        help="cache made by `distily-cache generate`: a directory, s3://bucket/prefix or gs://bucket/prefix",
+    )
     parser.set_defaults(**defaults())
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too

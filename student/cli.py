@@ -40,6 +40,7 @@ def from_cache(context: typer.Context) -> None:
         FeatureStoreError,
         MissingFeatureError,
         SpecMismatchError,
+        StoreAccessError,
         StoreFormatError,
         StoreNotFoundError,
     )
@@ -47,7 +48,14 @@ def from_cache(context: typer.Context) -> None:
 
     try:
         _run(context.args)
-    except (UserError, MissingFeatureError, SpecMismatchError, StoreFormatError, StoreNotFoundError) as error:
+    except (
+        UserError,
+        MissingFeatureError,
+        SpecMismatchError,
+        StoreAccessError,
+        StoreFormatError,
+        StoreNotFoundError,
+    ) as error:
         _fail(error, 2)
     except (StudentError, FeatureStoreError) as error:
         _fail(error, 1)

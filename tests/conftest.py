@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import teachers
+from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

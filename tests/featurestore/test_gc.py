@@ -69,13 +69,13 @@ def test_an_unreadable_record_stops_the_collection(filled: Filled) -> None:
         collect(filled.path / "parts")
 
 
-def test_shards_are_listed_with_what_they_have(filled: Filled) -> None:
+def test_shards_are_listed_with_what_they_have(filled_anywhere: Filled) -> None:
     extra = task_of([sample(900, 7)])
-    filled.store.add_plan([extra])
-    shards = {shard.task: shard for shard in list_shards(filled.path)}
-    assert set(shards) == {extra.id, *(task.id for task in filled.tasks)}
+    filled_anywhere.store.add_plan([extra])
+    shards = {shard.task: shard for shard in list_shards(filled_anywhere.path)}
+    assert set(shards) == {extra.id, *(task.id for task in filled_anywhere.tasks)}
     assert not shards[extra.id].complete and shards[extra.id].bytes == 0
-    done = shards[filled.tasks[0].id]
+    done = shards[filled_anywhere.tasks[0].id]
     assert done.complete and set(done.groups) == {"samples", *map(group_id, SPECS)}
-    assert (done.rows, done.samples) == (filled.tasks[0].rows, len(filled.tasks[0].lengths))
+    assert (done.rows, done.samples) == (filled_anywhere.tasks[0].rows, len(filled_anywhere.tasks[0].lengths))
     assert done.to_json()["bytes"] == sum(done.groups.values()) > 0

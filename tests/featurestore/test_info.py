@@ -15,32 +15,37 @@ from featurestore.info import store_info
 from featurestore.records import Manifest
 from featurestore.schema import HiddenSpec, LogitsFeatures, group_id
 from featurestore.store import FeatureStore
-from tests.featurestore.conftest import SPECS, Filled
+from tests.featurestore.conftest import SPECS, Filled, Place
 from tests.featurestore.helpers import HIDDEN, hidden, identity, sample, task_of
 
 
-def test_info_sums_up_the_store(filled: Filled) -> None:
-    filled.store.add_plan([task_of([sample(500, 9)])])
-    info = store_info(filled.path)
+def test_info_sums_up_the_store(filled_anywhere: Filled, place: Place) -> None:
+    filled_anywhere.store.add_plan([task_of([sample(500, 9)])])
+    info = store_info(filled_anywhere.path)
     json.dumps(info.to_json(), allow_nan=False)
-    rows = sum(task.rows for task in filled.tasks)
-    assert (info.samples, info.rows) == (len(filled.samples), rows)
+    rows = sum(task.rows for task in filled_anywhere.tasks)
+    assert (info.samples, info.rows) == (len(filled_anywhere.samples), rows)
     assert (info.samples_planned, info.rows_planned) == (info.samples + 1, rows + 9)
     assert sum(info.length_histogram.values()) == info.samples
     assert info.manifest and [r["argv"] for r in info.provenance] == [["generate"]]
 
     logits = info.groups[group_id(SPECS[0])]
     given = [
-        f for features in filled.given.values() for f in features.values() if isinstance(f, LogitsFeatures)
+        f
+        for features in filled_anywhere.given.values()
+        for f in features.values()
+        if isinstance(f, LogitsFeatures)
     ]
     labels = np.concatenate([f.label_logprob[:-1] for f in given]).astype(np.float64)
     mass = np.concatenate([head_mass(f.counts, f.logits, f.lse) for f in given])
-    assert logits.tasks_done == len(filled.tasks) == logits.tasks_total - 1
+    assert logits.tasks_done == len(filled_anywhere.tasks) == logits.tasks_total - 1
     assert logits.mean_head_size == pytest.approx(np.concatenate([f.counts for f in given]).mean())
     assert logits.mean_head_mass == pytest.approx(mass.mean())
     assert logits.perplexity == pytest.approx(np.exp(-labels.mean()))
 
-    on_disk = sum(p.stat().st_size for p in (filled.path / "parts").rglob("*") if p.is_file())
+    on_disk = sum(
+        len(data) for name, (_, data) in place.contents("store").items() if name.startswith("parts/")
+    )
     assert info.bytes == on_disk == sum(sum(g.arrays.values()) for g in info.groups.values())
     states = info.groups[group_id(SPECS[2])]
     assert states.bytes_per_row == states.bytes / rows and states.mean_head_size is None
@@ -63,7 +68,7 @@ def test_the_error_of_hidden_states_is_summed_up_and_listed(tmp_path: Path) -> N
     sums = {"squared_error": np.concatenate(error).sum(dtype=np.float64)}
     sums["squared_norm"] = np.concatenate(norm).sum(dtype=np.float64)
     assert manifest.stats == {group_id(spec): pytest.approx(sums)}
-    assert read_manifest(store.path, manifest.digest).stats == manifest.stats
+    assert read_manifest(store.root, manifest.digest).stats == manifest.stats
     ratio = np.sqrt(sums["squared_error"] / sums["squared_norm"])
     assert store_info(store.path).groups[group_id(spec)].relative_error == pytest.approx(ratio)
 
@@ -81,7 +86,7 @@ def test_an_error_that_is_no_number_is_left_out(tmp_path: Path) -> None:
 
 def test_manifests_list_sums_over_their_tasks(filled: Filled) -> None:
     """Logits of all tasks, but how many ids are distinct adds up to nothing."""
-    manifest = read_manifest(filled.path, str(fullest_manifest(filled.path)))
+    manifest = read_manifest(filled.store.root, str(fullest_manifest(filled.store.root)))
     records = filled.store.commits()[group_id(SPECS[0])].values()
     sums = manifest.stats[group_id(SPECS[0])]
     assert set(manifest.stats) == {group_id(SPECS[0])}

@@ -18,15 +18,17 @@ from tests.featurestore.conftest import SPECS, Filled, fill
 from tests.featurestore.helpers import assert_same
 
 
-def test_reads_any_order_with_few_bundles_open(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_any_order_with_few_bundles_open(
+    filled_anywhere: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader_module, "OPEN_BUNDLES", 1)
-    reader = CacheReader.open(filled.path)
-    assert reader.identity == filled.store.identity and (reader.teacher_dir / "config.json").exists()
+    reader = CacheReader.open(filled_anywhere.path)
+    assert reader.identity == filled_anywhere.store.identity and (reader.teacher_dir / "config.json").exists()
     for i in np.random.default_rng(0).integers(0, len(reader), 40).tolist():
         found = reader.read(i)
         assert set(found.features) == set(SPECS)
         for spec, value in found.features.items():
-            assert_same(value, filled.given[reader.sample_ids[i]][spec])
+            assert_same(value, filled_anywhere.given[reader.sample_ids[i]][spec])
     for bad in (-1, len(reader)):
         with pytest.raises(IndexError):
             reader.read(bad)
@@ -38,8 +40,8 @@ def test_only_what_is_asked_for_is_read(filled: Filled) -> None:
     assert reader.read(0, []).features == {}
 
 
-def test_a_narrower_request_is_served_from_the_wider_group(filled: Filled) -> None:
-    reader = CacheReader.open(filled.path)
+def test_a_narrower_request_is_served_from_the_wider_group(filled_anywhere: Filled) -> None:
+    reader = CacheReader.open(filled_anywhere.path)
     wide, narrow = reader.find("logits"), LogitsSpec(3, 0.9)
     assert wide == SPECS[0]
     found = reader.read(2, [wide, narrow]).features
@@ -75,8 +77,8 @@ def _lse_sum(reader: CacheReader, index: int) -> float:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_read_the_same(filled: Filled, method: str) -> None:
-    reader = CacheReader.open(filled.path)
+def test_worker_processes_read_the_same(filled_anywhere: Filled, method: str) -> None:
+    reader = CacheReader.open(filled_anywhere.path)
     here = [_lse_sum(reader, i) for i in range(len(reader))]
     with multiprocessing.get_context(method).Pool(2) as pool:
         there = pool.starmap(_lse_sum, [(reader, i) for i in range(len(reader))])

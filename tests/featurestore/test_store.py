@@ -25,14 +25,8 @@ from featurestore.schema import (
     group_id,
 )
 from featurestore.store import FeatureStore
-from tests.featurestore.conftest import SPECS, Filled, fill
+from tests.featurestore.conftest import SPECS, Filled, Place, fill
 from tests.featurestore.helpers import assert_same, features, hidden, identity, logits, sample, task_of
-
-
-def hashes(root: Path) -> dict[str, tuple[int, bytes]]:
-    return {
-        str(p.relative_to(root)): (p.stat().st_ino, p.read_bytes()) for p in root.rglob("*") if p.is_file()
-    }
 
 
 def committed(store: FeatureStore) -> dict[str, set[str]]:
@@ -49,8 +43,8 @@ def committed(store: FeatureStore) -> dict[str, set[str]]:
         LseSpec(0.05),
     ],
 )
-def test_every_kind_of_group_comes_back(tmp_path: Path, spec: GroupSpec) -> None:
-    store = FeatureStore.create(tmp_path / "s", identity())
+def test_every_kind_of_group_comes_back(place: Place, spec: GroupSpec) -> None:
+    store = FeatureStore.create(place.at("s"), identity())
     samples = [sample(1, 1), sample(2, 700), sample(3, 33)]
     task = task_of(samples)
     store.add_plan([task])
@@ -58,7 +52,7 @@ def test_every_kind_of_group_comes_back(tmp_path: Path, spec: GroupSpec) -> None
     records = store.write_bundle(task, samples, given)
     assert [r.group for r in records] == [group_id(spec), "samples"]
     manifest = store.publish_manifest()
-    reader = CacheReader.open(tmp_path / "s", manifest.digest[:8])
+    reader = CacheReader.open(place.at("s"), manifest.digest[:8])
     assert reader.sample_ids == list(task.sample_ids) and reader.lengths.tolist() == [1, 700, 33]
     for i, one in enumerate(samples):
         found = reader.read(i)
@@ -78,11 +72,11 @@ def test_a_store_of_a_wide_vocabulary(tmp_path: Path) -> None:
     assert_same(CacheReader.open(tmp_path / "s").read(0).features[spec], given)
 
 
-def test_known_tasks_samples_and_provenance_come_back(filled: Filled) -> None:
-    store = FeatureStore.open(filled.path)
+def test_known_tasks_samples_and_provenance_come_back(filled_anywhere: Filled) -> None:
+    store = FeatureStore.open(filled_anywhere.path)
     assert store.identity == identity()
-    assert store.known_tasks() == {t.id: t for t in filled.tasks} and len(filled.tasks) > 2
-    for task in filled.tasks:
+    assert store.known_tasks() == {t.id: t for t in filled_anywhere.tasks} and len(filled_anywhere.tasks) > 2
+    for task in filled_anywhere.tasks:
         assert [s.id for s in store.read_samples(task.id)] == list(task.sample_ids)
     store.add_provenance({"argv": ["again"], "n": [1, None]})
     assert [r["argv"] for r in store.provenance()] == [["generate"], ["again"]]
@@ -91,8 +85,9 @@ def test_known_tasks_samples_and_provenance_come_back(filled: Filled) -> None:
         store.read_samples("0" * 16)
 
 
-def test_the_same_request_again_changes_no_file(filled: Filled) -> None:
-    before = hashes(filled.path)
+def test_the_same_request_again_changes_no_file(filled_anywhere: Filled, place: Place) -> None:
+    filled = filled_anywhere
+    before = place.contents("store")
     store = FeatureStore.create(filled.path, identity(name="another/spelling"))
     wanted = [(s.id, len(s)) for s in filled.samples.values()]
     plan = plan_generation(store.known_tasks(), committed(store), store.group_specs(), wanted, SPECS, 90)
@@ -103,11 +98,14 @@ def test_the_same_request_again_changes_no_file(filled: Filled) -> None:
         members = [filled.samples[s] for s in task.sample_ids]
         store.write_bundle(task, members, features(members, SPECS))
     store.publish_manifest()
-    assert hashes(filled.path) == before
+    assert place.contents("store") == before
 
 
-def test_extension_adds_files_and_the_old_manifest_reads_as_before(filled: Filled) -> None:
-    before = hashes(filled.path)
+def test_extension_adds_files_and_the_old_manifest_reads_as_before(
+    filled_anywhere: Filled, place: Place
+) -> None:
+    filled = filled_anywhere
+    before = place.contents("store")
     old = CacheReader.open(filled.path)
     store, extra = filled.store, HiddenSpec(4, "fp8")
     wanted_samples = {**filled.samples, **{s.id: s for s in map(sample, range(100, 106))}}
@@ -123,7 +121,7 @@ def test_extension_adds_files_and_the_old_manifest_reads_as_before(filled: Fille
         store.write_bundle(work.task, members, features(members, list(work.groups)))
     store.publish_manifest()
 
-    after = hashes(filled.path)
+    after = place.contents("store")
     assert {name: after[name] for name in before} == before
     new = CacheReader.open(filled.path)
     assert len(new) == len(wanted_samples) and len(old) == len(filled.samples)
@@ -142,8 +140,8 @@ def test_extension_adds_files_and_the_old_manifest_reads_as_before(filled: Fille
         new.find("hidden.L1")
 
 
-def test_racing_writers_commit_once(tmp_path: Path) -> None:
-    store = FeatureStore.create(tmp_path / "s", identity())
+def test_racing_writers_commit_once(place: Place) -> None:
+    store = FeatureStore.create(place.at("s"), identity())
     samples = [sample(i) for i in range(6)]
     task = task_of(samples)
     given = features(samples, SPECS)
@@ -151,7 +149,7 @@ def test_racing_writers_commit_once(tmp_path: Path) -> None:
 
     def write() -> None:
         try:
-            mine = FeatureStore.create(tmp_path / "s", identity())
+            mine = FeatureStore.create(place.at("s"), identity())
             start.wait()
             mine.add_plan([task])
             results.append(mine.write_bundle(task, samples, given))
@@ -171,7 +169,7 @@ def test_racing_writers_commit_once(tmp_path: Path) -> None:
     }
     store.publish_manifest()
     for i in range(6):
-        for spec, found in CacheReader.open(tmp_path / "s").read(i).features.items():
+        for spec, found in CacheReader.open(place.at("s")).read(i).features.items():
             assert_same(found, given[spec][i])
 
 
@@ -185,30 +183,32 @@ def test_racing_writers_commit_once(tmp_path: Path) -> None:
         ("vocab_size", 7),
     ],
 )
-def test_another_teacher_is_refused_with_both_values(filled: Filled, field: str, value: object) -> None:
+def test_another_teacher_is_refused_with_both_values(
+    filled_anywhere: Filled, field: str, value: object
+) -> None:
     with pytest.raises(SpecMismatchError) as caught:
-        FeatureStore.create(filled.path, identity(**{field: value}))
+        FeatureStore.create(filled_anywhere.path, identity(**{field: value}))
     message = str(caught.value)
     assert field in message and repr(value) in message and repr(getattr(identity(), field)) in message
     assert "\n" not in message
 
 
-def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
+def test_a_place_of_something_else_is_left_alone(place: Place) -> None:
+    place.write("mine", "thesis.txt", b"mine")
     with pytest.raises(StoreFormatError, match="not empty"):
-        FeatureStore.create(tmp_path, identity())
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-    for path in (tmp_path, tmp_path / "nowhere"):
+        FeatureStore.create(place.at("mine"), identity())
+    assert list(place.contents("mine")) == ["thesis.txt"]
+    for store in ("mine", "nowhere"):
         with pytest.raises(StoreNotFoundError):
-            FeatureStore.open(path)
+            FeatureStore.open(place.at(store))
         with pytest.raises(StoreNotFoundError):
-            CacheReader.open(path)
+            CacheReader.open(place.at(store))
 
 
-def test_an_unfinished_store_says_how_to_finish_it(tmp_path: Path) -> None:
-    store = FeatureStore.create(tmp_path / "s", identity())
+def test_an_unfinished_store_says_how_to_finish_it(place: Place) -> None:
+    store = FeatureStore.create(place.at("s"), identity())
     with pytest.raises(StoreFormatError, match="distily-cache generate"):
-        CacheReader.open(tmp_path / "s")
+        CacheReader.open(place.at("s"))
     with pytest.raises(StoreFormatError, match="nothing is committed"):
         store.publish_manifest()
 
@@ -247,12 +247,12 @@ def test_wrong_numbers_are_refused_before_anything_is_written(tmp_path: Path) ->
     assert not (tmp_path / "s" / "parts").exists() and not store.commits()
 
 
-def test_a_sample_in_two_tasks_is_read_once(tmp_path: Path) -> None:
-    filled = fill(tmp_path / "s", [LogitsSpec(3)], count=4)
+def test_a_sample_in_two_tasks_is_read_once(place: Place) -> None:
+    filled = fill(place.at("s"), [LogitsSpec(3)], count=4)
     twice = task_of([filled.samples[filled.tasks[0].sample_ids[0]], sample(77)])
     members = [filled.samples[twice.sample_ids[0]], sample(77)]
     filled.store.add_plan([twice])
     filled.store.write_bundle(twice, members, features(members, [LogitsSpec(3)]))
     filled.store.publish_manifest()
-    reader = CacheReader.open(tmp_path / "s")
+    reader = CacheReader.open(place.at("s"))
     assert len(reader) == 5 == len(set(reader.sample_ids))
