@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import decode_head, decode_labels, decode_rows, narrow_mask, row_starts
+from featurestore.codec import decode_entropy, decode_head, decode_labels, decode_rows, narrow_mask, row_starts
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import check_file, read_bounded
@@ -79,9 +79,15 @@ class Group:
             logits=decode_head(counts, gaps, odds, lse),
             lse=lse,
             label_logprob=decode_labels(self.arrays["label_logprob"].read(start, stop)),
-            entropy=decode_rows(self.arrays["entropy"].read(start, stop)),
+            entropy=self._entropy(start, stop),
             tail_ids=self._tail(start, stop, ids[row_starts(counts)[:-1]]),
         )
+
+    def _entropy(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Entropy of rows start..stop; NaN where a partial group does not know it."""
+        codes = self.arrays["entropy"].read(start, stop)
+        assert isinstance(self.spec, LogitsSpec)
+        return decode_entropy(codes) if self.spec.partial else decode_rows(codes)
 
     def _tail(self, start: int, stop: int, tops: Array) -> npt.NDArray[np.int32] | None:
         """Draws of rows start..stop; a row that repeats its top id has none."""

@@ -12,7 +12,7 @@ from featurestore.directory import fullest_manifest
 from featurestore.identity import SAMPLES
 from featurestore.plan import Task
 from featurestore.records import CommitRecord
-from featurestore.schema import TeacherIdentity
+from featurestore.schema import LogitsSpec, TeacherIdentity
 from featurestore.store import FeatureStore
 
 
@@ -21,7 +21,8 @@ class GroupInfo:
     """One column group over all tasks that have it. bytes_per_row: bytes on disk per position.
 
     arrays: bytes per array (metadata included). mean_head_size, mean_head_mass, mean_entropy (nats) and
-    perplexity (of the teacher, on the next tokens) are None for groups other than logits.
+    perplexity (of the teacher, on the next tokens) are None for groups other than logits, the last two also
+    for partial ones, where the known labels are the likely ones.
     """
 
     kind: str
@@ -99,7 +100,8 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
             arrays[array] = arrays.get(array, 0) + length
         for name, number in record.stats.items():
             stats[name] = stats.get(name, 0) + number
-    labels = stats.get("labels", 0)
+    partial = isinstance(first.spec, LogitsSpec) and first.spec.partial
+    labels = 0 if partial else stats.get("labels", 0)
     return GroupInfo(
         kind=SAMPLES if first.spec is None else first.spec.kind,
         spec=None if first.spec is None else first.spec.to_json(),
@@ -111,7 +113,7 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
         arrays=dict(sorted(arrays.items())),
         mean_head_size=stats["entries"] / rows if stats else None,
         mean_head_mass=stats["head_mass"] / rows if stats else None,
-        mean_entropy=stats["entropy"] / rows if stats else None,
+        mean_entropy=stats["entropy"] / rows if stats and not partial else None,
         perplexity=math.exp(min(-stats["label_logprob"] / labels, 700.0)) if labels else None,
     )
 

@@ -168,7 +168,7 @@ class CacheReader:
 def _width(spec: GroupSpec) -> tuple[float, ...]:
     """Orders the specs of one kind by how much they tell; a distribution with a tail is the unbiased one."""
     if isinstance(spec, LogitsSpec):
-        return spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
+        return not spec.partial, spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
     return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
 
 

@@ -157,6 +157,20 @@ class FeatureStore:
         groups = [*(group_id(spec) for spec in features), SAMPLES]
         return [read_commit(self.path, group, task.id) for group in groups]
 
+    def commit(self, records: Sequence[CommitRecord]) -> None:
+        """Publish the records of durable, private bundles, in this order; a record that is there stays.
+
+        Raises StoreWriteError when the disk refuses.
+        """
+        with writing("commit records", self.path):
+            # For `gc`, which takes a bundle that nobody has touched for long as garbage.
+            for bundle in {record.bundle for record in records}:
+                os.utime(self.path / "parts" / bundle)
+            for record in records:
+                path = commit_path(self.path, record.group, record.task)
+                ensure_directory(path.parent, self.path)
+                publish(path, record.to_bytes())
+
     def publish_manifest(self) -> Manifest:
         """Publish the list of all that is committed now. The same commits give the same manifest."""
         tasks: dict[str, dict[str, str]] = {}
@@ -242,12 +256,7 @@ class FeatureStore:
                 # Nothing refers to the bundle yet. Once publishing has begun, something may.
                 shutil.rmtree(bundle, ignore_errors=True)
                 raise
-            # For `gc`, which takes a bundle that nobody has touched for long as garbage.
-            os.utime(bundle)
-            for record in records:
-                path = commit_path(self.path, record.group, task.id)
-                ensure_directory(path.parent, self.path)
-                publish(path, record.to_bytes())
+            self.commit(records)
 
     def _write_private(
         self,

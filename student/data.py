@@ -81,7 +81,7 @@ class Collator:
     The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
     t (already shifted), IGNORE where nothing is learned; with a `logits` group head_ids int64 [B, T, K],
     head_logprobs float32 [B, T, K] (-inf on padding), tail_logprob float32 [B, T] and label_logprob float32
-    [B, T] (the teacher's), and with a sampled tail teacher_entropy float32 [B, T]; with hidden groups
+    [B, T] (the teacher's; NaN where unknown), and with a sampled tail teacher_entropy float32 [B, T]; with hidden groups
     hidden_targets {teacher layer: float32 or bfloat16 [B, T, D]}.
     """
 
@@ -126,7 +126,7 @@ def pad_heads(features: Sequence[LogitsFeatures], length: int, vocab_size: int) 
     for row, feature in enumerate(features):
         counts_BT[row, : len(feature.counts)] = feature.counts
         lse_BT[row, : len(feature.lse)] = feature.lse
-        label_BT[row, : len(feature.lse)] = np.nan_to_num(feature.label_logprob)
+        label_BT[row, : len(feature.lse)] = feature.label_logprob
     width = int(counts_BT.max())
     real_BTK = np.arange(width) < counts_BT[..., None]
     ids_BTK = np.zeros(real_BTK.shape, np.int64)
