@@ -128,6 +128,12 @@ class CacheReader:
         mend = MEND if partial else f"add it with `distily-cache generate ... {flag}`"
         raise MissingFeatureError(f"{self.path}: {what}; {mend}")
 
+    def complete_groups(self) -> list[GroupSpec]:
+        """The specs that every sample has."""
+        if self._default_groups is None:
+            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
+        return self._default_groups
+
     def read(self, index: int, groups: Sequence[GroupSpec] | None = None) -> CachedSample:
         """Sample `index` with the features asked for (default: every group that all samples have).
 
@@ -136,7 +142,7 @@ class CacheReader:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         if groups is None:
-            groups = self._complete_groups()
+            groups = self.complete_groups()
         t, position = self._places[index].tolist()
         bundle = self._bundle(t)
         sample = bundle.samples()[position]
@@ -159,10 +165,6 @@ class CacheReader:
         serving = {group for group, spec in self.groups.items() if covers(spec, want)}
         return all(serving & set(named) for named in self._manifest.tasks.values())
 
-    def _complete_groups(self) -> list[GroupSpec]:
-        if self._default_groups is None:
-            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
-        return self._default_groups
 
 
 def _width(spec: GroupSpec) -> tuple[float, ...]:

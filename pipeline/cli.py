@@ -259,6 +259,60 @@ def gc(
             render_collection(Console(), found)
 
 
+@app.command()
+def merge(
+    store: StoreArgument,
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Stores to bring in.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy what SOURCE... hold into STORE, which is made if it is not there; nothing is computed.
+
+    All must be of one teacher and engine. Every byte is checked against its committed hash; what STORE already
+    has stays as it is. Killed at any moment, the same command completes it.
+
+    Example: distily-cache merge ./all ./machine-1 ./machine-2
+    """
+    from featurestore.merge import merge_stores
+    from pipeline.progress import bytes_progress
+
+    with _exit_codes():
+        with bytes_progress(Console(stderr=True), "merge") as advance:
+            merged = merge_stores(store, sources, advance)
+        if as_json:
+            _print_json({"store": str(store), **merged.to_json()})
+        else:
+            _say(f"{store}: {merged.tasks:,} shards, {merged.bytes:,} bytes copied; manifest {merged.manifest}")
+
+
+@app.command()
+def export(
+    store: StoreArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory to write to.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="parquet: sharded files as on the hub. datasets: load_from_disk opens it.")
+    ] = "parquet",
+    groups: Annotated[
+        str, typer.Option(help="Column groups, e.g. logits,hidden.L2. [default: all that every sample has]")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Write the samples of STORE with their features as one row each, for other tools to read.
+
+    Example: distily-cache export ./cache ./rows --groups logits
+    """
+    from pipeline.export import export_store
+    from pipeline.progress import tokens_progress
+
+    with _exit_codes():
+        kinds = [kind.strip() for kind in groups.split(",") if kind.strip()] or None
+        with tokens_progress(Console(stderr=True), "export") as advance:
+            exported = export_store(store, out, format_name, kinds, advance)
+        if as_json:
+            _print_json({"out": str(out), **exported.to_json()})
+        else:
+            _say(f"{out}: {exported.samples:,} samples, {exported.tokens:,} tokens, {exported.bytes:,} bytes")
+
+
 def main() -> None:
     app()
 
@@ -287,6 +341,10 @@ def _reporter() -> Any:
     from pipeline.progress import ConsoleReporter
 
     return ConsoleReporter(Console(stderr=True))
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
