@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import decode_entropy, decode_head, decode_labels, decode_rows, narrow_mask, row_starts
+from featurestore.codec import (
+    decode_entropy,
+    decode_head,
+    decode_labels,
+    decode_rows,
+    narrow_mask,
+    row_starts,
+)
 from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import check_file, read_bounded

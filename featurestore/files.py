@@ -118,7 +118,7 @@ def hash_file(path: Path) -> tuple[int, str]:
 
 
 def copy_checked(source: Path, target: Path, stamp: tuple[int, str]) -> None:
-    """Copy a file to the new name `target`; CorruptionError unless its bytes are those that were committed."""
+    """Copy a file to the new name `target`; CorruptionError unless its bytes are the committed ones."""
     hasher, size = xxhash.xxh3_64(), 0
     with target.open("xb") as out:
         for block in _blocks(source):

@@ -1,7 +1,7 @@
 """Bring what other stores of the same teacher hold into one. Nothing is computed, nothing is decoded.
 
-The order is that of every writer: data first, durable and checked against the committed hashes, then the commit
-records, samples last. So a kill at any moment leaves a store that the same merge completes.
+The order is that of every writer: data first, durable and checked against the committed hashes, then the
+commit records, samples last. So a kill at any moment leaves a store that the same merge completes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _check_same_teacher(first: FeatureStore, other: FeatureStore) -> None:
     differences = first.identity.differences(other.identity)
     if differences:
         listed = "; ".join(f"{n} is {a!r} in the first, {b!r} in the second" for n, a, b in differences)
-        raise SpecMismatchError(f"{first.path} and {other.path} are of different teachers or engines: {listed}")
+        raise SpecMismatchError(
+            f"{first.path} and {other.path} are of different teachers or engines: {listed}"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,12 @@ def _copy_task(store: FeatureStore, work: _Work) -> None:
 
 
 def _make_bundle(parts: Path, name: str) -> str:
-    """A new directory of that name; of another one when it is taken, as a merge that was killed may leave it."""
+    """A new directory of that name; of another one when it is taken, as by a merge that was killed."""
     with contextlib.suppress(FileExistsError):
         (parts / name).mkdir()
         return name
-    fresh = f"{name.split('-')[0]}-{secrets.token_hex(6)}"
+    task = name.partition("-")[0]
+    fresh = f"{task}-{secrets.token_hex(6)}"
     (parts / fresh).mkdir()
     return fresh
 

@@ -166,7 +166,6 @@ class CacheReader:
         return all(serving & set(named) for named in self._manifest.tasks.values())
 
 
-
 def _width(spec: GroupSpec) -> tuple[float, ...]:
     """Orders the specs of one kind by how much they tell; a distribution with a tail is the unbiased one."""
     if isinstance(spec, LogitsSpec):

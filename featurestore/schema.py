@@ -84,8 +84,8 @@ class LogitsSpec:
 
     The head is the smallest of mass >= top_p, at most top_k wide; `top_p` None keeps top_k entries in every
     row (1.0 means the same and is turned into None). `tail`: how many draws from outside the head, each of
-    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only. `partial`: only the
-    heads are known, so entropy is NaN everywhere and label_logprob may be NaN; such a group has no draws.
+    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only. `partial`: only
+    the heads are known, so entropy is NaN everywhere and label_logprob may be NaN; there are no draws then.
     """
 
     top_k: int
@@ -207,9 +207,9 @@ class LogitsFeatures:
 
     counts: uint16 [T], head size of each row, >= 1. ids: uint32 [nnz], by descending logit in each row.
     logits: float32 [nnz], raw. lse: float32 [T], logsumexp of the raw logits over all of V.
-    label_logprob: float32 [T], log p(tokens[t+1]) in nats; NaN at the last position, which has no label, and in
-    a partial group where it is unknown. entropy: float32 [T], nats, of the full distribution; NaN in a partial
-    group.
+    label_logprob: float32 [T], log p(tokens[t+1]) in nats; NaN at the last position, which has no label, and
+    where a partial group does not know it.
+    entropy: float32 [T], nats, of the full distribution; NaN in a partial group.
     tail_ids: int32 [T, M], draws from outside the head, ascending in each row, repeats included; a row whose
     tail has no mass holds NO_DRAW only. None when nothing is drawn.
     """

@@ -130,14 +130,16 @@ def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str)
     )
 
 
-def check_writable(out: Path) -> None:
-    """Refuse a store directory that cannot be created or written.
+def check_store_directory(out: Path) -> None:
+    """Refuse a store directory that cannot be created or written, or that is in use for something else.
 
     Raises:
-        RequestError: it is a file, or the nearest existing directory above it is not writable.
+        RequestError: it is a file, holds other files, or the nearest directory above it is not writable.
     """
     if out.exists() and not out.is_dir():
         raise RequestError(f"--out {out}: exists and is not a directory")
     nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"--out {out}: {nearest} is not writable")
+    if out.is_dir() and not (out / "SPEC.json").exists() and any(out.iterdir()):
+        raise RequestError(f"--out {out}: not empty and not a feature store; choose another directory")

@@ -81,8 +81,8 @@ class Collator:
     The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
     t (already shifted), IGNORE where nothing is learned; with a `logits` group head_ids int64 [B, T, K],
     head_logprobs float32 [B, T, K] (-inf on padding), tail_logprob float32 [B, T] and label_logprob float32
-    [B, T] (the teacher's; NaN where unknown), and with a sampled tail teacher_entropy float32 [B, T]; with hidden groups
-    hidden_targets {teacher layer: float32 or bfloat16 [B, T, D]}.
+    [B, T] (the teacher's; NaN where unknown), and with a sampled tail teacher_entropy float32 [B, T]; with
+    hidden groups hidden_targets {teacher layer: float32 or bfloat16 [B, T, D]}.
     """
 
     def __init__(self, groups: Sequence[GroupSpec], vocab_size: int, pad_token: int) -> None:

@@ -56,7 +56,9 @@ def test_parquet_holds_every_number(
     reader = CacheReader.open(filled.path)
     seen: list[tuple[int, int]] = []
     paths = write_parquet(reader, find_groups(reader, None), tmp_path, lambda *step: seen.append(step))
-    assert [p.name for p in paths] == [f"train-{i:05d}-of-{len(paths):05d}.parquet" for i in range(len(paths))]
+    assert [p.name for p in paths] == [
+        f"train-{i:05d}-of-{len(paths):05d}.parquet" for i in range(len(paths))
+    ]
     files = [pq.ParquetFile(path) for path in paths]
     assert (len(files) > 2) == bool(bound) and (max(f.num_row_groups for f in files) > 1) == bool(bound)
     check_rows(reader, [row for file in files for row in file.read().to_pylist()])

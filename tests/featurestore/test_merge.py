@@ -41,7 +41,9 @@ def make(path: Path, seeds: range, specs: list[GroupSpec], apart: bool = False) 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """Two stores that share the task of samples 4 to 7; the second alone has hidden states of it."""
-    return make(tmp_path / "a", range(8), [LOGITS]), make(tmp_path / "b", range(4, 12), [LOGITS, HIDDEN], True)
+    return make(tmp_path / "a", range(8), [LOGITS]), make(
+        tmp_path / "b", range(4, 12), [LOGITS, HIDDEN], True
+    )
 
 
 def files_of(path: Path) -> dict[str, bytes]:
@@ -55,7 +57,9 @@ def check_union(path: Path) -> None:
     given = {one.id: one for one in (sample(seed, 10) for seed in range(12))}
     assert sorted(reader.sample_ids) == sorted(given)
     for index, one in enumerate(reader.sample_ids):
-        assert_same(reader.read(index, [LOGITS]).features[LOGITS], features([given[one]], [LOGITS])[LOGITS][0])
+        assert_same(
+            reader.read(index, [LOGITS]).features[LOGITS], features([given[one]], [LOGITS])[LOGITS][0]
+        )
     commits = FeatureStore.open(path).commits()
     assert {group: len(tasks) for group, tasks in commits.items()} == {
         SAMPLES: 3,
@@ -110,7 +114,9 @@ def test_into_itself(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_file_is_named_and_its_task_left_out(pair: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_named_and_its_task_left_out(
+    pair: tuple[Path, Path], tmp_path: Path, damage: str
+) -> None:
     """The hidden states lie in another bundle than the logits of the same task, and are copied first."""
     record = sorted(FeatureStore.open(pair[1]).commits()[group_id(LOGITS)].items())[-1][1]
     victim = pair[1] / "parts" / record.bundle / group_id(LOGITS) / "head_gaps" / "c" / "0"
@@ -137,7 +143,9 @@ def test_a_damaged_teacher_file_is_named(pair: tuple[Path, Path], tmp_path: Path
         merge_stores(tmp_path / "all", pair)
 
 
-def test_another_teacher_is_refused_before_anything_is_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_teacher_is_refused_before_anything_is_written(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     other = FeatureStore.create(tmp_path / "other", identity(dtype="bfloat16")).path
     with pytest.raises(SpecMismatchError, match="dtype"):
         merge_stores(tmp_path / "all", [*pair, other])

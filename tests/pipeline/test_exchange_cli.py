@@ -1,4 +1,4 @@
-"""`distily-cache merge` and `export` as a user runs them: what they print, what they refuse, what can open it."""
+"""`distily-cache merge` and `export` as a user runs them: what they print, what they refuse."""
 
 from __future__ import annotations
 
