@@ -28,6 +28,7 @@ def test_specs_round_trip() -> None:
         LogitsSpec(1),
         LogitsSpec(50, 0.95),
         LogitsSpec(8, 0.5, 24, 7),
+        LogitsSpec(8, partial=True),
         HiddenSpec(0, "f32"),
         HiddenSpec(30, "fp8"),
     ):
@@ -50,6 +51,8 @@ def test_specs_round_trip() -> None:
         {"kind": "logits", "top_k": 5, "tail": -1},
         {"kind": "logits", "top_k": 5, "tail": 4097},
         {"kind": "logits", "top_k": 5, "seed": 1},
+        {"kind": "logits", "top_k": 5, "partial": 1},
+        {"kind": "logits", "top_k": 5, "tail": 4, "partial": True},
         {"kind": "hidden", "layer": -1, "dtype": "bf16"},
         {"kind": "hidden", "layer": 1, "dtype": "fp4"},
         {"kind": ["x"]},
