@@ -336,11 +336,12 @@ def import_command(
         ),
     ] = None,
     targets: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Which token axolotl's row t describes: the next one, or its own (before June 2025)."
+            help="Token that row t describes: next, or own (axolotl before June 2025). "
+            "[default: next, and refused where that does not fit]"
         ),
-    ] = "next",
+    ] = None,
     shard_tokens: ShardOption = 32_768,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,

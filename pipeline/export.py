@@ -85,8 +85,10 @@ def _save_dataset(
     reader: CacheReader, groups: Sequence[GroupSpec], folder: Path, progress: Progress | None
 ) -> None:
     """What `datasets.load_from_disk` opens. The shards are mapped, never loaded whole."""
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise RequestError("--format datasets: not installed; install the extra [generate]") from error
     datasets.disable_progress_bars()
     with _scratch(folder.with_name(f"{folder.name}-arrow")) as scratch:
         shards = write_arrow(reader, groups, scratch, progress)

@@ -6,7 +6,7 @@ So memory is bounded by a shard, and a killed import goes on where it stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from featurestore.store import FeatureStore
 from pipeline import provenance
 from pipeline.errors import RequestError
 from pipeline.layouts.axolotl import Axolotl
-from pipeline.layouts.base import Imported, Layout, to_imported
+from pipeline.layouts.base import Document, Imported, Layout, to_imported
 from pipeline.layouts.distillkit import CONFIG_FILE, DistillKit
 from pipeline.request import check_store_directory
 from pipeline.samples import MIN_TOKENS
@@ -48,14 +48,14 @@ class ImportRequest:
     split: str = "train"
     dataset_config: str | None = None
     compression: Path | None = None
-    targets: str = "next"
+    targets: str | None = None
     shard_tokens: int = 32_768
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise RequestError(f"--layout {self.layout}: choose one of {', '.join(LAYOUTS)}")
-        if self.targets not in TARGETS:
+        if self.targets not in (None, *TARGETS):
             raise RequestError(f"--targets {self.targets}: choose one of {', '.join(TARGETS)}")
         if self.targets == "own" and self.layout != "axolotl":
             raise RequestError("--targets own: DistillKit's rows always describe the next token")
@@ -174,17 +174,23 @@ class _Rows:
         self._layout = _layout(request, list(table.column_names))
         self._table = table.select_columns(self._layout.columns).with_format("arrow")
         self._vocab_size = teacher.vocab_size
+        self._last: tuple[int, list[Imported | None]] = (-1, [])
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def documents(self, index: int) -> Iterator[Imported | None]:
+    def documents(self, index: int) -> list[Imported | None]:
         """Those of one row of the data set; None for one that is too short to learn from."""
-        for document in self._layout.documents(self._table[index : index + 1]):
-            if len(document.tokens) < MIN_TOKENS:
-                yield None
-            else:
-                yield to_imported(document, self._vocab_size, f"row {index}")
+        if self._last[0] != index:
+            # A packed row has many, which are asked for one by one.
+            found = self._layout.documents(self._table[index : index + 1])
+            self._last = index, [self._imported(document, index) for document in found]
+        return self._last[1]
+
+    def _imported(self, document: Document, index: int) -> Imported | None:
+        if len(document.tokens) < MIN_TOKENS:
+            return None
+        return to_imported(document, self._vocab_size, f"row {index}")
 
 
 def _layout(request: ImportRequest, columns: list[str]) -> Layout:
@@ -220,16 +226,19 @@ def _survey(rows: _Rows, request: ImportRequest) -> _Survey:
 
 
 def _check_fits(fits: np.ndarray, tokens: int, request: ImportRequest) -> None:
-    """RequestError when the distributions are plainly of other tokens: one off would train silently."""
+    """RequestError when the distributions are plainly of other tokens, unless the user says otherwise.
+
+    An import that is one position off would train, and be wrong, silently.
+    """
     best = int(fits.argmax())
-    if tokens < MISFIT_TOKENS or fits[best] < fits[1] + MISFIT:
+    if request.targets is not None or tokens < MISFIT_TOKENS or fits[best] < fits[1] + MISFIT:
         return
-    mend = {"next": "give --targets own", "own": "give --targets next"}[request.targets]
-    if request.layout == "distillkit" or best != (0 if request.targets == "next" else 2):
-        mend = "this is not the layout that it is said to have"
+    place, other = ("before", " --targets own, or") if best == 0 else ("behind", "")
+    other = other if request.layout == "axolotl" else ""
     raise RequestError(
-        f"--targets {request.targets}: the distributions give the tokens that they should describe a mean "
-        f"probability of {fits[1]:.2f}, those {'before' if best == 0 else 'behind'} {fits[best]:.2f}; {mend}"
+        f"--targets: the distributions give the next tokens a mean probability of {fits[1]:.2f}, those "
+        f"{place} {fits[best]:.2f}, as if they were of these; give{other} --targets next if they are of the "
+        "next ones"
     )
 
 
@@ -258,10 +267,9 @@ def _write(
 
 def _at(rows: _Rows, place: tuple[int, int]) -> Imported:
     index, number = place
-    for found, one in enumerate(rows.documents(index)):
-        if found == number and one is not None:
-            return one
-    raise AssertionError("a data set that changes while it is read")
+    one = rows.documents(index)[number]
+    assert one is not None  # it was a sample in the first reading
+    return one
 
 
 def _foreign(survey: _Survey, plan: GenerationPlan) -> int:

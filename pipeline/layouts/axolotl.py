@@ -6,6 +6,7 @@ The layout, and where it was read: docs/exchange.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,16 +47,23 @@ class Axolotl:
         if len(counts) > len(tokens):
             raise RequestError(f"DATASET: {len(counts)} distributions for {len(tokens)} tokens")
         missing = np.zeros(len(tokens) - len(counts), np.int64)
-        counts = np.concatenate([counts, missing])
-        if self._own:
-            # The first row is of the first token, which nothing predicts.
-            counts, first = np.append(counts[1:], 0), int(counts[0])
-            ids, logprobs = ids[first:], logprobs[first:]
         whole = Document(
             tokens=tokens.astype(np.int64),
             learned=learned_tokens(row, tokens),
-            counts=counts,
+            counts=np.concatenate([counts, missing]),
             ids=np.nan_to_num(ids, nan=-1).astype(np.int64),
             logprobs=np.where(np.isnan(ids.astype(np.float64)), -np.inf, logprobs),
         )
-        yield from split_packed(whole, flat(row, "attention_mask"))
+        for one in split_packed(whole, flat(row, "attention_mask")):
+            yield _moved(one) if self._own else one
+
+
+def _moved(document: Document) -> Document:
+    """Rows of the tokens themselves as rows of the next ones: the first goes, the last position has none."""
+    counts = document.counts
+    return replace(
+        document,
+        counts=np.append(counts[1:], 0),
+        ids=document.ids[counts[0] :],
+        logprobs=document.logprobs[counts[0] :],
+    )

@@ -68,7 +68,9 @@ def test_a_full_group_is_preferred_and_serves_both(tmp_path: Path) -> None:
 
 def test_ids_of_whole_groups_stay() -> None:
     assert "partial" not in LogitsSpec(50).to_json()
-    assert group_id(LogitsSpec(50, partial=False)) == "logits-357ca350" != group_id(LogitsSpec(50, partial=True))
+    assert (
+        group_id(LogitsSpec(50, partial=False)) == "logits-357ca350" != group_id(LogitsSpec(50, partial=True))
+    )
 
 
 @pytest.mark.parametrize(

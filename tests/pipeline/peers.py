@@ -82,7 +82,7 @@ def term_of(t: float, term: int | str) -> float:
 def write_distillkit(
     folder: Path, texts: list[list[int]], heads: list[list[dict[int, float]]], config: dict[str, Any]
 ) -> list[list[dict[int, float]]]:
-    """A captured data set as DistillKit's vLLM script writes it; returns the heads that its bytes stand for."""
+    """A data set as DistillKit's vLLM script writes it; returns the heads that its bytes stand for."""
     import yaml
 
     folder.mkdir()
@@ -115,7 +115,7 @@ def write_distillkit(
 def write_axolotl(
     file: Path, texts: list[list[int]], heads: list[list[dict[int, float]]], prompt: int, own: bool
 ) -> None:
-    """A prepared data set; `heads[i][t]` is of the token at t + 1. Labels of the first `prompt` tokens are off.
+    """A prepared data set; `heads[i][t]` is of the token at t + 1. The first `prompt` tokens are no labels.
 
     `own`: rows are moved behind the tokens that they describe, as before June 2025.
     """

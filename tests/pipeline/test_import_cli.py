@@ -1,4 +1,4 @@
-"""`distily-cache import` as a user runs it: every row where it belongs, wrong flags refused, kills survived."""
+"""`distily-cache import` as a user runs it: every row where it belongs, wrong flags refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featurestore.codec import LOGPROB_ERROR
@@ -123,14 +125,27 @@ def test_axolotl(cli: Cli, teacher: Path, tmp_path: Path, targets: str) -> None:
     texts, heads = texts_and_heads(8, VOCAB, 5)
     write_axolotl(tmp_path / "rows.parquet", texts, heads, prompt=4, own=targets == "own")
     base = ["import", tmp_path / "rows.parquet", "--out", tmp_path / "store", "--teacher", teacher]
-    base += ["--layout", "axolotl", "--targets"]
-    other = {"next": "own", "own": "next"}[targets]
-    code, _, err = cli(*base, other)
-    assert code == 2 and f"give --targets {targets}" in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "store").exists()
-    code, _, err = cli(*base, targets)
+    base += ["--layout", "axolotl"]
+    code, _, err = cli(*base)
+    if targets == "own":
+        assert code == 2 and "give --targets own" in err and len(err.splitlines()) == 1
+        assert not (tmp_path / "store").exists()
+        code, _, err = cli(*base, "--targets", "own")
     assert code == 0, err
     assert check(tmp_path / "store", texts, heads, prompt=4) == 0
+
+
+def test_rows_that_are_of_earlier_tokens_are_refused_unless_said_so(
+    cli: Cli, teacher: Path, tmp_path: Path
+) -> None:
+    texts, heads = texts_and_heads(8, VOCAB, 8)
+    moved = [[rows[0], *rows[:-1]] for rows in heads]
+    write_distillkit(tmp_path / "captured", texts, moved, CONFIG)
+    base = ["import", tmp_path / "captured", "--out", tmp_path / "store", "--teacher", teacher]
+    base += ["--layout", "distillkit"]
+    code, _, err = cli(*base)
+    assert code == 2 and "give --targets next" in err and not (tmp_path / "store").exists()
+    assert cli(*base, "--targets", "next")[0] == 0
 
 
 def test_weights_do_not_matter(cli: Cli, teacher: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -167,6 +182,44 @@ def test_killed_and_completed(
     assert code == 0, err
     assert 0 < json.loads(out)["written"] < sum(map(len, texts))
     check(tmp_path / "store", texts, heads)
+
+
+def test_samples_in_a_shard_of_another_data_set_stay(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+    """A shard is completed whole or not at all: the second data set has half of the first one's samples."""
+    texts, heads = texts_and_heads(6, VOCAB, 5)
+    wide = [[{**row, **{i: -9.0 for i in range(3) if i not in row}} for row in rows] for rows in heads]
+    write_axolotl(tmp_path / "first.parquet", texts[:4], heads[:4], prompt=0, own=False)
+    write_axolotl(tmp_path / "second.parquet", texts[2:], wide[2:], prompt=0, own=False)
+    told = []
+    for name in ("first", "second"):
+        arguments = [tmp_path / f"{name}.parquet", "--out", tmp_path / "store", "--teacher", teacher]
+        code, out, err = cli("import", *arguments, "--layout", "axolotl", "--json")
+        assert code == 0, err
+        told.append(json.loads(out))
+    assert (told[1]["dropped"], told[1]["samples"]) == (2, 4)
+    assert told[1]["written"] == sum(map(len, texts[4:])) and told[1]["top_k"] > 5
+    reader = CacheReader.open(tmp_path / "store")
+    assert len(reader) == 6 and reader.find("logits") == LogitsSpec(5, partial=True)
+
+
+def test_packed_rows_become_documents(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+    texts, heads = texts_and_heads(5, VOCAB, 6)
+    rows = [head for text_rows in heads for head in text_rows]
+    table = pa.table(
+        {
+            "input_ids": [[token for text in texts for token in text[:-1]]],
+            "token_ids": [[list(head) for head in rows]],
+            "top_values": [[list(head.values()) for head in rows]],
+            "attention_mask": [[i + 1 for i, text_rows in enumerate(heads) for _ in text_rows]],
+        }
+    )
+    pq.write_table(table, tmp_path / "packed.parquet")
+    arguments = [tmp_path / "packed.parquet", "--out", tmp_path / "store", "--teacher", teacher]
+    code, out, err = cli("import", *arguments, "--layout", "distillkit", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["samples"], json.loads(out)["unknown"]) == (5, 0)
+    reader = CacheReader.open(tmp_path / "store")
+    assert {tuple(reader.read(i).tokens.tolist()) for i in range(5)} == {tuple(text[:-1]) for text in texts}
 
 
 def test_refusals(cli: Cli, teacher: Path, tmp_path: Path) -> None:

@@ -271,7 +271,9 @@ def test_a_token_named_twice_counts_once() -> None:
     np.testing.assert_allclose(np.exp(features.logits[:2]), [0.5, 0.2], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "head"), [([1, 10], {2: -1.0}), ([1, 2], {10: -1.0}), ([1, 2], {-1: -1.0})])
+@pytest.mark.parametrize(
+    ("tokens", "head"), [([1, 10], {2: -1.0}), ([1, 2], {10: -1.0}), ([1, 2], {-1: -1.0})]
+)
 def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], head: dict[int, float]) -> None:
     with pytest.raises(RequestError, match="vocabulary ends at 9"):
         to_imported(document([head, {}], tokens), 10, "here")
