@@ -35,6 +35,8 @@ ROW_ERROR = 1 / (2 * ROW_STEPS)
 LSE_STEPS = 256
 LSE_ERROR = 1 / (2 * LSE_STEPS)
 NO_LABEL = 2**32 - 1
+# Of a partial group: the entropy is not known. 1,024 nats are more than any vocabulary allows.
+NO_ENTROPY = 2**16 - 1
 
 # dtype name -> (numpy dtype on disk, whether there is a scale per position)
 HIDDEN_DTYPES: dict[str, tuple[type[np.generic], bool]] = {
@@ -115,6 +117,18 @@ def encode_labels(logprob: Array) -> npt.NDArray[np.uint32]:
 def decode_labels(codes: Array) -> npt.NDArray[np.float32]:
     """The inverse of `encode_labels`, within ROW_ERROR."""
     return np.where(codes == NO_LABEL, np.float32(np.nan), -decode_rows(codes))
+
+
+def encode_entropy(entropy: Array) -> npt.NDArray[np.uint16]:
+    """float [R] in nats (NaN: unknown) -> uint16 [R] in ROW_STEPS per nat."""
+    unknown = np.isnan(entropy)
+    codes = encode_rows(np.maximum(np.where(unknown, 0.0, entropy), 0.0), np.uint16)
+    return np.where(unknown, np.uint16(NO_ENTROPY), codes)
+
+
+def decode_entropy(codes: Array) -> npt.NDArray[np.float32]:
+    """The inverse of `encode_entropy`, within ROW_ERROR."""
+    return np.where(codes == NO_ENTROPY, np.float32(np.nan), decode_rows(codes))
 
 
 def head_mass(counts: Array, logits: Array, lse: Array) -> npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.codec import (
+    decode_entropy,
     decode_head,
     decode_labels,
     decode_rows,
@@ -35,9 +36,10 @@ class LogitsCodes:
 
     counts: uint8 or uint16 [T], head size of each row, >= 1. ids: uint32 [nnz], by descending logit in each
     row. gaps: uint16 [nnz] and odds: int16 [T], shape and mass of the heads (featurestore.codec). lse: int32
-    [T]; label_logprob: uint32 [T]; entropy: uint16 [T], in steps of 1/64 nat. draws: int32 [T, M], ids from
-    outside the head, equal ones side by side; a row without a tail repeats its own top id. repeats: int32
-    [T, M], how often a draw occurs at the first of equal ones, 0 at the others. None when nothing is drawn.
+    [T], label_logprob: uint32 [T] and entropy: uint16 [T], in steps of 1/64 nat; the largest code of the last
+    two: not known. draws: int32 [T, M], ids from outside the head, equal ones side by side; a row without a
+    tail repeats its own top id. repeats: int32 [T, M], how often a draw occurs at the first of equal ones, 0
+    at the others. Both None when nothing is drawn.
     """
 
     counts: Array
@@ -59,7 +61,7 @@ class LogitsCodes:
             logits=decode_head(self.counts, self.gaps, self.odds, lse),
             lse=lse,
             label_logprob=decode_labels(self.label_logprob),
-            entropy=decode_rows(self.entropy),
+            entropy=decode_entropy(self.entropy),
             tail_ids=self._tail_ids(),
         )
 

@@ -20,6 +20,7 @@ from featurestore.codec import (
     ODDS_STEPS,
     ROW_STEPS,
     STEPS_PER_NAT,
+    encode_entropy,
     encode_head,
     encode_labels,
     encode_rows,
@@ -221,16 +222,28 @@ def _check_logits(spec: LogitsSpec, one: LogitsFeatures, vocab_size: int) -> Non
         raise ValueError(f"head sizes must be in [1, {widest}]")
     if int(one.ids.max()) >= vocab_size:
         raise ValueError(f"head ids must be below the vocabulary size {vocab_size}")
-    if not (np.isfinite(one.lse).all() and np.isfinite(one.entropy).all()):
-        raise ValueError("lse and entropy must be finite")
-    if not np.isfinite(one.label_logprob[:-1]).all() or not np.isnan(one.label_logprob[-1]):
-        raise ValueError("label_logprob must be finite, and NaN at the last position, which has no label")
+    if not np.isfinite(one.lse).all():
+        raise ValueError("lse must be finite")
+    _check_known(spec, one)
     if (one.logits[row_starts(one.counts)[:-1]] > one.lse + 0.01).any():
         raise ValueError("a top logit exceeds the row's lse: these are not raw logits of one distribution")
     if (0 if one.tail_ids is None else one.tail_ids.shape[1]) != spec.tail:
         raise ValueError(f"{spec.tail} tail draws for each row are needed")
     if one.tail_ids is not None:
         _check_tail(one, one.tail_ids, vocab_size)
+
+
+def _check_known(spec: LogitsSpec, one: LogitsFeatures) -> None:
+    """NaN is allowed in the rows of partial groups alone, and for the label that the last row has not."""
+    labels = one.label_logprob[:-1]
+    if spec.partial:
+        if not np.isnan(one.entropy).all():
+            raise ValueError("the entropy of a partial group is unknown and must be NaN")
+        labels = labels[~np.isnan(labels)]
+    elif not np.isfinite(one.entropy).all():
+        raise ValueError("entropy must be finite")
+    if not np.isfinite(labels).all() or not np.isnan(one.label_logprob[-1]):
+        raise ValueError("label_logprob must be finite, and NaN at the last position, which has no label")
 
 
 def _check_tail(one: LogitsFeatures, draws: Array, vocab_size: int) -> None:
@@ -267,7 +280,7 @@ def _pack_logits(features: Sequence[LogitsFeatures], vocab_size: int) -> tuple[d
         "head_odds": odds,
         "lse": encode_rows(lse, np.int32),
         "label_logprob": encode_labels(label_logprob),
-        "entropy": encode_rows(np.maximum(entropy, 0), np.uint16),
+        "entropy": encode_entropy(entropy),
         "sample_offsets": offsets,
     }
     if tails:
@@ -279,7 +292,7 @@ def _pack_logits(features: Sequence[LogitsFeatures], vocab_size: int) -> tuple[d
         "labels": len(labels),
         "head_mass": float(head_mass(counts, logits, lse).sum()),
         "label_logprob": float(labels.sum()),
-        "entropy": float(entropy.sum(dtype=np.float64)),
+        "entropy": float(np.nansum(entropy, dtype=np.float64)),
     }
     return arrays, stats
 

@@ -24,7 +24,7 @@ def writing(what: str, path: str | Path) -> Iterator[None]:
     """Turn an OSError of the body into a StoreWriteError that says what could not be written, and why."""
     try:
         yield
-    except StoreWriteError:
+    except (StoreWriteError, CorruptionError):
         raise
     except OSError as error:
         reason = error.strerror or str(error)
@@ -111,19 +111,27 @@ def read_bounded(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
 def hash_file(path: Path) -> tuple[int, str]:
     """(size in bytes, XXH3-64 as 16 hex digits); CorruptionError when the file cannot be read."""
     hasher, size = xxhash.xxh3_64(), 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(BLOCK_BYTES):
-                hasher.update(block)
-                size += len(block)
-    except OSError as error:
-        raise CorruptionError(f"{path}: {_reason(error)}") from None
+    for block in _blocks(path):
+        hasher.update(block)
+        size += len(block)
     return size, hasher.hexdigest()
 
 
 def hash_bytes(data: bytes, _where: str = "") -> tuple[int, str]:
     """(size in bytes, XXH3-64 as 16 hex digits), as `hash_file` says of a file."""
     return len(data), xxhash.xxh3_64_hexdigest(data)
+
+
+def copy_checked(source: Path, target: Path, stamp: tuple[int, str]) -> None:
+    """Copy a file to the new name `target`; CorruptionError unless its bytes are the committed ones."""
+    hasher, size = xxhash.xxh3_64(), 0
+    with target.open("xb") as out:
+        for block in _blocks(source):
+            hasher.update(block)
+            size += len(block)
+            out.write(block)
+    if (size, hasher.hexdigest()) != stamp:
+        raise CorruptionError(f"{source}: not the bytes that were committed; the file is damaged")
 
 
 def check_file(path: Path, stamp: tuple[int, str], deep: bool = True) -> None:
@@ -145,6 +153,16 @@ def names_in(directory: Path) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(name for name in names if not name.startswith(TEMPORARY))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, block by block; CorruptionError when it cannot be read."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise CorruptionError(f"{path}: {_reason(error)}") from None
 
 
 def _reason(error: OSError) -> str:

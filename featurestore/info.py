@@ -21,9 +21,10 @@ class GroupInfo:
     """One column group over all tasks that have it. bytes_per_row: bytes on disk per position.
 
     arrays: bytes per array (metadata included). mean_head_size, mean_head_mass, mean_entropy (nats) and
-    perplexity (of the teacher, on the next tokens) are None for groups other than logits. relative_error:
-    sqrt(sum of squared errors / sum of squares) of hidden states as stored, against those that the worker
-    had; None for other groups and where nothing was measured.
+    perplexity (of the teacher, on the next tokens) are None for groups other than logits, the last two also
+    for partial ones, where the known labels are the likely ones. relative_error: sqrt(sum of squared errors /
+    sum of squares) of hidden states as stored, against those that the worker had; None for other groups and
+    where nothing was measured.
     """
 
     kind: str
@@ -100,8 +101,10 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
             array = parts[1] if len(parts) > 2 else parts[-1]
             arrays[array] = arrays.get(array, 0) + length
     stats = sum_stats(records.values())
-    labels, norm = stats.get("labels", 0), stats.get("squared_norm", 0.0)
+    norm = stats.get("squared_norm", 0.0)
     logits = isinstance(first.spec, LogitsSpec)
+    partial = isinstance(first.spec, LogitsSpec) and first.spec.partial
+    labels = 0 if partial else stats.get("labels", 0)
     return GroupInfo(
         kind=SAMPLES if first.spec is None else first.spec.kind,
         spec=None if first.spec is None else first.spec.to_json(),
@@ -113,7 +116,7 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
         arrays=dict(sorted(arrays.items())),
         mean_head_size=stats["entries"] / rows if logits else None,
         mean_head_mass=stats["head_mass"] / rows if logits else None,
-        mean_entropy=stats["entropy"] / rows if logits else None,
+        mean_entropy=stats["entropy"] / rows if logits and not partial else None,
         perplexity=math.exp(min(-stats["label_logprob"] / labels, 700.0)) if labels else None,
         relative_error=math.sqrt(stats["squared_error"] / norm) if norm else None,
     )

@@ -154,13 +154,19 @@ class CacheReader:
         mend = MEND if partial else f"add it with `distily-cache generate ... {flag}`"
         raise MissingFeatureError(f"{self.path}: {what}; {mend}")
 
+    def complete_groups(self) -> list[GroupSpec]:
+        """The specs that every sample has."""
+        if self._default_groups is None:
+            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
+        return self._default_groups
+
     def read(self, index: int, groups: Sequence[GroupSpec] | None = None) -> CachedSample:
         """Sample `index` with the features asked for (default: every group that all samples have).
 
         A spec that a wider group covers is served from it. Only the rows of this sample are read.
         """
         if groups is None:
-            groups = self._complete_groups()
+            groups = self.complete_groups()
         bundle, position = self._place(index)
         sample = bundle.samples()[position]
         features = {spec: bundle.features(position, spec) for spec in groups}
@@ -208,16 +214,11 @@ class CacheReader:
         serving = {group for group, spec in self.groups.items() if covers(spec, want)}
         return all(serving & set(named) for named in self._manifest.tasks.values())
 
-    def _complete_groups(self) -> list[GroupSpec]:
-        if self._default_groups is None:
-            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
-        return self._default_groups
-
 
 def _width(spec: GroupSpec) -> tuple[float, ...]:
     """Orders the specs of one kind by how much they tell; a distribution with a tail is the unbiased one."""
     if isinstance(spec, LogitsSpec):
-        return spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
+        return not spec.partial, spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
     if isinstance(spec, HiddenSpec):
         return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
     return ()

@@ -85,17 +85,21 @@ class LogitsSpec:
 
     The head is the smallest of mass >= top_p, at most top_k wide; `top_p` None keeps top_k entries in every
     row (1.0 means the same and is turned into None). `tail`: how many draws from outside the head, each of
-    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only.
+    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only. `partial`: only
+    the heads are known, so entropy is NaN everywhere and label_logprob may be NaN; there are no draws then.
     """
 
     top_k: int
     top_p: float | None = None
     tail: int = 0
     seed: int = 0
+    partial: bool = False
 
     def __post_init__(self) -> None:
         check_int(self.top_k, 1, MAX_TOP_K, "top_k")
-        check_int(self.tail, 0, MAX_TAIL, "tail")
+        if type(self.partial) is not bool:
+            raise StoreFormatError(f"partial must be true or false, not {self.partial!r}")
+        check_int(self.tail, 0, 0 if self.partial else MAX_TAIL, "tail")
         check_int(self.seed, 0, MAX_SEED if self.tail else 0, "seed of the tail's draws")
         if self.top_p is None:
             return
@@ -110,8 +114,9 @@ class LogitsSpec:
     def to_json(self) -> dict[str, Any]:
         """Optional fields are left out when unset, so that a later field keeps today's group ids."""
         optional = {} if self.top_p is None else {"top_p": self.top_p}
-        drawn = {name: value for name, value in (("tail", self.tail), ("seed", self.seed)) if value}
-        return {"kind": "logits", "top_k": self.top_k, **optional, **drawn}
+        more = (("tail", self.tail), ("seed", self.seed), ("partial", self.partial))
+        given = {name: value for name, value in more if value}
+        return {"kind": "logits", "top_k": self.top_k, **optional, **given}
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,8 @@ def group_id(spec: GroupSpec) -> str:
 def covers(have: GroupSpec, want: GroupSpec) -> bool:
     """Whether a cache of `have` serves a request for `want`."""
     if isinstance(have, LogitsSpec) and isinstance(want, LogitsSpec):
+        if have.partial and not want.partial:
+            return False
         if want.tail:
             # Draws exclude the head that they were made for, so that a narrower one is another distribution.
             return have.tail >= want.tail and replace(have, tail=want.tail) == want
@@ -232,8 +239,9 @@ class LogitsFeatures:
 
     counts: uint16 [T], head size of each row, >= 1. ids: uint32 [nnz], by descending logit in each row.
     logits: float32 [nnz], raw. lse: float32 [T], logsumexp of the raw logits over all of V.
-    label_logprob: float32 [T], log p(tokens[t+1]) in nats; NaN at the last position, which has no label.
-    entropy: float32 [T], nats, of the full distribution.
+    label_logprob: float32 [T], log p(tokens[t+1]) in nats; NaN at the last position, which has no label, and
+    where a partial group does not know it.
+    entropy: float32 [T], nats, of the full distribution; NaN in a partial group.
     tail_ids: int32 [T, M], draws from outside the head, ascending in each row, repeats included; a row whose
     tail has no mass holds NO_DRAW only. None when nothing is drawn.
     """

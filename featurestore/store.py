@@ -158,6 +158,17 @@ class FeatureStore:
         groups = [*(group_id(spec) for spec in features), SAMPLES]
         return [read_commit(self.root, group, task.id) for group in groups]
 
+    def commit(self, records: Sequence[CommitRecord]) -> None:
+        """Publish the records of durable, private bundles, in this order; a record that is there stays.
+
+        Raises StoreWriteError when the disk refuses.
+        """
+        with writing("commit records", self.path):
+            for bundle in {record.bundle for record in records}:
+                self.root.finish(bundle)
+            for record in records:
+                self.root.publish(commit_name(record.group, record.task), record.to_bytes())
+
     def publish_manifest(self) -> Manifest:
         """Publish the list of all that is committed now. The same commits give the same manifest."""
         tasks: dict[str, dict[str, str]] = {}
@@ -250,9 +261,7 @@ class FeatureStore:
                 # Nothing refers to the bundle yet. Once publishing has begun, something may.
                 self.root.abandon(name)
                 raise
-            self.root.finish(name)
-            for record in records:
-                self.root.publish(commit_name(record.group, task.id), record.to_bytes())
+            self.commit(records)
 
     def _write_private(
         self,

@@ -18,7 +18,7 @@ from pipeline import provenance
 from pipeline.engines.base import Engine, EngineConfig
 from pipeline.errors import RequestError
 from pipeline.progress import Reporter
-from pipeline.request import GenerateRequest, check_against_teacher, check_writable, identity_of
+from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
 from pipeline.samples import make_samples
 from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files
 from pipeline.texts import load_documents
@@ -58,7 +58,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         RequestError: anything the user has to mend; nothing has been written.
         SpecMismatchError: the store belongs to another teacher, tokenizer or engine.
     """
-    check_writable(request.out)
+    check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code)
     check_against_teacher(request, teacher)
     identity = identity_of(request, teacher, engine_version(request))
@@ -164,15 +164,8 @@ def start_engine(
 
 
 def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:
-    """The store at --out when there is one; a foreign directory is not written into."""
-    root = root_of(request.out)
-    if root.exists(SPEC_FILE):
-        return FeatureStore.create(request.out, identity)
-    if root.names(""):
-        raise RequestError(
-            f"--out {request.out}: not empty and not a feature store; choose another directory"
-        )
-    return None
+    """The store at --out when there is one."""
+    return FeatureStore.create(request.out, identity) if root_of(request.out).exists(SPEC_FILE) else None
 
 
 def _run(

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextmanager
+def bytes_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (bytes done, bytes in all)."""
+    with _bar(console, what, DownloadColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def tokens_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (tokens done, tokens in all)."""
+    with _bar(console, what, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(console: Console, what: str, amount: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), amount, TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Reporter(Protocol):

@@ -35,6 +35,21 @@ def record(request: GenerateRequest, began: datetime, outcome: Outcome) -> dict[
     }
 
 
+def import_record(request: dict[str, Any], began: datetime, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The same of an import: no machine computed anything, so there are no seconds of capture."""
+    return {
+        "command": "import",
+        "argv": sys.argv,
+        "request": request,
+        "began": began.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tokens": outcome["written"],
+        "bytes": outcome["size"],
+        "outcome": outcome,
+        "versions": _versions(),
+    }
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:

@@ -68,12 +68,9 @@ def render_info(console: Console, info: StoreInfo) -> None:
     console.print(groups)
     _render_lengths(console, info.length_histogram)
     for record in info.provenance:
-        seconds = max(record.get("capture_seconds") or 0.0, 1e-9)
-        tokens = record.get("tokens", 0)
-        console.print(
-            f"{record.get('began', '?')}: {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f}/s",
-            highlight=False,
-        )
+        seconds, tokens = record.get("capture_seconds") or 0.0, record.get("tokens", 0)
+        rate = f"in {seconds:,.1f} s, {tokens / seconds:,.0f}/s" if seconds else "without capture"
+        console.print(f"{record.get('began', '?')}: {tokens:,} tokens {rate}", highlight=False)
 
 
 def render_report(console: Console, report: Report) -> None:

@@ -164,13 +164,13 @@ def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str)
     )
 
 
-def check_writable(place: str) -> None:
-    """Refuse a store that cannot be created or written. Of an object store, that it can be listed is all
-    that is known before the first write.
+def check_store_directory(place: str) -> None:
+    """Refuse a store that cannot be created or written, or a place that is in use for something else. Of an
+    object store, that it can be listed is all that is known before the first write.
 
     Raises:
-        RequestError: it is a file, the nearest existing directory above it is not writable, or the object
-            store does not answer.
+        RequestError: it is a file, holds other files, the nearest existing directory above it is not
+            writable, or the object store does not answer.
     """
     if is_url(place):
         try:
@@ -184,3 +184,5 @@ def check_writable(place: str) -> None:
     nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"--out {out}: {nearest} is not writable")
+    if out.is_dir() and not (out / "SPEC.json").exists() and any(out.iterdir()):
+        raise RequestError(f"--out {out}: not empty and not a feature store; choose another directory")

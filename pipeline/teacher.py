@@ -51,13 +51,15 @@ class Teacher:
     tokenizer_digest: str
 
 
-def load_teacher(name: str, trust_remote_code: bool = False) -> Teacher:
+def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool = True) -> Teacher:
     """Describe the checkpoint `name`, a local directory or a hub name, without loading its weights.
+
+    Without `with_weights` only config and tokenizer are needed, and the digest is of the config alone.
 
     Raises:
         RequestError: it cannot be found, is not a causal LM checkpoint, or has no safetensors weights.
     """
-    path = _locate(name)
+    path = _locate(name, with_weights)
     config = _read_config(path, name, trust_remote_code)
     text = config.get_text_config()
     architectures = getattr(config, "architectures", None)
@@ -67,8 +69,8 @@ def load_teacher(name: str, trust_remote_code: bool = False) -> Teacher:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"TEACHER {name}: {architectures[0]} is an encoder-decoder; a causal LM is needed")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
+    weights = sorted(path.glob("*.safetensors")) if with_weights else []
+    if with_weights and not weights:
         raise RequestError(
             f"TEACHER {name}: no *.safetensors weights in {path}; pickled weights are never loaded, "
             "convert the checkpoint with save_pretrained first"
@@ -123,7 +125,7 @@ def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def _locate(name: str) -> Path:
+def _locate(name: str, with_weights: bool) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -133,15 +135,16 @@ def _locate(name: str) -> Path:
         raise RequestError(f"TEACHER {name}: is a file; give the directory of a checkpoint or a hub name")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RequestError(f"TEACHER {name}: no such directory")
-    return _download(name)
+    return _download(name, with_weights)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+    weights = ["*.safetensors", "*.safetensors.index.json"] if with_weights else []
+    patterns = [*weights, "config.json", "generation_config.json", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*patterns, *TOKENIZER_FILES]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, authentication and naming errors share no base class
         raise RequestError(
             f"TEACHER {name}: neither a local directory nor a model that the hub gives us: {_one_line(error)}"

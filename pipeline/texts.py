@@ -21,16 +21,38 @@ def load_documents(dataset: str, split: str, text_column: str, config: str | Non
         RequestError: missing, unreadable, of an unknown kind, without the column or without any row.
     """
     path = Path(dataset).expanduser()
+    files = _files(path) if path.exists() else []
+    if files and all(file.suffix.lower() in _TEXT for file in files):
+        return _TextFiles(files)
+    return _column(_load(dataset, split, config, files), dataset, text_column)
+
+
+def load_table(dataset: str, split: str, config: str | None = None) -> Any:
+    """A data set with columns (a `datasets.Dataset`): as `load_documents` finds it, text files left aside.
+
+    Raises:
+        RequestError: missing, unreadable, of an unknown kind or without any row.
+    """
+    path = Path(dataset).expanduser()
+    files = [file for file in _files(path) if file.suffix.lower() not in _TEXT] if path.exists() else []
+    return _load(dataset, split, config, files)
+
+
+def _load(dataset: str, split: str, config: str | None, files: list[Path]) -> Any:
+    path = Path(dataset).expanduser()
     if path.exists():
-        files = _files(path)
-        if files and all(file.suffix.lower() in _TEXT for file in files):
-            return _TextFiles(files)
         table = _load_local(path, files, dataset)
     elif dataset.startswith((".", "/", "~")) or path.suffix.lower() in (*_BUILDERS, *_TEXT):
         raise RequestError(f"DATASET {dataset}: no such file or directory")
     else:
         table = _load_hub(dataset, split, config)
-    return _column(table, dataset, split, text_column)
+    if hasattr(table, "keys"):  # a DatasetDict
+        if split not in table:
+            raise RequestError(f"--split {split}: {dataset} has {', '.join(sorted(table))}")
+        table = table[split]
+    if len(table) == 0:
+        raise RequestError(f"DATASET {dataset}: it is empty")
+    return table
 
 
 class _TextFiles:
@@ -94,17 +116,11 @@ def _guard(dataset: str, load: Any) -> Any:
         raise RequestError(f"DATASET {dataset}: cannot be loaded: {cause}") from error
 
 
-def _column(table: Any, dataset: str, split: str, text_column: str) -> Iterable[str]:
-    if hasattr(table, "keys"):  # a DatasetDict
-        if split not in table:
-            raise RequestError(f"--split {split}: {dataset} has {', '.join(sorted(table))}")
-        table = table[split]
+def _column(table: Any, dataset: str, text_column: str) -> Iterable[str]:
     if text_column not in table.column_names:
         raise RequestError(
             f"--text-column {text_column}: the columns of {dataset} are {', '.join(table.column_names)}"
         )
-    if len(table) == 0:
-        raise RequestError(f"DATASET {dataset}: it is empty")
     return _Column(table, text_column, dataset)
 
 

@@ -56,8 +56,8 @@ def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
 
 
 def decode_labels(codes_N: Tensor) -> Tensor:
-    """The teacher's log-probability of the next token, float32 [N]; 0 where there is none."""
-    return codes_N.float().div_(-ROW_STEPS).masked_fill_(codes_N == -1, 0.0)
+    """The teacher's log-probability of the next token, float32 [N]; NaN where it is not known."""
+    return codes_N.float().div_(-ROW_STEPS).masked_fill_(codes_N == -1, math.nan)
 
 
 def unsigned(bits: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     loss: the objective. kl: KL(teacher || student), coarse-grained (a lower bound, see
     losses.sparse.forward_kl), nats. ce: nats per token, and perplexity = exp(ce). top1_agreement: share of
     positions where both prefer the same token. teacher_perplexity: of the teacher on the same tokens. The
-    teacher's columns need a cached `logits` group.
+    teacher's columns need a cached `logits` group, its perplexity one that is not partial.
     """
     sums = dict(zip(EVAL_COLUMNS, np.asarray(prediction.predictions, np.float64).sum(0), strict=True))
     count, known = max(sums["positions"], 1.0), sums["kl_positions"]
@@ -139,8 +139,10 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
         metrics |= {
             "kl": sums["kl"] / known,
             "top1_agreement": sums["top1_agreement"] / known,
-            "teacher_perplexity": _perplexity(sums["teacher_nll"] / known),
         }
+        # NaN when the cache does not know it of every label, as one that was imported.
+        if math.isfinite(sums["teacher_nll"]):
+            metrics["teacher_perplexity"] = _perplexity(sums["teacher_nll"] / known)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -1,0 +1,1 @@
+"""Layouts of published top-k data sets, each read into `base.Document`; see docs/exchange.md."""

@@ -1,0 +1,28 @@
+"""A cache that was imported trains: heads alone, unknown labels, positions without a distribution."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.importing import ImportRequest, import_dataset
+from tests.pipeline.peers import texts_and_heads, write_axolotl
+
+
+def test_training_from_an_imported_cache(
+    distily_train: Callable[..., tuple[int, str, str]], teacher: Path, tmp_path: Path
+) -> None:
+    write_axolotl(tmp_path / "rows.parquet", *texts_and_heads(16, 199, 5), prompt=3, own=False)
+    request = ImportRequest(str(tmp_path / "rows.parquet"), tmp_path / "cache", str(teacher), "axolotl")
+    import_dataset(request)
+    arguments = ["--output-dir", tmp_path / "student", "--max_steps", 2, "--report-to", "none", "--json"]
+    small = ["--student-model-config", '{"num_hidden_layers": 2}', "--eval-fraction", 0.25]
+    code, out, err = distily_train(tmp_path / "cache", *arguments, *small, "--ce-weight", 0.1)
+    assert code == 0, err
+    last = json.loads(out)["last_eval"]
+    assert math.isfinite(last["eval_kl"]) and math.isfinite(last["eval_loss"]) and last["eval_kl"] > 0
+    # The known labels are the likely ones: a perplexity of them would flatter the teacher.
+    assert "eval_teacher_perplexity" not in last
+    assert (tmp_path / "student" / "report.html").is_file()
