@@ -129,7 +129,8 @@ def _from_bytes(data: bytes, schema: Any, limit: int, where: str) -> Any:
             raise CorruptionError(f"{where}: claims to unpack to {unpacked} bytes, too many for its rows")
         if not file.schema_arrow.equals(schema):
             raise CorruptionError(f"{where}: not the columns of format version 1")
-        table = file.read()
+        # One thread: these files are small, and Arrow's threads may let go of `data` after this has returned.
+        table = file.read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
         if isinstance(error, CorruptionError):
