@@ -79,20 +79,6 @@ def test_warm_files_are_at_hand_and_trusted(url: str, bucket: Bucket, small: Fil
             assert_same(found, small.given[reader.sample_ids[i]][spec])
 
 
-def test_warming_finds_damage(url: str, bucket: Bucket) -> None:
-    reader = CacheReader.open(url)
-    victim = next(
-        n for n in bucket.names("store") if group_id(SMALL[0]) in n and n.endswith("head_index/c/0")
-    )
-    bucket.write("store", victim, b"\0" * len(bucket.read("store", victim)))
-    shards = reader.shards()
-    with pytest.raises(CorruptionError, match="hash is not the committed one"):
-        for shard in shards:
-            reader.warm(shard[0], SMALL)
-    for shard in shards:
-        reader.warm(shard[0], SMALL[1:])
-
-
 def _entropy(reader: CacheReader, index: int) -> float:
     value = reader.read(index, SMALL[:1]).features[SMALL[0]]
     assert isinstance(value, LogitsFeatures)
