@@ -149,7 +149,9 @@ class RemoteRoot:
         for name, path in zip(names, paths, strict=True):
             sent = path.stat().st_size
             if arrived.get(name) != sent:
-                raise StoreAccessError(f"{self.where(name)}: {sent} bytes sent, {arrived.get(name)} arrived")
+                raise StoreAccessError(
+                    f"{self.where(name)}: {sent} bytes sent, {arrived.get(name, 0)} arrived"
+                )
         return directory
 
     def finish(self, bundle: str) -> None:

@@ -15,10 +15,14 @@ class Proxy:
 
     lose_replies: carry out the first PUT of each object and drop the reply; lost: their paths.
     ignore: a header, in lower case, that the server is not told of.
+    swallow: PUTs of paths that end so are answered as done, and are not carried out.
     """
 
-    def __init__(self, endpoint: str, lose_replies: bool = False, ignore: str = "") -> None:
-        self.lose_replies, self.ignore, self.lost = lose_replies, ignore, set[str]()
+    def __init__(
+        self, endpoint: str, lose_replies: bool = False, ignore: str = "", swallow: str | None = None
+    ) -> None:
+        self.lose_replies, self.ignore, self.swallow = lose_replies, ignore, swallow
+        self.lost = set[str]()
         self._target = urlsplit(endpoint)
         proxy = self
 
@@ -55,6 +59,8 @@ class Proxy:
         headers = {name: value for name, value in request.headers.items() if name.lower() != self.ignore}
         if self.gone:
             raise ConnectionError("the proxy has gone away")
+        if request.command == "PUT" and self.swallow and request.path.endswith(self.swallow):
+            return 200, [("ETag", '"0"')], b""
         upstream = http.client.HTTPConnection(self._target.hostname or "", self._target.port)
         upstream.request(request.command, request.path, body, headers)
         reply = upstream.getresponse()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from featurestore import reader as reader_module
-from featurestore.errors import MissingFeatureError, StoreFormatError
+from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec
-from tests.featurestore.conftest import SPECS, Filled, fill
+from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec, group_id
+from tests.featurestore.conftest import SPECS, Filled, Place, fill
 from tests.featurestore.helpers import assert_same
 
 
@@ -51,6 +51,28 @@ def test_a_narrower_request_is_served_from_the_wider_group(filled_anywhere: Fill
     ends = np.cumsum(whole.counts, dtype=int)
     rows = [whole.ids[e - c : e][:3] for c, e in zip(whole.counts, ends, strict=True)]
     np.testing.assert_array_equal(part.ids, np.concatenate(rows))
+
+
+def test_warming_verifies_and_changes_nothing(filled_anywhere: Filled, place: Place) -> None:
+    reader = CacheReader.open(filled_anywhere.path)
+    for shard in reader.shards():
+        reader.warm(shard[0], SPECS)
+    found = reader.read(0)
+    for spec, value in found.features.items():
+        assert_same(value, filled_anywhere.given[found.id][spec])
+    reader.warm(0, [LogitsSpec(9, 0.9)])
+
+
+def test_warming_finds_damage_in_the_groups_asked_for(filled_anywhere: Filled, place: Place) -> None:
+    reader = CacheReader.open(filled_anywhere.path)
+    contents = place.contents("store")
+    for name, (_, data) in contents.items():
+        if group_id(SPECS[0]) in name and name.endswith("head_index/c/0"):
+            place.write("store", name, b"\0" * len(data))
+    for shard in reader.shards():
+        with pytest.raises(CorruptionError, match="hash is not the committed one"):
+            reader.warm(shard[0], SPECS)
+        reader.warm(shard[0], SPECS[1:])
 
 
 def test_missing_groups_name_what_there_is_and_the_flag(filled: Filled) -> None:

@@ -65,6 +65,19 @@ def test_a_service_that_replaces_is_refused(bucket: Bucket, monkeypatch: pytest.
     assert bucket.names("store") == []
 
 
+def test_an_upload_that_did_not_arrive_is_not_committed(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [sample(i) for i in range(2)]
+    with Proxy(bucket.endpoint, swallow="/values/c/0/0").running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = FeatureStore.create(bucket.url("store"), identity())
+        store.add_plan([task_of(samples)])
+        with pytest.raises(StoreWriteError, match=r"values/c/0/0: \d+ bytes sent, 0 arrived"):
+            store.write_bundle(task_of(samples), samples, features(samples, SMALL))
+    assert not any(name.startswith(("parts/", "commit/")) for name in bucket.names("store"))
+
+
 def test_a_service_that_goes_away_is_not_damage(
     url: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
