@@ -132,6 +132,10 @@ class FeatureStore:
             raise MissingFeatureError(f"the samples of task {task_id} are not committed in {self.path}")
         return read_samples(self.root, read_commit(self.root, SAMPLES, task_id), task)
 
+    def holds(self, task: Task, groups: Sequence[GroupSpec]) -> bool:
+        """Whether the samples of a task and these very groups are committed by now."""
+        return all(self._has(spec, task) for spec in (None, *groups))
+
     def write_bundle(
         self,
         task: Task,

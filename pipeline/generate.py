@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
     store.add_plan(plan.new_tasks)
     began = datetime.now(UTC)
     engine_seconds = capture_seconds = 0.0
-    size = 0
+    tokens = size = 0
     # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
     by_groups = sorted(plan.work, key=lambda work: repr(work.groups))
     for groups, works in groupby(by_groups, key=lambda work: work.groups):
@@ -110,15 +111,14 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
         engine_seconds += time.monotonic() - clock
         clock = time.monotonic()
         try:
-            size += _run(store, prepared, engine, list(works), report)
+            captured = _run(store, prepared, engine, list(works), report)
         finally:
             if engine is not None:
                 engine.close()
         capture_seconds += time.monotonic() - clock
+        tokens, size = tokens + captured[0], size + captured[1]
     manifest = store.publish_manifest()
-    outcome = Outcome(
-        plan.samples_total, plan.rows_to_do, size, engine_seconds, capture_seconds, manifest.digest
-    )
+    outcome = Outcome(plan.samples_total, tokens, size, engine_seconds, capture_seconds, manifest.digest)
     store.add_provenance(provenance.record(request, began, outcome))
     return outcome
 
@@ -170,12 +170,19 @@ def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureSto
 
 def _run(
     store: FeatureStore, prepared: Prepared, engine: Engine | None, works: Sequence[Work], report: Reporter
-) -> int:
-    """Capture and commit each task; returns the bytes written."""
+) -> tuple[int, int]:
+    """Capture and commit each task; returns the positions captured and the bytes written.
+
+    Several generators may be at work on the same tasks. Each takes them in an order of its own and leaves out
+    what another has committed meanwhile, so they share the work and meet at its end only.
+    """
     total = prepared.plan.rows_total
     report.start(total - sum(work.task.rows for work in works), total)
-    size = 0
-    for work in works:
+    tokens = size = 0
+    for work in random.SystemRandom().sample(works, len(works)):
+        if store.holds(work.task, work.groups):
+            report.skip(work.task.rows)
+            continue
         samples = _samples_of(store, prepared, work.task)
         features: dict[GroupSpec, list[GroupFeatures]] = {group: [] for group in work.groups}
         if engine is not None:
@@ -187,9 +194,9 @@ def _run(
                 report.advance(len(sample))
         records = store.write_bundle(work.task, samples, features)
         written = sum(record.size for record in records)
-        size += written
+        tokens, size = tokens + work.task.rows, size + written
         report.committed(work.task.rows, written)
-    return size
+    return tokens, size
 
 
 def _samples_of(store: FeatureStore, prepared: Prepared, task: Task) -> list[Sample]:

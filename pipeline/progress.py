@@ -50,6 +50,7 @@ class Reporter(Protocol):
     def stage(self, text: str) -> None: ...
     def start(self, tokens_done: int, tokens_total: int) -> None: ...
     def advance(self, tokens: int) -> None: ...
+    def skip(self, tokens: int) -> None: ...
     def committed(self, rows: int, size: int) -> None: ...
 
 
@@ -100,6 +101,10 @@ class ConsoleReporter:
 
     def advance(self, tokens: int) -> None:
         self._done += tokens
+        self._update()
+
+    def skip(self, tokens: int) -> None:
+        self._offset += tokens
         self._update()
 
     def committed(self, rows: int, size: int) -> None:
