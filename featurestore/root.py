@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -222,7 +223,13 @@ class LocalRoot:
         os.utime(self.path / PARTS / bundle)
 
     def abandon(self, bundle: str) -> None:
-        shutil.rmtree(self.path / PARTS / bundle, ignore_errors=True)
+        directory = self.path / PARTS / bundle
+        # After one write has failed, a thread of zarr's may still be at another and make a file anew.
+        for _ in range(10):
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                return
+            time.sleep(0.02)
 
     def unfinished(self) -> list[str]:
         folders = [self.path / name for name in ("", PARTS, "provenance", "teacher")]

@@ -17,6 +17,7 @@ from torch import Tensor
 from featurestore.codec import CLOSED
 from featurestore.codes import LogitsCodes
 from featurestore.order import epoch_order
+from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
 from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec
 
@@ -42,6 +43,10 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
         kept = ([place[i] for i in shard if i in place] for shard in self._reader.shards())
         return [shard for shard in kept if shard]
 
+    def warm(self, index: int) -> None:
+        """Have the shard of a sample at hand and verified; see CacheReader.warm."""
+        self._reader.warm(self._indices[index], self.groups)
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -53,11 +58,12 @@ class CacheOrder(torch.utils.data.Sampler[int]):
     """Positions in a CachedDataset in the order of `featurestore.order`, another one in each epoch.
 
     The order depends on manifest, seed and epoch alone, so a resumed run reads what is left, with any number
-    of processes that keeps the global batch. `set_epoch` is called by Trainer.
+    of processes that keeps the global batch. Shards that come next are fetched and verified by a thread
+    meanwhile. `set_epoch` is called by Trainer.
     """
 
     def __init__(self, dataset: CachedDataset, seed: int) -> None:
-        self._digest, self._shards = dataset.manifest_digest, dataset.shards()
+        self._dataset, self._digest, self._shards = dataset, dataset.manifest_digest, dataset.shards()
         self._length, self._seed, self.epoch = len(dataset), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -68,7 +74,8 @@ class CacheOrder(torch.utils.data.Sampler[int]):
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        yield from epoch_order(self._digest, self._seed, self.epoch, self._shards).tolist()
+        order = epoch_order(self._digest, self._seed, self.epoch, self._shards).tolist()
+        yield from prefetched(order, self._shards, self._dataset.warm)
 
 
 class Collator:

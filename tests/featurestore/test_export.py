@@ -14,7 +14,7 @@ import featurestore.export
 from featurestore.errors import MissingFeatureError
 from featurestore.export import find_groups, write_arrow, write_parquet
 from featurestore.reader import CacheReader
-from featurestore.schema import NO_DRAW, HiddenFeatures, LogitsFeatures
+from featurestore.schema import NO_DRAW, HiddenFeatures, LogitsFeatures, LseFeatures
 from tests.featurestore.conftest import SPECS, Filled
 
 
@@ -43,6 +43,9 @@ def check_rows(reader: CacheReader, rows: list[dict[str, object]]) -> None:
         hidden = one.features[SPECS[2]]
         assert isinstance(hidden, HiddenFeatures)
         np.testing.assert_array_equal(np.asarray(row["hidden_L2"], np.float32), hidden.to_float32())
+        lse = one.features[SPECS[3]]
+        assert isinstance(lse, LseFeatures)
+        np.testing.assert_array_equal(np.asarray(row["lse_T2"], np.float32), lse.lse)
 
 
 @pytest.mark.parametrize("bound", [None, 40_000])
@@ -76,7 +79,7 @@ def test_arrow_holds_the_same(filled: Filled, tmp_path: Path) -> None:
 
 def test_groups_by_name(filled: Filled, tmp_path: Path) -> None:
     reader = CacheReader.open(filled.path)
-    assert find_groups(reader, None) == SPECS
+    assert find_groups(reader, None) == [SPECS[0], SPECS[3], SPECS[1], SPECS[2]]
     assert find_groups(reader, ["hidden.L2", "logits", "logits"]) == [SPECS[2], SPECS[0]]
     with pytest.raises(MissingFeatureError, match=r"hidden\.L3"):
         find_groups(reader, ["hidden.L3"])
