@@ -6,6 +6,7 @@ commit records, samples last. So a kill at any moment leaves a store that the sa
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from featurestore.errors import CorruptionError, SpecMismatchError, StoreFormatE
 from featurestore.files import copy_checked, writing
 from featurestore.plan import Task
 from featurestore.records import CommitRecord
-from featurestore.root import root_of
+from featurestore.root import Root, root_of
 from featurestore.store import FeatureStore
 
 Progress = Callable[[int, int], None]
@@ -123,11 +124,13 @@ def _plan(store: FeatureStore, sources: Sequence[FeatureStore]) -> list[_Work]:
 def _copy_task(store: FeatureStore, work: _Work) -> None:
     """Copy the bundles of one task, check and settle them, then commit. Nothing is left after an error."""
     source, target = work.source.root, store.root
-    names = {record.bundle: f"{work.task.id}-{secrets.token_hex(6)}" for record in work.records}
+    names: dict[str, str] = {}
+    folders: dict[str, Path] = {}
     with writing(f"task {work.task.id}", store.path):
         try:
-            folders = {bundle: target.begin(name) for bundle, name in names.items()}
             for record in work.records:
+                if record.bundle not in names:
+                    names[record.bundle], folders[record.bundle] = _begin(target, record.bundle)
                 stamps = {f"{bundle_name(record)}/{file}": stamp for file, stamp in record.files.items()}
                 source.check(stamps, deep=False)
                 for file, stamp in record.files.items():
@@ -143,6 +146,16 @@ def _copy_task(store: FeatureStore, work: _Work) -> None:
                 target.abandon(name)
             raise
     store.commit([replace(record, bundle=names[record.bundle]) for record in work.records])
+
+
+def _begin(target: Root, name: str) -> tuple[str, Path]:
+    """A new bundle of that name, so that a copy has the manifest of its source; of another one when it is
+    taken, as by a merge that was killed.
+    """
+    with contextlib.suppress(FileExistsError):
+        return name, target.begin(name)
+    fresh = f"{name.partition('-')[0]}-{secrets.token_hex(6)}"
+    return fresh, target.begin(fresh)
 
 
 def _copy_side_files(store: FeatureStore, source: FeatureStore) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
 import featurestore.merge
+import featurestore.root
 from featurestore.errors import CorruptionError, SpecMismatchError, StoreNotFoundError
 from featurestore.identity import SAMPLES
 from featurestore.merge import merge_stores
@@ -165,7 +167,7 @@ def test_killed_and_completed(
 ) -> None:
     """A merge that stops dead anywhere, without tidying up, is completed by the same merge."""
     target, calls = tmp_path / "all", 0
-    module = featurestore.store if step == "publish" else featurestore.merge
+    module = featurestore.merge if step == "copy_checked" else featurestore.root
     real = getattr(module, step)
 
     def dies(*arguments: object) -> object:
@@ -179,6 +181,7 @@ def test_killed_and_completed(
         patch.setattr(module, step, dies)
         # A killed process does not remove what it has begun.
         patch.setattr(shutil, "rmtree", lambda *arguments, **options: None)
+        patch.setattr(time, "sleep", lambda seconds: None)
         try:
             merge_stores(target, pair)
         except KeyboardInterrupt:
