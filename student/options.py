@@ -66,6 +66,11 @@ class StudentOptions:
     layer_map: str | None = _flag(
         None, "Explicit pairs TEACHER:STUDENT instead of --hidden-layers, e.g. 10:4,20:8."
     )
+    manifest: str | None = _flag(
+        None,
+        "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "
+        "which repeats an earlier run exactly after the cache has grown. Default: all of the cache.",
+    )
     eval_fraction: float = _flag(
         0.1, "Share of the samples held out for evaluation, chosen by sample id; 0 holds nothing out."
     )

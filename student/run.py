@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from importlib.util import find_spec
@@ -16,8 +17,10 @@ from student.arguments import Request
 from student.build import plan_student
 from student.errors import UserError
 from student.model import DistillationModel
+from student.options import StudentOptions
 from student.plan import plan_data, plan_objective
 from student.report import write_report
+from student.saving import MANIFEST_FILE
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
@@ -29,13 +32,13 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     """
     options, args = request.options, request.training
     output_dir = Path(args.output_dir)
-    reader = CacheReader.open(request.store)
+    checkpoint = _checkpoint(args, output_dir)
+    reader = CacheReader.open(request.store, _manifest(options, checkpoint))
     plan = plan_student(options, reader)
     objective = plan_objective(options, reader, plan.config)
     data = plan_data(objective, reader, options.eval_fraction)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
-    checkpoint = _checkpoint(args, output_dir)
     _check_optimizer(args)
     _check_writable(output_dir)
 
@@ -79,6 +82,19 @@ def _checkpoint(args: TrainingArguments, output_dir: Path) -> str | None:
             f"--resume-from-checkpoint: no checkpoint in {output_dir}; leave the flag out to start anew"
         )
     return str(last)
+
+
+def _manifest(options: StudentOptions, checkpoint: str | None) -> str | None:
+    """What to read: a run that goes on reads on where it was, however the cache has grown meanwhile."""
+    if checkpoint is None or not (Path(checkpoint) / MANIFEST_FILE).is_file():
+        return options.manifest
+    digest = str(json.loads((Path(checkpoint) / MANIFEST_FILE).read_text())["manifest"])
+    if options.manifest and not digest.startswith(options.manifest):
+        raise UserError(
+            f"--manifest {options.manifest}: {checkpoint} was trained on manifest {digest}; leave the flag "
+            "out to go on with it"
+        )
+    return digest
 
 
 def _check_optimizer(args: TrainingArguments) -> None:

@@ -28,6 +28,10 @@ TOKENIZER_FILES = (
 )
 
 
+# In a checkpoint: the manifest of the cache that it was trained on.
+MANIFEST_FILE = "cache_manifest.json"
+
+
 def save_student(student: Any, directory: Path, tokenizer_dir: Path) -> None:
     """Safetensors, config.json and the teacher's tokenizer files.
 

@@ -4,6 +4,7 @@ student.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from student.bitnet import FlipMeter, bit_linears
 from student.data import CachedDataset, CacheOrder, Collator
 from student.model import EVAL_COLUMNS, DistillationModel
-from student.saving import load_student, save_student
+from student.saving import MANIFEST_FILE, load_student, save_student
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -112,6 +113,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         directory.mkdir(parents=True, exist_ok=True)
         save_student(self.model.student, directory, self._tokenizer_dir)
         torch.save(self.args, directory / "training_args.bin")
+        (directory / MANIFEST_FILE).write_text(json.dumps({"manifest": self.train_dataset.manifest_digest}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_student(self.model.student, Path(resume_from_checkpoint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from featurestore.reader import CacheReader
 from student import bitnet
 from student.build import plan_student
 from student.options import StudentOptions
+from tests.student.caches import random_samples, write_cache
+from tests.student.conftest import SPECS
 
 Train = Callable[..., dict[str, Any]]
 TWO_LAYERS = ("--student-model-config", '{"num_hidden_layers": 2}')
@@ -89,6 +92,40 @@ def test_resuming_continues_bit_for_bit(train: Train, tmp_path: Path) -> None:
         [log["loss"] for log in logs(tmp_path / run) if "loss" in log] for run in ("straight", "resumed")
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_where_the_cache_was(
+    train: Train,
+    tmp_path: Path,
+    cache: Path,
+    teacher: Path,
+    distily_train: Callable[..., tuple[int, str, str]],
+) -> None:
+    """Samples that came later change neither what a resumed run reads nor in which order."""
+    grown = tmp_path / "grown"
+    shutil.copytree(cache, grown)
+    arguments = ("--max_steps", 6, "--save_steps", 3, *BITNET)
+    train(tmp_path / "straight", *arguments)
+    old = CacheReader.open(grown).manifest_digest
+    write_cache(grown, teacher, random_samples(50, 199), SPECS)
+    assert CacheReader.open(grown).manifest_digest != old
+    checkpoint = tmp_path / "straight" / "checkpoint-3"
+    quick = ("--per-device-train-batch-size", 4, "--eval-fraction", 0.25, "--report-to", "none")
+    command = (
+        grown,
+        "--output-dir",
+        tmp_path / "on",
+        *quick,
+        *arguments,
+        "--resume_from_checkpoint",
+        checkpoint,
+    )
+    code, _, err = distily_train(*command)
+    assert code == 0, err
+    straight, again = weights(tmp_path / "straight"), weights(tmp_path / "on")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in straight.items())
+    code, _, err = distily_train(*command, "--manifest", "0" * 32)
+    assert code == 2 and "--manifest" in err and old in err
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(train: Train, tmp_path: Path) -> None:
