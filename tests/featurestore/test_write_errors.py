@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,20 +99,41 @@ def file_size_limit(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("limit", [200, 700, 1500, 3000])
-def test_a_write_that_breaks_off_leaves_no_bundle_behind(tmp_path: Path, limit: int) -> None:
-    path, one = tmp_path / "store", sample(3, 300)
-    write_all(path)
-    before, bundles = committed(path), sorted((path / "parts").iterdir())
-    store, task = FeatureStore.open(path), task_of([one])
-    store.add_plan([task])
-    with file_size_limit(limit), pytest.raises(StoreWriteError) as caught:
-        store.write_bundle(task, [one], features([one], SPECS))
-    check_failure(path, before, caught.value, errno.EFBIG)
-    assert sorted((path / "parts").iterdir()) == bundles and committed(path) == before
-    store.write_bundle(task, [one], features([one], SPECS))
+def extend(path: Path) -> None:
+    """Bring one more task, a run's record and the manifest into the store."""
+    store, one = FeatureStore.open(path), sample(3, 300)
+    store.add_plan([task_of([one])])
+    store.write_bundle(task_of([one]), [one], features([one], SPECS))
+    store.add_provenance({"seconds": 2})
     store.publish_manifest()
-    assert verify_store(path, deep=True).sound
+
+
+def test_a_disk_that_is_full_at_each_write_in_turn(tmp_path: Path) -> None:
+    """For every size that a new file has, the writes of that size and above break off at their last byte."""
+    base = tmp_path / "base"
+    write_all(base)
+    whole = tmp_path / "whole"
+    shutil.copytree(base, whole)
+    extend(whole)
+    old = {file.relative_to(base) for file in base.rglob("*")}
+    new = [file for file in whole.rglob("*") if file.is_file() and file.relative_to(whole) not in old]
+    sizes = sorted({file.stat().st_size for file in new})
+    assert len(sizes) > 15
+    before, bundles = committed(base), {p.name for p in (base / "parts").iterdir()}
+    for size in sizes:
+        path = tmp_path / f"store{size}"
+        shutil.copytree(base, path)
+        with file_size_limit(size - 1), pytest.raises(StoreWriteError) as caught:
+            extend(path)
+        now = check_failure(path, before, caught.value, errno.EFBIG)
+        named = {r.bundle for records in FeatureStore.open(path).commits().values() for r in records.values()}
+        if len(now) == len(before):
+            # Nothing of the task was committed, so its bundle is gone; bundles of the rest are all there.
+            assert {p.name for p in (path / "parts").iterdir()} == bundles
+        assert named <= {p.name for p in (path / "parts").iterdir()}
+        extend(path)
+        assert verify_store(path, deep=True).sound and len(committed(path)) == len(before) + 3
+        shutil.rmtree(path)
 
 
 def test_a_store_below_a_file_cannot_be_made(tmp_path: Path) -> None:
