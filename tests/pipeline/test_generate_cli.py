@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
 from featurestore.directory import read_manifest
 from featurestore.reader import CacheReader
+from featurestore.root import root_of
 from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from tests import teachers
 
@@ -246,7 +247,7 @@ def test_the_error_of_stored_hidden_states_is_measured(
     reader = CacheReader.open(store)
     samples = [reader.read(index).features for index in range(len(reader))]
     groups = json.loads(run("info", store, "--json").stdout)["groups"]
-    manifest = read_manifest(store, str(last["manifest"]))
+    manifest = read_manifest(root_of(store), str(last["manifest"]))
     for layer in (1, 3):
         exact = np.concatenate([s[HiddenSpec(layer, "f32")].to_float32() for s in samples]).astype(np.float64)
         for dtype, least in (("f32", 0.0), ("bf16", 1e-4), ("int8", 1e-3), ("fp8", 1e-2)):
