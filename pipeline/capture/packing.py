@@ -29,6 +29,8 @@ from pipeline.capture.spec import CaptureSpec
 
 _HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
 
+TILE_ELEMENTS = 2**19
+
 
 @dataclass(frozen=True)
 class Field:
@@ -89,10 +91,22 @@ def distribution_fields(
     spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
-    logits = logits_NV.float()
-    fields = {lse_field(temperature): lse_at(logits, temperature) for temperature in spec.temperatures}
+    # On a CPU the passes over a few rows stay in the core's own cache; a GPU wants all rows at once.
+    rows, vocab = logits_NV.shape
+    step = rows if logits_NV.is_cuda else max(1, TILE_ELEMENTS // vocab)
+    tiles = [
+        _tile_fields(spec, logits_NV[i : i + step].float(), labels_N[i : i + step], shifts_N[i : i + step])
+        for i in range(0, rows, step)
+    ]
+    return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
+
+
+def _tile_fields(
+    spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    fields = {lse_field(temperature): lse_at(logits_NV, temperature) for temperature in spec.temperatures}
     if spec.top_k:
-        rows = reduce_logits(logits, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
+        rows = reduce_logits(logits_NV, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
         fields |= logit_fields(rows)
     return fields
 

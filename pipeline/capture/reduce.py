@@ -13,8 +13,8 @@ from featurestore.tail import van_der_corput
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
-# Columns of the vocabulary that are summed together before a draw looks inside.
-BLOCK = 256
+# Columns of the vocabulary that are looked at together, before the search for a top or a draw looks inside.
+BLOCK = 64
 NO_DRAW = -1
 
 
@@ -56,10 +56,10 @@ def reduce_logits(
         shifts_N: float64 in [0, 1), where each row's draws begin (featurestore.tail.row_shifts); with `tail`.
     """
     logits = logits_NV.float()
-    head_logits, head_ids = torch.topk(logits, top_k, dim=-1)
+    head_logits, head_ids = top(logits, top_k)
     peak = head_logits[:, :1]
     # One exponential pass serves both the normaliser and the entropy H = lse - E[logit].
-    weights = torch.exp(logits - peak)
+    weights = (logits - peak).exp_()
     norm = weights.sum(-1)
     expected = torch.linalg.vecdot(weights, logits) / norm
     lse = peak[:, 0] + norm.log()
@@ -85,6 +85,26 @@ def reduce_logits(
     )
 
 
+def top(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits of each row, descending, and their columns (int64): torch.topk, but quicker.
+
+    The k largest lie in the k blocks of columns whose own largest are the largest, so that only these and
+    what is left beside whole blocks are sorted.
+    """
+    rows, vocab = logits_NV.shape
+    blocks = vocab // BLOCK
+    if 2 * k > blocks:
+        found = torch.topk(logits_NV, k, dim=-1)
+        return found.values, found.indices
+    peaks = logits_NV[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1)
+    inside = torch.arange(BLOCK, device=logits_NV.device)
+    columns = (peaks.topk(k, dim=-1).indices.unsqueeze(-1) * BLOCK + inside).flatten(1)
+    rest = torch.arange(blocks * BLOCK, vocab, device=logits_NV.device).expand(rows, -1)
+    columns = torch.cat([columns, rest], dim=-1)
+    found = torch.topk(logits_NV.gather(-1, columns), k, dim=-1)
+    return found.values, columns.gather(-1, found.indices)
+
+
 def lse_at(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
     """float32 [N]: logsumexp(logits / temperature) of each row, computed in float32.
 
@@ -93,7 +113,7 @@ def lse_at(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
     """
     logits = logits_NV.float()
     peak = logits.amax(-1, keepdim=True)
-    return peak[:, 0] / temperature + ((logits - peak) / temperature).exp_().sum(-1).log()
+    return peak[:, 0] / temperature + (logits - peak).div_(temperature).exp_().sum(-1).log()
 
 
 def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:
