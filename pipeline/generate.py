@@ -16,6 +16,7 @@ from featurestore.root import root_of
 from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.store import FeatureStore
 from pipeline import provenance
+from pipeline.commit import Committer
 from pipeline.engines.base import Engine, EngineConfig
 from pipeline.errors import RequestError
 from pipeline.progress import Reporter
@@ -178,25 +179,30 @@ def _run(
     """
     total = prepared.plan.rows_total
     report.start(total - sum(work.task.rows for work in works), total)
-    tokens = size = 0
-    for work in random.SystemRandom().sample(works, len(works)):
-        if store.holds(work.task, work.groups):
-            report.skip(work.task.rows)
-            continue
-        samples = _samples_of(store, prepared, work.task)
-        features: dict[GroupSpec, list[GroupFeatures]] = {group: [] for group in work.groups}
-        if engine is not None:
-            for sample, captured in zip(
-                samples, engine.capture([sample.tokens for sample in samples]), strict=True
-            ):
-                for group, rows in captured.items():
-                    features[group].append(rows)
-                report.advance(len(sample))
-        records = store.write_bundle(work.task, samples, features)
-        written = sum(record.size for record in records)
-        tokens, size = tokens + work.task.rows, size + written
-        report.committed(work.task.rows, written)
-    return tokens, size
+    tokens = 0
+    with Committer(store, report) as committer:
+        for work in random.SystemRandom().sample(works, len(works)):
+            if store.holds(work.task, work.groups):
+                report.skip(work.task.rows)
+                continue
+            samples = _samples_of(store, prepared, work.task)
+            features = _features_of(engine, work, samples, report)
+            committer.put(work.task, samples, features)
+            tokens += work.task.rows
+    return tokens, committer.size
+
+
+def _features_of(
+    engine: Engine | None, work: Work, samples: Sequence[Sample], report: Reporter
+) -> dict[GroupSpec, list[GroupFeatures]]:
+    features: dict[GroupSpec, list[GroupFeatures]] = {group: [] for group in work.groups}
+    if engine is not None:
+        captures = engine.capture([sample.tokens for sample in samples])
+        for sample, captured in zip(samples, captures, strict=True):
+            for group, rows in captured.items():
+                features[group].append(rows)
+            report.advance(len(sample))
+    return features
 
 
 def _samples_of(store: FeatureStore, prepared: Prepared, task: Task) -> list[Sample]:

@@ -96,7 +96,7 @@ def top(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if 2 * k > blocks:
         found = torch.topk(logits_NV, k, dim=-1)
         return found.values, found.indices
-    peaks = logits_NV[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1)
+    peaks = logits_NV[:, : blocks * BLOCK].reshape(rows, blocks, BLOCK).amax(-1)
     inside = torch.arange(BLOCK, device=logits_NV.device)
     columns = (peaks.topk(k, dim=-1).indices.unsqueeze(-1) * BLOCK + inside).flatten(1)
     rest = torch.arange(blocks * BLOCK, vocab, device=logits_NV.device).expand(rows, -1)

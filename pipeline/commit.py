@@ -1,0 +1,51 @@
+"""Encoding and writing beside the teacher: one thread, a bounded queue, and back-pressure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from featurestore.plan import Task
+from featurestore.records import CommitRecord
+from featurestore.schema import GroupFeatures, GroupSpec, Sample
+from featurestore.store import FeatureStore
+from pipeline.progress import Reporter
+
+
+class Committer:
+    """Commits shards in a thread while the teacher is at the next one.
+
+    One shard is in the making, one waits, and who brings another one waits too. What goes wrong is raised at
+    the next `put` or at the end. size: bytes committed so far.
+    """
+
+    def __init__(self, store: FeatureStore, report: Reporter) -> None:
+        self._store, self._report = store, report
+        self._thread = ThreadPoolExecutor(1, "commit")
+        self._pending: deque[Future[list[CommitRecord]]] = deque()
+        self.size = 0
+
+    def put(
+        self, task: Task, samples: Sequence[Sample], features: Mapping[GroupSpec, Sequence[GroupFeatures]]
+    ) -> None:
+        while len(self._pending) > 1 or (self._pending and self._pending[0].done()):
+            self._take()
+        self._pending.append(self._thread.submit(self._store.write_bundle, task, samples, features))
+
+    def _take(self) -> None:
+        records = self._pending.popleft().result()
+        written = sum(record.size for record in records)
+        self.size += written
+        self._report.committed(records[-1].rows, written)
+
+    def __enter__(self) -> Committer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            while kind is None and self._pending:
+                self._take()
+        finally:
+            # What is in the making is finished even after an error: it may be the last that is kept.
+            self._thread.shutdown(cancel_futures=kind is not None)
