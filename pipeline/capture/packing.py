@@ -29,7 +29,7 @@ from pipeline.capture.spec import CaptureSpec
 
 _HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
 
-TILE_ELEMENTS = 2**19
+TILE_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)

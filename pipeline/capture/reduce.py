@@ -16,6 +16,8 @@ FP8_MAX = 448.0  # largest finite float8_e4m3fn
 # Columns of the vocabulary that are looked at together, before the search for a top or a draw looks inside.
 BLOCK = 64
 NO_DRAW = -1
+# A token that the teacher masks out (-inf) adds nothing to the entropy; 0 times infinity would be NaN.
+FARTHEST = -1e4
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,15 @@ def reduce_logits(
     logits = logits_NV.float()
     head_logits, head_ids = top(logits, top_k)
     peak = head_logits[:, :1]
-    # One exponential pass serves both the normaliser and the entropy H = lse - E[logit].
-    weights = (logits - peak).exp_()
+    # One exponential pass serves both the normaliser and the entropy H = log(norm) - E[distance to the top].
+    distance = logits - peak
+    weights = distance.exp()
     norm = weights.sum(-1)
-    expected = torch.linalg.vecdot(weights, logits) / norm
-    lse = peak[:, 0] + norm.log()
+    expected = torch.linalg.vecdot(weights, distance.clamp_min_(FARTHEST)) / norm
+    log_norm = norm.log()
+    lse = peak[:, 0] + log_norm
     # bf16 teachers tie often and sums round: a one-token distribution may come out at -1e-7.
-    entropy = (lse - expected).clamp_min(0.0)
+    entropy = (log_norm - expected).clamp_min(0.0)
     picked = logits.gather(-1, labels_N.clamp_min(0)[:, None])[:, 0] - lse
     label_logprob = torch.where(labels_N >= 0, picked, torch.full_like(picked, torch.nan))
     counts = head_counts(head_logits, lse, top_p)

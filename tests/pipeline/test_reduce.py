@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.tail import first_draws, row_shifts
-from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, lse_at, reduce_logits
+from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, lse_at, reduce_logits, top
 
 F32 = float(np.finfo(np.float32).eps)
 
@@ -60,6 +60,40 @@ def test_logsumexp_at_a_temperature_matches_float64(
     bound = F32 * (np.log2(vocab) + 12 + 2 * 88 + 2 * want.abs())
     assert ((got.double() - want).abs() <= bound).all()
     assert torch.equal(lse_at(logits.bfloat16(), temperature), lse_at(logits.bfloat16().float(), temperature))
+
+
+def test_masked_tokens_have_no_mass_and_break_nothing() -> None:
+    """A teacher may give -inf to tokens that it never says."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5_000, generator=generator)
+    masked = logits.clone()
+    masked[:, 700:] = -torch.inf
+    shifts = torch.rand(3, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([5, 6, 7])
+    got = reduce_logits(masked, labels, 64, 0.5, 16, shifts)
+    want = reduce_logits(logits[:, :700].contiguous(), labels, 64, 0.5, 16, shifts)
+    for name in ("counts", "head_ids", "tail_draws"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    for name in ("lse", "entropy", "label_logprob"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    k=st.integers(1, 70),
+    vocab=st.sampled_from([64, 199, 4_097, 8_192]),
+    levels=st.sampled_from([3, 1_000_000]),
+)
+def test_the_top_by_blocks_is_the_top(seed: int, k: int, vocab: int, levels: int) -> None:
+    """Also where many logits tie, as those of bf16 teachers do: then any of the tied columns will do."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.rand(3, vocab, generator=generator) * levels).round()
+    k = min(k, vocab)
+    values, columns = top(logits, k)
+    assert torch.equal(values, torch.topk(logits, k).values)
+    assert torch.equal(logits.gather(-1, columns), values)
+    assert all(len(set(row)) == k for row in columns.tolist())
 
 
 def test_a_row_without_label_is_nan_and_others_are_not() -> None:
