@@ -119,6 +119,10 @@ DtypeOption = Annotated[
     str, typer.Option(help="Teacher's compute type: auto (as saved), bfloat16, float16 or float32.")
 ]
 ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (vLLM).")]
+BatchOption = Annotated[
+    int,
+    typer.Option(help="Positions of one vLLM step; smaller needs less memory, longer samples are chunked."),
+]
 ShardOption = Annotated[
     int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
 ]
@@ -148,6 +152,7 @@ def generate(
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
     tensor_parallel_size: ParallelOption = 1,
+    max_num_batched_tokens: BatchOption = 4096,
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,

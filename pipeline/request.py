@@ -49,6 +49,7 @@ class GenerateRequest:
     engine: EngineName = "vllm"
     dtype: str = "auto"
     tensor_parallel_size: int = 1
+    max_num_batched_tokens: int = 4096
     shard_tokens: int = 32_768
     seed: int = 0
     trust_remote_code: bool = False
@@ -76,6 +77,7 @@ class GenerateRequest:
             ("--tail", self.tail, 0),
             ("--seed", self.seed, 0),
             ("--tensor-parallel-size", self.tensor_parallel_size, 1),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens, 16),
             ("--shard-tokens", self.shard_tokens, 1),
         ):
             if value is not None and value < least:

@@ -19,7 +19,6 @@ from pipeline.errors import EngineError, RequestError
 
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
 _PIECE_TOKENS = 8192
-_STEP_TOKENS = 4096
 _CPU_KV_CACHE_GIB = "1"
 
 
@@ -82,7 +81,8 @@ class VllmEngine:
             use_tqdm_on_load=verbose,
             dtype=config.dtype,
             max_model_len=config.max_seq_len,
-            max_num_batched_tokens=max(_STEP_TOKENS, config.max_seq_len),
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_chunked_prefill=True,
             tensor_parallel_size=config.tensor_parallel_size,
             trust_remote_code=config.trust_remote_code,
             # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
