@@ -5,8 +5,8 @@ from the store (checksums included), pad, decode to head ids, log-probabilities,
 training does. Memmap: the same numbers lie decoded in one .npy file per array; slices of it are padded in the
 same way. In both the int8 layer ends as int8 values and a scale per position, as it travels to a device.
 With DISTILLKIT=<a checkout of arcee-ai/DistillKit> its own code decompresses rows of its two published
-settings, which hold a distribution only, from tensors in memory, 4,096 at a time. Rounds of all alternate; the
-best of each is shown.
+settings, which hold a distribution only, from tensors in memory, 4,096 at a time. Rounds of all alternate;
+the best of each is shown.
 """
 
 from __future__ import annotations
