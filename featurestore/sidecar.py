@@ -86,6 +86,10 @@ class HeadSpec:
     def part(self) -> str:
         return HEAD
 
+    def fits(self, teacher: TeacherIdentity) -> bool:
+        """Can this be a part of that teacher."""
+        return (self.vocab_size, self.hidden_size) == (teacher.vocab_size, teacher.hidden_size)
+
     def required(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors that every such part has."""
         return {"weight": (self.vocab_size, self.hidden_size), "norm.weight": (self.hidden_size,)}
@@ -132,6 +136,10 @@ class BlockSpec:
     @property
     def part(self) -> str:
         return block_part(self.layer)
+
+    def fits(self, teacher: TeacherIdentity) -> bool:
+        """Can this be a part of that teacher."""
+        return self.layer < teacher.num_layers and self.hidden_size == teacher.hidden_size
 
     def required(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors that every such part has."""
@@ -217,8 +225,7 @@ def read_part(path: Path, where: str, name: str, identity: TeacherIdentity) -> P
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise StoreFormatError(f"{where}: its header is not that of a sidecar") from None
     spec = _spec_from_json(unseal(data, where, "sidecar"), where)
-    sizes = {"hidden_size": identity.hidden_size, "vocab_size": identity.vocab_size}
-    if part_of(name) != spec.part or any(getattr(spec, key, size) != size for key, size in sizes.items()):
+    if part_of(name) != spec.part or not spec.fits(identity):
         raise StoreFormatError(f"{where}: made for another part or teacher")
     try:
         _check_names(spec, types, where)

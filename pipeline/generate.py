@@ -46,8 +46,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions, `size` is the bytes
-    of their features, `sidecar_size` those of the parts of the teacher's sidecar that were added.
+    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions. Bytes: `size` of
+    their features, `sidecar_size` of the parts of the teacher's sidecar that were added.
     """
 
     samples: int

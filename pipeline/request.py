@@ -87,7 +87,7 @@ class GenerateRequest:
         hidden = self.hidden_layers or self.relation_layers or self.final
         if not (self.top_k or hidden or self.temperatures):
             raise RequestError(
-                "--top-k 0: nothing to capture; ask for logits, or give --final, --hidden-layers or --temperatures"
+                "--top-k 0: nothing to capture; ask for logits, --final, --hidden-layers or --temperatures"
             )
         if self.draws > MAX_TAIL:
             raise RequestError(f"--tail {self.tail}: at most {MAX_TAIL}")
