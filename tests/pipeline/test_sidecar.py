@@ -174,7 +174,11 @@ def test_the_teacher_comes_back(name: str, tmp_path: Path) -> None:
                 widths = [values.values[0].size for values in found.values()]
                 expected = dict(zip(found, expected["qkv"].split(widths, -1), strict=True))
             for which, values in found.items():
-                values.check(expected[which].numpy().reshape(values.values.shape))
+                module = expected[which]
+                # Gemma 3 has its heads before its positions when it norms them.
+                by_head = module.ndim == 3 and len(module) != len(state)
+                module = module.transpose(0, 1) if by_head else module
+                values.check(module.numpy().reshape(values.values.shape))
             state = maps.hidden_states[layer][0].numpy()
             attention(sidecar.block(layer), state).check(maps.attentions[layer][0].numpy())
 
