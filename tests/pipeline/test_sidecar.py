@@ -29,9 +29,11 @@ from transformers import (
     SmolLM3Config,
 )
 
+import featurestore.root
 from featurestore.reader import CacheReader
 from featurestore.schema import HiddenSpec
 from featurestore.sidecar import Part, Tensor
+from featurestore.verify import verify_store
 from pipeline.errors import RequestError
 from pipeline.generate import Outcome, execute, prepare
 from pipeline.progress import ConsoleReporter
@@ -323,3 +325,29 @@ def test_a_part_that_is_gone_is_put_back(tmp_path: Path) -> None:
     assert {n: b for n, b in files_of(store).items() if not n.startswith("provenance/")} == {
         n: b for n, b in before.items() if not n.startswith("provenance/")
     }
+
+
+@pytest.mark.parametrize("after", range(0, 12, 2))
+def test_killed_and_completed(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that stops dead at any publication is completed by the same run, with the same parts."""
+    teacher, store, calls = save(CONFIGS["llama"], tmp_path / "teacher"), tmp_path / "store", 0
+    flags: dict[str, Any] = {"top_k": 0, "final": True, "relation_layers": (2,)}
+    real = featurestore.root.publish
+
+    def dies(path: Path, data: bytes) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(featurestore.root, "publish", dies)
+        with pytest.raises(KeyboardInterrupt):
+            generate(teacher, store, **flags)
+    generate(teacher, store, **flags)
+    sidecar = CacheReader.open(store).sidecar()
+    assert sidecar.parts == ["head", "block2"]
+    assert sidecar.head().spec.hidden_size == sidecar.block(2).spec.hidden_size == SMALL["hidden_size"]
+    assert verify_store(store, deep=True).sound
+    assert len(list((store / "teacher").glob("*.safetensors"))) == 2
