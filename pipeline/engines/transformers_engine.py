@@ -24,7 +24,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         self._torch = torch
-        self._spec = CaptureSpec.from_groups(config.groups)
+        self._spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
         self._layout = RowLayout.of(self._spec, config.hidden_size)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,8 @@ class TransformersEngine:
             chunk = slice(start, start + _CHUNK_ROWS)
             fields: dict[str, Any] = {}
             if spec.needs_logits:
-                fields |= distribution_fields(spec, out.logits[0, chunk], labels[chunk], shifts[chunk])
+                logits = out.logits[0, chunk, : spec.vocab_size]
+                fields |= distribution_fields(spec, logits, labels[chunk], shifts[chunk])
             for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
                 fields |= hidden_fields(layer, out.hidden_states[layer][0, chunk], dtype)
             parts.append(self._layout.pack(fields))

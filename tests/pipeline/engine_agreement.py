@@ -1,7 +1,7 @@
-"""Run both engines on the same samples in float32 and print their differences as JSON.
+"""Run both engines on the same samples in float32 and print their differences, one JSON line per teacher.
 
-A program of its own, because vLLM's distributed state allows one engine per process life:
-`python -m tests.pipeline.engine_agreement TEACHER SAMPLES.json`.
+A program of its own, with the engines inside it one after another, which start in a few seconds each:
+`python -m tests.pipeline.engine_agreement PLAN.json`; the plan is {teacher directory: [token ids, ...]}.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from featurestore.schema import (
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.engines.vllm_engine import VllmEngine
+from pipeline.errors import RequestError
 from pipeline.teacher import load_teacher
 
 TOP_K = 64
@@ -57,11 +59,12 @@ def compare(
     return out
 
 
-def main() -> None:
-    teacher = load_teacher(sys.argv[1])
-    prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(sys.argv[2]).read_text())]
+def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
+    """Both engines on one teacher: its name, and the differences of each sample; or the line that refuses it."""
+    teacher = load_teacher(directory)
+    prompts = [np.asarray(tokens, dtype=np.int32) for tokens in samples]
     depth = teacher.num_layers
-    hidden = (HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth))
+    hidden = (HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth - 1, depth))
     groups = (LogitsSpec(TOP_K, tail=16), LseSpec(2.0), *hidden)
     config = EngineConfig(
         model=teacher.path,
@@ -71,14 +74,28 @@ def main() -> None:
         max_seq_len=max(map(len, prompts)),
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
+        num_layers=depth,
     )
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    engine = VllmEngine(config)
+    try:
+        engine = VllmEngine(config)
+    except RequestError as refusal:
+        return {"architecture": teacher.architecture, "refused": str(refusal)}
     captured = list(engine.capture(prompts))
     engine.close()
     oracle = list(TransformersEngine(config).capture(prompts))
     report = [compare(a, b) for a, b in zip(captured, oracle, strict=True)]
-    sys.stdout.write("\n" + json.dumps(report) + "\n")
+    return {"architecture": teacher.architecture, "samples": report}
+
+
+def main() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for directory, samples in json.loads(Path(sys.argv[1]).read_text()).items():
+        sys.stdout.write("\n" + json.dumps({"teacher": directory} | run(directory, samples)) + "\n")
+        sys.stdout.flush()
+        # What an engine inside the process leaves behind, and a process of its own takes along.
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
