@@ -22,7 +22,7 @@ from pipeline.errors import RequestError
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
 from pipeline.samples import make_samples
-from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files
+from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files, without_padding
 from pipeline.texts import load_documents
 
 
@@ -62,6 +62,8 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     """
     check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code)
+    tokenizer = load_tokenizer(teacher, request.trust_remote_code)
+    teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
     identity = identity_of(request, teacher, engine_version(request))
     store = _existing(request, identity)
@@ -69,7 +71,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     report.stage(f"tokenising {request.dataset}")
     samples = make_samples(
         documents,
-        load_tokenizer(teacher, request.trust_remote_code),
+        tokenizer,
         max_seq_len=request.sequence_length(teacher),
         vocab_size=teacher.vocab_size,
         pack=request.pack,

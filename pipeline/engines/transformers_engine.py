@@ -21,15 +21,20 @@ class TransformersEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         self._torch = torch
         self._spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
         self._layout = RowLayout.of(self._spec, config.hidden_size)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        # Of transformers' attention kernels, the default one leaves out soft-capping without a word (Gemma 2).
+        capped = getattr(given.get_text_config(), "attn_logit_softcapping", None) is not None
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
+            config=given,
+            attn_implementation="eager" if capped else None,
             dtype=getattr(torch, config.dtype),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
