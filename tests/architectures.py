@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 32, "sliding_window_pattern": 4},
     "olmo2": {},
     "gpt2": _GPT2,
-    "gpt_neox": {"rotary_pct": 0.5},
+    "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": 2},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "olmoe": _EXPERTS,

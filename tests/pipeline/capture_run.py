@@ -35,6 +35,7 @@ def main() -> None:
             max_seq_len=max(map(len, prompts)),
             vocab_size=teacher.vocab_size,
             hidden_size=teacher.hidden_size,
+            num_layers=teacher.num_layers,
             max_num_batched_tokens=int(step),
         )
     )

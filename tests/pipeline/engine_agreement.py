@@ -76,13 +76,14 @@ def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
         hidden_size=teacher.hidden_size,
         num_layers=depth,
     )
+    # First, because vLLM's own Transformers backend decorates transformers' classes for good.
+    oracle = list(TransformersEngine(config).capture(prompts))
     try:
         engine = VllmEngine(config)
     except RequestError as refusal:
         return {"architecture": teacher.architecture, "refused": str(refusal)}
     captured = list(engine.capture(prompts))
     engine.close()
-    oracle = list(TransformersEngine(config).capture(prompts))
     report = [compare(a, b) for a, b in zip(captured, oracle, strict=True)]
     return {"architecture": teacher.architecture, "samples": report}
 
