@@ -25,6 +25,9 @@ from pipeline.errors import EngineError, PipelineError, RequestError
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
 _PIECE_TOKENS = 8192
 _CPU_KV_CACHE_GIB = "1"
+# glibc gives freed tensors of some MiB back to the system and takes fresh pages for the next ones, which may
+# cost several times the arithmetic on them: the worker keeps them. 2**25 is the most that every glibc takes.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
 def version() -> str:
@@ -73,6 +76,8 @@ class VllmEngine:
             # Prefill of one batch is all that is ever in flight; the default would take half of the memory.
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+            for threshold, kept in _ALLOCATOR.items():
+                os.environ.setdefault(threshold, kept)
         needs_hooks = any(layer < config.num_layers for layer in spec.layers)
         with self._explained():
             # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
