@@ -97,8 +97,8 @@ def check_vocabulary(config: Any, teacher: Any, cached: int, flag: str, same_tok
     own, theirs = config.get_text_config().vocab_size, teacher.get_text_config().vocab_size
     if own != theirs and not (same_tokenizer and own >= cached):
         raise UserError(
-            f"{flag}: the student's vocabulary has {own} tokens, the cache's teacher {theirs}; cached token ids "
-            "mean nothing to this student, choose one with the teacher's tokenizer"
+            f"{flag}: the student's vocabulary has {own} tokens, the cache's teacher {theirs}; cached "
+            "token ids mean nothing to this student, choose one with the teacher's tokenizer"
         )
 
 

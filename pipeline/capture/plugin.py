@@ -1,8 +1,8 @@
-"""The vLLM plug-in: puts a capturing twin in the place of the teacher's class, in the engine's processes only.
+"""The vLLM plug-in: a capturing twin takes the place of the teacher's class, in the engine's processes only.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). The twin goes by the
-architecture's own name, because vLLM keys settings on that name. Nothing heavy is imported: the twin is built by
-`pipeline.capture.model` when vLLM asks for it.
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). The twin goes by
+the architecture's own name, because vLLM keys settings on that name. Nothing heavy is imported: the twin is
+built by `pipeline.capture.model` when vLLM asks for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _originals: dict[str, Any] = {}
 
 
 def capture_from(architecture: str) -> None:
-    """In the command: say to `register`, here and in vLLM's processes, which architecture is to be captured."""
+    """In the command: tell `register`, here and in vLLM's processes, which architecture to capture."""
     os.environ[_VARIABLE] = architecture
 
 

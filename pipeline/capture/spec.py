@@ -18,9 +18,10 @@ POOLING_TASK = "token_embed"
 class CaptureSpec:
     """The features of one pass over the teacher.
 
-    `vocab_size` columns of the logits count, the rest pads them. `top_k` is 0 when no distribution is wanted. `tail` draws per position depend on `seed`. `temperatures`,
-    ascending and distinct, are those of which a logsumexp is wanted. `layers` are indices as in transformers'
-    `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with them.
+    `vocab_size` columns of the logits count, the rest is padding. `top_k` is 0 when no distribution is
+    wanted. `tail` draws per position depend on `seed`. `temperatures`, ascending and distinct, are those of
+    which a logsumexp is wanted. `layers` are indices as in transformers' `output_hidden_states`, ascending
+    and distinct; `hidden_dtypes` goes with them.
     """
 
     vocab_size: int

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.errors import EngineError
 
-# What the final norm makes of the right stream differs from the model's output by rounding only (bf16: 2**-8).
+# What the norm makes of the right stream differs from the model's output by rounding only (bf16: 2**-8).
 _SAME = 0.02
 Hook = Callable[..., None]
 
@@ -23,7 +23,8 @@ class ResidualTap:
 
     vLLM's layers return a tensor, the stream; or a pair, of which either the sum is the stream (the next norm
     adds the two in one kernel) or the first alone (the second is a left-over). Nothing in a model's interface
-    tells the two apart, so its final norm does, in the first pass: given the right stream, it repeats the model's output.
+    tells the two apart, so its final norm does, in the first pass: given the right stream, it repeats the
+    model's output.
     """
 
     def __init__(self, model: nn.Module, depth: int, hidden_size: int, indices: tuple[int, ...]) -> None:
@@ -132,7 +133,8 @@ def _is_state(value: Any) -> bool:
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

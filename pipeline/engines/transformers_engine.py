@@ -29,7 +29,7 @@ class TransformersEngine:
         self._layout = RowLayout.of(self._spec, config.hidden_size)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        # Of transformers' attention kernels, the default one leaves out soft-capping without a word (Gemma 2).
+        # The default one of transformers' attention kernels leaves out soft-capping without a word (Gemma 2).
         capped = getattr(given.get_text_config(), "attn_logit_softcapping", None) is not None
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,

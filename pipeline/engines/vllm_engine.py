@@ -118,7 +118,7 @@ class VllmEngine:
             if self._complaint.is_file():
                 raise RequestError(self._complaint.read_text(encoding="utf-8")) from error
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise EngineError(f"--engine vllm: vLLM failed: {reason}; what its processes say is above") from error
+            raise EngineError(f"--engine vllm: {reason}; what vLLM's processes say is above") from error
 
 
 def _start(config: EngineConfig, spec: CaptureSpec, eager: bool, verbose: bool) -> Any:
@@ -148,7 +148,7 @@ def _start(config: EngineConfig, spec: CaptureSpec, eager: bool, verbose: bool) 
 
 
 def _check_architecture(architecture: str) -> None:
-    """RequestError unless this vLLM has the architecture as a language model that our twin can stand in for."""
+    """RequestError unless this vLLM has the architecture, as a language model and nothing more."""
     from vllm import ModelRegistry
     from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
 

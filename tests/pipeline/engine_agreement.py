@@ -60,7 +60,7 @@ def compare(
 
 
 def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
-    """Both engines on one teacher: its name, and the differences of each sample; or the line that refuses it."""
+    """Both engines on one teacher: the differences of each sample, or the line that refuses it."""
     teacher = load_teacher(directory)
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in samples]
     depth = teacher.num_layers

@@ -72,7 +72,7 @@ def test_the_demo_teacher(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(1200)
 def test_small_teachers(tmp_path: Path) -> None:
-    """Every architecture of tests/architectures.py, and two with a vocabulary that vLLM pads or cuts in chunks."""
+    """Those of tests/architectures.py, and two whose vocabularies vLLM pads and we take in chunks."""
     plan = {
         architectures.make(kind, tmp_path / kind): random_prompts(architectures.VOCAB)
         for kind in architectures.CONFIGS
