@@ -1,17 +1,12 @@
 """How the line that says why a teacher cannot be captured gets from vLLM's processes to the command.
 
-vLLM itself only says that one of its processes ended.
+A worker that raised would take vLLM down with pages of traces, so it leaves the line in a file and goes on.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from pipeline.capture.watch import in_driver
-from pipeline.errors import EngineError
 
 _VARIABLE = "DISTILY_COMPLAINT"
 
@@ -21,13 +16,6 @@ def listen_at(file: Path) -> None:
     os.environ[_VARIABLE] = str(file)
 
 
-@contextmanager
-def told_to_driver() -> Iterator[None]:
-    """In an engine process: an EngineError becomes the line in that file, and a quiet end of the process."""
-    try:
-        yield
-    except EngineError as error:
-        if in_driver():
-            raise
-        Path(os.environ[_VARIABLE]).write_text(str(error), encoding="utf-8")
-        raise SystemExit(1) from error
+def complain(error: Exception) -> None:
+    """In an engine process: what is captured from here on is of no use, for this reason."""
+    Path(os.environ[_VARIABLE]).write_text(str(error), encoding="utf-8")

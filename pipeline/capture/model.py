@@ -14,12 +14,13 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.sequence import IntermediateTensors
 
-from pipeline.capture.complaint import told_to_driver
+from pipeline.capture.complaint import complain
 from pipeline.capture.plugin import PREFIX, original
 from pipeline.capture.pooler import CapturePooler
 from pipeline.capture.spec import CONFIG_KEY, CaptureSpec
 from pipeline.capture.tap import ResidualTap
 from pipeline.capture.watch import end_with_driver
+from pipeline.errors import EngineError
 
 
 def capture_spec(vllm_config: VllmConfig) -> CaptureSpec:
@@ -42,16 +43,19 @@ def make_capture_class(base: type[nn.Module]) -> type[nn.Module]:
             inner = tuple(layer for layer in spec.layers if layer < depth)
             self._tap: ResidualTap | None = None
             if inner:
-                with told_to_driver():
-                    self._tap = ResidualTap(self, depth, model_config.get_hidden_size(), inner)
+                self._tap = ResidualTap(self, depth, model_config.get_hidden_size(), inner)
             self.pooler = CapturePooler(self, spec, vllm_config)
 
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | IntermediateTensors:
+            out = super().forward(*args, **kwargs)
             if self._tap is None:
-                return super().forward(*args, **kwargs)
-            with told_to_driver():
-                out = super().forward(*args, **kwargs)
-                return torch.cat([out, *self._tap.streams(len(out))], dim=-1)
+                return out
+            try:
+                streams = self._tap.streams(len(out))
+            except EngineError as error:
+                complain(error)
+                streams = [torch.zeros_like(out)] * len(self._tap.indices)
+            return torch.cat([out, *streams], dim=-1)
 
     # vLLM asks some classes for their name, e.g. whether a model runs in its Transformers backend.
     Capture.__name__ = Capture.__qualname__ = base.__name__

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.errors import EngineError
 
@@ -29,26 +30,38 @@ class ResidualTap:
 
     def __init__(self, model: nn.Module, depth: int, hidden_size: int, indices: tuple[int, ...]) -> None:
         self._name = type(model).__name__
-        self._indices = indices
+        self.indices = indices
+        self._refusal: EngineError | None = None
         self._hidden_size = hidden_size
         self._adds: bool | None = None
         self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        owner, layers = decoder_layers(model, depth)
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._watches: list[RemovableHandle] = []
+        try:
+            owner, layers = decoder_layers(model, depth)
+        except EngineError as error:
+            self._refusal = error
+            return
         for index in indices:
             if index == 0:
-                layers[0].register_forward_pre_hook(self._embedding_hook, with_kwargs=True)
+                layers[0].register_forward_pre_hook(self._guarded(self._embedding_hook), with_kwargs=True)
             else:
-                layers[index - 1].register_forward_hook(self._layer_hook(index))
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._watches = [layers[-1].register_forward_hook(self._watch_last)]
+                layers[index - 1].register_forward_hook(self._guarded(self._layer_hook(index)))
+        self._watches += [layers[-1].register_forward_hook(self._guarded(self._watch_last))]
         others = (child for child in owner.children() if child is not layers)
-        self._watches += [child.register_forward_hook(self._watch_norm) for child in others]
+        self._watches += [child.register_forward_hook(self._guarded(self._watch_norm)) for child in others]
 
     def streams(self, rows: int) -> list[torch.Tensor]:
-        """The streams of the pass that has just ended, [rows, D] each, in the order of the indices."""
+        """The streams of the pass that has just ended, [rows, D] each, in the order of the indices.
+
+        Raises:
+            EngineError: they cannot be told from what this model's layers pass on.
+        """
+        if self._refusal is not None:
+            raise self._refusal
         pairs, self._pairs = self._pairs, {}
         out = []
-        for index in self._indices:
+        for index in self.indices:
             first, second = pairs[index]
             if second is not None and self._adds is None:
                 self._refuse("no norm after its layers tells which of their outputs is the residual stream")
@@ -57,6 +70,18 @@ class ResidualTap:
                 self._refuse(f"its layers pass on {list(stream.shape)}, not one row per position")
             out.append(stream.reshape(rows, self._hidden_size))
         return out
+
+    def _guarded(self, hook: Hook) -> Hook:
+        """The hook, whose refusal is kept for `streams` instead of ending the model's forward."""
+
+        def guarded(*args: Any) -> None:
+            if self._refusal is None:
+                try:
+                    hook(*args)
+                except EngineError as error:
+                    self._refusal = error
+
+        return guarded
 
     def _embedding_hook(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):

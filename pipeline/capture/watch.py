@@ -21,15 +21,11 @@ def announce_driver() -> None:
     os.environ[_VARIABLE] = str(os.getpid())
 
 
-def in_driver() -> bool:
-    """Whether this is the announced process, where the engine runs when vLLM was told to start no other."""
-    return int(os.environ[_VARIABLE]) == os.getpid()
-
-
 def end_with_driver() -> None:
     """In an engine process: end hard once the announced process is gone; a no-op in that process."""
-    if not in_driver():
-        arguments = (psutil.Process(int(os.environ[_VARIABLE])), os.getppid())
+    driver = int(os.environ.get(_VARIABLE, "0"))
+    if driver not in (0, os.getpid()):
+        arguments = (psutil.Process(driver), os.getppid())
         threading.Thread(target=_watch, args=arguments, daemon=True).start()
 
 

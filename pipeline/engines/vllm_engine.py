@@ -20,7 +20,7 @@ from pipeline.capture.plugin import capture_from, register
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
-from pipeline.errors import EngineError, PipelineError, RequestError
+from pipeline.errors import EngineError, RequestError
 
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
 _PIECE_TOKENS = 8192
@@ -78,6 +78,7 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
             for threshold, kept in _ALLOCATOR.items():
                 os.environ.setdefault(threshold, kept)
+        self._llm: Any = None
         needs_hooks = any(layer < config.num_layers for layer in spec.layers)
         with self._explained():
             # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
@@ -109,16 +110,17 @@ class VllmEngine:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A failure in vLLM comes out as our own error: the worker's line where it left one."""
+        """A failure of vLLM, and a line that its worker left, come out as our own errors."""
         try:
             yield
-        except PipelineError:
-            raise
         except Exception as error:
-            if self._complaint.is_file():
-                raise RequestError(self._complaint.read_text(encoding="utf-8")) from error
+            self.close()
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineError(f"--engine vllm: {reason}; what vLLM's processes say is above") from error
+        if self._complaint.is_file():
+            line = self._complaint.read_text(encoding="utf-8")
+            self.close()
+            raise RequestError(line)
 
 
 def _start(config: EngineConfig, spec: CaptureSpec, eager: bool, verbose: bool) -> Any:

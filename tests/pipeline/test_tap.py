@@ -85,7 +85,8 @@ class Body(nn.Module):
         self.seen = [hidden.clone()]
         for block in [*self.blocks] * self.rounds:
             out = block(positions=ids, hidden=hidden, residual=residual)
-            hidden, residual = out if isinstance(out, tuple) else (out, None)
+            hidden, *rest = out if isinstance(out, tuple) else (out,)
+            residual = rest[0] if isinstance(self.blocks[0], (Fused, Parallel)) else None
             self.seen.append(hidden + residual if adds else hidden.clone())
         out = self.last(hidden, residual)
         return out[0] if isinstance(out, tuple) else out
@@ -165,6 +166,12 @@ def run(body: Body, layers: tuple[int, ...] = (0, 1, 2), rows: int = ROWS) -> No
 def test_what_cannot_be_told_is_refused(body: Callable[[], Body], rows: int, reason: str) -> None:
     with pytest.raises(EngineError, match=f"--hidden-layers.*{reason}.*--engine transformers"):
         run(body(), rows=rows)
+
+
+def test_a_model_without_such_a_list_is_refused_when_streams_are_asked_for() -> None:
+    tap = ResidualTap(Model(Body(Plain, Norm())), 7, WIDTH, (1,))
+    with pytest.raises(EngineError, match="no list of its 7 layers"):
+        tap.streams(ROWS)
 
 
 def test_the_outermost_list_of_that_length_is_the_decoder() -> None:
