@@ -63,11 +63,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": _EXPERTS,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# No single residual stream: refused for hidden states in vLLM.
+MANY_STREAMS: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "altup_num_inputs": 4,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "layer_types": ["full_attention"] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [96] * 4,
+        "tie_word_embeddings": True,
+    }
+}
 
 
 def make(model_type: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Write the teacher of that type, with weights so large that every part of it shows in its outputs."""
-    given = _COMMON | CONFIGS[model_type] | changes
+    given = _COMMON | (CONFIGS | MANY_STREAMS)[model_type] | changes
     config = AutoConfig.for_model(model_type, **given)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -27,7 +27,7 @@ from pipeline.engines.base import EngineConfig
 from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.errors import RequestError
-from pipeline.teacher import load_teacher
+from pipeline.teacher import load_teacher, load_tokenizer, without_padding
 
 TOP_K = 64
 Array = np.ndarray[Any, Any]
@@ -45,6 +45,8 @@ def compare(
             out["logit"], out["beyond_ties"] = _by_id(
                 ids_a, a.logits.reshape(-1, TOP_K), ids_b, b.logits.reshape(-1, TOP_K)
             )
+            drawn = [ids.max() for ids in (a.tail_ids, b.tail_ids) if ids is not None]
+            out["largest_id"] = int(max(a.ids.max(), b.ids.max(), *drawn))
             out["lse"] = float(np.abs(a.lse - b.lse).max())
             out["entropy"] = float(np.abs(a.entropy - b.entropy).max())
             out["label_logprob"] = float(np.abs(a.label_logprob - b.label_logprob)[:-1].max())
@@ -78,6 +80,7 @@ def _by_id(ids_a: Array, logits_a: Array, ids_b: Array, logits_b: Array) -> tupl
 def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
     """Both engines on one teacher: the differences of each sample, or the line that refuses it."""
     teacher = load_teacher(directory)
+    teacher = without_padding(teacher, load_tokenizer(teacher))
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in samples]
     depth = teacher.num_layers
     hidden = (HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth - 1, depth))
@@ -101,7 +104,7 @@ def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
     captured = list(engine.capture(prompts))
     engine.close()
     report = [compare(a, b) for a, b in zip(captured, oracle, strict=True)]
-    return {"architecture": teacher.architecture, "samples": report}
+    return {"architecture": teacher.architecture, "vocabulary": teacher.vocab_size, "samples": report}
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ def agreement(plan: dict[Path, list[list[int]]], tmp_path: Path) -> list[dict[st
 def check(report: dict[str, Any], layers: int) -> None:
     assert report["samples"], report
     for sample in report["samples"]:
+        assert sample["largest_id"] < report["vocabulary"]
         assert sample["last_label_is_nan"] is True
         hidden = [value for name, value in sample.items() if name.startswith("hidden.")]
         assert len(hidden) == layers
@@ -71,11 +72,13 @@ def test_the_demo_teacher(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(1200)
 def test_small_teachers(tmp_path: Path) -> None:
-    """Those of tests/architectures.py, and two whose vocabularies vLLM pads and we take in chunks."""
+    """Those of tests/architectures.py, and vocabularies that are cut, padded by vLLM, or taken in chunks."""
     plan = {
         architectures.make(kind, tmp_path / kind): random_prompts(architectures.VOCAB)
         for kind in architectures.CONFIGS
     }
+    cut = architectures.VOCAB + 21
+    plan[architectures.make("llama", tmp_path / "cut", vocab_size=cut)] = random_prompts(architectures.VOCAB)
     plan[teachers.qwen3(tmp_path / "padded")] = random_prompts(1003)
     plan[teachers.gemma3(tmp_path / "chunked")] = random_prompts(262_144)
     reports = agreement(plan, tmp_path)
