@@ -1,6 +1,6 @@
 """Capture samples in vLLM and keep the features as .npz: `python -m tests.pipeline.capture_run TEACHER
-SAMPLES.json OUT.npz STEP_TOKENS ORDER_SEED PROCESSES`. A program of its own, because a process has one engine in its
-life.
+SAMPLES.json OUT.npz STEP_TOKENS ORDER_SEED PROCESSES`. A program of its own, because a process has
+one engine in its life.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What vLLM's engine cannot capture: one line that names --engine transformers, exit code 2, nothing stored."""
+"""What vLLM cannot capture: one line that names --engine transformers, exit code 2, nothing stored."""
 
 from __future__ import annotations
 
