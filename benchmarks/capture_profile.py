@@ -72,7 +72,7 @@ def main() -> None:
     logits = [torch.nn.functional.linear(final_ND[chunk], head_VD) for chunk in chunks]
 
     def reduce(*groups: LogitsSpec | LseSpec) -> float:
-        spec = CaptureSpec.from_groups(groups)
+        spec = CaptureSpec.from_groups(groups, len(head_VD))
         parts = list(zip(logits, chunks, strict=True))
         return micros(lambda: [distribution_fields(spec, z, labels[c], shifts[c]) for z, c in parts])
 
@@ -80,7 +80,7 @@ def main() -> None:
     plain, head, draws = reduce(PLAIN), reduce(HEAD), reduce(DRAWS)
     everything = reduce(DRAWS, *TEMPERATURES)
     groups = (DRAWS, *TEMPERATURES, *LAYERS)
-    spec = CaptureSpec.from_groups(groups)
+    spec = CaptureSpec.from_groups(groups, len(head_VD))
     layout = RowLayout.of(spec, final_ND.shape[1])
 
     def encode() -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
 from pipeline.samples import make_samples
 from pipeline.sidecar import PlannedPart, plan_sidecar
-from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files
+from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files, without_padding
 from pipeline.texts import load_documents
 
 
@@ -68,6 +68,8 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     """
     check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code)
+    tokenizer = load_tokenizer(teacher, request.trust_remote_code)
+    teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
     identity = identity_of(request, teacher, engine_version(request))
     store = _existing(request, identity)
@@ -76,7 +78,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     report.stage(f"tokenising {request.dataset}")
     samples = make_samples(
         documents,
-        load_tokenizer(teacher, request.trust_remote_code),
+        tokenizer,
         max_seq_len=request.sequence_length(teacher),
         vocab_size=teacher.vocab_size,
         pack=request.pack,
@@ -161,6 +163,7 @@ def start_engine(
         max_seq_len=request.sequence_length(teacher),
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
+        num_layers=teacher.num_layers,
         tensor_parallel_size=request.tensor_parallel_size,
         max_num_batched_tokens=request.max_num_batched_tokens,
         trust_remote_code=request.trust_remote_code,

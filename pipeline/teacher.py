@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _NO_LIMIT = 2**31 - 1
 class Teacher:
     """A teacher checkpoint on disk.
 
+    `vocab_size` is the config's, rows that pad the LM head included, until `without_padding` has cut it.
     `max_position` is the longest sequence its config allows (2**31 - 1 when it names no limit);
     `config_dtype` the torch dtype name that it was saved in.
     """
@@ -123,6 +124,15 @@ def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
         raise RequestError(
             f"TEACHER {teacher.name}: its tokenizer does not load: {_one_line(error)}"
         ) from error
+
+
+def without_padding(teacher: Teacher, tokenizer: Any) -> Teacher:
+    """The teacher with the vocabulary of its tokenizer: ids beyond the tokenizer's largest are no tokens.
+
+    Checkpoints pad the LM head to round sizes, models of one family to different ones. What such a row gives
+    was never trained to mean anything.
+    """
+    return replace(teacher, vocab_size=min(teacher.vocab_size, 1 + max(tokenizer.get_vocab().values())))
 
 
 def _locate(name: str, with_weights: bool) -> Path:

@@ -61,13 +61,13 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     flag = "--student-model-config"
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
     config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers)
-    check_vocabulary(config, reader.identity.vocab_size, flag)
+    check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
     check_positions(config, longest, flag)
     teacher = None
     if options.init == "teacher":
         directory = resolve_teacher(options.teacher, reader.identity.name)
         teacher = CheckpointTensors(directory)
-        _check_teacher(directory, reader)
+        _check_teacher(directory, teacher_config, reader)
     as_bitnet = bool(options.student_model_as_bitnet)
     return StudentPlan(config, None, layers, teacher, as_bitnet, options.freeze_embeddings)
 
@@ -77,9 +77,10 @@ def _plan_checkpoint(
 ) -> StudentPlan:
     flag = f"--student {checkpoint}"
     config = load_config(checkpoint, "--student")
-    check_vocabulary(config, reader.identity.vocab_size, flag)
+    teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
+    same = _same_tokenizer(Path(checkpoint), reader.teacher_dir, flag)
+    check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, same)
     check_positions(config, longest, flag)
-    _check_tokenizer(Path(checkpoint), reader.teacher_dir, flag)
     as_bitnet = _drop_bitnet(config, flag)
     if options.student_model_as_bitnet is not None:
         as_bitnet = options.student_model_as_bitnet
@@ -113,12 +114,12 @@ def _drop_bitnet(config: Any, flag: str) -> bool:
     return True
 
 
-def _check_teacher(directory: Path, reader: CacheReader) -> None:
+def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) -> None:
     """UserError when the weights are evidently not those of the cache's teacher."""
     config = load_config(str(directory), "--teacher").get_text_config()
     identity = reader.identity
     for name, theirs in (
-        ("vocab_size", identity.vocab_size),
+        ("vocab_size", teacher_config.get_text_config().vocab_size),
         ("hidden_size", identity.hidden_size),
         ("num_hidden_layers", identity.num_layers),
     ):
@@ -130,13 +131,15 @@ def _check_teacher(directory: Path, reader: CacheReader) -> None:
             )
 
 
-def _check_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> None:
+def _same_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> bool:
+    """Whether the student is known to have the teacher's tokenizer; UserError when it has another."""
     files = [checkpoint / "tokenizer.json", teacher_dir / "tokenizer.json"]
     if not all(file.is_file() for file in files):
-        return
+        return False
     if tokenizers_differ(*(json.loads(file.read_text(encoding="utf-8")) for file in files)):
         raise UserError(
             f"{flag}: its tokenizer is not the one of the cache's teacher, so cached token ids mean other "
             "text to it; "
             "choose a student with the teacher's tokenizer"
         )
+    return True

@@ -90,14 +90,15 @@ def _check_names(changes: Mapping[str, Any], known: Mapping[str, Any]) -> None:
             )
 
 
-def check_vocabulary(config: Any, vocab_size: int, flag: str) -> None:
-    """UserError unless the student predicts over exactly the cached vocabulary."""
-    own = config.get_text_config().vocab_size
-    if own != vocab_size:
+def check_vocabulary(config: Any, teacher: Any, cached: int, flag: str, same_tokenizer: bool = False) -> None:
+    """UserError unless the student has the cached tokens: the teacher's vocabulary, padding included, or with
+    the same tokenizer at least the `cached` ids (models of one family pad to different sizes).
+    """
+    own, theirs = config.get_text_config().vocab_size, teacher.get_text_config().vocab_size
+    if own != theirs and not (same_tokenizer and own >= cached):
         raise UserError(
-            f"{flag}: the student's vocabulary has {own} tokens, the cache's teacher {vocab_size}; cached "
-            "token ids "
-            "mean nothing to this student, choose one with the teacher's tokenizer"
+            f"{flag}: the student's vocabulary has {own} tokens, the cache's teacher {theirs}; cached "
+            "token ids mean nothing to this student, choose one with the teacher's tokenizer"
         )
 
 

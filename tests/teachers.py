@@ -35,8 +35,9 @@ WORDS = (
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `WORDS`; other words are unknown."""
+    """A word-level tokenizer over `WORDS` and words that no text holds; other words are unknown."""
     names = ["<unk>", "<s>", "</s>", *WORDS]
+    names += [f"word{index}" for index in range(len(names), vocab_size)]
     vocab = {word: index for index, word in enumerate(names[:vocab_size])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

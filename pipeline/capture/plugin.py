@@ -1,24 +1,39 @@
-"""The vLLM plug-in: makes a capturing twin of every decoder architecture known by name.
+"""The vLLM plug-in: a capturing twin takes the place of the teacher's class, in the engine's processes only.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Nothing heavy is
-imported: a twin is built by `pipeline.capture.model` when vLLM asks for it.
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). The twin goes by
+the architecture's own name, because vLLM keys settings on that name. Nothing heavy is imported: the twin is
+built by `pipeline.capture.model` when vLLM asks for it.
 """
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 PREFIX = "DistilyCapture_"
+# Set by the engine and inherited by its processes; in any other vLLM process the plug-in does nothing.
+_VARIABLE = "DISTILY_CAPTURE"
+_originals: dict[str, Any] = {}
 
 
-def capture_name(architecture: str) -> str:
-    """The registry name of the capturing twin of `architecture`."""
-    return PREFIX + architecture
+def capture_from(architecture: str) -> None:
+    """In the command: tell `register`, here and in vLLM's processes, which architecture to capture."""
+    os.environ[_VARIABLE] = architecture
 
 
 def register() -> None:
+    architecture = os.environ.get(_VARIABLE)
+    if architecture is None or architecture in _originals:
+        return
     from vllm import ModelRegistry
 
-    known = frozenset(ModelRegistry.get_supported_archs())
-    for architecture in known:
-        name = capture_name(architecture)
-        if architecture.endswith("ForCausalLM") and name not in known:
-            ModelRegistry.register_model(name, f"pipeline.capture.model:{name}")
+    if architecture in ModelRegistry.models:
+        _originals[architecture] = ModelRegistry.models[architecture]
+        ModelRegistry.register_model(architecture, f"pipeline.capture.model:{PREFIX}{architecture}")
+
+
+def original(architecture: str) -> Any:
+    """vLLM's own entry of the registry, also where the twin has taken its place."""
+    from vllm import ModelRegistry
+
+    return _originals.get(architecture) or ModelRegistry.models[architecture]

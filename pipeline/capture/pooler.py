@@ -38,9 +38,8 @@ class CapturePooler(Pooler):  # type: ignore[misc]
         self.hidden_size = vllm_config.model_config.get_hidden_size()
         self.depth = vllm_config.model_config.get_total_num_hidden_layers()
         self.layout = RowLayout.of(spec, self.hidden_size)
-        vocab_size = vllm_config.model_config.get_vocab_size()
         elements = _CPU_CHUNK_ELEMENTS if current_platform.is_cpu() else _CHUNK_ELEMENTS
-        self.chunk_rows = min(max(elements // vocab_size, _CHUNK_ROWS.start), _CHUNK_ROWS.stop)
+        self.chunk_rows = min(max(elements // spec.vocab_size, _CHUNK_ROWS.start), _CHUNK_ROWS.stop)
 
     def get_supported_tasks(self) -> Set[Any]:
         return {POOLING_TASK}
@@ -92,7 +91,8 @@ class CapturePooler(Pooler):  # type: ignore[misc]
             logits = self._model[0].compute_logits(final)
             if logits is None:
                 return None
-            fields |= distribution_fields(self.spec, logits, labels_N, shifts_N)
+            real = logits[:, : self.spec.vocab_size]
+            fields |= distribution_fields(self.spec, real, labels_N, shifts_N)
         for layer, dtype in zip(self.spec.layers, self.spec.hidden_dtypes, strict=True):
             stream = final if layer == self.depth else next(inner)
             fields |= hidden_fields(layer, stream, dtype)

@@ -18,11 +18,13 @@ POOLING_TASK = "token_embed"
 class CaptureSpec:
     """The features of one pass over the teacher.
 
-    `top_k` is 0 when no distribution is wanted. `tail` draws per position depend on `seed`. `temperatures`,
-    ascending and distinct, are those of which a logsumexp is wanted. `layers` are indices as in transformers'
-    `output_hidden_states`, ascending and distinct; `hidden_dtypes` goes with them.
+    `vocab_size` columns of the logits count, the rest is padding. `top_k` is 0 when no distribution is
+    wanted. `tail` draws per position depend on `seed`. `temperatures`, ascending and distinct, are those of
+    which a logsumexp is wanted. `layers` are indices as in transformers' `output_hidden_states`, ascending
+    and distinct; `hidden_dtypes` goes with them.
     """
 
+    vocab_size: int
     top_k: int
     top_p: float | None
     tail: int
@@ -37,7 +39,7 @@ class CaptureSpec:
         return bool(self.top_k or self.temperatures)
 
     @classmethod
-    def from_groups(cls, groups: Sequence[GroupSpec]) -> CaptureSpec:
+    def from_groups(cls, groups: Sequence[GroupSpec], vocab_size: int) -> CaptureSpec:
         """Build the spec that produces exactly these column groups.
 
         Raises:
@@ -52,6 +54,7 @@ class CaptureSpec:
                 "one pass captures one distribution, each temperature and each hidden layer once"
             )
         return cls(
+            vocab_size=vocab_size,
             top_k=logits[0].top_k if logits else 0,
             top_p=logits[0].top_p if logits else None,
             tail=logits[0].tail if logits else 0,
@@ -67,6 +70,7 @@ class CaptureSpec:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CaptureSpec:
         return cls(
+            vocab_size=int(value["vocab_size"]),
             top_k=int(value["top_k"]),
             top_p=None if value["top_p"] is None else float(value["top_p"]),
             tail=int(value["tail"]),

@@ -16,7 +16,8 @@ from featurestore.schema import GroupFeatures, GroupSpec
 class EngineConfig:
     """Everything an engine needs to start; validated by `pipeline.request` before.
 
-    `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces.
+    `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces. `vocab_size` is
+    where logits are cut: columns beyond it are padding of the LM head.
     `max_num_batched_tokens`: positions of one vLLM step; a longer prompt is prefilled in chunks.
     """
 
@@ -27,6 +28,7 @@ class EngineConfig:
     max_seq_len: int
     vocab_size: int
     hidden_size: int
+    num_layers: int
     tensor_parallel_size: int = 1
     max_num_batched_tokens: int = 4096
     trust_remote_code: bool = False

@@ -21,15 +21,20 @@ class TransformersEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         self._torch = torch
-        self._spec = CaptureSpec.from_groups(config.groups)
+        self._spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
         self._layout = RowLayout.of(self._spec, config.hidden_size)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        # The default one of transformers' attention kernels leaves out soft-capping without a word (Gemma 2).
+        capped = getattr(given.get_text_config(), "attn_logit_softcapping", None) is not None
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
+            config=given,
+            attn_implementation="eager" if capped else None,
             dtype=getattr(torch, config.dtype),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
@@ -59,7 +64,8 @@ class TransformersEngine:
             chunk = slice(start, start + _CHUNK_ROWS)
             fields: dict[str, Any] = {}
             if spec.needs_logits:
-                fields |= distribution_fields(spec, out.logits[0, chunk], labels[chunk], shifts[chunk])
+                logits = out.logits[0, chunk, : spec.vocab_size]
+                fields |= distribution_fields(spec, logits, labels[chunk], shifts[chunk])
             for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
                 fields |= hidden_fields(layer, out.hidden_states[layer][0, chunk], dtype)
             parts.append(self._layout.pack(fields))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec
+from featurestore.schema import GroupFeatures, GroupSpec
+from pipeline.capture.complaint import listen_at
 from pipeline.capture.packing import RowLayout, to_features
-from pipeline.capture.plugin import capture_name
+from pipeline.capture.plugin import capture_from, register
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
@@ -56,18 +61,16 @@ class VllmEngine:
 
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
-        from vllm import LLM, ModelRegistry
-        from vllm.config import PoolerConfig
         from vllm.platforms import current_platform
-        from vllm.plugins import load_general_plugins
 
-        load_general_plugins()
         announce_driver()
-        twin = capture_name(config.architecture)
-        _require_twin(config.architecture, twin, ModelRegistry.get_supported_archs())
-        spec = CaptureSpec.from_groups(config.groups)
+        capture_from(config.architecture)
+        _check_architecture(config.architecture)
+        spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
         self._layout = RowLayout.of(spec, config.hidden_size)
+        self._complaint = Path(tempfile.mkdtemp(prefix="distily-")) / "complaint"
+        listen_at(self._complaint)
         on_cpu = current_platform.is_cpu()
         if on_cpu:
             # Prefill of one batch is all that is ever in flight; the default would take half of the memory.
@@ -75,35 +78,20 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
             for threshold, kept in _ALLOCATOR.items():
                 os.environ.setdefault(threshold, kept)
-        self._llm: Any = LLM(
-            model=str(config.model),
-            runner="pooling",
-            pooler_config=PoolerConfig(task=POOLING_TASK),
-            # A pooling model's head would default to float32, which is not the teacher that was asked for.
-            hf_overrides={"architectures": [twin], "head_dtype": "model"},
-            additional_config={CONFIG_KEY: spec.to_json()},
-            load_format="safetensors",
-            use_tqdm_on_load=verbose,
-            dtype=config.dtype,
-            max_model_len=config.max_seq_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_chunked_prefill=True,
-            tensor_parallel_size=config.tensor_parallel_size,
-            trust_remote_code=config.trust_remote_code,
+        self._llm: Any = None
+        needs_hooks = any(layer < config.num_layers for layer in spec.layers)
+        with self._explained():
             # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
-            enforce_eager=on_cpu or _needs_hooks(config),
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            seed=config.seed,
-        )
+            self._llm = _start(config, spec, eager=on_cpu or needs_hooks, verbose=verbose)
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
         for piece in _pieces(prompts, _PIECE_TOKENS):
-            outputs = self._llm.encode(
-                [{"prompt_token_ids": tokens.tolist()} for tokens in piece],
-                pooling_task=POOLING_TASK,
-                use_tqdm=False,
-            )
+            with self._explained():
+                outputs = self._llm.encode(
+                    [{"prompt_token_ids": tokens.tolist()} for tokens in piece],
+                    pooling_task=POOLING_TASK,
+                    use_tqdm=False,
+                )
             for tokens, output in zip(piece, outputs, strict=True):
                 rows = output.outputs.data.numpy()
                 if rows.shape != (len(tokens), self._layout.size):
@@ -118,26 +106,73 @@ class VllmEngine:
         if shutdown is not None:
             shutdown.shutdown()
         self._llm = None
+        shutil.rmtree(self._complaint.parent, ignore_errors=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A failure of vLLM, and a line that its worker left, come out as our own errors."""
+        try:
+            yield
+        except Exception as error:
+            self.close()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise EngineError(f"--engine vllm: {reason}; what vLLM's processes say is above") from error
+        if self._complaint.is_file():
+            line = self._complaint.read_text(encoding="utf-8")
+            self.close()
+            raise RequestError(line)
 
 
-def _needs_hooks(config: EngineConfig) -> bool:
+def _start(config: EngineConfig, spec: CaptureSpec, eager: bool, verbose: bool) -> Any:
+    from vllm import LLM
+    from vllm.config import PoolerConfig
+
+    return LLM(
+        model=str(config.model),
+        runner="pooling",
+        pooler_config=PoolerConfig(task=POOLING_TASK),
+        # A pooling model's head would default to float32, which is not the teacher that was asked for.
+        hf_overrides={"head_dtype": "model"},
+        additional_config={CONFIG_KEY: spec.to_json()},
+        load_format="safetensors",
+        use_tqdm_on_load=verbose,
+        dtype=config.dtype,
+        max_model_len=config.max_seq_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_chunked_prefill=True,
+        tensor_parallel_size=config.tensor_parallel_size,
+        trust_remote_code=config.trust_remote_code,
+        enforce_eager=eager,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=config.seed,
+    )
+
+
+def _check_architecture(architecture: str) -> None:
+    """RequestError unless this vLLM has the architecture, as a language model and nothing more."""
     from vllm import ModelRegistry
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
 
-    from pipeline.capture.model import has_aux_interface
-
-    wants_hidden = any(isinstance(group, HiddenSpec) for group in config.groups)
-    return wants_hidden and not has_aux_interface(ModelRegistry.models[config.architecture].load_model_cls())
-
-
-def _require_twin(architecture: str, twin: str, supported: Any) -> None:
-    if architecture not in supported:
-        raise RequestError(
-            f"--engine vllm: this vLLM does not know {architecture}; use --engine transformers"
-        )
-    if twin not in supported:
+    if register not in load_plugins_by_group(DEFAULT_PLUGINS_GROUP).values():
         raise RequestError(
             "--engine vllm: the capture plug-in is not registered; install distily-cache as a package "
             "(pip install -e .) and leave `distily_cache` in VLLM_PLUGINS if that variable is set"
+        )
+    if architecture not in ModelRegistry.models:
+        raise RequestError(
+            f"--engine vllm: this vLLM does not know {architecture}; use --engine transformers"
+        )
+    register()
+    try:
+        facts = ModelRegistry.models[architecture].inspect_model_cls()
+    except Exception as error:
+        raise RequestError(
+            f"--engine vllm: vLLM cannot load its {architecture} here; use --engine transformers"
+        ) from error
+    if facts.supports_multimodal or not facts.is_text_generation_model:
+        raise RequestError(
+            f"--engine vllm: {architecture} is not a text-only language model; use --engine transformers"
         )
 
 

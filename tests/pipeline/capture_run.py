@@ -1,6 +1,6 @@
 """Capture samples in vLLM and keep the features as .npz: `python -m tests.pipeline.capture_run TEACHER
-SAMPLES.json OUT.npz STEP_TOKENS ORDER_SEED`. A program of its own, because a process has one engine in its
-life.
+SAMPLES.json OUT.npz STEP_TOKENS ORDER_SEED PROCESSES`. A program of its own, because a process has
+one engine in its life.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ LOGITS, HIDDEN = LogitsSpec(12, 0.7, 16, seed=5), HiddenSpec(1, "f32")
 
 
 def main() -> None:
-    directory, samples, out, step, seed = sys.argv[1:]
+    directory, samples, out, step, seed, processes = sys.argv[1:]
     teacher = load_teacher(directory)
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(samples).read_text())]
     order = np.random.default_rng(int(seed)).permutation(len(prompts)) if int(seed) else range(len(prompts))
+    if int(processes) > 1:
+        # vLLM would give each process a NUMA node, of which a small machine has one.
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[rank % len(cores)]) for rank in range(int(processes))
+        )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = VllmEngine(
         EngineConfig(
@@ -35,7 +41,9 @@ def main() -> None:
             max_seq_len=max(map(len, prompts)),
             vocab_size=teacher.vocab_size,
             hidden_size=teacher.hidden_size,
+            num_layers=teacher.num_layers,
             max_num_batched_tokens=int(step),
+            tensor_parallel_size=int(processes),
         )
     )
     arrays = {}

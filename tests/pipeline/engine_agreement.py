@@ -1,7 +1,7 @@
-"""Run both engines on the same samples in float32 and print their differences as JSON.
+"""Run both engines on the same samples in float32 and print their differences, one JSON line per teacher.
 
-A program of its own, because vLLM's distributed state allows one engine per process life:
-`python -m tests.pipeline.engine_agreement TEACHER SAMPLES.json`.
+A program of its own, with the engines inside it one after another, which start in a few seconds each:
+`python -m tests.pipeline.engine_agreement PLAN.json`; the plan is {teacher directory: [token ids, ...]}.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,11 @@ from featurestore.schema import (
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.engines.vllm_engine import VllmEngine
-from pipeline.teacher import load_teacher
+from pipeline.errors import RequestError
+from pipeline.teacher import load_teacher, load_tokenizer, without_padding
 
 TOP_K = 64
+Array = np.ndarray[Any, Any]
 
 
 def compare(
@@ -39,10 +42,11 @@ def compare(
         b = theirs[group]
         if isinstance(a, LogitsFeatures) and isinstance(b, LogitsFeatures):
             ids_a, ids_b = a.ids.reshape(-1, TOP_K), b.ids.reshape(-1, TOP_K)
-            by_id_a = np.take_along_axis(a.logits.reshape(-1, TOP_K), ids_a.argsort(-1), -1)
-            by_id_b = np.take_along_axis(b.logits.reshape(-1, TOP_K), ids_b.argsort(-1), -1)
-            out["same_top_k"] = bool((np.sort(ids_a, -1) == np.sort(ids_b, -1)).all())
-            out["logit"] = float(np.abs(by_id_a - by_id_b).max())
+            out["logit"], out["beyond_ties"] = _by_id(
+                ids_a, a.logits.reshape(-1, TOP_K), ids_b, b.logits.reshape(-1, TOP_K)
+            )
+            drawn = [ids.max() for ids in (a.tail_ids, b.tail_ids) if ids is not None]
+            out["largest_id"] = int(max(a.ids.max(), b.ids.max(), *drawn))
             out["lse"] = float(np.abs(a.lse - b.lse).max())
             out["entropy"] = float(np.abs(a.entropy - b.entropy).max())
             out["label_logprob"] = float(np.abs(a.label_logprob - b.label_logprob)[:-1].max())
@@ -57,11 +61,29 @@ def compare(
     return out
 
 
-def main() -> None:
-    teacher = load_teacher(sys.argv[1])
-    prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(sys.argv[2]).read_text())]
+def _by_id(ids_a: Array, logits_a: Array, ids_b: Array, logits_b: Array) -> tuple[float, float]:
+    """The largest difference of the logits of ids in both heads; and how far those in one head only lie above
+    the other's last, which float noise lets in where two tokens nearly tie for the last rank.
+    """
+    difference = beyond = 0.0
+    for row in range(len(ids_a)):
+        one, other = (
+            dict(zip(i[row], x[row], strict=True)) for i, x in ((ids_a, logits_a), (ids_b, logits_b))
+        )
+        difference = max([difference, *(abs(float(one[i] - other[i])) for i in one.keys() & other.keys())])
+        for mine, theirs in ((one, other), (other, one)):
+            last = min(theirs.values())
+            beyond = max([beyond, *(float(mine[i] - last) for i in mine.keys() - theirs.keys())])
+    return difference, beyond
+
+
+def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
+    """Both engines on one teacher: the differences of each sample, or the line that refuses it."""
+    teacher = load_teacher(directory)
+    teacher = without_padding(teacher, load_tokenizer(teacher))
+    prompts = [np.asarray(tokens, dtype=np.int32) for tokens in samples]
     depth = teacher.num_layers
-    hidden = (HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth))
+    hidden = (HiddenSpec(layer, "f32") for layer in (0, 1, depth // 2, depth - 1, depth))
     groups = (LogitsSpec(TOP_K, tail=16), LseSpec(2.0), *hidden)
     config = EngineConfig(
         model=teacher.path,
@@ -71,14 +93,29 @@ def main() -> None:
         max_seq_len=max(map(len, prompts)),
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
+        num_layers=depth,
     )
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    engine = VllmEngine(config)
+    # First, because vLLM's own Transformers backend decorates transformers' classes for good.
+    oracle = list(TransformersEngine(config).capture(prompts))
+    try:
+        engine = VllmEngine(config)
+    except RequestError as refusal:
+        return {"architecture": teacher.architecture, "refused": str(refusal)}
     captured = list(engine.capture(prompts))
     engine.close()
-    oracle = list(TransformersEngine(config).capture(prompts))
     report = [compare(a, b) for a, b in zip(captured, oracle, strict=True)]
-    sys.stdout.write("\n" + json.dumps(report) + "\n")
+    return {"architecture": teacher.architecture, "vocabulary": teacher.vocab_size, "samples": report}
+
+
+def main() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for directory, samples in json.loads(Path(sys.argv[1]).read_text()).items():
+        sys.stdout.write("\n" + json.dumps({"teacher": directory} | run(directory, samples)) + "\n")
+        sys.stdout.flush()
+        # What an engine inside the process leaves behind, and a process of its own takes along.
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is captured of a sample depends on the sample alone: not on chunked prefill, batch or order."""
+"""What is captured of a sample depends on the sample alone: not on chunked prefill, batch, order or ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,20 @@ import pytest
 from tests.pipeline.test_engine_agreement import HIDDEN_BOUND, LOGIT_BOUND
 
 
-def capture(teacher: Path, samples: Path, out: Path, step: int, seed: int) -> dict[str, np.ndarray]:
-    command = [sys.executable, "-m", "tests.pipeline.capture_run", teacher, samples, out, step, seed]
+def capture(
+    teacher: Path, samples: Path, out: Path, step: int, seed: int, processes: int
+) -> dict[str, np.ndarray]:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.pipeline.capture_run",
+        teacher,
+        samples,
+        out,
+        step,
+        seed,
+        processes,
+    ]
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -42,15 +54,25 @@ def whole(
     tiny_teacher: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, np.ndarray]:
     """Every prompt prefilled in one piece, in the order given."""
-    return capture(tiny_teacher, samples, tmp_path_factory.mktemp("whole") / "whole.npz", 4096, 0)
+    return capture(tiny_teacher, samples, tmp_path_factory.mktemp("whole") / "whole.npz", 4096, 0, 1)
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("step", "seed"), [(48, 0), (4096, 3)], ids=["chunked", "shuffled"])
+@pytest.mark.parametrize(
+    ("step", "seed", "processes"),
+    [(48, 0, 1), (4096, 3, 1), (4096, 0, 2)],
+    ids=["chunked", "shuffled", "tensor-parallel"],
+)
 def test_features_are_those_of_the_sample_alone(
-    tiny_teacher: Path, samples: Path, whole: dict[str, np.ndarray], tmp_path: Path, step: int, seed: int
+    tiny_teacher: Path,
+    samples: Path,
+    whole: dict[str, np.ndarray],
+    tmp_path: Path,
+    step: int,
+    seed: int,
+    processes: int,
 ) -> None:
-    other = capture(tiny_teacher, samples, tmp_path / "other.npz", step, seed)
+    other = capture(tiny_teacher, samples, tmp_path / "other.npz", step, seed, processes)
     assert other.keys() == whole.keys()
     draws = same = 0
     for name, values in whole.items():

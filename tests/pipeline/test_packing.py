@@ -40,7 +40,7 @@ def test_round_trip(
     groups = (*([LogitsSpec(top_k, top_p, tail, seed=min(tail, 1))] if top_k else []), *hidden, *lse)
     if not groups:
         return
-    spec = CaptureSpec.from_groups(groups)
+    spec = CaptureSpec.from_groups(groups, VOCAB)
     assert CaptureSpec.from_json(spec.to_json()) == spec
     layout = RowLayout.of(spec, WIDTH)
     logits = torch.randn(rows, VOCAB)
@@ -87,8 +87,8 @@ def test_round_trip(
 
 def test_one_pass_takes_one_distribution_and_each_layer_once() -> None:
     with pytest.raises(ValueError, match="one distribution"):
-        CaptureSpec.from_groups((LogitsSpec(4), LogitsSpec(8)))
+        CaptureSpec.from_groups((LogitsSpec(4), LogitsSpec(8)), VOCAB)
     with pytest.raises(ValueError, match="each hidden layer once"):
-        CaptureSpec.from_groups((HiddenSpec(1, "bf16"), HiddenSpec(1, "int8")))
+        CaptureSpec.from_groups((HiddenSpec(1, "bf16"), HiddenSpec(1, "int8")), VOCAB)
     with pytest.raises(ValueError, match="each temperature"):
-        CaptureSpec.from_groups((LseSpec(2), LseSpec(2.0)))
+        CaptureSpec.from_groups((LseSpec(2), LseSpec(2.0)), VOCAB)
