@@ -21,6 +21,21 @@ from featurestore.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
+from pipeline.data_options import (
+    ConfigOption,
+    DatasetArgument,
+    LengthOption,
+    LongOption,
+    LossOption,
+    MessagesOption,
+    PackOption,
+    SamplesOption,
+    ShortestOption,
+    ShuffleOption,
+    SplitOption,
+    TemplateOption,
+    TextOption,
+)
 from pipeline.errors import PipelineError, RequestError
 
 app = typer.Typer(
@@ -47,34 +62,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 TeacherArgument = Annotated[
     str, typer.Argument(metavar="TEACHER", help="Local checkpoint directory or hub name of a causal LM.")
 ]
-DatasetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATASET",
-        help="Local .txt/.jsonl/.parquet/.arrow file or folder, a saved `datasets` directory, or a hub name.",
-    ),
-]
 OutOption = Annotated[
     str,
     typer.Option(
         "--out", help="Feature store to create or to extend: a directory, s3://bucket/prefix or gs://..."
-    ),
-]
-SplitOption = Annotated[str, typer.Option(help="Split of a hub or saved data set.")]
-ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub data set, e.g. 20231101.en.")]
-ColumnOption = Annotated[str, typer.Option(help="Column that holds the text.")]
-SamplesOption = Annotated[
-    int | None, typer.Option(help="Capture the first N samples only (after cutting or packing).")
-]
-LengthOption = Annotated[
-    int | None, typer.Option(help="Longest sample in tokens. [default: 2048, or the model's limit if lower]")
-]
-PackOption = Annotated[
-    bool,
-    typer.Option(
-        "--pack/--no-pack",
-        help="Join documents with the end-of-sequence token into full samples, "
-        "instead of cutting each document on its own.",
     ),
 ]
 TopKOption = Annotated[
@@ -139,9 +130,15 @@ def generate(
     out: OutOption,
     split: SplitOption = "train",
     dataset_config: ConfigOption = None,
-    text_column: ColumnOption = "text",
+    text_column: TextOption = None,
+    messages_column: MessagesOption = None,
+    chat_template: TemplateOption = None,
+    loss_on: LossOption = None,
+    shuffle_seed: ShuffleOption = None,
     num_samples: SamplesOption = None,
+    min_seq_len: ShortestOption = None,
     max_seq_len: LengthOption = None,
+    long: LongOption = "split",
     pack: PackOption = False,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -185,9 +182,15 @@ def plan(
     out: OutOption,
     split: SplitOption = "train",
     dataset_config: ConfigOption = None,
-    text_column: ColumnOption = "text",
+    text_column: TextOption = None,
+    messages_column: MessagesOption = None,
+    chat_template: TemplateOption = None,
+    loss_on: LossOption = None,
+    shuffle_seed: ShuffleOption = None,
     num_samples: SamplesOption = None,
+    min_seq_len: ShortestOption = None,
     max_seq_len: LengthOption = None,
+    long: LongOption = "split",
     pack: PackOption = False,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -513,20 +516,15 @@ def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
     if as_json:
         _print_json({"store": out, **asdict(outcome)})
         return
-    console = Console(stderr=True)
+    if str(outcome.left_out):
+        _say(f"left out: {outcome.left_out}")
     if not outcome.tokens:
-        console.print(
-            f"nothing to generate: {out} already holds all {outcome.samples:,} samples",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(f"nothing to generate: {out} already holds all {outcome.samples:,} samples")
         return
     rate = outcome.tokens / max(outcome.capture_seconds, 1e-9)
-    console.print(
+    _say(
         f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, "
-        f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token",
-        highlight=False,
-        soft_wrap=True,
+        f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token"
     )
 
 

@@ -11,6 +11,7 @@ from featurestore.records import CommitRecord
 from featurestore.schema import GroupSpec, LogitsSpec, LseSpec
 from pipeline.generate import Prepared
 from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
+from pipeline.samples import LeftOut
 from pipeline.teacher import count_parameters
 
 _HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
@@ -33,7 +34,7 @@ class Forecast:
     """
 
     samples: int
-    duplicates: int
+    left_out: LeftOut
     tokens: int
     tokens_to_do: int
     shards_to_do: int
@@ -55,7 +56,7 @@ def estimate(prepared: Prepared) -> Forecast:
     pace = _pace(prepared) if plan.work else None
     return Forecast(
         samples=plan.samples_total,
-        duplicates=plan.duplicates,
+        left_out=prepared.left_out,
         tokens=plan.rows_total,
         tokens_to_do=plan.rows_to_do,
         shards_to_do=len(plan.work),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
 
@@ -21,16 +21,16 @@ from pipeline.engines.base import Engine, EngineConfig
 from pipeline.errors import RequestError
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
-from pipeline.samples import make_samples
-from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files
-from pipeline.texts import load_documents
+from pipeline.samples import LeftOut
+from pipeline.selection import select
+from pipeline.teacher import Teacher, load_teacher, teacher_files
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
-    `store` is the one at --out, None where there is none yet.
+    `store` is the one at --out, None where there is none yet. `chat_template` is the text of --chat-template.
     """
 
     request: GenerateRequest
@@ -39,6 +39,8 @@ class Prepared:
     samples: dict[str, Sample]
     plan: GenerationPlan
     store: FeatureStore | None
+    left_out: LeftOut = field(default_factory=LeftOut)
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Outcome:
     engine_seconds: float
     capture_seconds: float
     manifest: str
+    left_out: LeftOut
 
 
 def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
@@ -65,26 +68,20 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     check_against_teacher(request, teacher)
     identity = identity_of(request, teacher, engine_version(request))
     store = _existing(request, identity)
-    documents = load_documents(request.dataset, request.split, request.text_column, request.dataset_config)
-    report.stage(f"tokenising {request.dataset}")
-    samples = make_samples(
-        documents,
-        load_tokenizer(teacher, request.trust_remote_code),
-        max_seq_len=request.sequence_length(teacher),
-        vocab_size=teacher.vocab_size,
-        pack=request.pack,
-        num_samples=request.num_samples,
-    )
+    selection = select(request, teacher, report.stage)
     commits = store.commits() if store else {}
     plan = plan_generation(
         known_tasks=store.known_tasks() if store else {},
         committed={group: set(tasks) for group, tasks in commits.items()},
         committed_specs=store.group_specs() if store else {},
-        wanted=[(sample.id, len(sample)) for sample in samples],
+        wanted=[(sample.id, len(sample)) for sample in selection.samples],
         groups=request.groups,
         shard_tokens=request.shard_tokens,
     )
-    return Prepared(request, teacher, identity, {sample.id: sample for sample in samples}, plan, store)
+    samples = {sample.id: sample for sample in selection.samples}
+    return Prepared(
+        request, teacher, identity, samples, plan, store, selection.left_out, selection.chat_template
+    )
 
 
 def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
@@ -92,13 +89,13 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
 
     A kill at any point leaves a store that the same command completes.
     """
-    request, plan = prepared.request, prepared.plan
+    request, plan, left_out = prepared.request, prepared.plan, prepared.left_out
     try:
         store = FeatureStore.create(request.out, prepared.identity)
     except StoreWriteError as error:
         raise RequestError(f"--out {request.out}: {error}") from error
     if plan.nothing_to_do:
-        return Outcome(plan.samples_total, 0, 0, 0.0, 0.0, store.publish_manifest().digest)
+        return Outcome(plan.samples_total, 0, 0, 0.0, 0.0, store.publish_manifest().digest, left_out)
     store.put_teacher_files(teacher_files(prepared.teacher))
     store.add_plan(plan.new_tasks)
     began = datetime.now(UTC)
@@ -118,9 +115,9 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
                 engine.close()
         capture_seconds += time.monotonic() - clock
         tokens, size = tokens + captured[0], size + captured[1]
-    manifest = store.publish_manifest()
-    outcome = Outcome(plan.samples_total, tokens, size, engine_seconds, capture_seconds, manifest.digest)
-    store.add_provenance(provenance.record(request, began, outcome))
+    manifest = store.publish_manifest().digest
+    outcome = Outcome(plan.samples_total, tokens, size, engine_seconds, capture_seconds, manifest, left_out)
+    store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
     return outcome
 
 

@@ -15,11 +15,15 @@ from pipeline.inside import bar
 
 
 def render_plan(console: Console, forecast: Forecast) -> None:
+    left_out = str(forecast.left_out) or "nothing"
     if not forecast.shards_to_do:
-        console.print(f"nothing to generate: all {forecast.samples:,} samples are in the store")
+        console.print(
+            f"nothing to generate: all {forecast.samples:,} samples are in the store (left out: {left_out})"
+        )
         return
     table = _facts(f"{forecast.tokens_to_do:,} of {forecast.tokens:,} tokens to capture")
-    table.add_row("samples", f"{forecast.samples:,} ({forecast.duplicates:,} duplicates left out)")
+    table.add_row("samples", f"{forecast.samples:,}")
+    table.add_row("left out", left_out)
     table.add_row("shards to compute", f"{forecast.shards_to_do:,}")
     table.add_row("column groups", ", ".join(forecast.groups_to_do))
     size = decimal(forecast.bytes_to_write)

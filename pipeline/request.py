@@ -17,6 +17,8 @@ EngineName = Literal["vllm", "transformers"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "transformers")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
+LOSS_ON = ("assistant", "all")
+LONG = ("split", "drop")
 DEFAULT_SEQ_LEN = 2048
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
 DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
@@ -36,9 +38,15 @@ class GenerateRequest:
     out: str
     split: str = "train"
     dataset_config: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
+    messages_column: str | None = None
+    chat_template: str | None = None
+    loss_on: str | None = None
+    shuffle_seed: int | None = None
     num_samples: int | None = None
+    min_seq_len: int | None = None
     max_seq_len: int | None = None
+    long: str = "split"
     pack: bool = False
     top_k: int | None = None
     top_p: float | None = None
@@ -57,21 +65,24 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         given = [self.top_k, self.top_p, self.tail]
         head = PLAIN_HEAD if any(flag is not None for flag in given) else DEFAULT_HEAD
-        for name, default in head.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        if self.engine not in ENGINES:
-            raise RequestError(f"--engine {self.engine}: choose one of {', '.join(ENGINES)}")
-        if self.dtype not in DTYPES:
-            raise RequestError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
-        if self.hidden_dtype not in HIDDEN_DTYPES:
-            raise RequestError(
-                f"--hidden-dtype {self.hidden_dtype}: choose one of {', '.join(HIDDEN_DTYPES)}"
-            )
+        for field, default in head.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+        for flag, name, choices in (
+            ("--engine", self.engine, ENGINES),
+            ("--dtype", self.dtype, DTYPES),
+            ("--hidden-dtype", self.hidden_dtype, HIDDEN_DTYPES),
+            ("--loss-on", self.loss_on, (None, *LOSS_ON)),
+            ("--long", self.long, LONG),
+        ):
+            if name not in choices:
+                raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"--top-p {self.top_p}: a probability in (0, 1] is needed")
         for flag, value, least in (
             ("--num-samples", self.num_samples, 1),
+            ("--shuffle-seed", self.shuffle_seed, 0),
+            ("--min-seq-len", self.min_seq_len, 2),
             ("--max-seq-len", self.max_seq_len, 2),
             ("--top-k", self.top_k, 0),
             ("--tail", self.tail, 0),
@@ -129,7 +140,8 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
     """Refuse what this teacher cannot give.
 
     Raises:
-        RequestError: k over the vocabulary, a layer out of range, or sequences over the model's limit.
+        RequestError: k over the vocabulary, a layer out of range, sequences over the model's limit, or
+            shortest samples over the longest.
     """
     if request.top_k is not None and request.top_k > min(teacher.vocab_size, MAX_TOP_K):
         raise RequestError(
@@ -142,7 +154,10 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
             raise RequestError(
                 f"--hidden-layers {layer}: out of range, there are 0 (embeddings) to {teacher.num_layers}"
             )
-    if request.sequence_length(teacher) > teacher.max_position:
+    length = request.sequence_length(teacher)
+    if request.min_seq_len is not None and request.min_seq_len > length:
+        raise RequestError(f"--min-seq-len {request.min_seq_len}: longer than the longest sample, {length}")
+    if length > teacher.max_position:
         raise RequestError(
             f"--max-seq-len {request.max_seq_len}: {teacher.name} takes at most {teacher.max_position} tokens"
         )
