@@ -72,7 +72,7 @@ TopKOption = Annotated[
     int | None,
     typer.Option(
         help="Head size: exact logits kept per position, or their cap with --top-p. 0: none. "
-        "[default: 64; but without --top-k, --top-p and --tail: --top-k 12 --top-p 0.7 --tail 16]"
+        "(default: 64; but without --top-k, --top-p and --tail: --top-k 12 --top-p 0.7 --tail 16)"
     ),
 ]
 TopPOption = Annotated[
@@ -82,7 +82,7 @@ TailOption = Annotated[
     int | None,
     typer.Option(
         help="How often to draw from outside the head: with some draws the student's gradient is unbiased. "
-        "[default: see --top-k]"
+        "(default: see --top-k)"
     ),
 ]
 TemperaturesOption = Annotated[
@@ -358,7 +358,7 @@ def export(
         ),
     ] = "parquet",
     groups: Annotated[
-        str, typer.Option(help="Column groups, e.g. logits,hidden.L2. [default: all that every sample has]")
+        str, typer.Option(help="Column groups, e.g. logits,hidden.L2. (default: all that every sample has)")
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -393,14 +393,14 @@ def import_command(
     compression: Annotated[
         Path | None,
         typer.Option(
-            help="DistillKit's compression configuration. [default: compression_config.yaml beside it]"
+            help="DistillKit's compression configuration. (default: compression_config.yaml beside it)"
         ),
     ] = None,
     targets: Annotated[
         str | None,
         typer.Option(
             help="Token that row t describes: next, or own (axolotl before June 2025). "
-            "[default: next, and refused where that does not fit]"
+            "(default: next, and refused where that does not fit)"
         ),
     ] = None,
     shard_tokens: ShardOption = 32_768,

@@ -19,8 +19,8 @@ TextOption = Annotated[
     str | None,
     typer.Option(
         "--text-column",
-        help="Column that holds texts. [default: text; a data set with both text and messages needs this "
-        "flag or --messages-column]",
+        help="Column that holds texts. (default: text; a data set with both text and messages needs this "
+        "flag or --messages-column)",
     ),
 ]
 MessagesOption = Annotated[
@@ -28,7 +28,7 @@ MessagesOption = Annotated[
     typer.Option(
         "--messages-column",
         help="Column that holds chats, lists of {role, content}, which the chat template turns into text. "
-        "[default: messages, where there is no column text]",
+        "(default: messages, where there is no column text)",
     ),
 ]
 TemplateOption = Annotated[
@@ -42,24 +42,24 @@ LossOption = Annotated[
     typer.Option(
         "--loss-on",
         help="Tokens that a student learns: all, or assistant: what it says and the end of its turn. "
-        "[default: assistant for chats, all for texts]",
+        "(default: assistant for chats, all for texts)",
     ),
 ]
 ShuffleOption = Annotated[
     int | None,
     typer.Option(
         "--shuffle-seed",
-        help="Shuffle the documents by this seed before samples are taken. [default: in order]",
+        help="Shuffle the documents by this seed before samples are taken. (default: in order)",
     ),
 ]
 SamplesOption = Annotated[
     int | None, typer.Option(help="Capture the first N samples only (after cutting or packing).")
 ]
 ShortestOption = Annotated[
-    int | None, typer.Option("--min-seq-len", help="Leave out samples of fewer tokens. [default: 2]")
+    int | None, typer.Option("--min-seq-len", help="Leave out samples of fewer tokens. (default: 2)")
 ]
 LengthOption = Annotated[
-    int | None, typer.Option(help="Longest sample in tokens. [default: 2048, or the model's limit if lower]")
+    int | None, typer.Option(help="Longest sample in tokens. (default: 2048, or the model's limit if lower)")
 ]
 LongOption = Annotated[
     str,

@@ -203,6 +203,20 @@ def test_without_an_end_of_turn_only_the_content_is_learned(smollm: Any) -> None
     assert smollm.decode(ids[mask]).strip() == "Ho"
 
 
+def test_the_token_that_begins_a_text_ends_no_turn(metaspace: Any) -> None:
+    turns = [("assistant", "the cache"), ("user", "and"), ("assistant", "a token")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    template = "{% for m in messages %}{{ bos_token + m.content }}{% endfor %}{{ eos_token }}"
+    assert runs(metaspace, *learn(metaspace, template, messages)) == ["the cache", "a token</s>"]
+
+
+def test_white_space_without_a_width_belongs_where_it_ends() -> None:
+    """Byte-level tokenizers may give a token of white space as the empty range at its end."""
+    bounds = np.array([(0, 2), (3, 3), (3, 4), (6, 6), (8, 8), (8, 9)])
+    assert token_spans("x: a\n\n\n\ny", [(3, 6)], bounds) == [(2, 4)]
+    assert token_spans("x: a\n\n\n\ny", [(1, 1), (2, 3)], bounds[:2]) == [(0, 0), (1, 2)]
+
+
 def test_a_chat_without_an_assistant_teaches_nothing(smollm: Any) -> None:
     for template in (None, MARKED):
         assert not learn(smollm, template, [{"role": "user", "content": "Anyone?"}])[1].any()
