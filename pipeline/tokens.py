@@ -93,7 +93,7 @@ def token_spans(text: str, spans: Spans, bounds: npt.NDArray[np.int64]) -> Spans
         # Byte-level tokenizers give white space without a width, at its end.
         inside = (ends > start) & np.where(ends > starts, starts < end, ends <= end)
         where = np.flatnonzero(inside)
-        if not len(where):
+        if not len(where) or start == end:
             found.append((0, 0))
             continue
         first, last = int(where[0]), int(where[-1]) + 1
