@@ -37,6 +37,14 @@ from pipeline.data_options import (
     TextOption,
 )
 from pipeline.errors import PipelineError, RequestError
+from pipeline.writing.flags import (
+    ContinuationsOption,
+    MaxTokensOption,
+    NucleusOption,
+    PromptOption,
+    StudentOption,
+    TemperatureOption,
+)
 
 app = typer.Typer(
     name="distily-cache",
@@ -112,12 +120,17 @@ DtypeOption = Annotated[
 ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (vLLM).")]
 BatchOption = Annotated[
     int,
-    typer.Option(help="Positions of one vLLM step; smaller needs less memory, longer samples are chunked."),
+    typer.Option(
+        help="Positions of one vLLM step, and of a batch of texts written in transformers; smaller needs "
+        "less memory, longer samples are chunked."
+    ),
 ]
 ShardOption = Annotated[
     int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the tail's draws and of the engine.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of the tail's draws, of written texts and of the engine.")
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the teacher's own Python code to run.")
 ]
@@ -153,6 +166,12 @@ def generate(
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
+    continuations: ContinuationsOption = None,
+    from_student: StudentOption = None,
+    prompt_tokens: PromptOption = None,
+    continuation_temperature: TemperatureOption = None,
+    continuation_top_p: NucleusOption = None,
+    continuation_max_tokens: MaxTokensOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own log.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -161,7 +180,7 @@ def generate(
     Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
     covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
     the log-probability of the actual next token, the entropy, and the temperatures and hidden layers
-    asked for.
+    asked for. With --continuations the samples are texts that the teacher, or a student, writes first.
 
     Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
     """
@@ -203,6 +222,12 @@ def plan(
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
+    continuations: ContinuationsOption = None,
+    from_student: StudentOption = None,
+    prompt_tokens: PromptOption = None,
+    continuation_temperature: TemperatureOption = None,
+    continuation_top_p: NucleusOption = None,
+    continuation_max_tokens: MaxTokensOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what the same `generate` would compute, in about how many bytes and how much time.
@@ -451,6 +476,7 @@ def _request(arguments: dict[str, Any]) -> Any:
     from dataclasses import fields
 
     from pipeline.request import GenerateRequest
+    from pipeline.writing.request import writing_request
 
     names = {field.name for field in fields(GenerateRequest)}
     values = {name: value for name, value in arguments.items() if name in names}
@@ -458,7 +484,7 @@ def _request(arguments: dict[str, Any]) -> Any:
         "hidden_layers": _numbers(int, arguments["hidden_layers"], "--hidden-layers", "10,20"),
         "temperatures": _numbers(float, arguments["temperatures"], "--temperatures", "2,4"),
     }
-    return GenerateRequest(**(values | lists))
+    return GenerateRequest(**(values | lists), writing=writing_request(arguments))
 
 
 def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tuple[int | float, ...]:
@@ -518,6 +544,8 @@ def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
         return
     if str(outcome.left_out):
         _say(f"left out: {outcome.left_out}")
+    if outcome.writing:
+        _say(_written_line(outcome.writing))
     if not outcome.tokens:
         _say(f"nothing to generate: {out} already holds all {outcome.samples:,} samples")
         return
@@ -525,6 +553,16 @@ def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
     _say(
         f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, "
         f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token"
+    )
+
+
+def _written_line(written: Any) -> str:
+    rate = written.tokens / max(written.seconds, 1e-9)
+    return (
+        f"{written.new:,} of {written.texts:,} texts written by {written.by}: {written.tokens:,} tokens in "
+        f"{written.seconds:,.1f} s ({rate:,.0f} tok/s)"
+        if written.new
+        else f"all {written.texts:,} texts of {written.by} were written before"
     )
 
 

@@ -30,7 +30,8 @@ class Forecast:
 
     bytes_to_write is an upper bound where heads are adaptive, unless bytes_measured: then it is from what the
     same column groups take in this store. seconds: of capture, without the engine's start. seconds_from: in
-    words, where that number comes from.
+    words, where that number comes from. texts, texts_to_write: of --continuations; one that is to be written
+    counts with its greatest length, and the time to write it does not count.
     """
 
     samples: int
@@ -43,6 +44,8 @@ class Forecast:
     bytes_measured: bool
     seconds: float
     seconds_from: str
+    texts: int = 0
+    texts_to_write: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,6 +68,8 @@ def estimate(prepared: Prepared) -> Forecast:
         bytes_measured=all(group in stored for work in plan.work for group in work.groups),
         seconds=round(pace.seconds(plan.rows_to_do), 3) if pace else 0.0,
         seconds_from=pace.source if pace else "nothing to do",
+        texts=len(prepared.writing.jobs) if prepared.writing else 0,
+        texts_to_write=prepared.writing.missing if prepared.writing else 0,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 
 from featurestore.directory import SPEC_FILE
@@ -24,6 +25,8 @@ from pipeline.request import GenerateRequest, check_against_teacher, check_store
 from pipeline.samples import LeftOut
 from pipeline.selection import select
 from pipeline.teacher import Teacher, load_teacher, teacher_files
+from pipeline.writing.plan import WritingPlan
+from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Prepared:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
     `store` is the one at --out, None where there is none yet. `chat_template` is the text of --chat-template.
+    `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them as long as they may get: a forecast.
     """
 
     request: GenerateRequest
@@ -41,11 +45,16 @@ class Prepared:
     store: FeatureStore | None
     left_out: LeftOut = field(default_factory=LeftOut)
     chat_template: str | None = None
+    writer: Teacher | None = None
+    writing: WritingPlan | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions."""
+    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions.
+
+    `writing` is None when the request writes no texts.
+    """
 
     samples: int
     tokens: int
@@ -54,6 +63,7 @@ class Outcome:
     capture_seconds: float
     manifest: str
     left_out: LeftOut
+    writing: Written | None = None
 
 
 def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
@@ -66,39 +76,50 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code)
     check_against_teacher(request, teacher)
+    writer = find_writer(request, teacher) if request.writing else None
     identity = identity_of(request, teacher, engine_version(request))
     store = _existing(request, identity)
     selection = select(request, teacher, report.stage)
-    commits = store.commits() if store else {}
-    plan = plan_generation(
-        known_tasks=store.known_tasks() if store else {},
-        committed={group: set(tasks) for group, tasks in commits.items()},
-        committed_specs=store.group_specs() if store else {},
-        wanted=[(sample.id, len(sample)) for sample in selection.samples],
-        groups=request.groups,
-        shard_tokens=request.shard_tokens,
-    )
-    samples = {sample.id: sample for sample in selection.samples}
+    samples, writing = {sample.id: sample for sample in selection.samples}, None
+    wanted = [(sample.id, len(sample)) for sample in selection.samples]
+    if writer is not None:
+        writing = plan_writing(request, teacher, writer, selection, store.root if store else None)
+        samples, wanted = writing.samples_by_id(), writing.extents()
     return Prepared(
-        request, teacher, identity, samples, plan, store, selection.left_out, selection.chat_template
+        request=request,
+        teacher=teacher,
+        identity=identity,
+        samples=samples,
+        plan=_plan(request, store, wanted),
+        store=store,
+        left_out=selection.left_out,
+        chat_template=selection.chat_template,
+        writer=writer,
+        writing=writing,
     )
 
 
 def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
-    """Compute and commit what the plan lacks, then publish the manifest.
+    """Write the texts that are missing, compute and commit what the plan lacks, publish the manifest.
 
     A kill at any point leaves a store that the same command completes.
     """
-    request, plan, left_out = prepared.request, prepared.plan, prepared.left_out
+    request, left_out = prepared.request, prepared.left_out
     try:
         store = FeatureStore.create(request.out, prepared.identity)
     except StoreWriteError as error:
         raise RequestError(f"--out {request.out}: {error}") from error
+    began = datetime.now(UTC)
+    prepared, written = _write(prepared, store, verbose, report)
+    plan = prepared.plan
     if plan.nothing_to_do:
-        return Outcome(plan.samples_total, 0, 0, 0.0, 0.0, store.publish_manifest().digest, left_out)
+        manifest = store.publish_manifest().digest
+        outcome = Outcome(plan.samples_total, 0, 0, 0.0, 0.0, manifest, left_out, written)
+        if written and written.new:
+            store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
+        return outcome
     store.put_teacher_files(teacher_files(prepared.teacher))
     store.add_plan(plan.new_tasks)
-    began = datetime.now(UTC)
     engine_seconds = capture_seconds = 0.0
     tokens = size = 0
     # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
@@ -115,8 +136,16 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
                 engine.close()
         capture_seconds += time.monotonic() - clock
         tokens, size = tokens + captured[0], size + captured[1]
-    manifest = store.publish_manifest().digest
-    outcome = Outcome(plan.samples_total, tokens, size, engine_seconds, capture_seconds, manifest, left_out)
+    outcome = Outcome(
+        samples=plan.samples_total,
+        tokens=tokens,
+        size=size,
+        engine_seconds=engine_seconds,
+        capture_seconds=capture_seconds,
+        manifest=store.publish_manifest().digest,
+        left_out=left_out,
+        writing=written,
+    )
     store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
     return outcome
 
@@ -160,6 +189,38 @@ def start_engine(
     from pipeline.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config)
+
+
+def _plan(
+    request: GenerateRequest, store: FeatureStore | None, wanted: Sequence[tuple[str, int]]
+) -> GenerationPlan:
+    """What the store lacks of the samples `wanted`, (id, length) each."""
+    commits = store.commits() if store else {}
+    return plan_generation(
+        known_tasks=store.known_tasks() if store else {},
+        committed={group: set(tasks) for group, tasks in commits.items()},
+        committed_specs=store.group_specs() if store else {},
+        wanted=wanted,
+        groups=request.groups,
+        shard_tokens=request.shard_tokens,
+    )
+
+
+def _write(
+    prepared: Prepared, store: FeatureStore, verbose: bool, report: Reporter
+) -> tuple[Prepared, Written | None]:
+    """Have all texts of the request written, and plan the samples that they make.
+
+    The writer is closed before the teacher's engine starts, so that each has the whole memory.
+    """
+    request, model, texts = prepared.request, prepared.writer, prepared.writing
+    if model is None or texts is None:
+        return prepared, None
+
+    start = partial(start_writer, request, model, texts.spec, verbose, report)
+    texts, written = write_missing(texts, store.root, model.name, start, report)
+    plan = _plan(request, store, texts.extents())
+    return replace(prepared, samples=texts.samples_by_id(), plan=plan, store=store, writing=texts), written
 
 
 def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:

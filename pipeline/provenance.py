@@ -37,6 +37,7 @@ def record(
         "bytes": outcome.size,
         "engine_seconds": round(outcome.engine_seconds, 3),
         "capture_seconds": round(outcome.capture_seconds, 3),
+        "writing": asdict(outcome.writing) if outcome.writing else None,
         "versions": _versions(),
         "hardware": _hardware(),
     }

@@ -12,6 +12,7 @@ from featurestore.root import is_url, root_of
 from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
 from pipeline.errors import RequestError
 from pipeline.teacher import Teacher
+from pipeline.writing.request import WritingRequest
 
 EngineName = Literal["vllm", "transformers"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "transformers")
@@ -31,6 +32,7 @@ class GenerateRequest:
     """The flags of `distily-cache generate`, as the user gave them.
 
     Without top_k, top_p and tail the head is DEFAULT_HEAD; with any of them the others come from PLAIN_HEAD.
+    With `writing` the data set gives prompts only, and the samples are what is written on them.
     """
 
     teacher: str
@@ -61,6 +63,7 @@ class GenerateRequest:
     shard_tokens: int = 32_768
     seed: int = 0
     trust_remote_code: bool = False
+    writing: WritingRequest | None = None
 
     def __post_init__(self) -> None:
         given = [self.top_k, self.top_p, self.tail]

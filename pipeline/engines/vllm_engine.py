@@ -48,48 +48,69 @@ def set_environment(verbose: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
+def start_llm(config: EngineConfig, verbose: bool, *, enforce_eager: bool = False, **options: Any) -> Any:
+    """A vLLM `LLM` of the checkpoint that ends with this process; `options` are vLLM's own."""
+    set_environment(verbose)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    announce_driver()
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # One batch is all that is ever in flight; the default would take half of the memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    return LLM(
+        model=str(config.model),
+        load_format="safetensors",
+        use_tqdm_on_load=verbose,
+        dtype=config.dtype,
+        max_model_len=config.max_seq_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_chunked_prefill=True,
+        tensor_parallel_size=config.tensor_parallel_size,
+        trust_remote_code=config.trust_remote_code,
+        # On the CPU compiling costs more than it saves.
+        enforce_eager=on_cpu or enforce_eager,
+        disable_log_stats=True,
+        seed=config.seed,
+        **options,
+    )
+
+
+def stop_llm(llm: Any) -> None:
+    """End the engine's processes, and with them the memory that they hold."""
+    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    if core is not None:
+        core.shutdown()
+
+
 class VllmEngine:
     """One vLLM engine that captures `config.groups` from each prompt's prefill."""
 
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
-        from vllm import LLM, ModelRegistry
+        from vllm import ModelRegistry
         from vllm.config import PoolerConfig
-        from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
-        announce_driver()
         twin = capture_name(config.architecture)
         _require_twin(config.architecture, twin, ModelRegistry.get_supported_archs())
         spec = CaptureSpec.from_groups(config.groups)
         self.groups = config.groups
         self._layout = RowLayout.of(spec, config.hidden_size)
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            # Prefill of one batch is all that is ever in flight; the default would take half of the memory.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
-            os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        self._llm: Any = LLM(
-            model=str(config.model),
+        self._llm: Any = start_llm(
+            config,
+            verbose,
             runner="pooling",
             pooler_config=PoolerConfig(task=POOLING_TASK),
             # A pooling model's head would default to float32, which is not the teacher that was asked for.
             hf_overrides={"architectures": [twin], "head_dtype": "model"},
             additional_config={CONFIG_KEY: spec.to_json()},
-            load_format="safetensors",
-            use_tqdm_on_load=verbose,
-            dtype=config.dtype,
-            max_model_len=config.max_seq_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_chunked_prefill=True,
-            tensor_parallel_size=config.tensor_parallel_size,
-            trust_remote_code=config.trust_remote_code,
-            # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
-            enforce_eager=on_cpu or _needs_hooks(config),
             enable_prefix_caching=False,
-            disable_log_stats=True,
-            seed=config.seed,
+            # Layer hooks see nothing under torch.compile.
+            enforce_eager=_needs_hooks(config),
         )
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
@@ -109,9 +130,7 @@ class VllmEngine:
                 yield to_features(self._layout.unpack(rows), self.groups)
 
     def close(self) -> None:
-        shutdown = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
-        if shutdown is not None:
-            shutdown.shutdown()
+        stop_llm(self._llm)
         self._llm = None
 
 

@@ -1,0 +1,83 @@
+"""What a request says of texts that are to be written, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import RequestError
+
+_DEFAULTS: dict[str, Any] = {
+    "prompt_tokens": 64,
+    "continuation_temperature": 1.0,
+    "continuation_top_p": 1.0,
+    "continuation_max_tokens": 128,
+}
+
+
+@dataclass(frozen=True)
+class WritingRequest:
+    """The flags that go with --continuations. Fields are named as the flags are.
+
+    continuations: how many of each prompt. prompt_tokens: where a document is cut. from_student: the
+    checkpoint that writes; None: the teacher.
+    """
+
+    continuations: int
+    prompt_tokens: int
+    continuation_temperature: float
+    continuation_top_p: float
+    continuation_max_tokens: int
+    from_student: str | None
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--continuations", self.continuations),
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--continuation-max-tokens", self.continuation_max_tokens),
+        ):
+            if value < 1:
+                raise RequestError(f"{flag} {value}: must be at least 1")
+        if not (math.isfinite(self.continuation_temperature) and self.continuation_temperature >= 0):
+            raise RequestError(
+                f"--continuation-temperature {self.continuation_temperature}: must be a number of at least 0"
+            )
+        if not 0.0 < self.continuation_top_p <= 1.0:
+            raise RequestError(
+                f"--continuation-top-p {self.continuation_top_p}: a probability in (0, 1] is needed"
+            )
+        if self.continuation_temperature == 0 and self.continuations > 1:
+            raise RequestError(
+                f"--continuations {self.continuations}: at --continuation-temperature 0 all are the "
+                "same; ask for 1, or give a temperature above 0"
+            )
+
+    def check_length(self, max_seq_len: int) -> None:
+        """RequestError unless the longest text fits a sample."""
+        longest = self.prompt_tokens + self.continuation_max_tokens
+        if longest > max_seq_len:
+            raise RequestError(
+                f"--prompt-tokens {self.prompt_tokens} and --continuation-max-tokens "
+                f"{self.continuation_max_tokens} make {longest}, but a sample has at most {max_seq_len} "
+                "tokens; lower one of them or raise --max-seq-len"
+            )
+
+
+def writing_request(flags: dict[str, Any]) -> WritingRequest | None:
+    """The request that the command's parameters make, None without --continuations.
+
+    Raises:
+        RequestError: a value out of range, or flags that mean nothing without --continuations.
+    """
+    given = {name: flags[name] for name in (*_DEFAULTS, "from_student") if flags[name] is not None}
+    if flags["continuations"] is None:
+        if given:
+            flag = "--" + next(iter(given)).replace("_", "-")
+            raise RequestError(
+                f"{flag}: has no effect without --continuations; add --continuations N, or leave it out"
+            )
+        return None
+    return WritingRequest(
+        **{"continuations": flags["continuations"], "from_student": None, **_DEFAULTS, **given}
+    )
