@@ -33,7 +33,7 @@ TemperatureOption = Annotated[
     float | None,
     typer.Option(
         "--continuation-temperature",
-        help="Temperature to sample at; 0 takes the most probable token. [default: 1]",
+        help="Temperature to sample at, up to 2; 0 takes the most probable token. [default: 1]",
         rich_help_panel=_PANEL,
     ),
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RequestError
 
+# vLLM samples at no higher one.
+MAX_TEMPERATURE = 2.0
 _DEFAULTS: dict[str, Any] = {
     "prompt_tokens": 64,
     "continuation_temperature": 1.0,
@@ -39,9 +40,10 @@ class WritingRequest:
         ):
             if value < 1:
                 raise RequestError(f"{flag} {value}: must be at least 1")
-        if not (math.isfinite(self.continuation_temperature) and self.continuation_temperature >= 0):
+        if not 0.0 <= self.continuation_temperature <= MAX_TEMPERATURE:
             raise RequestError(
-                f"--continuation-temperature {self.continuation_temperature}: must be a number of at least 0"
+                f"--continuation-temperature {self.continuation_temperature}: a number from 0 to "
+                f"{MAX_TEMPERATURE:g} is needed"
             )
         if not 0.0 < self.continuation_top_p <= 1.0:
             raise RequestError(

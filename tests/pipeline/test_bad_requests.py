@@ -25,6 +25,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(pipeline.generate, "start_engine", no_engine)
+    monkeypatch.setattr(pipeline.generate, "start_writer", no_engine)
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["distily-cache", "generate", *map(str, arguments)])
@@ -189,12 +190,47 @@ def test_broken_and_binary_data(
         (["--temperatures", "0.1234"], "--temperatures 0.1234: a temperature"),
         (["--temperatures", "2,2.0"], "--temperatures: the same temperature is named twice"),
         (["--temperatures", "warm"], "--temperatures warm: give numbers"),
+        (["--continuations", "0"], "--continuations 0: must be at least 1"),
+        (["--continuations", "2", "--prompt-tokens", "0"], "--prompt-tokens 0: must be at least 1"),
+        (["--prompt-tokens", "9"], "--prompt-tokens: has no effect without --continuations"),
+        (["--from-student", "./s"], "--from-student: has no effect without --continuations"),
+        (["--continuations", "2", "--continuation-temperature", "-1"], "--continuation-temperature -1.0"),
+        (["--continuations", "2", "--continuation-temperature", "nan"], "--continuation-temperature nan"),
+        (["--continuations", "2", "--continuation-temperature", "2.1"], "--continuation-temperature 2.1"),
+        (["--continuations", "2", "--continuation-temperature", "0"], "--continuations 2: at"),
+        (["--continuations", "2", "--continuation-top-p", "1.5"], "--continuation-top-p 1.5"),
+        (["--continuations", "2", "--continuation-max-tokens", "0"], "--continuation-max-tokens 0"),
+        (
+            ["--continuations", "1", "--continuation-max-tokens", "193"],
+            "--prompt-tokens 64 and --continuation-max-tokens 193 make 257, but a sample has at most 256",
+        ),
+        (["--continuations", "1", "--from-student", "./none"], "--from-student ./none: no such directory"),
     ],
 )
 def test_bad_options(
     refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, options: list[str], expected: str
 ) -> None:
     assert expected in refuse(tiny_teacher, corpus, "--out", out, *options)
+    assert not out.exists()
+
+
+def test_a_student_that_cannot_write_for_this_teacher(
+    refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, tmp_path: Path
+) -> None:
+    def refused(student: Path) -> str:
+        return refuse(tiny_teacher, corpus, "--out", out, "--continuations", 1, "--from-student", student)
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_teacher, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert f"--from-student {pickled}: no *.safetensors" in refused(pickled)
+    assert "its vocabulary has 203 tokens" in refused(teachers.llama(tmp_path / "wide", vocab_size=203))
+    other = teachers.llama(tmp_path / "other", seed=1)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["learns"], vocabulary["a"] = vocabulary["a"], vocabulary["learns"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert f"--from-student {other}: its tokenizer is not the teacher's" in refused(other)
     assert not out.exists()
 
 

@@ -25,6 +25,8 @@ from pipeline.estimate import estimate
 from pipeline.generate import prepare
 from pipeline.writing.plan import seed_of
 from pipeline.writing.sampling import draw, uniforms
+from student import bitnet
+from student.saving import save_student
 from tests.pipeline.writing import (
     END,
     MAX_TOKENS,
@@ -71,7 +73,7 @@ def reference(
     return tokens
 
 
-@pytest.mark.parametrize("sampling", [(60.0, 1.0), (60.0, 0.6), (0.0, 1.0)])
+@pytest.mark.parametrize("sampling", [(1.5, 1.0), (1.5, 0.6), (0.0, 1.0)])
 def test_texts_are_the_models_own(
     model: Path, data: Path, tmp_path: Path, sampling: tuple[float, float]
 ) -> None:
@@ -211,7 +213,7 @@ def test_a_students_texts_are_its_own_and_the_teachers_features_are_kept(
     assert plan is not None
     for job in plan.jobs[::7]:
         numbers = uniforms(seed_of(0, job.key), MAX_TOKENS)
-        assert plan.found[job.key].tolist() == reference(student, job.prompt.tolist(), numbers, 60.0, 1.0)
+        assert plan.found[job.key].tolist() == reference(student, job.prompt.tolist(), numbers, 1.5, 1.0)
     assert_features_are_of(model, out)
     # The teacher's own texts come beside them, in the same store.
     both = generate(request(model, data, out))
@@ -221,3 +223,21 @@ def test_a_students_texts_are_its_own_and_the_teachers_features_are_kept(
     assert [record["writing"]["by"] for record in records] == [str(student), str(model)]
     assert records[0]["request"]["writing"]["from_student"] == str(student)
     assert records[0]["writing"]["writer"]["digest"] != records[1]["writing"]["writer"]["digest"]
+
+
+def test_a_ternary_student_writes_as_transformers_runs_it(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of `distily-train`, against its online layers as `from_pretrained` gives them."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    assert bitnet.convert(network.get_decoder().layers) > 0
+    save_student(network, tmp_path / "student", model)
+    asked = request(model, data, tmp_path / "store", 1, student=tmp_path / "student")
+    generate(asked)
+    plan = prepare(asked, Silent()).writing
+    assert plan is not None and not plan.missing
+    with torch.compiler.set_stance("force_eager"):
+        for job in plan.jobs[::3]:
+            numbers = uniforms(seed_of(0, job.key), MAX_TOKENS)
+            wanted = reference(tmp_path / "student", job.prompt.tolist(), numbers, 1.5, 1.0)
+            assert plan.found[job.key].tolist() == wanted

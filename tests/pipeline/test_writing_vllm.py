@@ -25,19 +25,8 @@ def generate(*arguments: object) -> tuple[dict[str, Any], str]:
 @pytest.mark.vllm
 def test_the_teacher_writes_is_captured_and_resumed(tmp_path: Path) -> None:
     model, data = teacher(tmp_path / "teacher"), corpus(tmp_path / "corpus.jsonl")
-    flags = (
-        "--dtype",
-        "float32",
-        "--max-seq-len",
-        32,
-        "--shard-tokens",
-        64,
-        "--top-k",
-        4,
-        "--continuations",
-        2,
-    )
-    flags += ("--prompt-tokens", 8, "--continuation-temperature", 60, "--continuation-max-tokens", 12)
+    flags = ("--dtype", "float32", "--max-seq-len", 32, "--shard-tokens", 64, "--top-k", 4)
+    flags += ("--continuations", 2, "--prompt-tokens", 8, "--continuation-max-tokens", 12)
     whole = tmp_path / "whole"
     made, _ = generate(model, data, "--out", whole, *flags)
     texts = texts_of(whole)

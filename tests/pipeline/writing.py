@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
 from pipeline.generate import Outcome, execute, prepare
@@ -18,8 +20,13 @@ PROMPTS, MAX_TOKENS, END = 10, 12, 2
 
 
 def teacher(directory: Path, seed: int = 0) -> Path:
-    """V=17, with </s> at every seventh token or so at the temperature that `request` samples at."""
-    return teachers.llama(directory, vocab_size=17, layers=2, seed=seed)
+    """V=17, flat enough that </s> comes now and then."""
+    teachers.llama(directory, vocab_size=17, layers=2, seed=seed)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1 / 40)
+    model.save_pretrained(directory)
+    return directory
 
 
 def corpus(file: Path, count: int = PROMPTS) -> Path:
@@ -30,7 +37,7 @@ def corpus(file: Path, count: int = PROMPTS) -> Path:
 
 
 def request(model: Path, data: Path, out: Path, continuations: int = 2, **more: object) -> GenerateRequest:
-    flags = {"student": None, "temperature": 60.0, "top_p": 1.0, "seed": 0, "batch": 4096, "k": 4} | more
+    flags = {"student": None, "temperature": 1.5, "top_p": 1.0, "seed": 0, "batch": 4096, "k": 4} | more
     return GenerateRequest(
         teacher=str(model),
         dataset=str(data),
