@@ -34,7 +34,8 @@ class Prepared:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
     `store` is the one at --out, None where there is none yet. `chat_template` is the text of --chat-template.
-    `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them as long as they may get: a forecast.
+    `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them
+    as long as they may get: a forecast.
     """
 
     request: GenerateRequest

@@ -107,6 +107,15 @@ class GenerateRequest:
         if len(set(self.hidden_layers)) != len(self.hidden_layers):
             raise RequestError("--hidden-layers: the same layer is named twice")
         _check_temperatures(self.temperatures)
+        self._check_writing()
+
+    def _check_writing(self) -> None:
+        if self.writing and (self.pack or self.loss_on):
+            flag = "--pack" if self.pack else f"--loss-on {self.loss_on}"
+            raise RequestError(
+                f"{flag}: not with --continuations, where a sample is a prompt and what is written on it; "
+                "leave one of them out"
+            )
 
     @property
     def draws(self) -> int:

@@ -14,16 +14,20 @@ from pipeline.request import GenerateRequest
 from pipeline.samples import MIN_TOKENS, LeftOut, make_samples
 from pipeline.teacher import Teacher, load_tokenizer
 from pipeline.texts import MESSAGES_COLUMN, load_documents
-from pipeline.tokens import tokenise_chats, tokenise_texts
+from pipeline.tokens import before_last_turn, tokenise_chats, tokenise_texts
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The samples wanted, in order; what was left out; the text of --chat-template, where it was given."""
+    """The samples wanted, in order; what was left out; the text of --chat-template, where it was given.
+
+    Where texts are to be written, a prompt is what a sample begins with, up to `prompt_tokens`.
+    """
 
     samples: list[Sample]
     left_out: LeftOut
     chat_template: str | None
+    prompt_tokens: int | None = None
 
 
 def select(request: GenerateRequest, teacher: Teacher, stage: Callable[[str], None]) -> Selection:
@@ -41,6 +45,9 @@ def select(request: GenerateRequest, teacher: Teacher, stage: Callable[[str], No
         shuffle_seed=request.shuffle_seed,
     )
     template = _template(request, documents.chats)
+    max_seq_len = longest = request.sequence_length(teacher)
+    if request.writing:
+        longest = request.writing.longest_prompt(max_seq_len, documents.chats)
     learn_all = request.loss_on == "all" or not documents.chats
     tokenizer = load_tokenizer(teacher, request.trust_remote_code)
     if documents.chats:
@@ -49,17 +56,20 @@ def select(request: GenerateRequest, teacher: Teacher, stage: Callable[[str], No
         tokenised = tokenise_chats(documents.values, tokenizer, form, column, learn_all)
     else:
         tokenised = tokenise_texts((text for _, text in documents.values), tokenizer)
+    if request.writing and documents.chats:
+        tokenised, max_seq_len = map(before_last_turn, tokenised), longest
     stage(f"tokenising {request.dataset}")
     samples, left_out = make_samples(
         tokenised,
-        max_seq_len=request.sequence_length(teacher),
+        max_seq_len=max_seq_len,
         vocab_size=teacher.vocab_size,
         num_samples=request.num_samples,
         min_seq_len=request.min_seq_len or MIN_TOKENS,
-        drop_long=request.long == "drop",
+        # Half of a chat is no prompt.
+        drop_long=request.long == "drop" or bool(request.writing and documents.chats),
         joiner=(_end_of_sequence(tokenizer), learn_all) if request.pack else None,
     )
-    return Selection(samples, left_out, template)
+    return Selection(samples, left_out, template, longest if request.writing else None)
 
 
 def _template(request: GenerateRequest, chats: bool) -> str | None:

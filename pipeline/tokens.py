@@ -62,6 +62,14 @@ def tokenise_chats(
                 ) from None
 
 
+def before_last_turn(chat: Tokenised) -> Tokenised:
+    """What stands before the assistant's last turn, which the template opens there; nothing without one."""
+    tokens, learned = chat
+    last = int(np.flatnonzero(learned)[-1]) if learned.any() else 0
+    first = int(np.flatnonzero(~learned[:last])[-1]) + 1 if not learned[:last].all() else 0
+    return tokens[:first], np.ones(first, np.bool_)
+
+
 def assistant_mask(
     tokenizer: Any, text: str, spans: Spans, ids: list[int], offsets: list[tuple[int, int]]
 ) -> npt.NDArray[np.bool_]:

@@ -11,8 +11,8 @@ _PANEL = "Texts to be written first"
 ContinuationsOption = Annotated[
     int | None,
     typer.Option(
-        help="Let the teacher go on N times with each document, cut to --prompt-tokens; the samples are then "
-        "what it writes, with the prompts, and what was written is learned.",
+        help="Let the teacher go on N times with each text, cut to --prompt-tokens, or with each chat before "
+        "the assistant's last turn; the samples are then what it writes, and that alone is learned.",
         metavar="N",
         rich_help_panel=_PANEL,
     ),
@@ -27,7 +27,7 @@ StudentOption = Annotated[
     ),
 ]
 PromptOption = Annotated[
-    int | None, typer.Option(help="Tokens of a document to go on from. [default: 64]", rich_help_panel=_PANEL)
+    int | None, typer.Option(help="Tokens of a text to go on from. [default: 64]", rich_help_panel=_PANEL)
 ]
 TemperatureOption = Annotated[
     float | None,

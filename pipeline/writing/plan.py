@@ -63,6 +63,10 @@ class WritingPlan:
             job.key: sample_of(job.prompt, self.found[job.key]) for job in self.jobs if job.key in self.found
         }
 
+    def samples_by_id(self) -> dict[str, Sample]:
+        """The same by sample id: texts that came out alike are one sample."""
+        return {sample.id: sample for sample in self.samples.values()}
+
     def extents(self) -> list[tuple[str, int]]:
         """(sample id, length) of every text. A missing one has an id of its own, and its greatest length."""
         made = {key: (sample.id, len(sample)) for key, sample in self.samples.items()}

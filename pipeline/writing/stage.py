@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from featurestore.root import Root
-from featurestore.schema import Sample
 from featurestore.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
 from pipeline.engines.base import EngineConfig
 from pipeline.errors import EngineError, RequestError
@@ -22,6 +21,7 @@ from pipeline.writing.plan import Array, Job, WritingPlan, jobs_of, prompts_of
 
 if TYPE_CHECKING:
     from pipeline.request import GenerateRequest
+    from pipeline.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,9 @@ def find_writer(request: GenerateRequest, teacher: Teacher) -> Teacher:
     """The checkpoint that writes: the teacher, or the student of --from-student.
 
     Raises:
-        RequestError: the texts would not fit a sample or the student, it is no checkpoint, or its tokenizer
-            is another one.
+        RequestError: the student is no checkpoint, has another tokenizer, or takes too few tokens.
     """
     assert request.writing is not None
-    request.writing.check_length(request.sequence_length(teacher))
     name = request.writing.from_student
     if name is None:
         return teacher
@@ -56,18 +54,18 @@ def find_writer(request: GenerateRequest, teacher: Teacher) -> Teacher:
             _check_vocabularies(student, teacher, request.trust_remote_code)
     except RequestError as error:
         raise RequestError(str(error).replace("TEACHER", "--from-student", 1)) from None
-    _check_student(student, teacher, request.writing.prompt_tokens + request.writing.continuation_max_tokens)
+    _check_student(student, teacher, request.sequence_length(teacher))
     return student
 
 
 def plan_writing(
-    request: GenerateRequest, teacher: Teacher, writer: Teacher, samples: Iterable[Sample], root: Root | None
+    request: GenerateRequest, teacher: Teacher, writer: Teacher, selection: Selection, root: Root | None
 ) -> WritingPlan:
-    """Which texts the request asks for, on the prompts that `samples` begin with; the store has some of them.
+    """Which texts the request asks for, on the prompts of the selection; the store has some of them.
 
     root: of the store, None where there is none yet.
     """
-    assert request.writing is not None
+    assert request.writing is not None and selection.prompt_tokens is not None
     flags, by_teacher = request.writing, writer is teacher
     spec = WriterSpec(
         digest=writer.digest,
@@ -79,7 +77,7 @@ def plan_writing(
         seed=request.seed,
         ends=end_tokens(writer, load_tokenizer(teacher, request.trust_remote_code)),
     )
-    jobs = jobs_of(prompts_of(samples, flags.prompt_tokens), flags.continuations)
+    jobs = jobs_of(prompts_of(selection.samples, selection.prompt_tokens), flags.continuations)
     return WritingPlan(spec, jobs, read_texts(root, spec) if root else {}, request.shard_tokens)
 
 
@@ -174,8 +172,8 @@ def _check_student(student: Teacher, teacher: Teacher, longest: int) -> None:
         )
     if longest > student.max_position:
         raise RequestError(
-            f"--from-student {student.name}: it takes at most {student.max_position} tokens, prompt and "
-            f"continuation make {longest}; lower --prompt-tokens or --continuation-max-tokens"
+            f"--from-student {student.name}: it takes at most {student.max_position} tokens, samples may "
+            f"have {longest}; give --max-seq-len {student.max_position}"
         )
     if student.quantization == "bitnet" and not find_spec("accelerate"):
         raise RequestError(

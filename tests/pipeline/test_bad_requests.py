@@ -204,6 +204,8 @@ def test_broken_and_binary_data(
             ["--continuations", "1", "--continuation-max-tokens", "193"],
             "--prompt-tokens 64 and --continuation-max-tokens 193 make 257, but a sample has at most 256",
         ),
+        (["--continuations", "1", "--pack"], "--pack: not with --continuations"),
+        (["--continuations", "1", "--loss-on", "all"], "--loss-on all: not with --continuations"),
         (["--continuations", "1", "--from-student", "./none"], "--from-student ./none: no such directory"),
     ],
 )

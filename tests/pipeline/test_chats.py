@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.chats import ChatFormat, Message, check_messages
 from pipeline.errors import RequestError
-from pipeline.tokens import assistant_mask, token_spans, tokenise_chats
+from pipeline.tokens import assistant_mask, before_last_turn, token_spans, tokenise_chats
 from tests import teachers
 
 MARKED = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -174,6 +174,26 @@ def test_the_demos_own_template_with_and_without_system(smollm: Any) -> None:
         text = smollm.decode(ids)
         assert ("Be brief." in text) != ("helpful AI assistant named SmolLM" in text)
         assert not mask[0] and not mask[-1]
+
+
+@settings(deadline=None)
+@given(messages=conversations())
+def test_the_prompt_of_the_last_turn_is_the_generation_prompt(smollm: Any, messages: list[Message]) -> None:
+    """White space that a content begins with may share a token with the template's, so there is none here."""
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+    messages[-1]["content"] = "well " + messages[-1]["content"]
+    prompt, mask = before_last_turn(learn(smollm, None, messages))
+    opened = smollm.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert prompt.tolist() == opened and mask.all() and len(mask) == len(prompt)
+
+
+def test_a_chat_that_the_assistant_opens_or_is_not_in_has_no_prompt() -> None:
+    for learned in ([True, True, False], [False, False], []):
+        tokens, mask = before_last_turn(
+            (np.arange(len(learned), dtype=np.int32), np.array(learned, np.bool_))
+        )
+        assert len(tokens) == len(mask) == 0
 
 
 def test_marks_of_the_template_give_the_mask_of_transformers(smollm: Any) -> None:
