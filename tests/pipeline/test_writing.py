@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ from tests.pipeline.writing import (
     teacher,
     texts_of,
 )
+
+from tests.s3 import Bucket
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +244,31 @@ def test_a_ternary_student_writes_as_transformers_runs_it(
             numbers = uniforms(seed_of(0, job.key), MAX_TOKENS)
             wanted = reference(tmp_path / "student", job.prompt.tolist(), numbers, 1.5, 1.0)
             assert plan.found[job.key].tolist() == wanted
+
+
+def test_two_commands_at_once_agree_on_every_text(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    command = [sys.executable, "-m", "tests.pipeline.writing", str(model), str(data), str(out)]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    alone = tmp_path / "alone"
+    generate(request(model, data, alone, 6))
+    assert piece_names(LocalRoot(out)) == piece_names(LocalRoot(alone))
+    assert texts_of(out) == texts_of(alone)
+    records = [json.loads(file.read_text())["record"]["writing"] for file in out.glob("provenance/*.json")]
+    assert {record["texts"] for record in records} == {6 * PROMPTS}
+    assert verify_store(out, deep=True).sound
+
+
+def test_in_object_storage(model: Path, data: Path, store: Path, bucket: Bucket) -> None:
+    url = bucket.url("written")
+    asked = replace(request(model, data, store), out=url)
+    done = generate(asked)
+    assert done.writing is not None and done.writing.new == 2 * PROMPTS
+    bucket.forget()
+    before = bucket.names("written")
+    again = generate(asked)
+    assert again.writing is not None and (again.writing.new, again.tokens) == (0, 0)
+    assert bucket.names("written") == before
+    ours, theirs = CacheReader.open(url), CacheReader.open(store)
+    assert sorted(ours.sample_ids) == sorted(theirs.sample_ids)
