@@ -39,7 +39,6 @@ from tests.pipeline.writing import (
     teacher,
     texts_of,
 )
-
 from tests.s3 import Bucket
 
 
