@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from common import ROOT, RUN, table, write_result
+from student.losses.chunked import HeadTransform
+from student.objective.terms import Objective, Term, term
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,11 +32,9 @@ from featurestore.codec import CLOSED
 from featurestore.reader import CacheReader
 from student.data import CachedDataset, Collator
 from student.decoding import decode_targets
-from student.losses.chunked import HeadTransform
 from student.losses.fused import sparse_head_loss
 from student.losses.sparse import forward_kl
 from student.model import DistillationModel
-from student.objective.terms import Objective, Term, term
 
 BATCH, STEPS, ROUNDS = 2, 6, int(os.environ.get("ROUNDS", "3"))
 CACHE = RUN / os.environ.get("CACHE", "cache")
@@ -177,7 +177,12 @@ def main() -> None:
     steps = table(["", "step", "of labels", "peak memory", "of labels"], rows)
     losses = {name: measure("loss", name) for name in ("plain", "ours")}
     rows = [
-        [name, f"{one['peak']:,.0f} MiB", f"{one['peak'] / losses['plain']['peak']:.3f}", f"{one['seconds']:.1f} s"]
+        [
+            name,
+            f"{one['peak']:,.0f} MiB",
+            f"{one['peak'] / losses['plain']['peak']:.3f}",
+            f"{one['seconds']:.1f} s",
+        ]
         for name, one in losses.items()
     ]
     alone = table(["", "rise of the peak", "of plain", "loss and gradients"], rows)

@@ -27,6 +27,7 @@ from featurestore.plan import Task
 from featurestore.records import CommitRecord
 from featurestore.root import Root, root_of
 from featurestore.store import FeatureStore
+from featurestore.written import piece_names, read_piece
 
 Progress = Callable[[int, int], None]
 
@@ -159,7 +160,7 @@ def _begin(target: Root, name: str) -> tuple[str, Path]:
 
 
 def _copy_side_files(store: FeatureStore, source: FeatureStore) -> None:
-    """The teacher's files, checked, and the records of the runs, under their own names."""
+    """The teacher's files, the records of runs, and written texts: checked, under their own names."""
     for listing in teacher_listings(source.root):
         stamps = read_teacher_listing(source.root, listing)
         source.root.check({f"teacher/{name}": stamp for name, stamp in stamps.items()})
@@ -169,6 +170,10 @@ def _copy_side_files(store: FeatureStore, source: FeatureStore) -> None:
         for name in provenance_names(source.root):
             read_provenance(source.root, name)
             store.root.publish(f"provenance/{name}", source.root.load(f"provenance/{name}", _bytes))
+    with writing("written texts", store.path):
+        for name in piece_names(source.root):
+            read_piece(source.root, name)
+            store.root.publish(name, source.root.load(name, _bytes))
 
 
 def _bytes(data: bytes, _where: str) -> bytes:

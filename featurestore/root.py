@@ -35,6 +35,7 @@ Parse = Callable[[bytes, str], T]
 Stamps = Mapping[str, tuple[int, str]]
 
 PARTS = "parts"
+WRITTEN = "written"
 SCHEMES = ("s3", "gs")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -233,7 +234,8 @@ class LocalRoot:
 
     def unfinished(self) -> list[str]:
         folders = [self.path / name for name in ("", PARTS, "provenance", "teacher")]
-        found = [p for f in (*folders, *self.path.glob("commit/*")) for p in sorted(f.glob(f"{TEMPORARY}*"))]
+        folders += [*self.path.glob("commit/*"), *self.path.glob(f"{WRITTEN}/*")]
+        found = [path for folder in folders for path in sorted(folder.glob(f"{TEMPORARY}*"))]
         return [str(path.relative_to(self.path)) for path in found]
 
     def state(self, name: str) -> State | None:

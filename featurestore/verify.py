@@ -32,6 +32,7 @@ from featurestore.root import Root, root_of
 from featurestore.schema import TeacherIdentity
 from featurestore.sidecar import checked_part, part_of
 from featurestore.tables import read_plan
+from featurestore.written import piece_names, read_piece
 
 Progress = Callable[[int, int], None]
 
@@ -138,6 +139,9 @@ class _Audit:
         for name in provenance_names(self.root):
             with self._file(f"provenance/{name}"):
                 read_provenance(self.root, name)
+        for name in piece_names(self.root):
+            with self._file(name):
+                read_piece(self.root, name)
         for listing in teacher_listings(self.root):
             with self._file(listing):
                 for name, stamp in read_teacher_listing(self.root, listing).items():

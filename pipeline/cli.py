@@ -21,7 +21,30 @@ from featurestore.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
+from pipeline.data_options import (
+    ConfigOption,
+    DatasetArgument,
+    LengthOption,
+    LongOption,
+    LossOption,
+    MessagesOption,
+    PackOption,
+    SamplesOption,
+    ShortestOption,
+    ShuffleOption,
+    SplitOption,
+    TemplateOption,
+    TextOption,
+)
 from pipeline.errors import PipelineError, RequestError
+from pipeline.writing.flags import (
+    ContinuationsOption,
+    MaxTokensOption,
+    NucleusOption,
+    PromptOption,
+    StudentOption,
+    TemperatureOption,
+)
 
 app = typer.Typer(
     name="distily-cache",
@@ -47,41 +70,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 TeacherArgument = Annotated[
     str, typer.Argument(metavar="TEACHER", help="Local checkpoint directory or hub name of a causal LM.")
 ]
-DatasetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATASET",
-        help="Local .txt/.jsonl/.parquet/.arrow file or folder, a saved `datasets` directory, or a hub name.",
-    ),
-]
 OutOption = Annotated[
     str,
     typer.Option(
         "--out", help="Feature store to create or to extend: a directory, s3://bucket/prefix or gs://..."
     ),
 ]
-SplitOption = Annotated[str, typer.Option(help="Split of a hub or saved data set.")]
-ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub data set, e.g. 20231101.en.")]
-ColumnOption = Annotated[str, typer.Option(help="Column that holds the text.")]
-SamplesOption = Annotated[
-    int | None, typer.Option(help="Capture the first N samples only (after cutting or packing).")
-]
-LengthOption = Annotated[
-    int | None, typer.Option(help="Longest sample in tokens. [default: 2048, or the model's limit if lower]")
-]
-PackOption = Annotated[
-    bool,
-    typer.Option(
-        "--pack/--no-pack",
-        help="Join documents with the end-of-sequence token into full samples, "
-        "instead of cutting each document on its own.",
-    ),
-]
 TopKOption = Annotated[
     int | None,
     typer.Option(
         help="Head size: exact logits kept per position, or their cap with --top-p. 0: none. "
-        "[default: 64; but without --top-k, --top-p and --tail: --top-k 12 --top-p 0.7 --tail 16]"
+        "(default: 64; but without --top-k, --top-p and --tail: --top-k 12 --top-p 0.7 --tail 16)"
     ),
 ]
 TopPOption = Annotated[
@@ -91,7 +90,7 @@ TailOption = Annotated[
     int | None,
     typer.Option(
         help="How often to draw from outside the head: with some draws the student's gradient is unbiased. "
-        "[default: see --top-k]"
+        "(default: see --top-k)"
     ),
 ]
 TemperaturesOption = Annotated[
@@ -136,12 +135,17 @@ DtypeOption = Annotated[
 ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (vLLM).")]
 BatchOption = Annotated[
     int,
-    typer.Option(help="Positions of one vLLM step; smaller needs less memory, longer samples are chunked."),
+    typer.Option(
+        help="Positions of one vLLM step, and of a batch of texts written in transformers; smaller needs "
+        "less memory, longer samples are chunked."
+    ),
 ]
 ShardOption = Annotated[
     int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Seed of the tail's draws and of the engine.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of the tail's draws, of written texts and of the engine.")
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the teacher's own Python code to run.")
 ]
@@ -154,9 +158,15 @@ def generate(
     out: OutOption,
     split: SplitOption = "train",
     dataset_config: ConfigOption = None,
-    text_column: ColumnOption = "text",
+    text_column: TextOption = None,
+    messages_column: MessagesOption = None,
+    chat_template: TemplateOption = None,
+    loss_on: LossOption = None,
+    shuffle_seed: ShuffleOption = None,
     num_samples: SamplesOption = None,
+    min_seq_len: ShortestOption = None,
     max_seq_len: LengthOption = None,
+    long: LongOption = "split",
     pack: PackOption = False,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -173,6 +183,12 @@ def generate(
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
+    continuations: ContinuationsOption = None,
+    from_student: StudentOption = None,
+    prompt_tokens: PromptOption = None,
+    continuation_temperature: TemperatureOption = None,
+    continuation_top_p: NucleusOption = None,
+    continuation_max_tokens: MaxTokensOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own log.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -181,7 +197,7 @@ def generate(
     Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
     covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
     the log-probability of the actual next token, the entropy, and the temperatures and hidden layers
-    asked for.
+    asked for. With --continuations the samples are texts that the teacher, or a student, writes first.
 
     Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
     """
@@ -202,9 +218,15 @@ def plan(
     out: OutOption,
     split: SplitOption = "train",
     dataset_config: ConfigOption = None,
-    text_column: ColumnOption = "text",
+    text_column: TextOption = None,
+    messages_column: MessagesOption = None,
+    chat_template: TemplateOption = None,
+    loss_on: LossOption = None,
+    shuffle_seed: ShuffleOption = None,
     num_samples: SamplesOption = None,
+    min_seq_len: ShortestOption = None,
     max_seq_len: LengthOption = None,
+    long: LongOption = "split",
     pack: PackOption = False,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
@@ -219,6 +241,12 @@ def plan(
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
+    continuations: ContinuationsOption = None,
+    from_student: StudentOption = None,
+    prompt_tokens: PromptOption = None,
+    continuation_temperature: TemperatureOption = None,
+    continuation_top_p: NucleusOption = None,
+    continuation_max_tokens: MaxTokensOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what the same `generate` would compute, in about how many bytes and how much time.
@@ -374,7 +402,7 @@ def export(
         ),
     ] = "parquet",
     groups: Annotated[
-        str, typer.Option(help="Column groups, e.g. logits,hidden.L2. [default: all that every sample has]")
+        str, typer.Option(help="Column groups, e.g. logits,hidden.L2. (default: all that every sample has)")
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -409,14 +437,14 @@ def import_command(
     compression: Annotated[
         Path | None,
         typer.Option(
-            help="DistillKit's compression configuration. [default: compression_config.yaml beside it]"
+            help="DistillKit's compression configuration. (default: compression_config.yaml beside it)"
         ),
     ] = None,
     targets: Annotated[
         str | None,
         typer.Option(
             help="Token that row t describes: next, or own (axolotl before June 2025). "
-            "[default: next, and refused where that does not fit]"
+            "(default: next, and refused where that does not fit)"
         ),
     ] = None,
     shard_tokens: ShardOption = 32_768,
@@ -467,6 +495,7 @@ def _request(arguments: dict[str, Any]) -> Any:
     from dataclasses import fields
 
     from pipeline.request import GenerateRequest
+    from pipeline.writing.request import writing_request
 
     names = {field.name for field in fields(GenerateRequest)}
     values = {name: value for name, value in arguments.items() if name in names}
@@ -475,7 +504,7 @@ def _request(arguments: dict[str, Any]) -> Any:
         "relation_layers": _numbers(int, arguments["relation_layers"], "--relation-layers", "10,20"),
         "temperatures": _numbers(float, arguments["temperatures"], "--temperatures", "2,4"),
     }
-    return GenerateRequest(**(values | lists))
+    return GenerateRequest(**(values | lists), writing=writing_request(arguments))
 
 
 def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tuple[int | float, ...]:
@@ -533,23 +562,30 @@ def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
     if as_json:
         _print_json({"store": out, **asdict(outcome)})
         return
-    console = Console(stderr=True)
+    if str(outcome.left_out):
+        _say(f"left out: {outcome.left_out}")
+    if outcome.writing:
+        _say(_written_line(outcome.writing))
     if not outcome.tokens:
-        added = f"{outcome.sidecar_size:,} bytes of the teacher's weights added; " * bool(
+        weights = f"{outcome.sidecar_size:,} bytes of the teacher's weights added; " * bool(
             outcome.sidecar_size
         )
-        console.print(
-            f"{added}nothing to generate: {out} already holds all {outcome.samples:,} samples",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(f"{weights}nothing to generate: {out} already holds all {outcome.samples:,} samples")
         return
     rate = outcome.tokens / max(outcome.capture_seconds, 1e-9)
-    console.print(
+    _say(
         f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, "
-        f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token",
-        highlight=False,
-        soft_wrap=True,
+        f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token"
+    )
+
+
+def _written_line(written: Any) -> str:
+    rate = written.tokens / max(written.seconds, 1e-9)
+    return (
+        f"{written.new:,} of {written.texts:,} texts written by {written.by}: {written.tokens:,} tokens in "
+        f"{written.seconds:,.1f} s ({rate:,.0f} tok/s)"
+        if written.new
+        else f"all {written.texts:,} texts of {written.by} were written before"
     )
 
 

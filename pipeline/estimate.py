@@ -11,6 +11,7 @@ from featurestore.records import CommitRecord
 from featurestore.schema import GroupSpec, LogitsSpec, LseSpec
 from pipeline.generate import Prepared
 from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
+from pipeline.samples import LeftOut
 from pipeline.teacher import count_parameters
 
 _HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
@@ -30,10 +31,12 @@ class Forecast:
     bytes_to_write is an upper bound where heads are adaptive, unless bytes_measured: then it is from what the
     same column groups take in this store. sidecar_bytes: of the teacher's weights, part of bytes_to_write.
     seconds: of capture, without the engine's start. seconds_from: in words, where that number comes from.
+    texts, texts_to_write: of --continuations; one that is to be written counts with its greatest length, and
+    the time to write it does not count.
     """
 
     samples: int
-    duplicates: int
+    left_out: LeftOut
     tokens: int
     tokens_to_do: int
     shards_to_do: int
@@ -43,6 +46,8 @@ class Forecast:
     sidecar_bytes: int
     seconds: float
     seconds_from: str
+    texts: int = 0
+    texts_to_write: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +62,7 @@ def estimate(prepared: Prepared) -> Forecast:
     sidecar = sum(part.size for part in prepared.sidecar)
     return Forecast(
         samples=plan.samples_total,
-        duplicates=plan.duplicates,
+        left_out=prepared.left_out,
         tokens=plan.rows_total,
         tokens_to_do=plan.rows_to_do,
         shards_to_do=len(plan.work),
@@ -67,6 +72,8 @@ def estimate(prepared: Prepared) -> Forecast:
         sidecar_bytes=sidecar,
         seconds=round(pace.seconds(plan.rows_to_do), 3) if pace else 0.0,
         seconds_from=pace.source if pace else "nothing to do",
+        texts=len(prepared.writing.jobs) if prepared.writing else 0,
+        texts_to_write=prepared.writing.missing if prepared.writing else 0,
     )
 
 

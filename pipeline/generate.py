@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 
 from featurestore.directory import SPEC_FILE
@@ -22,10 +23,12 @@ from pipeline.engines.base import Engine, EngineConfig
 from pipeline.errors import RequestError
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
-from pipeline.samples import make_samples
+from pipeline.samples import LeftOut
+from pipeline.selection import select
 from pipeline.sidecar import PlannedPart, plan_sidecar
 from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files, without_padding
-from pipeline.texts import load_documents
+from pipeline.writing.plan import WritingPlan
+from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class Prepared:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
     `store` is the one at --out, None where there is none yet. `sidecar`: the parts that it lacks.
+    `chat_template` is the text of --chat-template.
+    `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them
+    as long as they may get: a forecast.
     """
 
     request: GenerateRequest
@@ -42,12 +48,18 @@ class Prepared:
     plan: GenerationPlan
     store: FeatureStore | None
     sidecar: tuple[PlannedPart, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
+    chat_template: str | None = None
+    writer: Teacher | None = None
+    writing: WritingPlan | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions. Bytes: `size` of
     their features, `sidecar_size` of the parts of the teacher's sidecar that were added.
+
+    `writing` is None when the request writes no texts.
     """
 
     samples: int
@@ -57,6 +69,8 @@ class Outcome:
     engine_seconds: float
     capture_seconds: float
     manifest: str
+    left_out: LeftOut
+    writing: Written | None = None
 
 
 def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
@@ -71,45 +85,50 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     tokenizer = load_tokenizer(teacher, request.trust_remote_code)
     teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
+    writer = find_writer(request, teacher) if request.writing else None
     identity = identity_of(request, teacher, engine_version(request))
     store = _existing(request, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
-    documents = load_documents(request.dataset, request.split, request.text_column, request.dataset_config)
-    report.stage(f"tokenising {request.dataset}")
-    samples = make_samples(
-        documents,
-        tokenizer,
-        max_seq_len=request.sequence_length(teacher),
-        vocab_size=teacher.vocab_size,
-        pack=request.pack,
-        num_samples=request.num_samples,
+    selection = select(request, teacher, tokenizer, report.stage)
+    samples, writing = {sample.id: sample for sample in selection.samples}, None
+    wanted = [(sample.id, len(sample)) for sample in selection.samples]
+    if writer is not None:
+        writing = plan_writing(request, teacher, writer, selection, store.root if store else None)
+        samples, wanted = writing.samples_by_id(), writing.extents()
+    return Prepared(
+        request=request,
+        teacher=teacher,
+        identity=identity,
+        samples=samples,
+        plan=_plan(request, teacher, store, wanted),
+        store=store,
+        sidecar=_lacking(store, sidecar),
+        left_out=selection.left_out,
+        chat_template=selection.chat_template,
+        writer=writer,
+        writing=writing,
     )
-    commits = store.commits() if store else {}
-    plan = plan_generation(
-        known_tasks=store.known_tasks() if store else {},
-        committed={group: set(tasks) for group, tasks in commits.items()},
-        committed_specs=store.group_specs() if store else {},
-        wanted=[(sample.id, len(sample)) for sample in samples],
-        groups=request.groups(teacher),
-        shard_tokens=request.shard_tokens,
-    )
-    by_id = {sample.id: sample for sample in samples}
-    return Prepared(request, teacher, identity, by_id, plan, store, _lacking(store, sidecar))
 
 
 def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
-    """Compute and commit what the plan lacks, then publish the manifest.
+    """Write the texts that are missing, compute and commit what the plan lacks, publish the manifest.
 
     A kill at any point leaves a store that the same command completes.
     """
-    request, plan = prepared.request, prepared.plan
+    request, left_out = prepared.request, prepared.left_out
     try:
         store = FeatureStore.create(request.out, prepared.identity)
     except StoreWriteError as error:
         raise RequestError(f"--out {request.out}: {error}") from error
-    if plan.nothing_to_do and not prepared.sidecar:
-        return Outcome(plan.samples_total, 0, 0, 0, 0.0, 0.0, store.publish_manifest().digest)
     began = datetime.now(UTC)
+    prepared, written = _write(prepared, store, verbose, report)
+    plan = prepared.plan
+    if plan.nothing_to_do and not prepared.sidecar:
+        manifest = store.publish_manifest().digest
+        outcome = Outcome(plan.samples_total, 0, 0, 0, 0.0, 0.0, manifest, left_out, written)
+        if written and written.new:
+            store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
+        return outcome
     store.put_teacher_files(teacher_files(prepared.teacher))
     sidecar_size = _put_sidecar(store, prepared, report)
     store.add_plan(plan.new_tasks)
@@ -129,11 +148,18 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
                 engine.close()
         capture_seconds += time.monotonic() - clock
         tokens, size = tokens + captured[0], size + captured[1]
-    manifest = store.publish_manifest()
     outcome = Outcome(
-        plan.samples_total, tokens, size, sidecar_size, engine_seconds, capture_seconds, manifest.digest
+        samples=plan.samples_total,
+        tokens=tokens,
+        size=size,
+        sidecar_size=sidecar_size,
+        engine_seconds=engine_seconds,
+        capture_seconds=capture_seconds,
+        manifest=store.publish_manifest().digest,
+        left_out=left_out,
+        writing=written,
     )
-    store.add_provenance(provenance.record(request, began, outcome))
+    store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
     return outcome
 
 
@@ -177,6 +203,38 @@ def start_engine(
     from pipeline.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config)
+
+
+def _plan(
+    request: GenerateRequest, teacher: Teacher, store: FeatureStore | None, wanted: Sequence[tuple[str, int]]
+) -> GenerationPlan:
+    """What the store lacks of the samples `wanted`, (id, length) each."""
+    commits = store.commits() if store else {}
+    return plan_generation(
+        known_tasks=store.known_tasks() if store else {},
+        committed={group: set(tasks) for group, tasks in commits.items()},
+        committed_specs=store.group_specs() if store else {},
+        wanted=wanted,
+        groups=request.groups(teacher),
+        shard_tokens=request.shard_tokens,
+    )
+
+
+def _write(
+    prepared: Prepared, store: FeatureStore, verbose: bool, report: Reporter
+) -> tuple[Prepared, Written | None]:
+    """Have all texts of the request written, and plan the samples that they make.
+
+    The writer is closed before the teacher's engine starts, so that each has the whole memory.
+    """
+    request, model, texts = prepared.request, prepared.writer, prepared.writing
+    if model is None or texts is None:
+        return prepared, None
+
+    start = partial(start_writer, request, model, texts.spec, verbose, report)
+    texts, written = write_missing(texts, store.root, model.name, start, report)
+    plan = _plan(request, prepared.teacher, store, texts.extents())
+    return replace(prepared, samples=texts.samples_by_id(), plan=plan, store=store, writing=texts), written
 
 
 def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:

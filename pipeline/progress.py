@@ -16,10 +16,14 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+# In a log: how often a line tells of writing.
+_SECONDS_PER_LINE = 10.0
 
 
 @contextmanager
@@ -48,6 +52,8 @@ class Reporter(Protocol):
     """Told of the work by `pipeline.generate`; shows it or not."""
 
     def stage(self, text: str) -> None: ...
+    def writing(self, texts_done: int, texts_total: int) -> None: ...
+    def wrote(self, texts: int, tokens: int) -> None: ...
     def start(self, tokens_done: int, tokens_total: int) -> None: ...
     def advance(self, tokens: int) -> None: ...
     def skip(self, tokens: int) -> None: ...
@@ -62,7 +68,7 @@ class ConsoleReporter:
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
             TextColumn("{task.fields[rate]:,.0f} tok/s"),
             TextColumn("{task.fields[size]}"),
             TimeElapsedColumn(),
@@ -71,13 +77,10 @@ class ConsoleReporter:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = (
-            None
-            if not console.is_terminal
-            else self._bar.add_task(
-                "capture", total=None, start=False, visible=False, rate=0.0, size="0 bytes"
-            )
-        )
+        self._writing = self._task_of("write", "texts", size="")
+        self._task = self._task_of("capture", "tokens", size="0 bytes")
+        self._texts = self._texts_total = self._new_tokens = 0
+        self._said = self._write_began = 0.0
         self._began = time.monotonic()
         self._done = self._offset = self._total = self._bytes = 0
 
@@ -92,6 +95,24 @@ class ConsoleReporter:
 
     def stage(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+
+    def writing(self, texts_done: int, texts_total: int) -> None:
+        self._texts, self._texts_total, self._new_tokens = texts_done, texts_total, 0
+        self._said = self._write_began = time.monotonic()
+        if self._writing is not None and texts_done < texts_total:
+            self._bar.start_task(self._writing)
+            self._bar.update(self._writing, total=texts_total, completed=texts_done, visible=True)
+
+    def wrote(self, texts: int, tokens: int) -> None:
+        self._texts += texts
+        self._new_tokens += tokens
+        now = time.monotonic()
+        rate = self._new_tokens / max(now - self._write_began, 1e-9)
+        if self._writing is not None:
+            self._bar.update(self._writing, completed=self._texts, rate=rate)
+        elif now - self._said >= _SECONDS_PER_LINE or self._texts == self._texts_total:
+            self._said = now
+            self.stage(f"written {self._texts:,}/{self._texts_total:,} texts, {rate:,.0f} tok/s")
 
     def start(self, tokens_done: int, tokens_total: int) -> None:
         self._began, self._done, self._offset, self._total = time.monotonic(), 0, tokens_done, tokens_total
@@ -117,6 +138,14 @@ class ConsoleReporter:
                 f"committed {rows:,} rows: {done:,}/{self._total:,} tokens, {rate:,.0f} tok/s, "
                 f"{decimal(self._bytes)}, {remaining:,.0f} s left"
             )
+
+    def _task_of(self, what: str, unit: str, size: str) -> TaskID | None:
+        """A hidden line of the bar; None where there is no terminal."""
+        if not self._console.is_terminal:
+            return None
+        return self._bar.add_task(
+            what, total=None, start=False, visible=False, rate=0.0, size=size, unit=unit
+        )
 
     def _rate(self) -> float:
         return self._done / max(time.monotonic() - self._began, 1e-9)

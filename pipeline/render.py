@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -15,11 +17,18 @@ from pipeline.inside import bar
 
 
 def render_plan(console: Console, forecast: Forecast) -> None:
+    left_out = str(forecast.left_out) or "nothing"
     if not (forecast.shards_to_do or forecast.sidecar_bytes):
-        console.print(f"nothing to generate: all {forecast.samples:,} samples are in the store")
+        console.print(
+            f"nothing to generate: all {forecast.samples:,} samples are in the store (left out: {left_out})"
+        )
         return
     table = _facts(f"{forecast.tokens_to_do:,} of {forecast.tokens:,} tokens to capture")
-    table.add_row("samples", f"{forecast.samples:,} ({forecast.duplicates:,} duplicates left out)")
+    table.add_row("samples", f"{forecast.samples:,}")
+    table.add_row("left out", left_out)
+    if forecast.texts:
+        missing = f"{forecast.texts_to_write:,} of {forecast.texts:,} to write"
+        table.add_row("continuations", f"{missing}, taken as long as they may get")
     table.add_row("shards to compute", f"{forecast.shards_to_do:,}")
     table.add_row("column groups", ", ".join(forecast.groups_to_do))
     size = decimal(forecast.bytes_to_write)
@@ -28,7 +37,8 @@ def render_plan(console: Console, forecast: Forecast) -> None:
     if forecast.sidecar_bytes:
         table.add_row("", f"{decimal(forecast.sidecar_bytes)} of them the teacher's weights, once")
     table.add_row("time", f"about {duration(forecast.seconds)} ({forecast.seconds_from})")
-    table.add_row("", "the start of the engine is not counted in")
+    beside = "the start of the engine and writing are" if forecast.texts else "the start of the engine is"
+    table.add_row("", f"{beside} not counted in")
     console.print(table)
 
 
@@ -74,7 +84,16 @@ def render_info(console: Console, info: StoreInfo) -> None:
     for record in info.provenance:
         seconds, tokens = record.get("capture_seconds") or 0.0, record.get("tokens", 0)
         rate = f"in {seconds:,.1f} s, {tokens / seconds:,.0f}/s" if seconds else "without capture"
-        console.print(f"{record.get('began', '?')}: {tokens:,} tokens {rate}", highlight=False)
+        console.print(f"{record.get('began', '?')}: {tokens:,} tokens {rate}{_by(record)}", highlight=False)
+
+
+def _by(record: dict[str, Any]) -> str:
+    """Who wrote the samples of a run; a provenance record is any object."""
+    written = record.get("writing")
+    if not isinstance(written, dict) or not isinstance(written.get("writer"), dict):
+        return ""
+    digest = str(written["writer"].get("digest"))[:12]
+    return f", {written.get('texts', '?')} texts written by {written.get('by', '?')} ({digest})"
 
 
 def render_report(console: Console, report: Report) -> None:

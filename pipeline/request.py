@@ -12,11 +12,14 @@ from featurestore.root import is_url, root_of
 from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
 from pipeline.errors import RequestError
 from pipeline.teacher import Teacher
+from pipeline.writing.request import WritingRequest
 
 EngineName = Literal["vllm", "transformers"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "transformers")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
+LOSS_ON = ("assistant", "all")
+LONG = ("split", "drop")
 DEFAULT_SEQ_LEN = 2048
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
 DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
@@ -29,6 +32,7 @@ class GenerateRequest:
     """The flags of `distily-cache generate`, as the user gave them.
 
     Without top_k, top_p and tail the head is DEFAULT_HEAD; with any of them the others come from PLAIN_HEAD.
+    With `writing` the data set gives prompts only, and the samples are what is written on them.
     """
 
     teacher: str
@@ -36,9 +40,15 @@ class GenerateRequest:
     out: str
     split: str = "train"
     dataset_config: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
+    messages_column: str | None = None
+    chat_template: str | None = None
+    loss_on: str | None = None
+    shuffle_seed: int | None = None
     num_samples: int | None = None
+    min_seq_len: int | None = None
     max_seq_len: int | None = None
+    long: str = "split"
     pack: bool = False
     top_k: int | None = None
     top_p: float | None = None
@@ -55,25 +65,29 @@ class GenerateRequest:
     shard_tokens: int = 32_768
     seed: int = 0
     trust_remote_code: bool = False
+    writing: WritingRequest | None = None
 
     def __post_init__(self) -> None:
         given = [self.top_k, self.top_p, self.tail]
         head = PLAIN_HEAD if any(flag is not None for flag in given) else DEFAULT_HEAD
-        for name, default in head.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        if self.engine not in ENGINES:
-            raise RequestError(f"--engine {self.engine}: choose one of {', '.join(ENGINES)}")
-        if self.dtype not in DTYPES:
-            raise RequestError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
-        if self.hidden_dtype not in HIDDEN_DTYPES:
-            raise RequestError(
-                f"--hidden-dtype {self.hidden_dtype}: choose one of {', '.join(HIDDEN_DTYPES)}"
-            )
+        for field, default in head.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+        for flag, name, choices in (
+            ("--engine", self.engine, ENGINES),
+            ("--dtype", self.dtype, DTYPES),
+            ("--hidden-dtype", self.hidden_dtype, HIDDEN_DTYPES),
+            ("--loss-on", self.loss_on, (None, *LOSS_ON)),
+            ("--long", self.long, LONG),
+        ):
+            if name not in choices:
+                raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"--top-p {self.top_p}: a probability in (0, 1] is needed")
         for flag, value, least in (
             ("--num-samples", self.num_samples, 1),
+            ("--shuffle-seed", self.shuffle_seed, 0),
+            ("--min-seq-len", self.min_seq_len, 2),
             ("--max-seq-len", self.max_seq_len, 2),
             ("--top-k", self.top_k, 0),
             ("--tail", self.tail, 0),
@@ -96,6 +110,15 @@ class GenerateRequest:
         _check_distinct(self.hidden_layers, "--hidden-layers")
         _check_distinct(self.relation_layers, "--relation-layers")
         _check_temperatures(self.temperatures)
+        self._check_writing()
+
+    def _check_writing(self) -> None:
+        if self.writing and (self.pack or self.loss_on):
+            flag = "--pack" if self.pack else f"--loss-on {self.loss_on}"
+            raise RequestError(
+                f"{flag}: not with --continuations, where a sample is a prompt and what is written on it; "
+                "leave one of them out"
+            )
 
     @property
     def draws(self) -> int:
@@ -138,7 +161,8 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
     """Refuse what this teacher cannot give.
 
     Raises:
-        RequestError: k over the vocabulary, a layer out of range, or sequences over the model's limit.
+        RequestError: k over the vocabulary, a layer out of range, sequences over the model's limit, or
+            shortest samples over the longest.
     """
     if request.top_k is not None and request.top_k > min(teacher.vocab_size, MAX_TOP_K):
         raise RequestError(
@@ -156,7 +180,10 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
             raise RequestError(
                 f"--relation-layers {layer}: out of range, the blocks are 0 to {teacher.num_layers - 1}"
             )
-    if request.sequence_length(teacher) > teacher.max_position:
+    length = request.sequence_length(teacher)
+    if request.min_seq_len is not None and request.min_seq_len > length:
+        raise RequestError(f"--min-seq-len {request.min_seq_len}: longer than the longest sample, {length}")
+    if length > teacher.max_position:
         raise RequestError(
             f"--max-seq-len {request.max_seq_len}: {teacher.name} takes at most {teacher.max_position} tokens"
         )

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.errors import RequestError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT = (".txt", ".md", ".rst")
+TEXT_COLUMN, MESSAGES_COLUMN = "text", "messages"
+_BATCH_ROWS = 256
 
 
-def load_documents(dataset: str, split: str, text_column: str, config: str | None = None) -> Iterable[str]:
-    """The documents of `dataset`, in order.
+@dataclass(frozen=True)
+class Documents:
+    """What a data set holds, in the order in which it is read.
 
-    A text file is one document. Other files and hub data sets give one document per row of `text_column`.
+    chats: the values are conversations, unchecked, as they lie in the column; else they are texts.
+    values: pairs of where a value is, for an error ("row 3"; rows count from 0), and the value.
+    """
+
+    chats: bool
+    values: Iterable[tuple[str, Any]]
+
+
+def load_documents(
+    dataset: str,
+    split: str,
+    config: str | None = None,
+    *,
+    text_column: str | None = None,
+    messages_column: str | None = None,
+    shuffle_seed: int | None = None,
+) -> Documents:
+    """The documents of `dataset`, in order, or shuffled by `shuffle_seed`.
+
+    A text file is one document. Other files and hub data sets give one document per row of the column that is
+    named; when none is, of `text` or `messages`, whichever there is. Shuffling permutes the numbers of the
+    rows, or of the text files; no more of the data set is in memory for it.
 
     Raises:
-        RequestError: missing, unreadable, of an unknown kind, without the column or without any row.
+        RequestError: missing, unreadable, of an unknown kind, without the column, with both columns while
+            none is named, or without any row.
     """
     path = Path(dataset).expanduser()
     files = _files(path) if path.exists() else []
     if files and all(file.suffix.lower() in _TEXT for file in files):
-        return _TextFiles(files)
-    return _column(_load(dataset, split, config, files), dataset, text_column)
+        if messages_column is not None:
+            raise RequestError(
+                f"--messages-column {messages_column}: {dataset} is plain text, without columns"
+            )
+        return Documents(False, _TextFiles([files[i] for i in _order(len(files), shuffle_seed)]))
+    table = _load(dataset, split, config, files)
+    chats, column = _choose_column(table.column_names, dataset, text_column, messages_column)
+    rows = _Column(table, column, _order(len(table), shuffle_seed))
+    return Documents(chats, rows if chats else _Texts(rows, column, dataset))
 
 
 def load_table(dataset: str, split: str, config: str | None = None) -> Any:
@@ -61,10 +96,10 @@ class _TextFiles:
     def __init__(self, files: list[Path]) -> None:
         self._files = files
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[tuple[str, str]]:
         for file in self._files:
             try:
-                yield file.read_text(encoding="utf-8")
+                yield str(file), file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise RequestError(
                     f"DATASET {file}: not UTF-8 text (byte {error.start}); convert it first"
@@ -116,25 +151,65 @@ def _guard(dataset: str, load: Any) -> Any:
         raise RequestError(f"DATASET {dataset}: cannot be loaded: {cause}") from error
 
 
-def _column(table: Any, dataset: str, text_column: str) -> Iterable[str]:
-    if text_column not in table.column_names:
+def _order(count: int, shuffle_seed: int | None) -> Sequence[int]:
+    """0 to count - 1, permuted when there is a seed."""
+    if shuffle_seed is None:
+        return range(count)
+    order: list[int] = np.random.default_rng(shuffle_seed).permutation(count).tolist()
+    return order
+
+
+def _choose_column(
+    columns: Sequence[str], dataset: str, text_column: str | None, messages_column: str | None
+) -> tuple[bool, str]:
+    """Whether the documents are chats, and the column that holds them."""
+    if text_column is not None and messages_column is not None:
+        raise RequestError("--text-column, --messages-column: give one of the two, not both")
+    named = text_column if messages_column is None else messages_column
+    if named is not None:
+        flag = "--text-column" if messages_column is None else "--messages-column"
+        if named not in columns:
+            raise RequestError(f"{flag} {named}: the columns of {dataset} are {', '.join(columns)}")
+        return messages_column is not None, named
+    found = [name for name in (TEXT_COLUMN, MESSAGES_COLUMN) if name in columns]
+    if len(found) == 2:
         raise RequestError(
-            f"--text-column {text_column}: the columns of {dataset} are {', '.join(table.column_names)}"
+            f"DATASET {dataset}: has both a {TEXT_COLUMN} and a {MESSAGES_COLUMN} column; "
+            f"say --text-column {TEXT_COLUMN} or --messages-column {MESSAGES_COLUMN}"
         )
-    return _Column(table, text_column, dataset)
+    if not found:
+        raise RequestError(
+            f"--text-column {TEXT_COLUMN}: the columns of {dataset} are {', '.join(columns)}; name the one "
+            "that holds the text, or with --messages-column the one that holds chats"
+        )
+    return found[0] == MESSAGES_COLUMN, found[0]
 
 
 class _Column:
-    def __init__(self, table: Any, name: str, dataset: str) -> None:
-        self._table, self._name, self._dataset = table.select_columns([name]), name, dataset
+    """The values of one column, in an order given by row numbers; a few rows are in memory at a time."""
 
-    def __iter__(self) -> Iterator[str]:
-        for row in self._table:
-            text = row[self._name]
+    def __init__(self, table: Any, name: str, order: Sequence[int]) -> None:
+        self._table, self._name, self._order = table.select_columns([name]), name, order
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for start in range(0, len(self._order), _BATCH_ROWS):
+            rows = self._order[start : start + _BATCH_ROWS]
+            for row, value in zip(rows, self._table[rows][self._name], strict=True):
+                yield f"row {row}", value
+
+
+class _Texts:
+    """A column of texts; rows without one are passed over."""
+
+    def __init__(self, rows: _Column, name: str, dataset: str) -> None:
+        self._rows, self._name, self._dataset = rows, name, dataset
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for where, text in self._rows:
             if text is None:
                 continue
             if not isinstance(text, str):
                 raise RequestError(
                     f"--text-column {self._name}: {self._dataset} holds {type(text).__name__} there, not text"
                 )
-            yield text
+            yield where, text

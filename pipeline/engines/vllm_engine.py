@@ -56,14 +56,52 @@ def set_environment(verbose: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
+def start_llm(config: EngineConfig, verbose: bool, *, enforce_eager: bool = False, **options: Any) -> Any:
+    """A vLLM `LLM` of the checkpoint that ends with this process; `options` are vLLM's own."""
+    set_environment(verbose)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    announce_driver()
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # One batch is all that is ever in flight; the default would take half of the memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        for threshold, kept in _ALLOCATOR.items():
+            os.environ.setdefault(threshold, kept)
+    return LLM(
+        model=str(config.model),
+        load_format="safetensors",
+        use_tqdm_on_load=verbose,
+        dtype=config.dtype,
+        max_model_len=config.max_seq_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_chunked_prefill=True,
+        tensor_parallel_size=config.tensor_parallel_size,
+        trust_remote_code=config.trust_remote_code,
+        # On the CPU compiling costs more than it saves.
+        enforce_eager=on_cpu or enforce_eager,
+        disable_log_stats=True,
+        seed=config.seed,
+        **options,
+    )
+
+
+def stop_llm(llm: Any) -> None:
+    """End the engine's processes, and with them the memory that they hold."""
+    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
+    if core is not None:
+        core.shutdown()
+
+
 class VllmEngine:
     """One vLLM engine that captures `config.groups` from each prompt's prefill."""
 
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
-        from vllm.platforms import current_platform
+        from vllm.config import PoolerConfig
 
-        announce_driver()
         capture_from(config.architecture)
         _check_architecture(config.architecture)
         spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
@@ -71,18 +109,20 @@ class VllmEngine:
         self._layout = RowLayout.of(spec, config.hidden_size)
         self._complaint = Path(tempfile.mkdtemp(prefix="distily-")) / "complaint"
         listen_at(self._complaint)
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            # Prefill of one batch is all that is ever in flight; the default would take half of the memory.
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
-            os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-            for threshold, kept in _ALLOCATOR.items():
-                os.environ.setdefault(threshold, kept)
         self._llm: Any = None
-        needs_hooks = any(layer < config.num_layers for layer in spec.layers)
         with self._explained():
-            # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
-            self._llm = _start(config, spec, eager=on_cpu or needs_hooks, verbose=verbose)
+            self._llm = start_llm(
+                config,
+                verbose,
+                runner="pooling",
+                pooler_config=PoolerConfig(task=POOLING_TASK),
+                # A pooling model's head would default to float32, which is not the teacher's.
+                hf_overrides={"head_dtype": "model"},
+                additional_config={CONFIG_KEY: spec.to_json()},
+                enable_prefix_caching=False,
+                # Layer hooks see nothing under torch.compile.
+                enforce_eager=any(layer < config.num_layers for layer in spec.layers),
+            )
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
         for piece in _pieces(prompts, _PIECE_TOKENS):
@@ -102,9 +142,7 @@ class VllmEngine:
                 yield to_features(self._layout.unpack(rows), self.groups)
 
     def close(self) -> None:
-        shutdown = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
-        if shutdown is not None:
-            shutdown.shutdown()
+        stop_llm(self._llm)
         self._llm = None
         shutil.rmtree(self._complaint.parent, ignore_errors=True)
 
@@ -121,32 +159,6 @@ class VllmEngine:
             line = self._complaint.read_text(encoding="utf-8")
             self.close()
             raise RequestError(line)
-
-
-def _start(config: EngineConfig, spec: CaptureSpec, eager: bool, verbose: bool) -> Any:
-    from vllm import LLM
-    from vllm.config import PoolerConfig
-
-    return LLM(
-        model=str(config.model),
-        runner="pooling",
-        pooler_config=PoolerConfig(task=POOLING_TASK),
-        # A pooling model's head would default to float32, which is not the teacher that was asked for.
-        hf_overrides={"head_dtype": "model"},
-        additional_config={CONFIG_KEY: spec.to_json()},
-        load_format="safetensors",
-        use_tqdm_on_load=verbose,
-        dtype=config.dtype,
-        max_model_len=config.max_seq_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_chunked_prefill=True,
-        tensor_parallel_size=config.tensor_parallel_size,
-        trust_remote_code=config.trust_remote_code,
-        enforce_eager=eager,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        seed=config.seed,
-    )
 
 
 def _check_architecture(architecture: str) -> None:

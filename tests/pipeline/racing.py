@@ -48,6 +48,10 @@ class Told:
 
     def stage(self, text: str) -> None: ...
 
+    def writing(self, texts_done: int, texts_total: int) -> None: ...
+
+    def wrote(self, texts: int, tokens: int) -> None: ...
+
     def start(self, tokens_done: int, tokens_total: int) -> None:
         self._send()
 

@@ -25,6 +25,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(pipeline.generate, "start_engine", no_engine)
+    monkeypatch.setattr(pipeline.generate, "start_writer", no_engine)
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["distily-cache", "generate", *map(str, arguments)])
@@ -92,6 +93,56 @@ def test_wrong_column(refuse: Callable[..., str], tiny_teacher: Path, corpus: Pa
     assert "text" in line
 
 
+def chats_of(file: Path, *rows: object) -> Path:
+    file.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    return file
+
+
+def test_bad_chats(refuse: Callable[..., str], tiny_teacher: Path, out: Path, tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "a token"}, {"role": "assistant", "content": "the cache"}]
+    chats = chats_of(tmp_path / "chats.jsonl", good)
+    template = tmp_path / "chat.jinja"
+    assert "--chat-template: the teacher's tokenizer has no chat template" in refuse(
+        tiny_teacher, chats, "--out", out
+    )
+    with_template = ("--out", out, "--chat-template", template)
+    assert f"--chat-template {template}: No such file" in refuse(tiny_teacher, chats, *with_template)
+    template.write_bytes(b"\xff")
+    assert f"--chat-template {template}: not UTF-8" in refuse(tiny_teacher, chats, *with_template)
+    template.write_text("{% for %}")
+    assert f"--chat-template {template}: line 1 is no Jinja" in refuse(tiny_teacher, chats, *with_template)
+    template.write_text("{% for m in messages %}{{ m.content | upper }} {% endfor %}")
+    assert "row 0: the chat template does not write" in refuse(tiny_teacher, chats, *with_template)
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    for row, expected in (
+        ("hello", "holds no list"),
+        ([{"role": "user"}], "message 0: content has to be text, it is missing"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "it is list"),
+    ):
+        line = refuse(tiny_teacher, chats_of(tmp_path / "bad.jsonl", row), *with_template)
+        assert "--messages-column messages: row 0" in line and expected in line
+    silent = chats_of(tmp_path / "silent.jsonl", good[:1], good[:1])
+    assert "DATASET: empty" in (line := refuse(tiny_teacher, silent, *with_template))
+    assert "2 nothing learned" in line
+    assert not out.exists()
+
+
+def test_chats_or_texts(
+    refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.jsonl"
+    both.write_text(json.dumps({"text": "a token", "messages": []}))
+    assert "both a text and a messages column" in refuse(tiny_teacher, both, "--out", out)
+    assert "--loss-on assistant" in refuse(tiny_teacher, corpus, "--out", out, "--loss-on", "assistant")
+    assert "--chat-template x" in refuse(tiny_teacher, corpus, "--out", out, "--chat-template", "x")
+    assert "--messages-column m" in refuse(tiny_teacher, corpus, "--out", out, "--messages-column", "m")
+    text = tmp_path / "text.txt"
+    text.write_text("a token")
+    assert "without columns" in refuse(tiny_teacher, text, "--out", out, "--messages-column", "m")
+    named = ("--text-column", "text", "--messages-column", "messages")
+    assert "one of the two" in refuse(tiny_teacher, both, "--out", out, *named)
+
+
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n', '{"text": "the"}\n'])
 def test_empty_data(
     refuse: Callable[..., str], tiny_teacher: Path, out: Path, tmp_path: Path, content: str
@@ -129,6 +180,13 @@ def test_broken_and_binary_data(
         (["--hidden-dtype", "int3"], "--hidden-dtype int3"),
         (["--dtype", "int8"], "--dtype int8"),
         (["--num-samples", "0"], "--num-samples 0"),
+        (["--min-seq-len", "1"], "--min-seq-len 1: must be at least 2"),
+        (["--min-seq-len", "257"], "--min-seq-len 257: longer than the longest sample, 256"),
+        (["--min-seq-len", "9"], "at least 9 tokens"),
+        (["--shuffle-seed", "-1"], "--shuffle-seed -1"),
+        (["--long", "cut"], "--long cut: choose one of split, drop"),
+        (["--max-seq-len", "4", "--long", "drop"], "3 too long"),
+        (["--loss-on", "user"], "--loss-on user: choose one of assistant, all"),
         (["--top-k", "0"], "--top-k 0"),
         (["--temperatures", "1"], "--temperatures 1: a temperature is a number from 0.05 to 100"),
         (["--temperatures", "2,0"], "--temperatures 0: a temperature"),
@@ -136,12 +194,49 @@ def test_broken_and_binary_data(
         (["--temperatures", "0.1234"], "--temperatures 0.1234: a temperature"),
         (["--temperatures", "2,2.0"], "--temperatures: the same temperature is named twice"),
         (["--temperatures", "warm"], "--temperatures warm: give numbers"),
+        (["--continuations", "0"], "--continuations 0: must be at least 1"),
+        (["--continuations", "2", "--prompt-tokens", "0"], "--prompt-tokens 0: must be at least 1"),
+        (["--prompt-tokens", "9"], "--prompt-tokens: has no effect without --continuations"),
+        (["--from-student", "./s"], "--from-student: has no effect without --continuations"),
+        (["--continuations", "2", "--continuation-temperature", "-1"], "--continuation-temperature -1.0"),
+        (["--continuations", "2", "--continuation-temperature", "nan"], "--continuation-temperature nan"),
+        (["--continuations", "2", "--continuation-temperature", "2.1"], "--continuation-temperature 2.1"),
+        (["--continuations", "2", "--continuation-temperature", "0"], "--continuations 2: at"),
+        (["--continuations", "2", "--continuation-top-p", "1.5"], "--continuation-top-p 1.5"),
+        (["--continuations", "2", "--continuation-max-tokens", "0"], "--continuation-max-tokens 0"),
+        (
+            ["--continuations", "1", "--continuation-max-tokens", "193"],
+            "--prompt-tokens 64 and --continuation-max-tokens 193 make 257, but a sample has at most 256",
+        ),
+        (["--continuations", "1", "--pack"], "--pack: not with --continuations"),
+        (["--continuations", "1", "--loss-on", "all"], "--loss-on all: not with --continuations"),
+        (["--continuations", "1", "--from-student", "./none"], "--from-student ./none: no such directory"),
     ],
 )
 def test_bad_options(
     refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, options: list[str], expected: str
 ) -> None:
     assert expected in refuse(tiny_teacher, corpus, "--out", out, *options)
+    assert not out.exists()
+
+
+def test_a_student_that_cannot_write_for_this_teacher(
+    refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, tmp_path: Path
+) -> None:
+    def refused(student: Path) -> str:
+        return refuse(tiny_teacher, corpus, "--out", out, "--continuations", 1, "--from-student", student)
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_teacher, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert f"--from-student {pickled}: no *.safetensors" in refused(pickled)
+    assert "its vocabulary has 203 tokens" in refused(teachers.llama(tmp_path / "wide", vocab_size=203))
+    other = teachers.llama(tmp_path / "other", seed=1)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["learns"], vocabulary["a"] = vocabulary["a"], vocabulary["learns"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert f"--from-student {other}: its tokenizer is not the teacher's" in refused(other)
     assert not out.exists()
 
 

@@ -1,64 +1,112 @@
-"""Cutting and packing: every token once and in order, nothing longer than asked."""
+"""Cutting, packing, leaving out: every token once, in order, with its mask; nothing is too long."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RequestError
-from pipeline.samples import MIN_TOKENS, cut, make_samples
+from pipeline.samples import MIN_TOKENS, LeftOut, cut, make_samples, packed
+from pipeline.tokens import Tokenised
 
 EOS = 2
+# A document: each token with whether it is learned.
+document = st.lists(st.tuples(st.integers(2, 99), st.booleans()), max_size=40)
+documents = st.lists(document, max_size=8)
 
 
-class Tokenizer:
-    """Tokenises a text of numbers to those numbers; what `make_samples` needs of a tokenizer, no more."""
-
-    eos_token_id: int | None = EOS
-
-    def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+def tokenised(pairs: Iterable[tuple[int, bool]]) -> Tokenised:
+    values = list(pairs)
+    return np.array([t for t, _ in values], np.int32), np.array([m for _, m in values], np.bool_)
 
 
-documents = st.lists(st.lists(st.integers(3, 99), max_size=40), min_size=1, max_size=8)
+def learned(*tokens: int) -> Tokenised:
+    return tokenised([(token, True) for token in tokens])
 
 
-@given(tokens=st.lists(st.integers(0, 99), max_size=60), size=st.integers(2, 20))
-def test_cut_covers_everything_but_a_rest_of_one(tokens: list[int], size: int) -> None:
-    windows = list(cut(tokens, size))
-    joined = [token for window in windows for token in window]
-    assert all(MIN_TOKENS <= len(window) <= size for window in windows)
-    assert joined == tokens[: len(joined)]
-    assert len(tokens) - len(joined) < MIN_TOKENS
-    assert all(len(window) == size for window in windows[:-1])
+def pairs_of(one: Tokenised) -> list[tuple[int, bool]]:
+    return list(zip(one[0].tolist(), one[1].tolist(), strict=True))
 
 
-@given(texts=documents, size=st.integers(2, 20))
-def test_packing_joins_documents_with_eos(texts: list[list[int]], size: int) -> None:
-    stream: list[int] = []
-    for index, text in enumerate(texts):
-        stream += ([EOS] if index and text else []) + text
-    expected = list(cut(stream, size))
-    try:
-        samples = make_samples(
-            [" ".join(map(str, text)) for text in texts],
-            Tokenizer(),
-            max_seq_len=size,
-            vocab_size=100,
-            pack=True,
-        )
-    except RequestError:
-        assert not expected
+@given(pairs=document, size=st.integers(2, 20))
+def test_cut_covers_everything(pairs: list[tuple[int, bool]], size: int) -> None:
+    windows = [pairs_of(window) for window in cut([tokenised(pairs)], size)]
+    assert [pair for window in windows for pair in window] == pairs
+    assert all(len(window) == size for window in windows[:-1]) and len(windows[-1]) <= size
+
+
+@given(given_documents=documents, size=st.integers(2, 20), mark=st.booleans())
+def test_packing_joins_documents(
+    given_documents: list[list[tuple[int, bool]]], size: int, mark: bool
+) -> None:
+    stream: list[tuple[int, bool]] = []
+    for pairs in filter(None, given_documents):
+        if stream and EOS not in (stream[-1][0], pairs[0][0]):
+            stream.append((EOS, mark))
+        stream += pairs
+    windows = [pairs_of(w) for w in packed(map(tokenised, given_documents), EOS, mark, size)]
+    assert windows == [stream[start : start + size] for start in range(0, len(stream), size)]
+
+
+@given(
+    given_documents=documents,
+    size=st.integers(2, 20),
+    least=st.integers(2, 20),
+    pack=st.booleans(),
+    drop=st.booleans(),
+)
+def test_what_is_no_sample_is_counted(
+    given_documents: list[list[tuple[int, bool]]], size: int, least: int, pack: bool, drop: bool
+) -> None:
+    kept = [pairs for pairs in given_documents if not (drop and len(pairs) > size)]
+    source = list(map(tokenised, kept))
+    windows = [pairs_of(w) for w in (packed(source, EOS, False, size) if pack else cut(source, size))]
+    expected: list[list[tuple[int, bool]]] = []
+    counts = LeftOut(too_long=len(given_documents) - len(kept))
+    for window in windows:
+        if len(window) < least:
+            counts.too_short += 1
+        elif not any(mask for _, mask in window[1:]):
+            counts.nothing_learned += 1
+        elif window in expected:
+            counts.duplicates += 1
+        else:
+            expected.append(window)
+    options = {"max_seq_len": size, "vocab_size": 100, "min_seq_len": least, "drop_long": drop}
+    joiner = (EOS, False) if pack else None
+    if not expected:
+        with pytest.raises(RequestError, match="DATASET: empty"):
+            make_samples(map(tokenised, given_documents), **options, joiner=joiner)  # type: ignore[arg-type]
         return
-    unique = list(dict.fromkeys(map(tuple, expected)))
-    assert [tuple(sample.tokens.tolist()) for sample in samples] == unique
-    assert all(sample.loss_mask.all() for sample in samples)
+    samples, left_out = make_samples(map(tokenised, given_documents), **options, joiner=joiner)  # type: ignore[arg-type]
+    assert [pairs_of((sample.tokens, sample.loss_mask)) for sample in samples] == expected
+    assert left_out == counts
 
 
 def test_documents_do_not_mix_without_packing_and_duplicates_collapse() -> None:
-    samples = make_samples(["3 4 5", "3 4 5", "6 7"], Tokenizer(), max_seq_len=2, vocab_size=100)
+    source = [learned(3, 4, 5), learned(3, 4, 5), learned(6, 7)]
+    samples, left_out = make_samples(source, max_seq_len=2, vocab_size=100)
     assert [sample.tokens.tolist() for sample in samples] == [[3, 4], [6, 7]]
+    assert left_out == LeftOut(too_short=2, duplicates=1)
+    assert str(left_out) == "2 too short, 1 duplicates"
+    assert str(LeftOut()) == ""
+
+
+def test_the_same_tokens_with_another_mask_are_another_sample() -> None:
+    source = [tokenised([(3, False), (4, True)]), learned(3, 4)]
+    assert len(make_samples(source, max_seq_len=2, vocab_size=100)[0]) == 2
+
+
+def test_a_first_token_is_not_learned_from_anything() -> None:
+    """A window whose only learned token comes first, where no token is left of it, is no sample."""
+    source = [tokenised([(3, False), (4, False), (5, True), (6, False)]), learned(7, 8)]
+    samples, left_out = make_samples(source, max_seq_len=2, vocab_size=100)
+    assert [sample.tokens.tolist() for sample in samples] == [[7, 8]]
+    assert left_out == LeftOut(nothing_learned=2)
 
 
 def test_num_samples_stops_reading() -> None:
@@ -66,24 +114,19 @@ def test_num_samples_stops_reading() -> None:
         number = 3
         while True:
             number += 1
-            yield f"{number % 90 + 3} {number % 50 + 3} {number % 33 + 3}"
+            yield learned(number % 90 + 3, number % 50 + 3, number % 33 + 3)
 
-    assert len(make_samples(endless(), Tokenizer(), max_seq_len=8, vocab_size=100, num_samples=70)) == 70
+    assert len(make_samples(endless(), max_seq_len=8, vocab_size=100, num_samples=70)[0]) == 70
+    pack = make_samples(endless(), max_seq_len=8, vocab_size=100, num_samples=70, joiner=(EOS, True))
+    assert len(pack[0]) == 70
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["7"]])
-def test_no_text_is_refused(texts: list[str]) -> None:
-    with pytest.raises(RequestError, match="empty"):
-        make_samples(texts, Tokenizer(), max_seq_len=8, vocab_size=100)
+@pytest.mark.parametrize("source", [[], [learned()], [learned(7)]])
+def test_no_text_is_refused(source: list[Tokenised]) -> None:
+    with pytest.raises(RequestError, match=f"empty, no sample of at least {MIN_TOKENS} tokens"):
+        make_samples(source, max_seq_len=8, vocab_size=100)
 
 
 def test_tokens_outside_the_teachers_vocabulary_are_refused() -> None:
     with pytest.raises(RequestError, match="vocabulary ends at 9"):
-        make_samples(["3 10"], Tokenizer(), max_seq_len=8, vocab_size=10)
-
-
-def test_packing_needs_an_end_of_sequence_token() -> None:
-    tokenizer = Tokenizer()
-    tokenizer.eos_token_id = None
-    with pytest.raises(RequestError, match="--pack"):
-        make_samples(["3 4"], tokenizer, max_seq_len=8, vocab_size=10, pack=True)
+        make_samples([learned(3, 10)], max_seq_len=8, vocab_size=10)

@@ -1,0 +1,182 @@
+"""Chats as text: a chat template writes a conversation, and we know which characters the assistant wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from pipeline.errors import RequestError
+
+Message = dict[str, str]
+# Half-open ranges of characters, or of tokens.
+Spans = list[tuple[int, int]]
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# The day that Llama's templates name by default. Today's would give other samples on every day.
+_TODAY = datetime(2024, 7, 26)
+
+
+class ChatFormat:
+    """A chat template and the special tokens of the tokenizer that it writes for.
+
+    template: Jinja text; without it the tokenizer's own. flag: names the template in an error.
+
+    Raises:
+        RequestError: there is no template, or it cannot be parsed.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None, flag: str = "--chat-template") -> None:
+        if template is None:
+            try:
+                template = tokenizer.get_chat_template()
+            except ValueError as error:
+                raise RequestError(
+                    "--chat-template: the teacher's tokenizer has no chat template; give one, a Jinja file"
+                ) from error
+        self._template, self._flag = str(template), flag
+        self._marked = bool(_GENERATION.search(self._template))
+        self._tokens = tokenizer.special_tokens_map
+        self._end_of_turn = _end_of_turn(tokenizer)
+
+    def text(self, messages: Sequence[Message], where: str) -> str:
+        """The conversation as the template writes it.
+
+        Raises:
+            RequestError: the template refuses it.
+        """
+        return self._render(messages, where, marked=False)[0]
+
+    def text_and_spans(self, messages: Sequence[Message], where: str) -> tuple[str, Spans]:
+        """The conversation, and the characters that the assistant has to produce, in order.
+
+        Where the template has {% generation %} marks they decide; what the assistant says has to lie inside.
+        Else a turn's span is the content as the template writes it (white space at its ends may be trimmed),
+        and the special token that ends the turn: the first one behind the content with nothing but white
+        space between, when the template put it there and it is not the one that begins a text.
+
+        Raises:
+            RequestError: the template refuses the conversation, or changes what the assistant says.
+        """
+        text, spans = self._render(messages, where, self._marked)
+        said = [message["content"] for message in messages if message["role"] == "assistant"]
+        if self._marked:
+            if not _holds("".join(text[start:end] for start, end in spans), said):
+                raise RequestError(
+                    f"DATASET {where}: what the assistant says is not between the chat template's "
+                    "{% generation %} marks; mend the row, give another --chat-template, or --loss-on all"
+                )
+            return text, spans
+        found = self._locate(messages, text, where) if said else []
+        if found is None:
+            raise RequestError(
+                f"DATASET {where}: the chat template does not write the messages as they are, so it is not "
+                "known what the assistant says; mend the row, give a --chat-template with {% generation %} "
+                "marks, or --loss-on all"
+            )
+        return text, found
+
+    def _locate(self, messages: Sequence[Message], text: str, where: str) -> Spans | None:
+        """The assistant's spans in `text`; None when it is not template text and contents, in turn.
+
+        The conversation is written a second time with a name in the place of each content. What lies between
+        the names is the template's, so that the rest of `text` is known, character by character.
+        """
+        names = _names(messages)
+        hollow = [{**m, "content": name} for m, name in zip(messages, names, strict=True)]
+        parts = re.split(f"({'|'.join(names)})", self._render(hollow, where, marked=False)[0])
+        if not text.startswith(parts[0]):
+            return None
+        at, spans, turns = len(parts[0]), [], []
+        for name, behind in zip(parts[1::2], parts[2::2], strict=True):
+            index = names.index(name)
+            written = _as_written(messages[index]["content"], behind, text, at)
+            if written is None:
+                return None
+            end = at + len(written)
+            if messages[index]["role"] == "assistant":
+                stop = self._end_of_turn.match(behind)
+                spans.append((at, end + (stop.end() if stop else 0)))
+                turns.append(index)
+            at = end + len(behind)
+        every = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return spans if at == len(text) and turns == every else None
+
+    def _render(self, messages: Sequence[Message], where: str, marked: bool) -> tuple[str, Spans]:
+        try:
+            texts, spans = render_jinja_template(
+                [list(messages)],
+                chat_template=self._template,
+                return_assistant_tokens_mask=marked,
+                strftime_now=_TODAY.strftime,
+                **self._tokens,
+            )
+        except TemplateSyntaxError as error:
+            raise RequestError(f"{self._flag}: line {error.lineno} is no Jinja: {error.message}") from error
+        except Exception as error:  # a template may raise anything, also by what it does with the messages
+            cause = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RequestError(f"DATASET {where}: the chat template refuses it: {cause}") from error
+        return texts[0], spans[0] if marked else []
+
+
+def check_messages(value: Any, where: str, column: str) -> list[Message]:
+    """The conversation in a row: role and content of each message, nothing else is read.
+
+    Raises:
+        RequestError: no list, a message without role or content, a content that is no text, tool calls.
+    """
+    place = f"--messages-column {column}: {where}"
+    if not isinstance(value, list) or not value:
+        raise RequestError(f"{place} holds no list of messages, {{role, content}} each")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise RequestError(f"{place}: message {number} is no object with role and content")
+        if message.get("tool_calls"):
+            raise RequestError(f"{place}: message {number} calls tools, which is not supported; leave it out")
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                what = type(message[field]).__name__ if message.get(field) is not None else "missing"
+                raise RequestError(f"{place}: message {number}: {field} has to be text, it is {what}")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _end_of_turn(tokenizer: Any) -> re.Pattern[str]:
+    """Matches white space and one special token, but not the token that begins a text."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    if tokenizer.bos_token != tokenizer.eos_token:
+        special.discard(tokenizer.bos_token)
+    names = sorted(map(re.escape, special), key=len, reverse=True)
+    return re.compile(rf"\s*(?:{'|'.join(names)})" if names else r"(?!)")
+
+
+def _names(messages: Sequence[Message]) -> list[str]:
+    """A word for each message, none a part of any message or of another name."""
+    mark = "zq"
+    while any(mark in text for message in messages for text in message.values()):
+        mark += "q"
+    return [f"{mark}x{index}x{mark}" for index in range(len(messages))]
+
+
+def _as_written(content: str, behind: str, text: str, at: int) -> str | None:
+    """How `content` stands in `text` at `at`, followed by `behind`: as it is, or trimmed as templates do."""
+    trimmed = (content, content.strip(), content.rstrip(), content.lstrip())
+    for written in (*trimmed, content.strip("\n"), content.rstrip("\n"), content.lstrip("\n")):
+        if text.startswith(written + behind, at):
+            return written
+    return None
+
+
+def _holds(text: str, contents: Sequence[str]) -> bool:
+    """Whether all contents, trimmed, stand in `text` one after the other."""
+    at = 0
+    for content in map(str.strip, contents):
+        at = text.find(content, at)
+        if at < 0:
+            return False
+        at += len(content)
+    return True

@@ -1,0 +1,98 @@
+"""The samples of a request: its data set read, tokenised, cut and filtered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featurestore.schema import Sample
+from pipeline.chats import ChatFormat
+from pipeline.errors import RequestError
+from pipeline.request import GenerateRequest
+from pipeline.samples import MIN_TOKENS, LeftOut, make_samples
+from pipeline.teacher import Teacher
+from pipeline.texts import MESSAGES_COLUMN, load_documents
+from pipeline.tokens import before_last_turn, tokenise_chats, tokenise_texts
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples wanted, in order; what was left out; the text of --chat-template, where it was given.
+
+    Where texts are to be written, a prompt is what a sample begins with, up to `prompt_tokens`.
+    """
+
+    samples: list[Sample]
+    left_out: LeftOut
+    chat_template: str | None
+    prompt_tokens: int | None = None
+
+
+def select(
+    request: GenerateRequest, teacher: Teacher, tokenizer: Any, stage: Callable[[str], None]
+) -> Selection:
+    """Read the data set and make samples of it; `stage` is told when the long part begins.
+
+    Raises:
+        RequestError: anything about data set, tokenizer or chat template that the user has to mend.
+    """
+    documents = load_documents(
+        request.dataset,
+        request.split,
+        request.dataset_config,
+        text_column=request.text_column,
+        messages_column=request.messages_column,
+        shuffle_seed=request.shuffle_seed,
+    )
+    template = _template(request, documents.chats)
+    max_seq_len = longest = request.sequence_length(teacher)
+    if request.writing:
+        longest = request.writing.longest_prompt(max_seq_len, documents.chats)
+    learn_all = request.loss_on == "all" or not documents.chats
+    if documents.chats:
+        form = ChatFormat(tokenizer, template, f"--chat-template {request.chat_template or 'of TEACHER'}")
+        column = request.messages_column or MESSAGES_COLUMN
+        tokenised = tokenise_chats(documents.values, tokenizer, form, column, learn_all)
+    else:
+        tokenised = tokenise_texts((text for _, text in documents.values), tokenizer)
+    if request.writing and documents.chats:
+        tokenised, max_seq_len = map(before_last_turn, tokenised), longest
+    stage(f"tokenising {request.dataset}")
+    samples, left_out = make_samples(
+        tokenised,
+        max_seq_len=max_seq_len,
+        vocab_size=teacher.vocab_size,
+        num_samples=request.num_samples,
+        min_seq_len=request.min_seq_len or MIN_TOKENS,
+        # Half of a chat is no prompt.
+        drop_long=request.long == "drop" or bool(request.writing and documents.chats),
+        joiner=(_end_of_sequence(tokenizer), learn_all) if request.pack else None,
+    )
+    return Selection(samples, left_out, template, longest if request.writing else None)
+
+
+def _template(request: GenerateRequest, chats: bool) -> str | None:
+    """The text of --chat-template; flags about chats are refused where there are none."""
+    if not chats:
+        for flag, value in (("--chat-template", request.chat_template), ("--loss-on", request.loss_on)):
+            if value not in (None, "all"):
+                raise RequestError(f"{flag} {value}: {request.dataset} holds texts, no chats")
+        return None
+    if request.chat_template is None:
+        return None
+    try:
+        return Path(request.chat_template).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--chat-template {request.chat_template}: not UTF-8 text") from error
+    except OSError as error:
+        raise RequestError(f"--chat-template {request.chat_template}: {error.strerror}") from error
+
+
+def _end_of_sequence(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise RequestError(
+            "--pack: the teacher's tokenizer has no end-of-sequence token to join documents with"
+        )
+    return int(tokenizer.eos_token_id)

@@ -1,0 +1,123 @@
+"""Which texts a request asks for, which are missing, and what becomes of them. Pure functions.
+
+T tokens of a prompt, S of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from featurestore.identity import digest
+from featurestore.schema import Sample
+from featurestore.written import Key, WriterSpec, prompt_id
+
+Array = npt.NDArray[Any]
+
+_SEED_DOMAIN = b"distily-cache continuation v1\0"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One text of a request: its key, and the prompt that it goes on from (int32 [T])."""
+
+    key: Key
+    prompt: Array
+
+
+@dataclass(frozen=True, eq=False)
+class WritingPlan:
+    """The texts of a request, by prompt and then by number, and those that are written (int32 [S])."""
+
+    spec: WriterSpec
+    jobs: tuple[Job, ...]
+    found: Mapping[Key, Array]
+    shard_tokens: int
+
+    @cached_property
+    def pieces(self) -> list[list[Job]]:
+        """What is missing, in pieces that are written and kept together.
+
+        They are cut before what is there is taken out, so that a request that was interrupted goes on with
+        the very pieces that it had, and each text stands in the batch where it would have stood.
+        """
+        groups = split_jobs(self.jobs, self.spec.max_tokens, self.shard_tokens)
+        left = ([job for job in group if job.key not in self.found] for group in groups)
+        return [group for group in left if group]
+
+    @property
+    def missing(self) -> int:
+        """How many texts are left to write."""
+        return sum(map(len, self.pieces))
+
+    @cached_property
+    def samples(self) -> dict[Key, Sample]:
+        """The samples that the written texts make, in order."""
+        return {
+            job.key: sample_of(job.prompt, self.found[job.key]) for job in self.jobs if job.key in self.found
+        }
+
+    def samples_by_id(self) -> dict[str, Sample]:
+        """The same by sample id: texts that came out alike are one sample."""
+        return {sample.id: sample for sample in self.samples.values()}
+
+    def extents(self) -> list[tuple[str, int]]:
+        """(sample id, length) of every text. A missing one has an id of its own, and its greatest length."""
+        made = {key: (sample.id, len(sample)) for key, sample in self.samples.items()}
+        return [made.get(job.key) or self._unwritten(job) for job in self.jobs]
+
+    def _unwritten(self, job: Job) -> tuple[str, int]:
+        name = digest(b"not written yet\0" + repr(job.key).encode())
+        return name, len(job.prompt) + self.spec.max_tokens
+
+
+def prompts_of(samples: Iterable[Sample], prompt_tokens: int) -> list[Array]:
+    """The first `prompt_tokens` tokens of each sample, each prompt once."""
+    cut = (sample.tokens[:prompt_tokens] for sample in samples)
+    return list({prompt_id(tokens): tokens for tokens in cut}.values())
+
+
+def jobs_of(prompts: Iterable[Array], continuations: int) -> tuple[Job, ...]:
+    """`continuations` texts of every prompt."""
+    named = ((prompt_id(prompt), prompt) for prompt in prompts)
+    return tuple(Job((name, number), prompt) for name, prompt in named for number in range(continuations))
+
+
+def split_jobs(jobs: Sequence[Job], max_tokens: int, shard_tokens: int) -> list[list[Job]]:
+    """Cut jobs, in order, into pieces of at most `shard_tokens` positions, prompts included; at least one."""
+    pieces: list[list[Job]] = []
+    room = 0
+    for job in jobs:
+        size = len(job.prompt) + max_tokens
+        if not pieces or size > room:
+            pieces.append([])
+            room = shard_tokens
+        pieces[-1].append(job)
+        room -= size
+    return pieces
+
+
+def seed_of(seed: int, key: Key) -> int:
+    """The seed of one text, in [0, 2**63): whatever else is written beside it, and in which order."""
+    name, number = key
+    data = _SEED_DOMAIN + seed.to_bytes(8, "little") + name.encode() + number.to_bytes(8, "little")
+    return int.from_bytes(blake3(data).digest(8), "little") >> 1
+
+
+def sample_of(prompt: Array, text: Array) -> Sample:
+    """Prompt (int32 [T]) and text (int32 [S]) as one sample, of which the text alone is learned."""
+    mask = np.arange(len(prompt) + len(text)) >= len(prompt)
+    return Sample(tokens=np.concatenate([prompt, text]), loss_mask=mask)
+
+
+def cut_at_end(tokens: Sequence[int], ends: Iterable[int]) -> Array:
+    """int32 [S]: up to the first of `ends`, which belongs to the text."""
+    stops = set(ends)
+    last = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+    return np.asarray(tokens[: last + 1], dtype=np.int32)

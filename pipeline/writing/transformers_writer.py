@@ -1,0 +1,122 @@
+"""A writer in plain transformers: any causal LM with safetensors, a ternary student too.
+
+B texts of a batch, P the longest prompt of it, S tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
+
+from featurestore.written import WriterSpec
+from pipeline.engines.base import EngineConfig
+from pipeline.writing.base import Wrote
+from pipeline.writing.plan import Array, Job, cut_at_end, seed_of
+from pipeline.writing.sampling import draw, uniforms
+
+
+class TransformersWriter:
+    """One `AutoModelForCausalLM`; batches, padded on the left, hold `max_num_batched_tokens` at most."""
+
+    def __init__(self, config: EngineConfig, spec: WriterSpec) -> None:
+        self._spec, self._limit = spec, config.max_num_batched_tokens
+        self._vocab_size = config.vocab_size
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+        with _eager():
+            _settle_ternary(model)
+        # The checkpoint's own wishes (a repetition penalty, say) would bend the distribution.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=spec.max_tokens,
+            eos_token_id=list(spec.ends) or None,
+            pad_token_id=spec.ends[0] if spec.ends else 0,
+        )
+        self._model = model.eval().to(self._device)
+
+    def write(self, jobs: Sequence[Job], wrote: Wrote) -> list[Array]:
+        texts: dict[int, Array] = {}
+        for places in _batches([len(job.prompt) for job in jobs], self._spec.max_tokens, self._limit):
+            batch = self._write_batch([jobs[place] for place in places])
+            texts |= zip(places, batch, strict=True)
+            wrote(len(batch), sum(map(len, batch)))
+        return [texts[place] for place in range(len(jobs))]
+
+    def _write_batch(self, jobs: Sequence[Job]) -> list[Array]:
+        spec, width = self._spec, max(len(job.prompt) for job in jobs)
+        ids_BP = np.zeros((len(jobs), width), dtype=np.int64)
+        mask_BP = np.zeros_like(ids_BP)
+        for row, job in enumerate(jobs):
+            ids_BP[row, width - len(job.prompt) :] = job.prompt
+            mask_BP[row, width - len(job.prompt) :] = 1
+        uniform_BS = np.stack([uniforms(seed_of(spec.seed, job.key), spec.max_tokens) for job in jobs])
+        drawn = _Drawn(torch.from_numpy(uniform_BS).to(self._device), width, spec, self._vocab_size)
+        with torch.inference_mode(), _eager():
+            out_BT = self._model.generate(
+                input_ids=torch.from_numpy(ids_BP).to(self._device),
+                attention_mask=torch.from_numpy(mask_BP).to(self._device),
+                logits_processor=[drawn],
+            )
+        return [cut_at_end(row, spec.ends) for row in out_BT[:, width:].tolist()]
+
+    def close(self) -> None:
+        del self._model
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Drawn(LogitsProcessor):  # type: ignore[misc]
+    """Leaves of each row the one token that its own numbers draw, so that greedy search takes it.
+
+    What only pads the head, beyond `vocab_size`, is never drawn.
+    """
+
+    def __init__(self, uniform_BS: Tensor, prompt: int, spec: WriterSpec, vocab_size: int) -> None:
+        self._uniform_BS, self._prompt, self._spec = uniform_BS, prompt, spec
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform_B = self._uniform_BS[:, input_ids.shape[1] - self._prompt]
+        token_B = draw(scores[:, : self._vocab_size], uniform_B, self._spec.temperature, self._spec.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
+
+
+def _batches(lengths: Sequence[int], max_tokens: int, limit: int) -> Iterator[list[int]]:
+    """Places of prompts of like length, whose padded positions stay within `limit`, or of one alone."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        # Sorted, so this one is the longest.
+        if batch and (len(batch) + 1) * (lengths[place] + max_tokens) > limit:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _eager() -> Any:
+    """transformers' BitNet layers would compile their quantisers, for every shape of a batch anew."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _settle_ternary(model: Any) -> None:
+    """Quantise the weights of transformers' online BitNet layers once, instead of for every token anew."""
+    from transformers.integrations.bitnet import AutoBitLinear, WeightQuant
+
+    for module in model.modules():
+        if isinstance(module, AutoBitLinear) and module.online_quant:
+            module.weight = torch.nn.Parameter(WeightQuant.apply(module.weight.detach()), requires_grad=False)
+            # What is multiplied with the output of a layer that is not quantised online.
+            module.weight_scale, module.online_quant = module.weight.new_ones(1), False

@@ -1,0 +1,52 @@
+"""The teacher writes in vLLM and is captured in vLLM: two engines, one after the other, in one command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featurestore.verify import verify_store
+from tests.pipeline.writing import END, corpus, teacher, texts_of
+
+
+def generate(*arguments: object) -> tuple[dict[str, Any], str]:
+    command = [str(Path(sys.executable).parent / "distily-cache"), "generate", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.vllm
+def test_the_teacher_writes_is_captured_and_resumed(tmp_path: Path) -> None:
+    model, data = teacher(tmp_path / "teacher"), corpus(tmp_path / "corpus.jsonl")
+    flags = ("--dtype", "float32", "--max-seq-len", 32, "--shard-tokens", 64, "--top-k", 4)
+    flags += ("--continuations", 2, "--prompt-tokens", 8, "--continuation-max-tokens", 12)
+    whole = tmp_path / "whole"
+    made, _ = generate(model, data, "--out", whole, *flags)
+    texts = texts_of(whole)
+    assert made["writing"]["new"] == len(texts) == 20
+    assert made["tokens"] == sum(len(prompt) + len(text) for prompt, text in texts)
+    ended = [text for _, text in texts if text[-1] == END]
+    assert ended and len(ended) < len(texts) and all(END not in text[:-1] for _, text in texts)
+    assert all(len(text) == 12 for _, text in texts if text[-1] != END)
+    assert verify_store(whole, deep=True).sound
+
+    # What a command leaves that was killed at its last piece.
+    killed = tmp_path / "killed"
+    shutil.copytree(whole / "written", killed / "written")
+    shutil.copy(whole / "SPEC.json", killed)
+    last = sorted(killed.glob("written/*/*.json"))[-1]
+    left = len(json.loads(last.read_text())["texts"])
+    last.unlink()
+    resumed, _ = generate(model, data, "--out", killed, *flags)
+    assert resumed["writing"]["new"] == left
+    assert texts_of(killed) == texts
+
+    again, log = generate(model, data, "--out", whole, *flags)
+    assert (again["writing"]["new"], again["tokens"]) == (0, 0) and "starting" not in log
