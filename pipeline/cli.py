@@ -1,14 +1,20 @@
-"""`distily-cache`: parse, call one function, map errors to exit codes (0 done, 2 bad request, 1 failure)."""
+"""`distily-cache`: parse, call one function, map errors to exit codes.
+
+0 done, 2 bad request, 1 failure, 130 and 143 stopped by Ctrl-C and by SIGTERM.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -39,6 +45,7 @@ _USER_ERRORS = (
     StoreAccessError,
     MissingFeatureError,
 )
+_GOES_ON = "the same command goes on where this one stopped"
 
 StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Feature store: a directory, s3://bucket/prefix or gs://...")
@@ -170,7 +177,7 @@ def generate(
     """
     from pipeline.generate import execute, prepare
 
-    with _exit_codes():
+    with _exit_codes(verbose):
         request = _request(locals())
         with _reporter() as report:
             prepared = prepare(request, report)
@@ -439,7 +446,16 @@ def import_command(
             )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever tidies up after Ctrl-C does so now."""
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, _terminated)
     app()
 
 
@@ -531,16 +547,20 @@ def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def _exit_codes(verbose: bool = False) -> Iterator[None]:
     """Known errors become one line on stderr and the exit code of the contract; bugs keep their traceback."""
     try:
         yield
     except _USER_ERRORS as error:
         _fail(str(error), 2)
     except (PipelineError, FeatureStoreError) as error:
+        if verbose:
+            traceback.print_exc()
         _fail(str(error), 1)
+    except Terminated:
+        _fail(f"terminated; {_GOES_ON}", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where this one stopped", 1)
+        _fail(f"interrupted; {_GOES_ON}", 128 + signal.SIGINT)
 
 
 def _fail(message: str, code: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.capture.plugin import capture_name
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.supervision import EngineProcesses
 from pipeline.errors import EngineError, RequestError
 
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
@@ -54,7 +56,6 @@ class VllmEngine:
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
         from vllm import LLM, ModelRegistry
-        from vllm.config import PoolerConfig
         from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
 
@@ -70,35 +71,18 @@ class VllmEngine:
             # Prefill of one batch is all that is ever in flight; the default would take half of the memory.
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        self._llm: Any = LLM(
-            model=str(config.model),
-            runner="pooling",
-            pooler_config=PoolerConfig(task=POOLING_TASK),
-            # A pooling model's head would default to float32, which is not the teacher that was asked for.
-            hf_overrides={"architectures": [twin], "head_dtype": "model"},
-            additional_config={CONFIG_KEY: spec.to_json()},
-            load_format="safetensors",
-            use_tqdm_on_load=verbose,
-            dtype=config.dtype,
-            max_model_len=config.max_seq_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_chunked_prefill=True,
-            tensor_parallel_size=config.tensor_parallel_size,
-            trust_remote_code=config.trust_remote_code,
-            # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
-            enforce_eager=on_cpu or _needs_hooks(config),
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            seed=config.seed,
-        )
+        self._llm: Any = None
+        self._processes = EngineProcesses(verbose)
+        try:
+            with self._processes.starting():
+                self._llm = LLM(**_llm_arguments(config, spec, twin, on_cpu, verbose))
+        except BaseException:
+            self.close()
+            raise
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
         for piece in _pieces(prompts, _PIECE_TOKENS):
-            outputs = self._llm.encode(
-                [{"prompt_token_ids": tokens.tolist()} for tokens in piece],
-                pooling_task=POOLING_TASK,
-                use_tqdm=False,
-            )
+            outputs = self._processes.call(partial(self._encode, piece))
             for tokens, output in zip(piece, outputs, strict=True):
                 rows = output.outputs.data.numpy()
                 if rows.shape != (len(tokens), self._layout.size):
@@ -108,11 +92,45 @@ class VllmEngine:
                     )
                 yield to_features(self._layout.unpack(rows), self.groups)
 
+    def _encode(self, piece: Sequence[np.ndarray]) -> list[Any]:
+        prompts = [{"prompt_token_ids": tokens.tolist()} for tokens in piece]
+        outputs: list[Any] = self._llm.encode(prompts, pooling_task=POOLING_TASK, use_tqdm=False)
+        return outputs
+
     def close(self) -> None:
-        shutdown = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
-        if shutdown is not None:
-            shutdown.shutdown()
+        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        if core is not None:
+            core.shutdown()
         self._llm = None
+        self._processes.end()
+
+
+def _llm_arguments(
+    config: EngineConfig, spec: CaptureSpec, twin: str, on_cpu: bool, verbose: bool
+) -> dict[str, Any]:
+    from vllm.config import PoolerConfig
+
+    return {
+        "model": str(config.model),
+        "runner": "pooling",
+        "pooler_config": PoolerConfig(task=POOLING_TASK),
+        # A pooling model's head would default to float32, which is not the teacher that was asked for.
+        "hf_overrides": {"architectures": [twin], "head_dtype": "model"},
+        "additional_config": {CONFIG_KEY: spec.to_json()},
+        "load_format": "safetensors",
+        "use_tqdm_on_load": verbose,
+        "dtype": config.dtype,
+        "max_model_len": config.max_seq_len,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "enable_chunked_prefill": True,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "trust_remote_code": config.trust_remote_code,
+        # Layer hooks see nothing under torch.compile; on the CPU compiling costs more than it saves.
+        "enforce_eager": on_cpu or _needs_hooks(config),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "seed": config.seed,
+    }
 
 
 def _needs_hooks(config: EngineConfig) -> bool:
