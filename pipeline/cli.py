@@ -125,6 +125,21 @@ EngineOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help="Teacher's compute type: auto (as saved), bfloat16, float16 or float32.")
 ]
+EightBitOption = Annotated[
+    bool,
+    typer.Option(
+        "--teacher-load-in-8bit",
+        help="Quantise the teacher to 8 bit while loading it: LLM.int8() of bitsandbytes with "
+        "--engine transformers, fp8 with --engine vllm.",
+    ),
+]
+FourBitOption = Annotated[
+    bool,
+    typer.Option(
+        "--teacher-load-in-4bit",
+        help="The same to 4 bit: NF4 of bitsandbytes, --engine transformers only.",
+    ),
+]
 ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (vLLM).")]
 BatchOption = Annotated[
     int,
@@ -158,6 +173,8 @@ def generate(
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
+    teacher_load_in_8bit: EightBitOption = False,
+    teacher_load_in_4bit: FourBitOption = False,
     tensor_parallel_size: ParallelOption = 1,
     max_num_batched_tokens: BatchOption = 4096,
     shard_tokens: ShardOption = 32_768,
@@ -204,6 +221,8 @@ def plan(
     hidden_dtype: HiddenDtypeOption = "bf16",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
+    teacher_load_in_8bit: EightBitOption = False,
+    teacher_load_in_4bit: FourBitOption = False,
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
@@ -455,8 +474,10 @@ def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main() -> None:
+    from pipeline.spelling import spelled
+
     signal.signal(signal.SIGTERM, _terminated)
-    app()
+    app(spelled(sys.argv[1:], typer.main.get_command(app)))
 
 
 def _request(arguments: dict[str, Any]) -> Any:

@@ -150,6 +150,7 @@ def start_engine(
         max_seq_len=request.sequence_length(teacher),
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
+        quantize_to=request.quantize_to(teacher),
         tensor_parallel_size=request.tensor_parallel_size,
         max_num_batched_tokens=request.max_num_batched_tokens,
         trust_remote_code=request.trust_remote_code,

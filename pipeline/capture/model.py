@@ -20,7 +20,6 @@ from vllm.sequence import IntermediateTensors
 from pipeline.capture.plugin import PREFIX
 from pipeline.capture.pooler import CapturePooler
 from pipeline.capture.spec import CONFIG_KEY, CaptureSpec
-from pipeline.capture.watch import end_with_driver
 
 
 def capture_spec(vllm_config: VllmConfig) -> CaptureSpec:
@@ -72,7 +71,6 @@ def make_capture_class(base: type[nn.Module], name: str) -> type[nn.Module]:
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-            end_with_driver()
             spec = capture_spec(vllm_config)
             depth = vllm_config.model_config.get_total_num_hidden_layers()
             # The stream after the last block is taken behind the final norm, where transformers takes it too.

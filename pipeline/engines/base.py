@@ -17,6 +17,7 @@ class EngineConfig:
     """Everything an engine needs to start; validated by `pipeline.request` before.
 
     `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces.
+    `quantize_to` names what the weights are quantised to while they are loaded (pipeline/quantization.py).
     `max_num_batched_tokens`: positions of one vLLM step; a longer prompt is prefilled in chunks.
     """
 
@@ -27,6 +28,7 @@ class EngineConfig:
     max_seq_len: int
     vocab_size: int
     hidden_size: int
+    quantize_to: str | None = None
     tensor_parallel_size: int = 1
     max_num_batched_tokens: int = 4096
     trust_remote_code: bool = False

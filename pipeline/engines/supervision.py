@@ -1,7 +1,7 @@
 """vLLM's processes under watch: what they print kept aside, their death noticed, none of them left behind.
 
-vLLM waits for good for an engine core that was killed, prints a traceback for every process that a failure
-passes through, and writes to the stdout on which `--json` has its say.
+vLLM waits for good for an engine core that was killed, hears no Ctrl-C while it starts one, prints a
+traceback for every process that a failure passes through, and writes to the stdout that `--json` writes to.
 """
 
 from __future__ import annotations
@@ -12,35 +12,38 @@ import re
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import TypeVar
 
 import psutil  # vLLM requires it
 
-from pipeline.errors import EngineError, RequestError
+from pipeline.errors import EngineError
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 10.0
+# vLLM may notice a death by itself and know more of it than we do; and what it ends takes a moment.
+_NOTICE_SECONDS = 2.0
 _LOG_TAIL = 2**20
-_GOES_ON = "what was committed is kept and the same command goes on from there; --verbose shows vLLM's own log"
+_GOES_ON = "what was committed is kept and the same command goes on from there"
+_SHOW_LOG = "--verbose shows vLLM's own log"
 _LESS_MEMORY = (
     "lower --max-num-batched-tokens or --max-seq-len, or load the teacher with --teacher-load-in-8bit"
 )
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
 # vLLM repeats a failure in every process above the one that failed, pointing downwards.
 _POINTS_ELSEWHERE = re.compile(r"root cause|stack trace|: cancelled$|EngineDeadError", re.I)
-_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|MemoryError|Cannot allocate", re.I)
+_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|MemoryError|Cannot allocate", re.I
+)
 _WORKER_DIED = re.compile(r"died unexpectedly")
 
 
-def failure_cause(exit_codes: list[int], log: str) -> str:
+def failure_cause(exit_codes: Sequence[int], log: str) -> str:
     """One clause that says why an engine ended, from its processes' exit codes and what they printed."""
     for code in exit_codes:
         if code < 0:
@@ -65,38 +68,33 @@ def shorten(text: str, limit: int = 300) -> str:
 
 
 class EngineProcesses:
-    """The processes of one engine, from its start to its end. There may be none: vLLM can run in ours."""
+    """The processes of one engine, from its start to its end.
 
-    def __init__(self, verbose: bool) -> None:
+    `separate`: vLLM has processes of its own. If not it runs in ours, and there is nothing to watch.
+    """
+
+    def __init__(self, verbose: bool, separate: bool) -> None:
         self._log = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
-        self._cores: list[BaseProcess] = []
-        self._all: list[psutil.Process] = []
+        self._separate = separate
+        self._ours = set(multiprocessing.active_children())
+        self._cores: set[BaseProcess] = set()
 
-    @contextmanager
-    def starting(self) -> Iterator[None]:
-        """Around the start of vLLM: what starts meanwhile belongs to it and prints into our log.
-
-        With --verbose it prints on stderr, never on stdout.
+    def start(self, function: Callable[[], T]) -> T:
+        """The result of starting vLLM; what starts meanwhile prints into our log, or on stderr if verbose.
 
         Raises:
             EngineError: vLLM did not start; the message says why.
         """
-        before = set(multiprocessing.active_children())
         try:
             with _redirected(self._log.fileno() if self._log else 2):
-                yield
-        except RequestError:
-            raise
+                return self._run(function)
         except Exception as error:
-            cause = failure_cause(self._exit_codes(), self._printed())
             text = str(error)
-            if not _POINTS_ELSEWHERE.search(text):
-                cause = shorten(text)
-                cause += f"; {_LESS_MEMORY}" if _MEMORY.search(text) else ""
-            raise EngineError(f"vLLM did not start: {cause} (--verbose shows vLLM's own log)") from error
-        finally:
-            self._cores = [core for core in multiprocessing.active_children() if core not in before]
-            self._all = [child for core in self._cores for child in _descendants(core)]
+            if _POINTS_ELSEWHERE.search(text):
+                cause = self._cause()
+            else:
+                cause = shorten(text) + (f"; {_LESS_MEMORY}" if _MEMORY.search(text) else "")
+            raise EngineError(f"vLLM did not start: {cause} ({_SHOW_LOG})") from error
 
     def call(self, function: Callable[[], T]) -> T:
         """The result of a call into vLLM, which may wait for its processes.
@@ -104,50 +102,55 @@ class EngineProcesses:
         Raises:
             EngineError: they are dead; the message says why and what remains.
         """
-        if not self._cores:
-            return function()
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        answer: Future[T] = Future()
-        # A daemon: where the core is gone the call may never return.
-        Thread(target=_answer, args=(function, answer), daemon=True, name="vllm-call").start()
-        while not wait([answer], timeout=_POLL_SECONDS).done:
-            if not all(core.is_alive() for core in self._cores):
-                wait([answer], timeout=_POLL_SECONDS)
-                break
-        error = answer.exception() if answer.done() else EngineDeadError()
-        if error is None:
-            return answer.result()
-        if not isinstance(error, EngineDeadError):
-            raise error
-        for core in self._cores:
-            core.join(_GRACE_SECONDS)
-        raise EngineError(f"{failure_cause(self._exit_codes(), self._printed())}; {_GOES_ON}") from error
+        try:
+            return self._run(function)
+        except EngineDeadError as error:
+            raise EngineError(f"{self._cause()}; {_GOES_ON} ({_SHOW_LOG})") from error
 
     def end(self) -> None:
-        """Make sure that none of them is left."""
-        deadline = time.monotonic() + _GRACE_SECONDS
+        """Make sure that none of them is left; vLLM has had its chance to end them."""
+        self._look()
+        below = [process for core in self._cores for process in _descendants(core)]
         for core in self._cores:
-            core.join(max(0.0, deadline - time.monotonic()))
-            if core.is_alive():
-                core.kill()
-                core.join()
-        for process in self._all:
-            if process.is_running():
+            core.kill()
+            core.join()
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         if self._log is not None:
             self._log.close()
 
-    def _exit_codes(self) -> list[int]:
-        return [core.exitcode for core in self._cores if core.exitcode]
+    def _run(self, function: Callable[[], T]) -> T:
+        """`function()`, in a thread of its own, so that we hear of Ctrl-C and of deaths meanwhile."""
+        from vllm.v1.engine.exceptions import EngineDeadError
 
-    def _printed(self) -> str:
-        """The end of what the processes printed; nothing with --verbose, where the user has seen it."""
-        if self._log is None:
-            return ""
-        size = os.fstat(self._log.fileno()).st_size
-        tail = os.pread(self._log.fileno(), _LOG_TAIL, max(0, size - _LOG_TAIL))
-        return tail.decode("utf-8", errors="replace")
+        if not self._separate:
+            return function()
+        answer: Future[T] = Future()
+        # A daemon: the call may never return.
+        Thread(target=_answer, args=(function, answer), daemon=True, name="vllm-call").start()
+        while not wait([answer], timeout=_POLL_SECONDS).done:
+            self._look()
+            if any(core.exitcode is not None for core in self._cores):
+                if not wait([answer], timeout=_NOTICE_SECONDS).done:
+                    raise EngineDeadError
+                break
+        return answer.result()
+
+    def _look(self) -> None:
+        self._cores |= set(multiprocessing.active_children()) - self._ours
+
+    def _cause(self) -> str:
+        for core in self._cores:
+            core.join(_NOTICE_SECONDS)
+        printed = b""
+        if self._log is not None:
+            size = os.fstat(self._log.fileno()).st_size
+            printed = os.pread(self._log.fileno(), _LOG_TAIL, max(0, size - _LOG_TAIL))
+        codes = [core.exitcode for core in self._cores if core.exitcode]
+        return failure_cause(codes, printed.decode("utf-8", errors="replace"))
 
 
 @contextmanager

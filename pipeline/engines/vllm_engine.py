@@ -55,12 +55,12 @@ class VllmEngine:
 
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
-        from vllm import LLM, ModelRegistry
+        from vllm import LLM, ModelRegistry, envs
         from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
 
-        load_general_plugins()
         announce_driver()
+        load_general_plugins()
         twin = capture_name(config.architecture)
         _require_twin(config.architecture, twin, ModelRegistry.get_supported_archs())
         spec = CaptureSpec.from_groups(config.groups)
@@ -72,10 +72,10 @@ class VllmEngine:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         self._llm: Any = None
-        self._processes = EngineProcesses(verbose)
+        arguments = _llm_arguments(config, spec, twin, on_cpu, verbose)
+        self._processes = EngineProcesses(verbose, separate=bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING))
         try:
-            with self._processes.starting():
-                self._llm = LLM(**_llm_arguments(config, spec, twin, on_cpu, verbose))
+            self._llm = self._processes.start(partial(LLM, **arguments))
         except BaseException:
             self.close()
             raise
@@ -120,6 +120,7 @@ def _llm_arguments(
         "load_format": "safetensors",
         "use_tqdm_on_load": verbose,
         "dtype": config.dtype,
+        "quantization": config.quantize_to,
         "max_model_len": config.max_seq_len,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "enable_chunked_prefill": True,
