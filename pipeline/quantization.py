@@ -1,8 +1,8 @@
 """Teachers that are loaded in 8 or 4 bit: what each engine makes of it, and what is refused before loading.
 
-transformers loads through bitsandbytes: LLM.int8() (arXiv:2208.07339) or NF4 (arXiv:2305.14314). vLLM no longer
-has bitsandbytes; its own 8-bit loading of any checkpoint is fp8 with a scale per output channel. LM head and
-embeddings keep the checkpoint's precision in both.
+transformers loads through bitsandbytes: LLM.int8() (arXiv:2208.07339) or NF4 (arXiv:2305.14314). vLLM has no
+bitsandbytes any more; its own 8-bit loading of any checkpoint is fp8 with a scale per output channel. LM head
+and embeddings keep the checkpoint's precision in both.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ class EngineProcesses:
         self._separate = separate
         self._ours = set(multiprocessing.active_children())
         self._cores: set[BaseProcess] = set()
+        self._workers: set[psutil.Process] = set()
 
     def start(self, function: Callable[[], T]) -> T:
         """The result of starting vLLM; what starts meanwhile prints into our log, or on stderr if verbose.
@@ -87,7 +88,9 @@ class EngineProcesses:
         """
         try:
             with _redirected(self._log.fileno() if self._log else 2):
-                return self._run(function)
+                result = self._run(function)
+                self._look()
+                return result
         except Exception as error:
             text = str(error)
             if _POINTS_ELSEWHERE.search(text):
@@ -112,11 +115,10 @@ class EngineProcesses:
     def end(self) -> None:
         """Make sure that none of them is left; vLLM has had its chance to end them."""
         self._look()
-        below = [process for core in self._cores for process in _descendants(core)]
         for core in self._cores:
             core.kill()
             core.join()
-        for process in below:
+        for process in self._workers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         if self._log is not None:
@@ -140,7 +142,12 @@ class EngineProcesses:
         return answer.result()
 
     def _look(self) -> None:
+        """Find what there is by now; the children of a core that is dead can no longer be found."""
         self._cores |= set(multiprocessing.active_children()) - self._ours
+        for core in self._cores:
+            if core.exitcode is None:
+                with suppress(psutil.NoSuchProcess):
+                    self._workers |= set(psutil.Process(core.pid).children(recursive=True))
 
     def _cause(self) -> str:
         for core in self._cores:
@@ -167,13 +174,6 @@ def _redirected(target: int) -> Iterator[None]:
         for number, old in zip((1, 2), kept, strict=True):
             os.dup2(old, number)
             os.close(old)
-
-
-def _descendants(core: BaseProcess) -> list[psutil.Process]:
-    try:
-        return psutil.Process(core.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _answer(function: Callable[[], T], answer: Future[T]) -> None:
