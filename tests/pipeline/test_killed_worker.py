@@ -1,4 +1,4 @@
-"""vLLM's processes killed while a teacher is captured: one line, no process left, and the second start completes."""
+"""A vLLM process is killed at work: one line, no process left, and the second start completes."""
 
 from __future__ import annotations
 

@@ -128,6 +128,7 @@ def test_a_store_knows_its_teachers_bits(
     made = generate(tiny_teacher, corpus, store, f"--teacher_load_in_{bits}bit", "True")
     assert made["tokens"]
     assert read_spec(root_of(store))[0].quantization == f"bitsandbytes-{bits}bit"
+    assert f"bitsandbytes-{bits}bit" in run("info", store).stdout
     base = ("generate", tiny_teacher, corpus, "--out", store, "--engine", "transformers", "--max-seq-len", 64)
     for flags in ((), (f"--teacher-load-in-{12 - bits}bit",), (f"--teacher_load_in_{bits}bit", "False")):
         refused = run(*base, *flags, check=False)
