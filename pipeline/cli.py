@@ -1,14 +1,20 @@
-"""`distily-cache`: parse, call one function, map errors to exit codes (0 done, 2 bad request, 1 failure)."""
+"""`distily-cache`: parse, call one function, map errors to exit codes.
+
+0 done, 2 bad request, 1 failure, 130 and 143 stopped by Ctrl-C and by SIGTERM.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -62,6 +68,7 @@ _USER_ERRORS = (
     StoreAccessError,
     MissingFeatureError,
 )
+_GOES_ON = "the same command goes on where this one stopped"
 
 StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Feature store: a directory, s3://bucket/prefix or gs://...")
@@ -132,6 +139,21 @@ EngineOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help="Teacher's compute type: auto (as saved), bfloat16, float16 or float32.")
 ]
+EightBitOption = Annotated[
+    bool,
+    typer.Option(
+        "--teacher-load-in-8bit",
+        help="Quantise the teacher to 8 bit while loading it: LLM.int8() of bitsandbytes with "
+        "--engine transformers, fp8 with --engine vllm.",
+    ),
+]
+FourBitOption = Annotated[
+    bool,
+    typer.Option(
+        "--teacher-load-in-4bit",
+        help="The same to 4 bit: NF4 of bitsandbytes, --engine transformers only.",
+    ),
+]
 ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (vLLM).")]
 BatchOption = Annotated[
     int,
@@ -178,6 +200,8 @@ def generate(
     relation_layers: RelationOption = "",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
+    teacher_load_in_8bit: EightBitOption = False,
+    teacher_load_in_4bit: FourBitOption = False,
     tensor_parallel_size: ParallelOption = 1,
     max_num_batched_tokens: BatchOption = 4096,
     shard_tokens: ShardOption = 32_768,
@@ -203,7 +227,7 @@ def generate(
     """
     from pipeline.generate import execute, prepare
 
-    with _exit_codes():
+    with _exit_codes(verbose):
         request = _request(locals())
         with _reporter() as report:
             prepared = prepare(request, report)
@@ -238,6 +262,8 @@ def plan(
     relation_layers: RelationOption = "",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
+    teacher_load_in_8bit: EightBitOption = False,
+    teacher_load_in_4bit: FourBitOption = False,
     shard_tokens: ShardOption = 32_768,
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
@@ -486,8 +512,19 @@ def import_command(
             )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever tidies up after Ctrl-C does so now."""
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
 def main() -> None:
-    app()
+    from pipeline.spelling import spelled
+
+    signal.signal(signal.SIGTERM, _terminated)
+    app(spelled(sys.argv[1:], typer.main.get_command(app)))
 
 
 def _request(arguments: dict[str, Any]) -> Any:
@@ -590,16 +627,20 @@ def _written_line(written: Any) -> str:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def _exit_codes(verbose: bool = False) -> Iterator[None]:
     """Known errors become one line on stderr and the exit code of the contract; bugs keep their traceback."""
     try:
         yield
     except _USER_ERRORS as error:
         _fail(str(error), 2)
     except (PipelineError, FeatureStoreError) as error:
+        if verbose:
+            traceback.print_exc()
         _fail(str(error), 1)
+    except Terminated:
+        _fail(f"terminated; {_GOES_ON}", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where this one stopped", 1)
+        _fail(f"interrupted; {_GOES_ON}", 128 + signal.SIGINT)
 
 
 def _fail(message: str, code: int) -> None:

@@ -190,6 +190,7 @@ def start_engine(
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
         num_layers=teacher.num_layers,
+        quantize_to=request.quantize_to(teacher),
         tensor_parallel_size=request.tensor_parallel_size,
         max_num_batched_tokens=request.max_num_batched_tokens,
         trust_remote_code=request.trust_remote_code,

@@ -55,7 +55,8 @@ def render_info(console: Console, info: StoreInfo) -> None:
     facts = _facts(info.path)
     facts.add_row("teacher", f"{teacher.name} ({teacher.architecture}, {teacher.digest[:12]})")
     facts.add_row("shape", f"V={teacher.vocab_size:,} D={teacher.hidden_size:,} L={teacher.num_layers}")
-    facts.add_row("engine", f"{teacher.engine} {teacher.engine_version}, {teacher.dtype}")
+    loaded = teacher.dtype if teacher.quantization == "none" else f"{teacher.dtype}, {teacher.quantization}"
+    facts.add_row("engine", f"{teacher.engine} {teacher.engine_version}, {loaded}")
     facts.add_row("samples", f"{info.samples:,} of {info.samples_planned:,}")
     facts.add_row("tokens", f"{info.rows:,} of {info.rows_planned:,}")
     facts.add_row("size", decimal(info.bytes))

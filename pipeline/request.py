@@ -11,6 +11,7 @@ from featurestore.errors import StoreAccessError, StoreFormatError
 from featurestore.root import is_url, root_of
 from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
 from pipeline.errors import RequestError
+from pipeline.quantization import loading_quantization
 from pipeline.teacher import Teacher
 from pipeline.writing.request import WritingRequest
 
@@ -60,6 +61,8 @@ class GenerateRequest:
     relation_layers: tuple[int, ...] = ()
     engine: EngineName = "vllm"
     dtype: str = "auto"
+    teacher_load_in_8bit: bool = False
+    teacher_load_in_4bit: bool = False
     tensor_parallel_size: int = 1
     max_num_batched_tokens: int = 4096
     shard_tokens: int = 32_768
@@ -141,6 +144,15 @@ class GenerateRequest:
     def torch_dtype(self, teacher: Teacher) -> str:
         return teacher.config_dtype if self.dtype == "auto" else self.dtype
 
+    def quantize_to(self, teacher: Teacher) -> str | None:
+        """What the weights are quantised to while they are loaded, None where they stay as saved."""
+        if not (self.teacher_load_in_8bit or self.teacher_load_in_4bit):
+            return None
+        if self.teacher_load_in_8bit and self.teacher_load_in_4bit:
+            raise RequestError("--teacher-load-in-4bit: not together with --teacher-load-in-8bit; choose one")
+        bits = 8 if self.teacher_load_in_8bit else 4
+        return loading_quantization(self.engine, bits, teacher.quantization)
+
 
 def _check_distinct(layers: tuple[int, ...], flag: str) -> None:
     if len(set(layers)) != len(layers):
@@ -190,7 +202,7 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
 
 
 def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str) -> TeacherIdentity:
-    """What the store will say of the numbers in it."""
+    """What the store will say of the numbers in it; RequestError when the teacher cannot be loaded so."""
     return TeacherIdentity(
         name=teacher.name if not Path(teacher.name).is_dir() else str(teacher.path),
         architecture=teacher.architecture,
@@ -203,7 +215,7 @@ def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str)
         engine=request.engine,
         engine_version=engine_version,
         dtype=request.torch_dtype(teacher),
-        quantization=teacher.quantization,
+        quantization=request.quantize_to(teacher) or teacher.quantization,
     )
 
 

@@ -19,7 +19,6 @@ from pipeline.capture.plugin import PREFIX, original
 from pipeline.capture.pooler import CapturePooler
 from pipeline.capture.spec import CONFIG_KEY, CaptureSpec
 from pipeline.capture.tap import ResidualTap
-from pipeline.capture.watch import end_with_driver
 from pipeline.errors import EngineError
 
 
@@ -35,7 +34,6 @@ def make_capture_class(base: type[nn.Module]) -> type[nn.Module]:
 
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-            end_with_driver()
             spec = capture_spec(vllm_config)
             model_config = vllm_config.model_config
             depth = model_config.get_total_num_hidden_layers()

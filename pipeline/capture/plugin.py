@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pipeline.capture.watch import end_with_driver
+
 PREFIX = "DistilyCapture_"
 # Set by the engine and inherited by its processes; in any other vLLM process the plug-in does nothing.
 _VARIABLE = "DISTILY_CAPTURE"
@@ -22,6 +24,7 @@ def capture_from(architecture: str) -> None:
 
 
 def register() -> None:
+    end_with_driver()
     architecture = os.environ.get(_VARIABLE)
     if architecture is None or architecture in _originals:
         return

@@ -6,7 +6,6 @@ vLLM's core process outlives a parent that was killed, and would keep the teache
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 
@@ -24,17 +23,18 @@ def announce_driver() -> None:
 def end_with_driver() -> None:
     """In an engine process: end hard once the announced process is gone; a no-op in that process."""
     driver = int(os.environ.get(_VARIABLE, "0"))
-    if driver not in (0, os.getpid()):
-        arguments = (psutil.Process(driver), os.getppid())
-        threading.Thread(target=_watch, args=arguments, daemon=True).start()
+    if driver in (0, os.getpid()):
+        return
+    try:
+        process = psutil.Process(driver)
+    except psutil.NoSuchProcess:
+        os._exit(1)
+    threading.Thread(target=_watch, args=(process,), daemon=True).start()
 
 
-def _watch(driver: psutil.Process, parent: int) -> None:
+def _watch(driver: psutil.Process) -> None:
     while _alive(driver):
         time.sleep(_POLL_SECONDS)
-    if parent == os.getppid() != driver.pid:
-        # vLLM's core process stands between the command and its workers, and only waits once they are gone.
-        os.kill(parent, signal.SIGKILL)
     os._exit(1)
 
 

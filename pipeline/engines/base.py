@@ -18,6 +18,7 @@ class EngineConfig:
 
     `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces. `vocab_size` is
     where logits are cut: columns beyond it are padding of the LM head.
+    `quantize_to` names what the weights are quantised to while they are loaded (pipeline/quantization.py).
     `max_num_batched_tokens`: positions of one vLLM step; a longer prompt is prefilled in chunks.
     """
 
@@ -29,6 +30,7 @@ class EngineConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
+    quantize_to: str | None = None
     tensor_parallel_size: int = 1
     max_num_batched_tokens: int = 4096
     trust_remote_code: bool = False

@@ -12,6 +12,7 @@ from featurestore.tail import row_shifts
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
 from pipeline.engines.base import EngineConfig
+from pipeline.quantization import bitsandbytes_config
 
 _CHUNK_ROWS = 512
 
@@ -31,15 +32,22 @@ class TransformersEngine:
         given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         # The default one of transformers' attention kernels leaves out soft-capping without a word (Gemma 2).
         capped = getattr(given.get_text_config(), "attn_logit_softcapping", None) is not None
+        dtype = getattr(torch, config.dtype)
+        how: dict[str, Any] = {}
+        if config.quantize_to:
+            # Loaded where it will stay: an 8-bit model cannot be moved.
+            quantization = bitsandbytes_config(config.quantize_to, dtype)
+            how = {"quantization_config": quantization, "device_map": {"": self._device}}
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
             config=given,
             attn_implementation="eager" if capped else None,
-            dtype=getattr(torch, config.dtype),
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            **how,
         )
-        self._model = model.eval().to(self._device)
+        self._model = model.eval() if config.quantize_to else model.eval().to(self._device)
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
         for tokens in prompts:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,12 @@ from pipeline.capture.complaint import listen_at
 from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.plugin import capture_from, register
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
-from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.llm import SupervisedLLM, set_environment
 from pipeline.errors import EngineError, RequestError
 
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
 _PIECE_TOKENS = 8192
-_CPU_KV_CACHE_GIB = "1"
-# glibc gives freed tensors of some MiB back to the system and takes fresh pages for the next ones, which may
-# cost several times the arithmetic on them: the worker keeps them. 2**25 is the most that every glibc takes.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
 def version() -> str:
@@ -45,56 +39,6 @@ def version() -> str:
     )
 
 
-def set_environment(verbose: bool) -> None:
-    """Defaults that vLLM reads from the environment at import; what the user has set stays."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # Import-time noise of the engine's processes: deprecations, and that a CPU has no Triton.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-        os.environ.setdefault("TORCH_LOGS", "-torch._library")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
-def start_llm(config: EngineConfig, verbose: bool, *, enforce_eager: bool = False, **options: Any) -> Any:
-    """A vLLM `LLM` of the checkpoint that ends with this process; `options` are vLLM's own."""
-    set_environment(verbose)
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    announce_driver()
-    on_cpu = current_platform.is_cpu()
-    if on_cpu:
-        # One batch is all that is ever in flight; the default would take half of the memory.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        for threshold, kept in _ALLOCATOR.items():
-            os.environ.setdefault(threshold, kept)
-    return LLM(
-        model=str(config.model),
-        load_format="safetensors",
-        use_tqdm_on_load=verbose,
-        dtype=config.dtype,
-        max_model_len=config.max_seq_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enable_chunked_prefill=True,
-        tensor_parallel_size=config.tensor_parallel_size,
-        trust_remote_code=config.trust_remote_code,
-        # On the CPU compiling costs more than it saves.
-        enforce_eager=on_cpu or enforce_eager,
-        disable_log_stats=True,
-        seed=config.seed,
-        **options,
-    )
-
-
-def stop_llm(llm: Any) -> None:
-    """End the engine's processes, and with them the memory that they hold."""
-    core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
-    if core is not None:
-        core.shutdown()
-
-
 class VllmEngine:
     """One vLLM engine that captures `config.groups` from each prompt's prefill."""
 
@@ -109,29 +53,24 @@ class VllmEngine:
         self._layout = RowLayout.of(spec, config.hidden_size)
         self._complaint = Path(tempfile.mkdtemp(prefix="distily-")) / "complaint"
         listen_at(self._complaint)
-        self._llm: Any = None
-        with self._explained():
-            self._llm = start_llm(
-                config,
-                verbose,
-                runner="pooling",
-                pooler_config=PoolerConfig(task=POOLING_TASK),
-                # A pooling model's head would default to float32, which is not the teacher's.
-                hf_overrides={"head_dtype": "model"},
-                additional_config={CONFIG_KEY: spec.to_json()},
-                enable_prefix_caching=False,
-                # Layer hooks see nothing under torch.compile.
-                enforce_eager=any(layer < config.num_layers for layer in spec.layers),
-            )
+        self._llm = SupervisedLLM(
+            config,
+            verbose,
+            runner="pooling",
+            pooler_config=PoolerConfig(task=POOLING_TASK),
+            # A pooling model's head would default to float32, which is not the teacher that was asked for.
+            hf_overrides={"head_dtype": "model"},
+            additional_config={CONFIG_KEY: spec.to_json()},
+            enable_prefix_caching=False,
+            # Layer hooks see nothing under torch.compile.
+            enforce_eager=any(layer < config.num_layers for layer in spec.layers),
+        )
+        self._heed_complaint()
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
         for piece in _pieces(prompts, _PIECE_TOKENS):
-            with self._explained():
-                outputs = self._llm.encode(
-                    [{"prompt_token_ids": tokens.tolist()} for tokens in piece],
-                    pooling_task=POOLING_TASK,
-                    use_tqdm=False,
-                )
+            outputs = self._llm.call(partial(_encode, piece))
+            self._heed_complaint()
             for tokens, output in zip(piece, outputs, strict=True):
                 rows = output.outputs.data.numpy()
                 if rows.shape != (len(tokens), self._layout.size):
@@ -142,23 +81,21 @@ class VllmEngine:
                 yield to_features(self._layout.unpack(rows), self.groups)
 
     def close(self) -> None:
-        stop_llm(self._llm)
-        self._llm = None
+        self._llm.close()
         shutil.rmtree(self._complaint.parent, ignore_errors=True)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """A failure of vLLM, and a line that its worker left, come out as our own errors."""
-        try:
-            yield
-        except Exception as error:
-            self.close()
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise EngineError(f"--engine vllm: {reason}; what vLLM's processes say is above") from error
+    def _heed_complaint(self) -> None:
+        """RequestError with the line that the worker left, if it did."""
         if self._complaint.is_file():
             line = self._complaint.read_text(encoding="utf-8")
             self.close()
             raise RequestError(line)
+
+
+def _encode(piece: Sequence[np.ndarray], llm: Any) -> list[Any]:
+    prompts = [{"prompt_token_ids": tokens.tolist()} for tokens in piece]
+    outputs: list[Any] = llm.encode(prompts, pooling_task=POOLING_TASK, use_tqdm=False)
+    return outputs
 
 
 def _check_architecture(architecture: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from featurestore.written import WriterSpec
 from pipeline.engines.base import EngineConfig
-from pipeline.engines.vllm_engine import start_llm, stop_llm
+from pipeline.engines.llm import SupervisedLLM
 from pipeline.writing.base import Wrote
 from pipeline.writing.plan import Array, Job, cut_at_end, seed_of
 
@@ -18,7 +18,7 @@ class VllmWriter:
     def __init__(self, config: EngineConfig, spec: WriterSpec, verbose: bool = False) -> None:
         self._spec = spec
         # generation_config: the checkpoint's own wishes would bend the distribution.
-        self._llm: Any = start_llm(
+        self._llm = SupervisedLLM(
             config, verbose, runner="generate", generation_config="vllm", enable_prefix_caching=True
         )
 
@@ -38,11 +38,10 @@ class VllmWriter:
             for job in jobs
         ]
         prompts = [{"prompt_token_ids": job.prompt.tolist()} for job in jobs]
-        outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+        outputs: list[Any] = self._llm.call(lambda llm: llm.generate(prompts, sampling, use_tqdm=False))
         texts = [cut_at_end(output.outputs[0].token_ids, spec.ends) for output in outputs]
         wrote(len(texts), sum(map(len, texts)))
         return texts
 
     def close(self) -> None:
-        stop_llm(self._llm)
-        self._llm = None
+        self._llm.close()

@@ -187,6 +187,8 @@ def test_broken_and_binary_data(
         (["--long", "cut"], "--long cut: choose one of split, drop"),
         (["--max-seq-len", "4", "--long", "drop"], "3 too long"),
         (["--loss-on", "user"], "--loss-on user: choose one of assistant, all"),
+        (["--teacher-load-in-4bit"], "--teacher-load-in-4bit: vLLM loads 4-bit teachers only from"),
+        (["--teacher_load_in_8bit", "True", "--teacher_load_in_4bit", "True"], "choose one"),
         (["--top-k", "0"], "--top-k 0"),
         (["--temperatures", "1"], "--temperatures 1: a temperature is a number from 0.05 to 100"),
         (["--temperatures", "2,0"], "--temperatures 0: a temperature"),
@@ -238,6 +240,18 @@ def test_a_student_that_cannot_write_for_this_teacher(
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert f"--from-student {other}: its tokenizer is not the teacher's" in refused(other)
     assert not out.exists()
+
+
+def test_a_quantised_teacher_is_not_quantised_again(
+    refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "quantised"
+    shutil.copytree(tiny_teacher, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    for engine in ("vllm", "transformers"):
+        line = refuse(copy, corpus, "--out", out, "--engine", engine, "--teacher-load-in-8bit")
+        assert "--teacher-load-in-8bit: the teacher is saved as awq already" in line
 
 
 def test_unwritable_store(

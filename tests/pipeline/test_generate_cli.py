@@ -152,6 +152,26 @@ def test_killed_and_started_again_it_goes_on(tiny_teacher: Path, corpus: Path, t
             np.testing.assert_array_equal(getattr(mine, field), getattr(other, field))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_says_so_and_goes_on(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    store = tmp_path / "store"
+    arguments = ("generate", tiny_teacher, corpus, "--engine", "transformers", "--max-seq-len", 64)
+    options = ("--shard-tokens", 128, "--top-k", 8, "--out", store)
+    process = subprocess.Popen(command(*arguments, *options), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(store.glob("commit/logits-*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == code, stderr
+    assert stderr.splitlines()[-1].endswith("the same command goes on where this one stopped")
+    assert "Traceback" not in stderr
+    assert json.loads(run(*arguments, *options, "--json").stdout)["tokens"] > 0
+    run("verify", store, "--deep")
+
+
 def test_plan_says_what_is_missing_and_writes_nothing(
     tiny_teacher: Path, corpus: Path, tmp_path: Path
 ) -> None:

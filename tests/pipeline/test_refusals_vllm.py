@@ -43,9 +43,7 @@ def engine(teacher: Path, architecture: str) -> None:
 def test_architectures_are_refused_before_the_engine_starts(
     tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, reason: str
 ) -> None:
-    monkeypatch.setattr(
-        "pipeline.engines.vllm_engine._start", lambda *_, **__: pytest.fail("vLLM was started")
-    )
+    monkeypatch.setattr("pipeline.engines.llm._start", lambda *_, **__: pytest.fail("vLLM was started"))
     with pytest.raises(RequestError, match=f"--engine vllm: .*{reason}.*--engine transformers"):
         engine(tiny_teacher, architecture)
 

@@ -1,0 +1,98 @@
+"""One vLLM `LLM` under watch: started the same way for capturing and for writing, and ended for good."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from pipeline.capture.watch import announce_driver
+from pipeline.engines.base import EngineConfig
+from pipeline.engines.supervision import EngineProcesses
+
+T = TypeVar("T")
+
+# One batch is all that is ever in flight; the default would take half of the memory.
+_CPU_DEFAULTS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    # glibc gives freed tensors of some MiB back to the system and takes fresh pages for the next ones, which
+    # may cost several times the arithmetic on them: the worker keeps them. Every glibc takes up to 2**25.
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+}
+
+
+def set_environment(verbose: bool) -> None:
+    """Defaults that vLLM reads from the environment at import; what the user has set stays."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # Import-time noise of the engine's processes: deprecations, and that a CPU has no Triton.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+        os.environ.setdefault("TORCH_LOGS", "-torch._library")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+class SupervisedLLM:
+    """A vLLM `LLM` of a checkpoint, and its processes; `options` are vLLM's own.
+
+    Raises:
+        EngineError: vLLM did not start, or its processes died during a call; the message says why.
+    """
+
+    def __init__(
+        self, config: EngineConfig, verbose: bool, *, enforce_eager: bool = False, **options: Any
+    ) -> None:
+        set_environment(verbose)
+        announce_driver()
+        from vllm import envs
+
+        self._llm: Any = None
+        self._processes = EngineProcesses(verbose, separate=bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING))
+        try:
+            self._llm = self._processes.start(partial(_start, config, verbose, enforce_eager, options))
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, function: Callable[[Any], T]) -> T:
+        """`function` of the `LLM`."""
+        return self._processes.call(partial(function, self._llm))
+
+    def close(self) -> None:
+        """End the processes, and with them the memory that they hold."""
+        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        if core is not None:
+            core.shutdown()
+        self._llm = None
+        self._processes.end()
+
+
+def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: dict[str, Any]) -> Any:
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        for name, value in _CPU_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+    return LLM(
+        model=str(config.model),
+        load_format="safetensors",
+        use_tqdm_on_load=verbose,
+        dtype=config.dtype,
+        quantization=config.quantize_to,
+        max_model_len=config.max_seq_len,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_chunked_prefill=True,
+        tensor_parallel_size=config.tensor_parallel_size,
+        trust_remote_code=config.trust_remote_code,
+        # On the CPU compiling costs more than it saves.
+        enforce_eager=on_cpu or enforce_eager,
+        disable_log_stats=True,
+        seed=config.seed,
+        **options,
+    )

@@ -1,0 +1,183 @@
+"""vLLM's processes under watch: what they print kept aside, their death noticed, none of them left behind.
+
+vLLM waits for good for an engine core that was killed, hears no Ctrl-C while it starts one, prints a
+traceback for every process that a failure passes through, and writes to the stdout that `--json` writes to.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from threading import Thread
+from typing import TypeVar
+
+import psutil  # vLLM requires it
+
+from pipeline.errors import EngineError
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.5
+# vLLM may notice a death by itself and know more of it than we do; and what it ends takes a moment.
+_NOTICE_SECONDS = 2.0
+_LOG_TAIL = 2**20
+_GOES_ON = "what was committed is kept and the same command goes on from there"
+_SHOW_LOG = "--verbose shows vLLM's own log"
+_LESS_MEMORY = (
+    "lower --max-num-batched-tokens or --max-seq-len, or load the teacher with --teacher-load-in-8bit"
+)
+_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
+# vLLM repeats a failure in every process above the one that failed, pointing downwards.
+_POINTS_ELSEWHERE = re.compile(r"root cause|stack trace|: cancelled$|EngineDeadError", re.I)
+_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|MemoryError|Cannot allocate", re.I
+)
+_WORKER_DIED = re.compile(r"died unexpectedly")
+
+
+def failure_cause(exit_codes: Sequence[int], log: str) -> str:
+    """One clause that says why an engine ended, from its processes' exit codes and what they printed."""
+    for code in exit_codes:
+        if code < 0:
+            name = signal.Signals(-code).name
+            memory = "; the system does that when memory runs out" if name == "SIGKILL" else ""
+            return f"the vLLM worker died: signal {-code} ({name}){memory}"
+    errors = [line for line in _ERROR_LINE.findall(log) if not _POINTS_ELSEWHERE.search(line)]
+    for line in errors:
+        if _MEMORY.search(line):
+            return f"the vLLM worker ran out of memory ({shorten(line)}); {_LESS_MEMORY}"
+    if _WORKER_DIED.search(log):
+        return "a vLLM worker died: killed, perhaps by the system when memory ran out"
+    if errors:
+        return f"the vLLM worker failed: {shorten(errors[0])}"
+    return f"the vLLM worker ended with exit code {', '.join(map(str, exit_codes)) or 'unknown'}"
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """`text` in one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class EngineProcesses:
+    """The processes of one engine, from its start to its end.
+
+    `separate`: vLLM has processes of its own. If not it runs in ours, and there is nothing to watch.
+    """
+
+    def __init__(self, verbose: bool, separate: bool) -> None:
+        self._log = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
+        self._separate = separate
+        self._ours = set(multiprocessing.active_children())
+        self._cores: set[BaseProcess] = set()
+        self._workers: set[psutil.Process] = set()
+
+    def start(self, function: Callable[[], T]) -> T:
+        """The result of starting vLLM; what starts meanwhile prints into our log, or on stderr if verbose.
+
+        Raises:
+            EngineError: vLLM did not start; the message says why.
+        """
+        try:
+            with _redirected(self._log.fileno() if self._log else 2):
+                result = self._run(function)
+                self._look()
+                return result
+        except Exception as error:
+            text = str(error)
+            if _POINTS_ELSEWHERE.search(text):
+                cause = self._cause()
+            else:
+                cause = shorten(text) + (f"; {_LESS_MEMORY}" if _MEMORY.search(text) else "")
+            raise EngineError(f"vLLM did not start: {cause} ({_SHOW_LOG})") from error
+
+    def call(self, function: Callable[[], T]) -> T:
+        """The result of a call into vLLM, which may wait for its processes.
+
+        Raises:
+            EngineError: they are dead; the message says why and what remains.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._run(function)
+        except EngineDeadError as error:
+            raise EngineError(f"{self._cause()}; {_GOES_ON} ({_SHOW_LOG})") from error
+
+    def end(self) -> None:
+        """Make sure that none of them is left; vLLM has had its chance to end them."""
+        self._look()
+        for core in self._cores:
+            core.kill()
+            core.join()
+        for process in self._workers:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self._log is not None:
+            self._log.close()
+
+    def _run(self, function: Callable[[], T]) -> T:
+        """`function()`, in a thread of its own, so that we hear of Ctrl-C and of deaths meanwhile."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if not self._separate:
+            return function()
+        answer: Future[T] = Future()
+        # A daemon: the call may never return.
+        Thread(target=_answer, args=(function, answer), daemon=True, name="vllm-call").start()
+        while not wait([answer], timeout=_POLL_SECONDS).done:
+            self._look()
+            if any(core.exitcode is not None for core in self._cores):
+                if not wait([answer], timeout=_NOTICE_SECONDS).done:
+                    raise EngineDeadError
+                break
+        return answer.result()
+
+    def _look(self) -> None:
+        """Find what there is by now; the children of a core that is dead can no longer be found."""
+        self._cores |= set(multiprocessing.active_children()) - self._ours
+        for core in self._cores:
+            if core.exitcode is None:
+                with suppress(psutil.NoSuchProcess):
+                    self._workers |= set(psutil.Process(core.pid).children(recursive=True))
+
+    def _cause(self) -> str:
+        for core in self._cores:
+            core.join(_NOTICE_SECONDS)
+        printed = b""
+        if self._log is not None:
+            size = os.fstat(self._log.fileno()).st_size
+            printed = os.pread(self._log.fileno(), _LOG_TAIL, max(0, size - _LOG_TAIL))
+        codes = [core.exitcode for core in self._cores if core.exitcode]
+        return failure_cause(codes, printed.decode("utf-8", errors="replace"))
+
+
+@contextmanager
+def _redirected(target: int) -> Iterator[None]:
+    """Send this process's stdout and stderr, and those of processes started meanwhile, to `target`."""
+    sys.stdout.flush()
+    kept = os.dup(1), os.dup(2)
+    try:
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+
+
+def _answer(function: Callable[[], T], answer: Future[T]) -> None:
+    try:
+        answer.set_result(function())
+    except BaseException as error:
+        answer.set_exception(error)

@@ -1,0 +1,44 @@
+"""The one line that says why vLLM's processes ended."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.engines.supervision import failure_cause
+
+POINTERS = (
+    "(EngineCore pid=7) RuntimeError: cancelled\n"
+    "(EngineCore pid=7) ERROR 11-24 08:21:08 [core.py:9] RuntimeError: Worker failed with error 'x', please "
+    "check the stack trace above for the root cause\n"
+    "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("codes", "log", "expected"),
+    [
+        (
+            [-9],
+            POINTERS,
+            "the vLLM worker died: signal 9 (SIGKILL); the system does that when memory runs out",
+        ),
+        ([-11], "", "the vLLM worker died: signal 11 (SIGSEGV)"),
+        (
+            [1],
+            "(Worker pid=8) ERROR 11-24 08:21:08 [w.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried\n"
+            + POINTERS,
+            "--max-num-batched-tokens",
+        ),
+        ([1], "(Worker pid=8) ValueError: no such kernel\n" + POINTERS, "failed: ValueError: no such kernel"),
+        (
+            [1],
+            "ERROR [m.py:2] Worker proc VllmWorker-0 died unexpectedly\n" + POINTERS,
+            "worker died: killed",
+        ),
+        ([1], POINTERS, "exit code 1"),
+        ([], "", "exit code unknown"),
+    ],
+)
+def test_causes(codes: list[int], log: str, expected: str) -> None:
+    cause = failure_cause(codes, log)
+    assert expected in cause and "\n" not in cause and len(cause) < 600
