@@ -20,10 +20,10 @@ _BY_ENGINE = {
 }
 
 
-def loading_quantization(engine: str, bits: int, saved: str) -> str:
+def loading_quantization(engine: str, bits: int, saved: str, dtype: str) -> str:
     """The store's name of what `engine` loads a teacher as when `bits` bits are asked for.
 
-    saved: the quantization of the checkpoint itself.
+    saved: the quantization of the checkpoint itself. dtype: what the teacher computes in.
 
     Raises:
         RequestError: the checkpoint is quantised already, the engine cannot do it, or a package is missing.
@@ -37,6 +37,8 @@ def loading_quantization(engine: str, bits: int, saved: str) -> str:
             f"{flag}: vLLM loads 4-bit teachers only from checkpoints that are 4-bit (AWQ, GPTQ, "
             "compressed-tensors); give one of those, or use --teacher-load-in-8bit or --engine transformers"
         )
+    if engine == "vllm" and dtype == "float32":
+        raise RequestError(f"{flag}: vLLM's fp8 does not compute in float32; add --dtype bfloat16")
     missing = [package for package in ("bitsandbytes", "accelerate") if not find_spec(package)]
     if engine == "transformers" and missing:
         raise RequestError(f"{flag}: {' and '.join(missing)} not installed; install the extra [quantized]")

@@ -151,7 +151,7 @@ class GenerateRequest:
         if self.teacher_load_in_8bit and self.teacher_load_in_4bit:
             raise RequestError("--teacher-load-in-4bit: not together with --teacher-load-in-8bit; choose one")
         bits = 8 if self.teacher_load_in_8bit else 4
-        return loading_quantization(self.engine, bits, teacher.quantization)
+        return loading_quantization(self.engine, bits, teacher.quantization, self.torch_dtype(teacher))
 
 
 def _check_distinct(layers: tuple[int, ...], flag: str) -> None:

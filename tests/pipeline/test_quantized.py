@@ -197,7 +197,9 @@ def test_a_store_knows_its_teachers_bits(
 
 def test_what_cannot_be_loaded_so_is_refused() -> None:
     with pytest.raises(RequestError, match=r"--teacher-load-in-8bit: the teacher is saved as gptq"):
-        loading_quantization("transformers", 8, "gptq")
+        loading_quantization("transformers", 8, "gptq", "bfloat16")
     with pytest.raises(RequestError, match=r"--engine transformers"):
-        loading_quantization("vllm", 4, "none")
-    assert loading_quantization("vllm", 8, "none") == "fp8_per_channel"
+        loading_quantization("vllm", 4, "none", "bfloat16")
+    with pytest.raises(RequestError, match=r"--dtype bfloat16"):
+        loading_quantization("vllm", 8, "none", "float32")
+    assert loading_quantization("vllm", 8, "none", "bfloat16") == "fp8_per_channel"
