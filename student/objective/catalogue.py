@@ -99,8 +99,7 @@ class Loss:
     in what sense it is exact, or why not, in a sentence.
 
     For kind head: `tails`, temperatures of the student's tail beside 1 and the option `temperature`;
-    `ranked`, whether the student's own largest logits are wanted; `rows`: (SparseTargets, sequence [N],
-    **options) -> factor [N] of each position, known before the student is run.
+    `ranked`, whether the student's own largest logits are wanted.
     """
 
     name: str
@@ -115,7 +114,6 @@ class Loss:
     options: Mapping[str, Option] = field(default_factory=dict)
     tails: tuple[float, ...] = ()
     ranked: bool = False
-    rows: Callable[..., Tensor] | None = None
 
     def check_options(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         """All options, given or default; UserError for an unknown name or a bad value."""
