@@ -104,7 +104,8 @@ def distribution_fields(
 def _tile_fields(
     spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    fields = {lse_field(temperature): lse_at(logits_NV, temperature) for temperature in spec.temperatures}
+    names = [lse_field(temperature) for temperature in spec.temperatures]
+    fields = dict(zip(names, lse_at(logits_NV, spec.temperatures), strict=True)) if names else {}
     if spec.top_k:
         rows = reduce_logits(logits_NV, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
         fields |= logit_fields(rows)

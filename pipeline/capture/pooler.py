@@ -13,15 +13,18 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.pooler import Pooler
 from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
+from vllm.platforms import current_platform
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from featurestore.tail import row_shifts
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields
 from pipeline.capture.spec import POOLING_TASK, CaptureSpec
 
-# A chunk of logits is held in float32 a few times over; 2**25 elements are 128 MiB each.
+# A chunk of logits is held in float32 a few times over on a GPU: 2**25 elements are 128 MiB each. On a CPU a
+# chunk has to stay below what the allocator keeps (see VllmEngine), and the reduction goes on by tiles.
 _CHUNK_ELEMENTS = 2**25
-_CHUNK_ROWS = 512
+_CPU_CHUNK_ELEMENTS = 2**23
+_CHUNK_ROWS = range(64, 512)
 
 
 class CapturePooler(Pooler):  # type: ignore[misc]
@@ -36,7 +39,8 @@ class CapturePooler(Pooler):  # type: ignore[misc]
         self.depth = vllm_config.model_config.get_total_num_hidden_layers()
         self.layout = RowLayout.of(spec, self.hidden_size)
         vocab_size = vllm_config.model_config.get_vocab_size()
-        self.chunk_rows = max(16, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size))
+        elements = _CPU_CHUNK_ELEMENTS if current_platform.is_cpu() else _CHUNK_ELEMENTS
+        self.chunk_rows = min(max(elements // vocab_size, _CHUNK_ROWS.start), _CHUNK_ROWS.stop)
 
     def get_supported_tasks(self) -> Set[Any]:
         return {POOLING_TASK}

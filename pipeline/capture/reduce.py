@@ -5,6 +5,8 @@ Shapes: N rows (positions of a chunk), V vocabulary, K head size, M tail draws, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 # Columns of the vocabulary that are looked at together, before the search for a top or a draw looks inside.
 BLOCK = 64
+# Squaring doubles a weight's relative error; three times make 8 roundings of one.
+MAX_SQUARED = 8
 NO_DRAW = -1
 # A token that the teacher masks out (-inf) adds nothing to the entropy; 0 times infinity would be NaN.
 FARTHEST = -1e4
@@ -100,24 +104,42 @@ def top(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if 2 * k > blocks:
         found = torch.topk(logits_NV, k, dim=-1)
         return found.values, found.indices
-    peaks = logits_NV[:, : blocks * BLOCK].reshape(rows, blocks, BLOCK).amax(-1)
-    inside = torch.arange(BLOCK, device=logits_NV.device)
-    columns = (peaks.topk(k, dim=-1).indices.unsqueeze(-1) * BLOCK + inside).flatten(1)
-    rest = torch.arange(blocks * BLOCK, vocab, device=logits_NV.device).expand(rows, -1)
-    columns = torch.cat([columns, rest], dim=-1)
-    found = torch.topk(logits_NV.gather(-1, columns), k, dim=-1)
-    return found.values, columns.gather(-1, found.indices)
+    whole = torch.unflatten(logits_NV[:, : blocks * BLOCK], -1, (blocks, BLOCK))
+    best = whole.amax(-1).topk(k, dim=-1, sorted=False).indices
+    row = torch.arange(rows, device=best.device).unsqueeze(-1)
+    candidates = torch.cat([whole[row, best].flatten(1), logits_NV[:, blocks * BLOCK :]], dim=-1)
+    found = torch.topk(candidates, k, dim=-1)
+    block, inside = found.indices // BLOCK, found.indices % BLOCK
+    # What is left beside whole blocks comes after the k best ones, as one more block in its own place.
+    best = torch.nn.functional.pad(best, (0, 1), value=blocks)
+    return found.values, best.gather(-1, block) * BLOCK + inside
 
 
-def lse_at(logits_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """float32 [N]: logsumexp(logits / temperature) of each row, computed in float32.
+def lse_at(logits_NV: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
+    """float32 [N] for each of `temperatures`: logsumexp(logits / T) of each row, computed in float32.
 
     What is divided and exponentiated is the distance to the row's top, which float32 holds exactly where it
-    counts, so that a low temperature does not magnify the rounding of a large logit.
+    counts, so that a low temperature does not magnify the rounding of a large logit. Where a temperature is
+    the half, a quarter or an eighth of a higher one, squaring the higher one's weights replaces the
+    exponential, which costs ten times as much.
     """
     logits = logits_NV.float()
     peak = logits.amax(-1, keepdim=True)
-    return peak[:, 0] / temperature + (logits - peak).div_(temperature).exp_().sum(-1).log()
+    distance = logits - peak
+    weights = torch.empty_like(distance)
+    exact = last = math.inf
+    found = {}
+    for temperature in sorted(temperatures, reverse=True):
+        squarings = math.log2(last / temperature) if exact <= MAX_SQUARED * temperature else 0.5
+        if squarings.is_integer():
+            for _ in range(int(squarings)):
+                weights.square_()
+        else:
+            torch.div(distance, temperature, out=weights).exp_()
+            exact = temperature
+        last = temperature
+        found[temperature] = peak[:, 0] / temperature + weights.sum(-1).log()
+    return [found[temperature] for temperature in temperatures]
 
 
 def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:

@@ -20,6 +20,9 @@ from pipeline.errors import EngineError, RequestError
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
 _PIECE_TOKENS = 8192
 _CPU_KV_CACHE_GIB = "1"
+# glibc gives freed tensors of some MiB back to the system and takes fresh pages for the next ones, which may
+# cost several times the arithmetic on them: the worker keeps them. 2**25 is the most that every glibc takes.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
 def version() -> str:
@@ -70,6 +73,8 @@ class VllmEngine:
             # Prefill of one batch is all that is ever in flight; the default would take half of the memory.
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_KV_CACHE_GIB)
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+            for threshold, kept in _ALLOCATOR.items():
+                os.environ.setdefault(threshold, kept)
         self._llm: Any = LLM(
             model=str(config.model),
             runner="pooling",

@@ -53,13 +53,31 @@ def test_logsumexp_at_a_temperature_matches_float64(
     logits = torch.randn(3, vocab, generator=generator) * scale + shift
     logits[0, 1:] = -torch.inf
     want = torch.logsumexp(logits.double() / temperature, -1)
-    got = lse_at(logits, temperature)
+    (got,) = lse_at(logits, [temperature])
     assert got.dtype == torch.float32 and got.isfinite().all()
     # A sum of V positive terms (as above); distances to the top of up to 88 T count, each rounded twice; then
     # the peak's own division and the last addition.
     bound = F32 * (np.log2(vocab) + 12 + 2 * 88 + 2 * want.abs())
     assert ((got.double() - want).abs() <= bound).all()
-    assert torch.equal(lse_at(logits.bfloat16(), temperature), lse_at(logits.bfloat16().float(), temperature))
+    rounded = logits.bfloat16()
+    assert torch.equal(lse_at(rounded, [temperature])[0], lse_at(rounded.float(), [temperature])[0])
+
+
+@pytest.mark.parametrize(
+    "temperatures",
+    [(0.5, 2.0, 4.0), (4.0, 0.25, 1.5, 0.75), (8.0, 0.5, 0.25), (100.0, 50.0, 25.0, 12.5, 6.25)],
+)
+@pytest.mark.parametrize(("scale", "shift"), [(4.0, 5.0), (30.0, -2_000.0)])
+def test_several_temperatures_share_their_exponentials(
+    temperatures: tuple[float, ...], scale: float, shift: float
+) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(3, 49_153, generator=generator) * scale + shift
+    for temperature, got in zip(temperatures, lse_at(logits, temperatures), strict=True):
+        want = torch.logsumexp(logits.double() / temperature, -1)
+        # As for one temperature; three squarings make 8 of an exponential's 2 roundings and add 4 + 2 + 1.
+        bound = F32 * (np.log2(49_153) + 12 + 2 * 8 + 7 + 2 * 88 + 2 * want.abs())
+        assert ((got.double() - want).abs() <= bound).all(), temperature
 
 
 def test_masked_tokens_have_no_mass_and_break_nothing() -> None:

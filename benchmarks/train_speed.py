@@ -1,0 +1,192 @@
+"""What a training step costs from the cache, beside the same step on labels alone and with a live teacher.
+
+One student, 12 layers of the demo teacher's width from random weights, in bfloat16 autocast with AdamW, the
+same batches of 2 samples of 512 tokens. Every row runs in a process of its own, which also gives its peak of
+resident memory; rounds of all rows alternate, and the best step of each row counts. "labels" is the loss of
+transformers' own model. Reading and decoding the features is part of the step.
+
+The second table is the loss alone at a vocabulary of 262,144 and 2,048 positions (D=256): what the peak rises
+by, against full float32 logits and their log-softmax, as a plain implementation holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import ROOT, RUN, table, write_result
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from featurestore.codec import CLOSED
+from featurestore.reader import CacheReader
+from student.data import CachedDataset, Collator
+from student.decoding import decode_targets
+from student.losses.chunked import HeadTransform
+from student.losses.fused import sparse_head_loss
+from student.losses.sparse import forward_kl
+from student.model import DistillationModel
+from student.objective.terms import Objective, Term, term
+
+BATCH, STEPS, ROUNDS = 2, 6, int(os.environ.get("ROUNDS", "3"))
+CACHE = RUN / os.environ.get("CACHE", "cache")
+LAYER = 15
+POSITIONS, VOCAB, WIDTH = 2048, 262_144, 256
+
+Step = Callable[[dict[str, Any]], Tensor]
+
+
+def student() -> Any:
+    """The student, the same numbers in every row."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(RUN / "teacher", num_hidden_layers=12, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def labels(model: Any) -> Step:
+    return lambda batch: model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+def live(model: Any) -> Step:
+    """Full-distribution KL against a teacher in the loop."""
+    teacher = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.bfloat16).eval()
+
+    def step(batch: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(input_ids=batch["input_ids"]).logits.float().log_softmax(-1)
+        own = model(input_ids=batch["input_ids"]).logits.float().log_softmax(-1)
+        return functional.kl_div(own, wanted, log_target=True, reduction="sum") / batch["labels"].numel()
+
+    return step
+
+
+def cached(*terms: Term) -> Callable[[Any], Step]:
+    def make(model: Any) -> Step:
+        distillation = DistillationModel(model, Objective.of(terms)).train()
+        return lambda batch: distillation(**batch)["loss"]
+
+    return make
+
+
+def paths() -> dict[str, tuple[Callable[[Any], Step], tuple[Term, ...]]]:
+    """Row -> (how its step is made, terms whose features it reads)."""
+    kl = (term("kl"),)
+    both = (*kl, term("hidden_cosine", pair=(LAYER, 6)))
+    return {
+        "labels (transformers' own loss)": (labels, ()),
+        "labels (ours)": (cached(term("ce")), (term("ce"),)),
+        "cache: forward KL": (cached(*kl), kl),
+        f"cache: forward KL, hidden layer {LAYER}": (cached(*both), both),
+        "live teacher: forward KL over all of V": (live, ()),
+    }
+
+
+def measure_step(name: str) -> dict[str, float]:
+    """Seconds of the best step, and the peak of resident memory in MiB."""
+    make, terms = paths()[name]
+    reader = CacheReader.open(CACHE)
+    groups = [reader.find(kind) for kind in sorted(Objective.of(terms).needs)]
+    data = CachedDataset(reader, range(len(reader)), groups)
+    chosen = [i for i in range(len(reader)) if reader.lengths[i] == reader.lengths.max()]
+    collate = Collator(groups, 0)
+    model = student()
+    step, optimizer = make(model), torch.optim.AdamW(model.parameters(), 1e-4)
+    best = float("inf")
+    for number in range(STEPS + 1):
+        began = time.perf_counter()
+        batch = collate([data[chosen[(BATCH * number + i) % len(chosen)]] for i in range(BATCH)])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number:
+            best = min(best, time.perf_counter() - began)
+    return {"seconds": best, "peak": peak_mib()}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure_loss(name: str) -> dict[str, float]:
+    """Seconds of loss and gradients, and what they raise the peak of resident memory by, in MiB."""
+    torch.manual_seed(0)
+    hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(VOCAB, WIDTH) / WIDTH**0.5)
+    label = torch.randint(VOCAB, (POSITIONS,))
+    draws = torch.randint(12, VOCAB, (POSITIONS, 16)).sort(-1).values.int()
+    weight.grad = torch.zeros_like(weight)  # as in training: the head's gradient is there anyway
+    before, began = peak_mib(), time.perf_counter()
+    if name == "plain":
+        logprob = functional.linear(hidden, weight).log_softmax(-1)
+        wanted = torch.randn(1, VOCAB).softmax(-1)
+        loss = -(wanted * logprob).sum()
+    else:
+        coded = {
+            "counts": torch.full((POSITIONS,), 12, dtype=torch.int16),
+            "odds": torch.zeros(POSITIONS, dtype=torch.int16),
+            "ids": torch.arange(12, dtype=torch.int32).expand(POSITIONS, -1),
+            "gaps": torch.ones(POSITIONS, 12, dtype=torch.int16),
+            "draws": draws,
+            "repeats": torch.ones_like(draws),
+            "entropy": torch.zeros(POSITIONS, dtype=torch.int16),
+        }
+        assert CLOSED != 0
+        targets = decode_targets(coded, label)
+        loss = sparse_head_loss(hidden, weight, None, targets, [(forward_kl, 1.0)], HeadTransform()).total
+    loss.backward()
+    return {"seconds": time.perf_counter() - began, "peak": peak_mib() - before}
+
+
+def measure(kind: str, name: str) -> dict[str, float]:
+    """One row, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, kind, name]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    best: dict[str, dict[str, float]] = {}
+    for number in range(ROUNDS):
+        for name in paths():
+            found = measure("step", name)
+            print(f"round {number + 1}, {name}: {found}", flush=True)
+            best[name] = {k: min(v, best.get(name, found)[k]) for k, v in found.items()}
+    base = next(iter(best.values()))
+    rows = [
+        [
+            name,
+            f"{one['seconds']:.2f} s",
+            f"{one['seconds'] / base['seconds']:.3f}",
+            f"{one['peak']:,.0f} MiB",
+            f"{one['peak'] / base['peak']:.3f}",
+        ]
+        for name, one in best.items()
+    ]
+    steps = table(["", "step", "of labels", "peak memory", "of labels"], rows)
+    losses = {name: measure("loss", name) for name in ("plain", "ours")}
+    rows = [
+        [name, f"{one['peak']:,.0f} MiB", f"{one['peak'] / losses['plain']['peak']:.3f}", f"{one['seconds']:.1f} s"]
+        for name, one in losses.items()
+    ]
+    alone = table(["", "rise of the peak", "of plain", "loss and gradients"], rows)
+    intro = (__doc__ or "").split("\n", 2)[2].strip()
+    write_result("train_speed", "What a training step costs", f"{intro}\n\n{steps}\n\n{alone}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps({"step": measure_step, "loss": measure_loss}[sys.argv[1]](sys.argv[2])))
+    else:
+        main()
