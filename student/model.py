@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
-from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
+from student.losses.fused import HeadLoss, sparse_head_loss
+from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
 from student.objective import Objective
 
