@@ -104,7 +104,7 @@ class _SparsePass:
 
     def step(self, rows: slice, targets: SparseTargets) -> None:
         """Losses of one chunk, and its gradients when somebody wants them."""
-        z_nV, slope_nV = self.head.logits(rows)
+        z_nV = self.head.logits(rows)
         ids_nK = targets.ids_NK
         real_nK = torch.isfinite(targets.logprob_NK)
         head_nK = z_nV.gather(1, ids_nK).masked_fill_(~real_nK, -math.inf)
@@ -122,12 +122,10 @@ class _SparsePass:
             d_head_nK = torch.where(real_nK, d_head_nK, d_head_nK[:, :1])
             coefficient_n = torch.where(sum_n > 0, d_tail_n / sum_n, 0.0)
             _spread_(z_nV, coefficient_n, (ids_nK, d_head_nK), (targets.label_N, d_label_n))
-            if slope_nV is not None:
-                z_nV.mul_(slope_nV)
             self.head.add_gradient(rows, z_nV)
 
     def _losses(self, leaves: list[Tensor], targets: SparseTargets, rows: slice) -> tuple[Tensor, ...] | None:
-        """Fill in the terms' values and return d total / d (head, tail, label), times the head's scale."""
+        """Fill in the terms' values and return d total / d (head, tail, label)."""
         wants_grad = self.head.wants_grad
         with torch.set_grad_enabled(wants_grad):
             leaves = [leaf.requires_grad_(wants_grad) for leaf in leaves]
@@ -140,16 +138,13 @@ class _SparsePass:
                     total = total + weight * value_n.sum()
             if not total.requires_grad:
                 return None
-            slopes = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-        return tuple(slope * self.head.transform.scale for slope in slopes)
+            return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
 
 def _spread_(
     exp_nV: Tensor, coefficient_n: Tensor, head: tuple[Tensor, Tensor], label: tuple[Tensor, Tensor]
 ) -> None:
-    """Turn exp(z - shift), zero at head columns, into d total / d (scale * raw logits), but for
-    soft-capping.
-    """
+    """Turn exp(z - shift), zero at head columns, into d total / d z."""
     exp_nV.mul_(coefficient_n.unsqueeze(1))
     ids_nK, d_head_nK = head
     # Set, not add, in the exact dtype: bfloat16 scatters and scatter_add_ copy the whole tensor on CPUs.

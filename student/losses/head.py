@@ -37,16 +37,17 @@ class HeadTransform:
         softcap = getattr(text, "final_logit_softcapping", None)
         return cls(scale, float(softcap) if softcap else None)
 
-    def apply_(self, z_nV: Tensor, wants_slope: bool) -> Tensor | None:
-        """Transform raw logits in place; d z / d (scale * raw) where soft-capping makes it vary."""
+    def apply_(self, z_nV: Tensor) -> Tensor:
+        """Transform raw logits in place."""
         if self.scale != 1.0:
             z_nV.mul_(self.scale)
+        return z_nV if self.softcap is None else z_nV.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, z_nV: Tensor) -> Tensor:
+        """d z / d raw at transformed logits, [n, V]; without soft-capping one number, expanded."""
         if self.softcap is None:
-            return None
-        z_nV.div_(self.softcap).tanh_()
-        slope_nV = 1.0 - z_nV.square() if wants_slope else None
-        z_nV.mul_(self.softcap)
-        return slope_nV
+            return z_nV.new_tensor(self.scale).expand_as(z_nV)
+        return (z_nV / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -99,10 +100,10 @@ class ChunkedHead:
         for start in range(0, len(self.h_ND), self._chunk):
             yield slice(start, min(start + self._chunk, len(self.h_ND)))
 
-    def logits(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Transformed logits of a chunk in the exact dtype, and d z / d (scale * raw) where it is not one.
+    def logits(self, rows: slice) -> Tensor:
+        """Transformed logits of a chunk in the exact dtype, [n, V].
 
-        The logits are a buffer that the next chunk overwrites; whoever asks may write into it.
+        They are a buffer that the next chunk overwrites; whoever asks may write into it.
         """
         h_nD = self.h_ND[rows]
         raw_nV = torch.mm(h_nD, self.w_VD.t(), out=self._z_nV[: len(h_nD)])
@@ -111,10 +112,18 @@ class ChunkedHead:
             z_nV.copy_(raw_nV)
         if self.bias_V is not None:
             z_nV.add_(self.bias_V)
-        return z_nV, self.transform.apply_(z_nV, self.wants_grad)
+        self.transform.apply_(z_nV)
+        plain = self.transform == HeadTransform() or not self.wants_grad
+        self._slope_nV = None if plain else self.transform.slope(z_nV)
+        return z_nV
 
     def add_gradient(self, rows: slice, g_nV: Tensor) -> None:
-        """Add what a chunk's d total / d raw logits means for hidden, weight and bias; exact dtype."""
+        """Add what d total / d logits of the last chunk means for hidden, weight and bias.
+
+        `g_nV` is of the exact dtype, may be the buffer that `logits` gave, and is overwritten.
+        """
+        if self._slope_nV is not None:
+            g_nV.mul_(self._slope_nV)
         h_nD, low_nV = self.h_ND[rows], self._z_nV[: len(g_nV)]
         if g_nV.dtype != low_nV.dtype:
             g_nV = low_nV.copy_(g_nV)
