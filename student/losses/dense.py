@@ -2,10 +2,9 @@
 
 The teacher's logits are recomputed, chunk by chunk, from its cached final state and its LM head, so that the
 whole distribution is there at any temperature and neither side's N x V ever exists. Losses and their slopes
-come from `student.losses.divergences`, chunks and gradients from `student.losses.head`.
+come from `student.losses.full`, chunks and gradients from `student.losses.head`.
 
-Shape letters: N positions, n positions of a chunk, V the teacher's vocabulary, D hidden size of either side, S
-loss terms.
+Shape letters: N positions, n positions of a chunk, V vocabulary of the teacher, D hidden size, S loss terms.
 """
 
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student.losses.divergences import DenseLoss, Rows
+from student.losses.full import DenseLoss, Rows
 from student.losses.head import ChunkedHead, HeadTransform, compute_dtype, exact_dtype, scaled_gradients
 
 # Logits per buffer; about ten live at a time: both sides' logits, (log-)probabilities, gradient, temporaries.
@@ -63,21 +62,15 @@ class TeacherHead:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """The teacher's side of N positions.
-
-    hidden_ND: float, states behind the final norm. confidence_N: float in [0, 1], for terms that want it
-    (`confidence_aware_kl`).
-    """
+    """The teacher's side of N positions; hidden_ND: float, states behind the final norm."""
 
     head: TeacherHead
     hidden_ND: Tensor
-    confidence_N: Tensor | None = None
 
     def rows(self, student_nV: Tensor, positions: slice) -> Rows:
         """Both sides of a chunk."""
         teacher_nV = self.head.logits(self.hidden_ND[positions])
-        confidence_n = None if self.confidence_N is None else self.confidence_N[positions]
-        return Rows(student_nV, teacher_nV.to(student_nV.dtype), confidence_n)
+        return Rows(student_nV, teacher_nV.to(student_nV.dtype))
 
 
 def dense_head_loss(

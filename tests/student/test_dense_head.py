@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.losses import divergences
+from student.losses import full
 from student.losses.dense import DenseTargets, TeacherHead, dense_head_loss, fisher_diagonal, fisher_mse
-from student.losses.divergences import DenseLoss, tempered
+from student.losses.full import DenseLoss
 from student.losses.head import HeadTransform
 
-Plain = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student z, teacher t, confidence) -> value [N]
+Plain = Callable[[Tensor, Tensor], Tensor]  # (student z, teacher t) -> value [N]
 
 
 def soft(z: Tensor, t: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -26,32 +26,32 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p / q).log()).sum(-1)
 
 
-def plain_forward(z: Tensor, t: Tensor, _c: Tensor, tau: float = 1.0) -> Tensor:
+def plain_forward(z: Tensor, t: Tensor, tau: float = 1.0) -> Tensor:
     return tau**2 * kl(*soft(z, t, tau))
 
 
-def plain_reverse(z: Tensor, t: Tensor, _c: Tensor, tau: float = 1.0) -> Tensor:
+def plain_reverse(z: Tensor, t: Tensor, tau: float = 1.0) -> Tensor:
     p, q = soft(z, t, tau)
     return tau**2 * kl(q, p)
 
 
-def plain_jsd(z: Tensor, t: Tensor, _c: Tensor, beta: float, tau: float = 1.0) -> Tensor:
+def plain_jsd(z: Tensor, t: Tensor, beta: float, tau: float = 1.0) -> Tensor:
     p, q = soft(z, t, tau)
     m = beta * p + (1 - beta) * q
     return tau**2 * (beta * kl(p, m) + (1 - beta) * kl(q, m))
 
 
-def plain_skew(z: Tensor, t: Tensor, _c: Tensor, alpha: float) -> Tensor:
+def plain_skew(z: Tensor, t: Tensor, alpha: float) -> Tensor:
     p, q = soft(z, t, 1.0)
     return kl(p, alpha * p + (1 - alpha) * q)
 
 
-def plain_skew_reverse(z: Tensor, t: Tensor, _c: Tensor, alpha: float) -> Tensor:
+def plain_skew_reverse(z: Tensor, t: Tensor, alpha: float) -> Tensor:
     p, q = soft(z, t, 1.0)
     return kl(q, (1 - alpha) * p + alpha * q)
 
 
-def plain_adaptive(z: Tensor, t: Tensor, _c: Tensor, mass: float) -> Tensor:
+def plain_adaptive(z: Tensor, t: Tensor, mass: float) -> Tensor:
     """Row by row: the head by a full sort, its weight without gradient."""
     p, q = soft(z, t, 1.0)
     values = []
@@ -64,30 +64,30 @@ def plain_adaptive(z: Tensor, t: Tensor, _c: Tensor, mass: float) -> Tensor:
     return torch.stack(values)
 
 
-def plain_confidence(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+def plain_confidence(z: Tensor, t: Tensor, c: float = 0.3) -> Tensor:
     p, q = soft(z, t, 1.0)
     return c * kl(q, p) + (1 - c) * kl(p, q)
 
 
-def plain_tvd(z: Tensor, t: Tensor, _c: Tensor) -> Tensor:
+def plain_tvd(z: Tensor, t: Tensor) -> Tensor:
     p, q = soft(z, t, 1.0)
     return (p - q).abs().sum(-1) / 2
 
 
-def plain_soft_mse(z: Tensor, t: Tensor, _c: Tensor) -> Tensor:
+def plain_soft_mse(z: Tensor, t: Tensor) -> Tensor:
     p, q = soft(z, t, 1.0)
     return (p - q).square().sum(-1)
 
 
-def plain_mse(z: Tensor, t: Tensor, _c: Tensor) -> Tensor:
+def plain_mse(z: Tensor, t: Tensor) -> Tensor:
     return (z - t).square().mean(-1)
 
 
-def plain_centred(z: Tensor, t: Tensor, _c: Tensor) -> Tensor:
+def plain_centred(z: Tensor, t: Tensor) -> Tensor:
     return ((z - z.mean(-1, True)) - (t - t.mean(-1, True))).square().mean(-1)
 
 
-def plain_fisher(z: Tensor, t: Tensor, _c: Tensor) -> Tensor:
+def plain_fisher(z: Tensor, t: Tensor) -> Tensor:
     p = t.softmax(-1)
     fisher = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
     gap = (z - t).unsqueeze(-1)
@@ -95,34 +95,34 @@ def plain_fisher(z: Tensor, t: Tensor, _c: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, tuple[DenseLoss, Plain]] = {
-    "forward": (tempered(divergences.forward_kl), plain_forward),
-    "forward at 3": (tempered(divergences.forward_kl, 3.0), partial(plain_forward, tau=3.0)),
-    "reverse": (tempered(divergences.reverse_kl), plain_reverse),
-    "reverse at 0.5": (tempered(divergences.reverse_kl, 0.5), partial(plain_reverse, tau=0.5)),
-    "jsd": (tempered(divergences.jsd), partial(plain_jsd, beta=0.5)),
+    "forward": (full.forward_kl, plain_forward),
+    "forward at 3": (partial(full.forward_kl, temperature=3.0), partial(plain_forward, tau=3.0)),
+    "reverse": (full.reverse_kl, plain_reverse),
+    "reverse at 0.5": (partial(full.reverse_kl, temperature=0.5), partial(plain_reverse, tau=0.5)),
+    "jsd": (full.jsd, partial(plain_jsd, beta=0.5)),
     "jsd 0.1 at 2": (
-        tempered(partial(divergences.jsd, beta=0.1), 2.0),
+        partial(full.jsd, beta=0.1, temperature=2.0),
         partial(plain_jsd, beta=0.1, tau=2.0),
     ),
-    "skew": (tempered(divergences.skew_kl), partial(plain_skew, alpha=0.1)),
-    "skew 0.7": (tempered(partial(divergences.skew_kl, alpha=0.7)), partial(plain_skew, alpha=0.7)),
-    "skew reverse": (tempered(divergences.skew_reverse_kl), partial(plain_skew_reverse, alpha=0.1)),
+    "skew": (full.skew_kl, partial(plain_skew, alpha=0.1)),
+    "skew 0.7": (partial(full.skew_kl, alpha=0.7), partial(plain_skew, alpha=0.7)),
+    "skew reverse": (full.skew_reverse_kl, partial(plain_skew_reverse, alpha=0.1)),
     "skew reverse 0.7": (
-        tempered(partial(divergences.skew_reverse_kl, alpha=0.7)),
+        partial(full.skew_reverse_kl, alpha=0.7),
         partial(plain_skew_reverse, alpha=0.7),
     ),
-    "adaptive": (tempered(divergences.adaptive_kl), partial(plain_adaptive, mass=0.5)),
+    "adaptive": (full.adaptive_kl, partial(plain_adaptive, mass=0.5)),
     "adaptive 0.999": (
-        tempered(partial(divergences.adaptive_kl, head_mass=0.999)),
+        partial(full.adaptive_kl, mu=0.999),
         partial(plain_adaptive, mass=0.999),
     ),
-    "confidence": (tempered(divergences.confidence_aware_kl), plain_confidence),
-    "tvd": (tempered(divergences.tvd), plain_tvd),
-    "soft mse": (tempered(divergences.soft_mse), plain_soft_mse),
-    "logit mse": (divergences.logit_mse, plain_mse),
-    "centred": (divergences.centred_logit_mse, plain_centred),
+    "confidence": (partial(full.confidence_kl, confidence=0.3), plain_confidence),
+    "tvd": (full.total_variation, plain_tvd),
+    "soft mse": (full.soft_mse, plain_soft_mse),
+    "logit mse": (full.logit_mse, plain_mse),
+    "centred": (full.centred_logit_mse, plain_centred),
 }
-SMALL = LOSSES | {"fisher": (divergences.fisher_logit_mse, plain_fisher)}  # the reference holds N x V x V
+SMALL = LOSSES | {"fisher": (full.fisher_logit_mse, plain_fisher)}  # the reference holds N x V x V
 TRANSFORMS = [HeadTransform(), HeadTransform(0.5), HeadTransform(2.0, 5.0)]
 
 
@@ -138,7 +138,6 @@ def problem(n: int, v: int, d_s: int, d_t: int, seed: int = 0) -> dict[str, Tens
         "weight": randn(v, d_s) * 3 / math.sqrt(d_s),
         "teacher_hidden": randn(n, d_t),
         "teacher_weight": randn(v, d_t) * 3 / math.sqrt(d_t),
-        "confidence": torch.rand(n, generator=generator, dtype=torch.float64),
     }
 
 
@@ -152,10 +151,8 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Head
 
 
 def targets_of(parts: dict[str, Tensor], dtype: torch.dtype, transform: HeadTransform) -> DenseTargets:
-    hidden, weight, confidence = (
-        parts[name].to(dtype) for name in ("teacher_hidden", "teacher_weight", "confidence")
-    )
-    return DenseTargets(TeacherHead(weight, None, transform), hidden, confidence)
+    hidden, weight = (parts[name].to(dtype) for name in ("teacher_hidden", "teacher_weight"))
+    return DenseTargets(TeacherHead(weight, None, transform), hidden)
 
 
 def leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -172,7 +169,7 @@ def test_float64_matches_to_rounding(
     parts, own = problem(*shape), HeadTransform(1.5, 7.0)
     inputs = leaves([parts["hidden"], parts["weight"], torch.randn(shape[1])], torch.float64)
     goal = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, transform)
-    wanted_N = plain(head_of(*inputs, own), goal, parts["confidence"])
+    wanted_N = plain(head_of(*inputs, own), goal)
     wanted = torch.autograd.grad(0.7 * wanted_N.sum(), inputs)
     total, terms_SN = dense_head_loss(
         *inputs, targets_of(parts, torch.float64, transform), [(loss, 0.7)], own, max(1, shape[0] // 3)
@@ -212,7 +209,7 @@ def test_terms_share_a_pass_with_their_weights() -> None:
     total, terms_SN = dense_head_loss(inputs[0], inputs[1], None, targets, terms, HeadTransform(), chunk=4)
     goal = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, HeadTransform())
     z = inputs[0] @ inputs[1].t()
-    wanted_SN = torch.stack([plain(z, goal, parts["confidence"]) for _, plain in SMALL.values()])
+    wanted_SN = torch.stack([plain(z, goal) for _, plain in SMALL.values()])
     wanted = torch.tensor([weight for _, weight in terms], dtype=torch.float64) @ wanted_SN.sum(-1)
     torch.testing.assert_close(terms_SN, wanted_SN.detach(), rtol=1e-11, atol=1e-13)
     for gradient, right in zip(
@@ -235,10 +232,10 @@ def test_float32_at_real_vocabularies(name: str, vocabulary: int) -> None:
     z_t = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, HeadTransform())
     exact, single = (leaves([parts["hidden"], parts["weight"]], d) for d in (torch.float64, torch.float32))
     z = exact[0] @ exact[1].t()
-    truth_N = plain(z, z_t, parts["confidence"])
+    truth_N = plain(z, z_t)
     dz, *right = torch.autograd.grad(truth_N.sum(), [z, *exact])
     low_t = parts["teacher_hidden"].float() @ parts["teacher_weight"].float().t()
-    plain_N = plain(single[0] @ single[1].t(), low_t, parts["confidence"].float())
+    plain_N = plain(single[0] @ single[1].t(), low_t)
     theirs = torch.autograd.grad(plain_N.sum(), single)
     targets = targets_of(parts, torch.float32, HeadTransform())
     total, terms_SN = dense_head_loss(single[0], single[1], None, targets, [(loss, 1.0)], HeadTransform(), 1)
@@ -258,11 +255,11 @@ def test_bfloat16_is_as_good_as_a_plain_bfloat16_head(name: str) -> None:
     parts = problem(48, 503, 64, 32)
     exact = leaves([parts["hidden"], parts["weight"]], torch.float64)
     z_t = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, HeadTransform())
-    truth = plain(exact[0] @ exact[1].t(), z_t, parts["confidence"])
+    truth = plain(exact[0] @ exact[1].t(), z_t)
     right = torch.autograd.grad(truth.sum(), exact)
     half, single = leaves(exact, torch.bfloat16), leaves(exact, torch.float32)
     low_t = parts["teacher_hidden"].bfloat16() @ parts["teacher_weight"].bfloat16().t()
-    rough = plain((half[0] @ half[1].t()).float(), low_t.float(), parts["confidence"].float())
+    rough = plain((half[0] @ half[1].t()).float(), low_t.float())
     theirs = torch.autograd.grad(rough.sum(), half)
     targets = targets_of(parts, torch.float32, HeadTransform())
     with torch.autocast("cpu", torch.bfloat16):
@@ -278,7 +275,7 @@ def test_padding_of_the_students_vocabulary_is_outside() -> None:
     weight = torch.cat([parts["weight"], torch.full((5, 4), 9.0).double()]).requires_grad_()
     bias = torch.zeros(45).double().requires_grad_()
     hidden = parts["hidden"].requires_grad_()
-    terms = [(tempered(divergences.reverse_kl), 1.0)]
+    terms = [(full.reverse_kl, 1.0)]
     total, _ = dense_head_loss(hidden, weight, bias, targets, terms, HeadTransform())
     wanted, _ = dense_head_loss(hidden, parts["weight"], None, targets, terms, HeadTransform())
     assert total.item() == wanted.item()
@@ -295,16 +292,16 @@ def test_a_tied_weight_collects_both_gradients() -> None:
     parts = problem(6, 17, 4, 4)
     weight = parts["weight"].requires_grad_()
     targets = targets_of(parts | {"teacher_weight": weight}, torch.float64, HeadTransform())
-    terms = [(tempered(divergences.jsd), 1.0)]
+    terms = [(full.jsd, 1.0)]
     ids = torch.tensor([0, 3, 3, 5, 16, 1])
     total, _ = dense_head_loss(weight[ids], weight, None, targets, terms, HeadTransform())
-    plain = plain_jsd(weight[ids] @ weight.t(), (parts["teacher_hidden"] @ weight.t()).detach(), ids, 0.5)
+    plain = plain_jsd(weight[ids] @ weight.t(), (parts["teacher_hidden"] @ weight.t()).detach(), 0.5)
     (gradient,) = torch.autograd.grad(total, [weight])
     (wanted,) = torch.autograd.grad(plain.sum(), [weight])
     torch.testing.assert_close(gradient, wanted)
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) - {"confidence"}))
+@pytest.mark.parametrize("name", SMALL)
 def test_the_teacher_itself_scores_zero_everywhere(name: str) -> None:
     """And exactly so at logits a thousand apart, where probabilities underflow."""
     parts = problem(5, 33, 4, 4)
@@ -324,9 +321,7 @@ def test_opposite_certainties_stay_finite(name: str) -> None:
     """Teacher and student are certain of different tokens, 400 nats apart."""
     eye = torch.eye(5)
     hidden = torch.tensor([[400.0, 0, 0, 0, 0]], requires_grad=True)
-    targets = DenseTargets(
-        TeacherHead(eye, None, HeadTransform()), torch.tensor([[0.0, 400, 0, 0, 0]]), torch.tensor([0.5])
-    )
+    targets = DenseTargets(TeacherHead(eye, None, HeadTransform()), torch.tensor([[0.0, 400, 0, 0, 0]]))
     total, _ = dense_head_loss(hidden, eye, None, targets, [(SMALL[name][0], 1.0)], HeadTransform())
     total.backward()
     assert torch.isfinite(total)
@@ -337,10 +332,10 @@ def test_no_chunk_holds_more_than_it_may() -> None:
     """The losses see `chunk` rows at a time, and all rows once."""
     parts, seen = problem(23, 19, 3, 5), []
 
-    def spy(rows: divergences.Rows) -> tuple[Tensor, Tensor]:
+    def spy(rows: full.Rows) -> tuple[Tensor, Tensor]:
         seen.append(tuple(rows.student_nV.shape))
         assert rows.student_nV.shape == rows.teacher_nV.shape
-        return divergences.logit_mse(rows)
+        return full.logit_mse(rows)
 
     targets = targets_of(parts, torch.float64, HeadTransform())
     dense_head_loss(parts["hidden"], parts["weight"], None, targets, [(spy, 1.0)], HeadTransform(), 7)
@@ -351,7 +346,7 @@ def test_no_positions_are_no_loss() -> None:
     parts = problem(0, 19, 3, 5)
     hidden = parts["hidden"].requires_grad_()
     targets = targets_of(parts, torch.float64, HeadTransform())
-    terms = [(tempered(divergences.jsd), 1.0)]
+    terms = [(full.jsd, 1.0)]
     total, terms_SN = dense_head_loss(hidden, parts["weight"], None, targets, terms, HeadTransform())
     total.backward()
     assert total.item() == 0.0

@@ -2,9 +2,9 @@
 
 Every loss takes one chunk of rows and returns (value [n], gradient with respect to the student's logits
 [n, V]), so that `student.losses.dense` needs no autograd graph over n x V. A divergence sees the pair of
-distributions at one temperature tau and returns its slope s with respect to log q, as if these were free;
-through the softmax that is d value / d z = (s - q * sum s) / tau. `tempered` does this, and multiplies by
-tau^2, so that gradients keep their size (Hinton et al. 2015, arXiv:1503.02531).
+distributions at one temperature T and returns its slope s with respect to log q, as if these were free;
+through the softmax that is d value / d z = (s - q * sum s) / T. `tempered` does this, and multiplies by T^2,
+so that gradients keep their size (Hinton et al. 2015, arXiv:1503.02531).
 
 p is the teacher, q the student, z their logits. Shape letters: n positions of a chunk, V vocabulary.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 
 import torch
 from torch import Tensor
@@ -25,11 +25,10 @@ ValueAndSlope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """Log-probabilities [n, V] of teacher (p) and student (q); confidence_n as in `Rows`."""
+    """Log-probabilities [n, V] of teacher (p) and student (q)."""
 
     log_p: Tensor
     log_q: Tensor
-    confidence_n: Tensor | None
 
     @cached_property
     def p(self) -> Tensor:
@@ -42,14 +41,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rows:
-    """A chunk's logits on both sides, float32 or float64 [n, V], to be read only.
-
-    confidence_n: how likely the teacher finds the text that the position belongs to, in [0, 1].
-    """
+    """A chunk's logits on both sides, float32 or float64 [n, V], to be read only."""
 
     student_nV: Tensor
     teacher_nV: Tensor
-    confidence_n: Tensor | None = None
     _pairs: dict[float, Pair] = field(default_factory=dict)
 
     def at(self, temperature: float) -> Pair:
@@ -58,37 +53,41 @@ class Rows:
             log_p, log_q = (
                 torch.log_softmax(side / temperature, -1) for side in (self.teacher_nV, self.student_nV)
             )
-            self._pairs[temperature] = Pair(log_p, log_q, self.confidence_n)
+            self._pairs[temperature] = Pair(log_p, log_q)
         return self._pairs[temperature]
 
 
-Divergence = Callable[[Pair], ValueAndSlope]
 DenseLoss = Callable[[Rows], ValueAndSlope]
 
 
-def tempered(divergence: Divergence, temperature: float = 1.0) -> DenseLoss:
-    """tau^2 * divergence(p_tau, q_tau) as a loss on logits."""
+def tempered(divergence: Callable[..., ValueAndSlope]) -> Callable[..., ValueAndSlope]:
+    """Make (pair, **options) -> (value, slope in log q) into a loss: (rows, temperature=1.0, **options) ->
+    (T^2 value, slope in z).
+    """
 
-    def loss(rows: Rows) -> ValueAndSlope:
+    @wraps(divergence)
+    def loss(rows: Rows, temperature: float = 1.0, **options: float) -> ValueAndSlope:
         pair = rows.at(temperature)
-        value_n, slope = divergence(pair)
+        value_n, slope = divergence(pair, **options)
         slope.addcmul_(pair.q, slope.sum(-1, keepdim=True), value=-1.0)
         return temperature**2 * value_n, slope.mul_(temperature)
 
     return loss
 
 
+@tempered
 def forward_kl(pair: Pair) -> ValueAndSlope:
     """KL(p || q) in nats."""
-    return (pair.p * (pair.log_p - pair.log_q)).sum(-1), -pair.p
+    return _forward_kl(pair)
 
 
+@tempered
 def reverse_kl(pair: Pair) -> ValueAndSlope:
     """KL(q || p) in nats (MiniLLM, arXiv:2306.08543, on the teacher's text)."""
-    gap = pair.log_q - pair.log_p
-    return (pair.q * gap).sum(-1), pair.q * gap.add_(1.0)
+    return _reverse_kl(pair)
 
 
+@tempered
 def jsd(pair: Pair, beta: float = 0.5) -> ValueAndSlope:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1, in nats.
 
@@ -100,6 +99,7 @@ def jsd(pair: Pair, beta: float = 0.5) -> ValueAndSlope:
     return beta * (pair.p * (pair.log_p - log_m)).sum(-1) + own.sum(-1), own
 
 
+@tempered
 def skew_kl(pair: Pair, alpha: float = 0.1) -> ValueAndSlope:
     """KL(p || alpha p + (1 - alpha) q), 0 < alpha < 1 (DistiLLM, arXiv:2402.03898)."""
     log_m = _log_mix(pair, alpha)
@@ -107,6 +107,7 @@ def skew_kl(pair: Pair, alpha: float = 0.1) -> ValueAndSlope:
     return value_n, (pair.log_q - log_m).exp_().mul_(pair.p).mul_(alpha - 1.0)
 
 
+@tempered
 def skew_reverse_kl(pair: Pair, alpha: float = 0.1) -> ValueAndSlope:
     """KL(q || (1 - alpha) p + alpha q), 0 < alpha < 1 (DistiLLM, arXiv:2402.03898)."""
     gap = pair.log_q - _log_mix(pair, 1.0 - alpha)
@@ -114,32 +115,36 @@ def skew_reverse_kl(pair: Pair, alpha: float = 0.1) -> ValueAndSlope:
     return value_n, (gap + 1.0).sub_(gap.exp_(), alpha=alpha).mul_(pair.q)
 
 
-def adaptive_kl(pair: Pair, head_mass: float = 0.5) -> ValueAndSlope:
+@tempered
+def adaptive_kl(pair: Pair, mu: float = 0.5) -> ValueAndSlope:
     """(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t), g the sum of |p - q| over the teacher's head or tail.
 
-    The head is the fewest most likely tokens that reach `head_mass` (and those as likely as the last of
+    The head is the fewest most likely tokens that reach `mu` (and those as likely as the last of
     them); the weights g are constants to the gradient (AKL, arXiv:2404.02657).
     """
     gap = (pair.p - pair.q).abs_()
     whole_n = gap.sum(-1)
-    head_n = gap.mul_(pair.p >= _last_of_head(pair.p, head_mass).unsqueeze(-1)).sum(-1)
+    head_n = gap.mul_(pair.p >= _last_of_head(pair.p, mu).unsqueeze(-1)).sum(-1)
     share_n = torch.where(whole_n > 0, head_n / whole_n, 0.5)
     return _blend(pair, share_n)
 
 
-def confidence_aware_kl(pair: Pair) -> ValueAndSlope:
-    """gamma KL(q || p) + (1 - gamma) KL(p || q), gamma = the rows' confidence (CAKLD, arXiv:2402.10631)."""
-    if pair.confidence_n is None:
-        raise ValueError("confidence_aware_kl needs rows with a confidence")
-    return _blend(pair, 1.0 - pair.confidence_n)
+@tempered
+def confidence_kl(pair: Pair, confidence: float) -> ValueAndSlope:
+    """gamma KL(q || p) + (1 - gamma) KL(p || q), gamma in [0, 1]: the teacher's mean probability of the next
+    token, one number for the whole training (CAKLD of BitDistiller, arXiv:2402.10631).
+    """
+    return _blend(pair, pair.log_p.new_full((len(pair.log_p),), 1.0 - confidence))
 
 
-def tvd(pair: Pair) -> ValueAndSlope:
+@tempered
+def total_variation(pair: Pair) -> ValueAndSlope:
     """Total variation distance, sum |p - q| / 2, in [0, 1] (f-DISTILL, arXiv:2307.15190)."""
     gap = pair.q - pair.p
     return gap.abs().sum(-1) / 2, gap.sign_().mul_(pair.q).mul_(0.5)
 
 
+@tempered
 def soft_mse(pair: Pair) -> ValueAndSlope:
     """Squared distance of the distributions, sum (p - q)^2, in [0, 2]."""
     gap = pair.q - pair.p
@@ -174,9 +179,18 @@ def fisher_logit_mse(rows: Rows) -> ValueAndSlope:
     return gap.mul_(slope).sum(-1) / 2, slope
 
 
+def _forward_kl(pair: Pair) -> ValueAndSlope:
+    return (pair.p * (pair.log_p - pair.log_q)).sum(-1), -pair.p
+
+
+def _reverse_kl(pair: Pair) -> ValueAndSlope:
+    gap = pair.log_q - pair.log_p
+    return (pair.q * gap).sum(-1), pair.q * gap.add_(1.0)
+
+
 def _blend(pair: Pair, share_n: Tensor) -> ValueAndSlope:
     """share * KL(p || q) + (1 - share) * KL(q || p) with constant shares."""
-    (forward_n, slope), (reverse_n, other) = forward_kl(pair), reverse_kl(pair)
+    (forward_n, slope), (reverse_n, other) = _forward_kl(pair), _reverse_kl(pair)
     slope.mul_(share_n.unsqueeze(-1)).add_(other.mul_((1.0 - share_n).unsqueeze(-1)))
     return share_n * forward_n + (1.0 - share_n) * reverse_n, slope
 
