@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
 from student.losses.fused import HeadLoss, sparse_head_loss
 from student.losses.head import HeadTransform
-from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
-from student.objective import Objective
+from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
+from student.objective.terms import Objective, View
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -32,6 +33,7 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
         self.transform = HeadTransform.from_config(student.config)
 
     @property
@@ -68,15 +70,16 @@ class DistillationModel(nn.Module):
             body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
         coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
-        targets = _targets(select(labels, learned_N), coded)
+        view = _view(states, coded_hidden or {}, learned_N, labels.shape[1])
+        targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        loss, hidden_SN = self._hidden(states, coded_hidden or {}, learned_N, head)
+        loss, other_SN = self._others(view, head)
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
-            sums = self._sums(head, hidden_SN, coded, learned_N // labels.shape[1], len(labels))
+            sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
             return {"loss": loss * scale, "sums": sums}
-        terms = torch.cat([head.terms_SN[: len(self.objective.head)], hidden_SN]).sum(-1)
+        terms = torch.cat([head.terms_SN[: len(self.objective.head)], other_SN]).sum(-1)
         return {"loss": loss * scale, "terms": terms * scale}
 
     @property
@@ -89,7 +92,7 @@ class DistillationModel(nn.Module):
         """Collect the hidden states that terms need, by hooks on the inputs of just those layers."""
         states: dict[int, Tensor] = {}
         layers = self.student.get_decoder().layers
-        wanted = {term.student_layer for term in self.objective.hidden} - {self._depth}
+        wanted = {layer for term in self.objective.others for layer in term.student_layers} - {self._depth}
 
         def keep(index: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,38 +107,52 @@ class DistillationModel(nn.Module):
             for handle in handles:
                 handle.remove()
 
+    def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
+        """The learned positions' targets; heads of zero columns where the batch carries none."""
+        if not coded:
+            empty = label_N.new_empty(len(label_N), 0)
+            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+        targets = decode_targets(coded, label_N)
+        if not any("Y" in term.loss.needs for term in self.objective.head):
+            return targets
+        known_N = decode_labels(coded["label_logprob"])
+        return replace(targets, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
+
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
         """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
-        terms = [(term.loss, term.weight) for term in self.objective.head]
+        terms = [(term.function, w) for term, w in zip(self.objective.head, self.weights, strict=False)]
         if not self.training:
             terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
-        if not terms:  # hidden terms alone: the head is not even multiplied
+        if not terms:  # other terms alone: the head is not even multiplied
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
         output = self.student.get_output_embeddings()
-        return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
+        return sparse_head_loss(
+            hidden_ND,
+            output.weight,
+            output.bias,
+            targets,
+            terms,
+            self.transform,
+            reduction=self.objective.reduction,
+        )
 
-    def _hidden(
-        self, states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, head: HeadLoss
-    ) -> tuple[Tensor, Tensor]:
-        """(weighted sum of all terms, detached values of the hidden terms [S', N])."""
+    def _others(self, view: View, head: HeadLoss) -> tuple[Tensor, Tensor]:
+        """(weighted sum of all terms, detached values of the terms outside the head [S', N])."""
         loss, values = head.total, [head.terms_SN[:0]]
-        for term in self.objective.hidden:
-            teacher_ND = decode_hidden(
-                {n: select(p, learned_N) for n, p in coded[term.teacher_layer].items()}
-            )
-            value_N = term.loss(select(states[term.student_layer], learned_N), teacher_ND)
-            loss = loss + term.weight * value_N.sum()
+        for term, weight in zip(self.objective.others, self.weights[len(self.objective.head) :], strict=True):
+            value_N = term.values(view)
+            loss = loss + weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))
         return loss, torch.cat(values)
 
     def _sums(
-        self, head: HeadLoss, hidden_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
+        self, head: HeadLoss, other_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
     ) -> Tensor:
         """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
         kl_N, ce_N = head.terms_SN[-2:]
-        objective_SN = torch.cat([head.terms_SN[:-2], hidden_SN])
-        weights_S = objective_SN.new_tensor(self.objective.weights)
+        objective_SN = torch.cat([head.terms_SN[:-2], other_SN])
+        weights_S = objective_SN.new_tensor(self.weights)
         ones_N = torch.ones_like(ce_N)
         known_N = ones_N if coded else torch.zeros_like(ones_N)
         columns = [
@@ -157,9 +174,12 @@ def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
     return tensor_BT.flatten(0, 1).index_select(0, positions_N)
 
 
-def _targets(label_N: Tensor, coded: Coded) -> SparseTargets:
-    """The learned positions' targets; heads of zero columns where the batch carries none."""
-    if coded:
-        return decode_targets(coded, label_N)
-    empty = label_N.new_empty(len(label_N), 0)
-    return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+def _view(states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, length: int) -> View:
+    """The learned positions of a batch of rows of `length`."""
+
+    def teacher(layer: int) -> Tensor:
+        return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+
+    return View(
+        lambda layer: select(states[layer], learned_N), teacher, learned_N // length, learned_N % length
+    )

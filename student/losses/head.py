@@ -86,10 +86,10 @@ class ChunkedHead:
         self.wants_grad = any(needs)
         self._dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         (n, d), v = self.h_ND.shape, len(self.w_VD)
-        self._chunk = max(1, min(chunk, n))
+        self.chunk = max(1, min(chunk, n))
         new = self.h_ND.new_empty
-        self._z_nV = new(self._chunk, v)
-        self._exact_nV = self._z_nV if dtype == self.exact else new(self._chunk, v, dtype=self.exact)
+        self._z_nV = new(self.chunk, v)
+        self._exact_nV = self._z_nV if dtype == self.exact else new(self.chunk, v, dtype=self.exact)
         self._dh_ND = new(n, d) if needs[0] else None
         self._dw_VD = self.h_ND.new_zeros(v, d, dtype=self.exact) if needs[1] else None
         self._part_VD = new(v, d) if needs[1] and dtype != self.exact else None
@@ -97,8 +97,8 @@ class ChunkedHead:
 
     def chunks(self) -> Iterator[slice]:
         """Positions of each chunk."""
-        for start in range(0, len(self.h_ND), self._chunk):
-            yield slice(start, min(start + self._chunk, len(self.h_ND)))
+        for start in range(0, len(self.h_ND), self.chunk):
+            yield slice(start, min(start + self.chunk, len(self.h_ND)))
 
     def logits(self, rows: slice) -> Tensor:
         """Transformed logits of a chunk in the exact dtype, [n, V].
