@@ -113,14 +113,15 @@ def ours(**request: Any) -> float:
     teacher = load_teacher(wanted.teacher)
     identity = identity_of(wanted, teacher, engine_version(wanted))
     report = ConsoleReporter(Console(quiet=True))
-    engine = start_engine(Prepared(wanted, teacher, identity, {}, None, None), wanted.groups, False, report)  # type: ignore[arg-type]
+    groups = wanted.groups(teacher)
+    engine = start_engine(Prepared(wanted, teacher, identity, {}, None, None), groups, False, report)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
 
         def run(given: list[np.ndarray]) -> None:
             store = FeatureStore.create(Path(folder) / f"{len(given)}", identity)
             samples = [Sample(tokens, np.ones(len(tokens), np.bool_)) for tokens in given]
             ids = [(sample.id, LENGTH) for sample in samples]
-            plan = plan_generation({}, {}, {}, ids, wanted.groups, wanted.shard_tokens)
+            plan = plan_generation({}, {}, {}, ids, groups, wanted.shard_tokens)
             store.add_plan(plan.new_tasks)
             by_id = {sample.id: sample for sample in samples}
             prepared = Prepared(wanted, teacher, identity, by_id, plan, store)

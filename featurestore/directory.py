@@ -84,9 +84,15 @@ def read_manifest(root: Root, manifest_digest: str) -> Manifest:
 
 
 def fullest_manifest(root: Root) -> str | None:
-    """Digest of the manifest with the most commit records, the newest one of a store that only grows."""
-    digests = manifest_digests(root)
-    return max(digests, key=lambda d: (read_manifest(root, d).records, d), default=None)
+    """Digest of the manifest with the most commit records, and of those with the most teacher listings: the
+    newest one of a store that only grows.
+    """
+
+    def size(manifest_digest: str) -> tuple[int, int, str]:
+        manifest = read_manifest(root, manifest_digest)
+        return manifest.records, len(manifest.teacher), manifest_digest
+
+    return max(manifest_digests(root), key=size, default=None)
 
 
 def teacher_listings(root: Root) -> list[str]:

@@ -117,11 +117,6 @@ def hash_file(path: Path) -> tuple[int, str]:
     return size, hasher.hexdigest()
 
 
-def hash_bytes(data: bytes, _where: str = "") -> tuple[int, str]:
-    """(size in bytes, XXH3-64 as 16 hex digits), as `hash_file` says of a file."""
-    return len(data), xxhash.xxh3_64_hexdigest(data)
-
-
 def copy_checked(source: Path, target: Path, stamp: tuple[int, str]) -> None:
     """Copy a file to the new name `target`; CorruptionError unless its bytes are the committed ones."""
     hasher, size = xxhash.xxh3_64(), 0

@@ -47,7 +47,8 @@ class StoreInfo:
     """samples, rows: of tasks whose samples are committed; the planned ones include the rest.
 
     length_histogram: committed samples by length, keyed "low-high" in powers of two. manifest: digest of
-    the one that a reader takes, or None. provenance: the records of the runs, oldest first.
+    the one that a reader takes, or None. sidecar: part -> bytes, of the teacher's sidecar.
+    provenance: the records of the runs, oldest first.
     """
 
     path: str
@@ -59,6 +60,7 @@ class StoreInfo:
     rows_planned: int
     bytes: int
     groups: dict[str, GroupInfo]
+    sidecar: dict[str, int]
     length_histogram: dict[str, int]
     provenance: list[dict[str, Any]]
 
@@ -84,6 +86,7 @@ def store_info(path: str | Path) -> StoreInfo:
         rows_planned=sum(task.rows for task in tasks.values()),
         bytes=sum(group.bytes for group in groups.values()),
         groups=groups,
+        sidecar={part: stamp[0] for part, (_, stamp) in store.sidecar().items()},
         length_histogram=_histogram(done),
         provenance=store.provenance(),
     )

@@ -159,11 +159,12 @@ def _begin(target: Root, name: str) -> tuple[str, Path]:
 
 
 def _copy_side_files(store: FeatureStore, source: FeatureStore) -> None:
-    """The teacher's small files, checked, and the records of the runs, under their own names."""
+    """The teacher's files, checked, and the records of the runs, under their own names."""
     for listing in teacher_listings(source.root):
         stamps = read_teacher_listing(source.root, listing)
         source.root.check({f"teacher/{name}": stamp for name, stamp in stamps.items()})
-        store.put_teacher_files({name: source.root.load(f"teacher/{name}", _bytes) for name in stamps})
+        files = {n: source.root.load(f"teacher/{n}", _bytes, size) for n, (size, _) in stamps.items()}
+        store.put_teacher_files(files)
     with writing("provenance", store.path):
         for name in provenance_names(source.root):
             read_provenance(source.root, name)

@@ -27,6 +27,7 @@ from featurestore.records import Manifest, commit_name, read_commit
 from featurestore.root import Root, root_of
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers
 from featurestore.shard import ChunkCache
+from featurestore.sidecar import Sidecar, part_of
 from featurestore.tables import read_plan
 
 OPEN_BUNDLES = 128
@@ -129,8 +130,13 @@ class CacheReader:
         if self._root.keeps_copies:
             for listing in self._manifest.teacher:
                 stamps = read_teacher_listing(self._root, listing)
-                self._root.check({f"teacher/{name}": stamp for name, stamp in stamps.items()})
+                small = {f"teacher/{name}": s for name, s in stamps.items() if part_of(name) is None}
+                self._root.check(small)
         return self._root.local("teacher")
+
+    def sidecar(self) -> Sidecar:
+        """The teacher's LM head and projections, as far as the manifest lists them; nothing is read yet."""
+        return Sidecar(self._root, self.identity, self._manifest.teacher)
 
     def shards(self) -> list[list[int]]:
         """The indices of the samples of each task, for `featurestore.order.epoch_order`."""

@@ -31,13 +31,14 @@ from featurestore.errors import (
     SpecMismatchError,
     StoreFormatError,
 )
-from featurestore.files import MAX_RECORD_BYTES, hash_bytes, hash_file, write_new, writing
+from featurestore.files import MAX_RECORD_BYTES, hash_file, write_new, writing
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
 from featurestore.plan import Task
 from featurestore.records import (
     SAMPLES_FILE,
     CommitRecord,
     Manifest,
+    Stamp,
     commit_name,
     files_of,
     read_commit,
@@ -47,6 +48,7 @@ from featurestore.records import (
 from featurestore.root import Root, root_of
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
 from featurestore.shard import write_group
+from featurestore.sidecar import sidecar_files
 from featurestore.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
 
 
@@ -204,15 +206,22 @@ class FeatureStore:
         return manifest
 
     def put_teacher_files(self, files: Mapping[str, bytes]) -> None:
-        """Keep small files of the teacher (config, tokenizer) in teacher/; a name's first content stays."""
+        """Keep files of the teacher (config, tokenizer, parts of its sidecar) in teacher/, and list them.
+
+        A name's first content stays.
+        """
         for name in files:
             check_id(name, FILE_NAME, "teacher file")
         with writing("teacher files", self.path):
             for name, data in files.items():
                 self.root.publish(f"teacher/{name}", data)
-            stamps = {name: self.root.load(f"teacher/{name}", hash_bytes) for name in sorted(files)}
+            stamps = {name: self._stamp(f"teacher/{name}", len(data)) for name, data in sorted(files.items())}
             data = seal({**header("teacher"), "files": {name: list(s) for name, s in stamps.items()}})
             self.root.publish(f"TEACHER-{digest(data)}.json", data)
+
+    def sidecar(self) -> dict[str, tuple[str, Stamp]]:
+        """Part of the teacher's sidecar -> (file in teacher/, its stamp), whichever run put it there."""
+        return sidecar_files(self.root, teacher_listings(self.root))
 
     def add_provenance(self, record: Mapping[str, Any]) -> str:
         """Keep a JSON record of one run (argv, versions, seconds); returns its id."""
@@ -227,6 +236,12 @@ class FeatureStore:
     def provenance(self) -> list[dict[str, Any]]:
         """The records of all runs, oldest first."""
         return [read_provenance(self.root, name) for name in provenance_names(self.root)]
+
+    def _stamp(self, name: str, size: int) -> Stamp:
+        """Size and hash of a file, by reading back what lies there: another writer may have been first."""
+        self.root.fetch({name: max(size, MAX_RECORD_BYTES)})
+        with self.root.naming():
+            return hash_file(self.root.local(name))
 
     def _has(self, spec: GroupSpec | None, task: Task) -> bool:
         """Is this group (None: are the samples) of the task committed."""

@@ -27,9 +27,10 @@ from featurestore.errors import FeatureStoreError, StoreAccessError, StoreNotFou
 from featurestore.files import MAX_RECORD_BYTES
 from featurestore.identity import SAMPLES
 from featurestore.plan import Task
-from featurestore.records import CommitRecord, Manifest, commit_name, read_commit_and_digest
+from featurestore.records import CommitRecord, Manifest, Stamp, commit_name, read_commit_and_digest
 from featurestore.root import Root, root_of
 from featurestore.schema import TeacherIdentity
+from featurestore.sidecar import checked_part, part_of
 from featurestore.tables import read_plan
 
 Progress = Callable[[int, int], None]
@@ -141,7 +142,14 @@ class _Audit:
             with self._file(listing):
                 for name, stamp in read_teacher_listing(self.root, listing).items():
                     with self._file(f"teacher/{name}"):
-                        self.root.check({f"teacher/{name}": stamp}, self.deep)
+                        self._teacher_file(name, stamp)
+
+    def _teacher_file(self, name: str, stamp: Stamp) -> None:
+        if self.deep and self.identity is not None and part_of(name):
+            with self.root.naming():
+                checked_part(self.root, name, stamp, self.identity)
+        else:
+            self.root.check({f"teacher/{name}": stamp}, self.deep)
 
     def _commit(self, group: str, task_id: str) -> None:
         name = commit_name(group, task_id)

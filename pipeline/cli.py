@@ -112,6 +112,21 @@ HiddenDtypeOption = Annotated[
     str,
     typer.Option(help="Stored type of hidden states: bf16, f32, or int8 / fp8 with a scale per position."),
 ]
+FinalOption = Annotated[
+    bool,
+    typer.Option(
+        "--final",
+        help="Keep the state that enters the LM head, and once the head itself: together they give the whole "
+        "distribution.",
+    ),
+]
+RelationOption = Annotated[
+    str,
+    typer.Option(
+        help="Decoder blocks, from 0, e.g. 10,20: keep the state that enters block i (hidden.L<i>), and once "
+        "what makes queries, keys and values of it."
+    ),
+]
 EngineOption = Annotated[
     str, typer.Option(help="vllm: fast, in-worker capture. transformers: slower, runs any causal LM.")
 ]
@@ -149,6 +164,8 @@ def generate(
     temperatures: TemperaturesOption = "",
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
+    final: FinalOption = False,
+    relation_layers: RelationOption = "",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
     tensor_parallel_size: ParallelOption = 1,
@@ -195,6 +212,8 @@ def plan(
     temperatures: TemperaturesOption = "",
     hidden_layers: LayersOption = "",
     hidden_dtype: HiddenDtypeOption = "bf16",
+    final: FinalOption = False,
+    relation_layers: RelationOption = "",
     engine: EngineOption = "vllm",
     dtype: DtypeOption = "auto",
     shard_tokens: ShardOption = 32_768,
@@ -453,6 +472,7 @@ def _request(arguments: dict[str, Any]) -> Any:
     values = {name: value for name, value in arguments.items() if name in names}
     lists = {
         "hidden_layers": _numbers(int, arguments["hidden_layers"], "--hidden-layers", "10,20"),
+        "relation_layers": _numbers(int, arguments["relation_layers"], "--relation-layers", "10,20"),
         "temperatures": _numbers(float, arguments["temperatures"], "--temperatures", "2,4"),
     }
     return GenerateRequest(**(values | lists))
@@ -515,8 +535,11 @@ def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
         return
     console = Console(stderr=True)
     if not outcome.tokens:
+        added = f"{outcome.sidecar_size:,} bytes of the teacher's weights added; " * bool(
+            outcome.sidecar_size
+        )
         console.print(
-            f"nothing to generate: {out} already holds all {outcome.samples:,} samples",
+            f"{added}nothing to generate: {out} already holds all {outcome.samples:,} samples",
             highlight=False,
             soft_wrap=True,
         )

@@ -28,8 +28,8 @@ class Forecast:
     """Sizes of the work that is left, and about how long it takes.
 
     bytes_to_write is an upper bound where heads are adaptive, unless bytes_measured: then it is from what the
-    same column groups take in this store. seconds: of capture, without the engine's start. seconds_from: in
-    words, where that number comes from.
+    same column groups take in this store. sidecar_bytes: of the teacher's weights, part of bytes_to_write.
+    seconds: of capture, without the engine's start. seconds_from: in words, where that number comes from.
     """
 
     samples: int
@@ -40,6 +40,7 @@ class Forecast:
     groups_to_do: tuple[str, ...]
     bytes_to_write: int
     bytes_measured: bool
+    sidecar_bytes: int
     seconds: float
     seconds_from: str
 
@@ -53,6 +54,7 @@ def estimate(prepared: Prepared) -> Forecast:
     stored = stored_row_bytes(store.commits()) if store else {}
     kinds = {group.kind for work in plan.work for group in work.groups}
     pace = _pace(prepared) if plan.work else None
+    sidecar = sum(part.size for part in prepared.sidecar)
     return Forecast(
         samples=plan.samples_total,
         duplicates=plan.duplicates,
@@ -60,8 +62,9 @@ def estimate(prepared: Prepared) -> Forecast:
         tokens_to_do=plan.rows_to_do,
         shards_to_do=len(plan.work),
         groups_to_do=tuple(sorted(kinds)),
-        bytes_to_write=round(bytes_of(plan.work, stored, prepared.teacher.hidden_size)),
+        bytes_to_write=round(bytes_of(plan.work, stored, prepared.teacher.hidden_size)) + sidecar,
         bytes_measured=all(group in stored for work in plan.work for group in work.groups),
+        sidecar_bytes=sidecar,
         seconds=round(pace.seconds(plan.rows_to_do), 3) if pace else 0.0,
         seconds_from=pace.source if pace else "nothing to do",
     )

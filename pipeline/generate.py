@@ -14,6 +14,7 @@ from featurestore.errors import StoreWriteError
 from featurestore.plan import GenerationPlan, Task, Work, plan_generation
 from featurestore.root import root_of
 from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
+from featurestore.sidecar import part_file
 from featurestore.store import FeatureStore
 from pipeline import provenance
 from pipeline.commit import Committer
@@ -22,6 +23,7 @@ from pipeline.errors import RequestError
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
 from pipeline.samples import make_samples
+from pipeline.sidecar import PlannedPart, plan_sidecar
 from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files
 from pipeline.texts import load_documents
 
@@ -30,7 +32,7 @@ from pipeline.texts import load_documents
 class Prepared:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
-    `store` is the one at --out, None where there is none yet.
+    `store` is the one at --out, None where there is none yet. `sidecar`: the parts that it lacks.
     """
 
     request: GenerateRequest
@@ -39,15 +41,19 @@ class Prepared:
     samples: dict[str, Sample]
     plan: GenerationPlan
     store: FeatureStore | None
+    sidecar: tuple[PlannedPart, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions."""
+    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions. Bytes: `size` of
+    their features, `sidecar_size` of the parts of the teacher's sidecar that were added.
+    """
 
     samples: int
     tokens: int
     size: int
+    sidecar_size: int
     engine_seconds: float
     capture_seconds: float
     manifest: str
@@ -65,6 +71,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     check_against_teacher(request, teacher)
     identity = identity_of(request, teacher, engine_version(request))
     store = _existing(request, identity)
+    sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
     documents = load_documents(request.dataset, request.split, request.text_column, request.dataset_config)
     report.stage(f"tokenising {request.dataset}")
     samples = make_samples(
@@ -81,10 +88,11 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         committed={group: set(tasks) for group, tasks in commits.items()},
         committed_specs=store.group_specs() if store else {},
         wanted=[(sample.id, len(sample)) for sample in samples],
-        groups=request.groups,
+        groups=request.groups(teacher),
         shard_tokens=request.shard_tokens,
     )
-    return Prepared(request, teacher, identity, {sample.id: sample for sample in samples}, plan, store)
+    by_id = {sample.id: sample for sample in samples}
+    return Prepared(request, teacher, identity, by_id, plan, store, _lacking(store, sidecar))
 
 
 def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
@@ -97,11 +105,12 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
         store = FeatureStore.create(request.out, prepared.identity)
     except StoreWriteError as error:
         raise RequestError(f"--out {request.out}: {error}") from error
-    if plan.nothing_to_do:
-        return Outcome(plan.samples_total, 0, 0, 0.0, 0.0, store.publish_manifest().digest)
-    store.put_teacher_files(teacher_files(prepared.teacher))
-    store.add_plan(plan.new_tasks)
+    if plan.nothing_to_do and not prepared.sidecar:
+        return Outcome(plan.samples_total, 0, 0, 0, 0.0, 0.0, store.publish_manifest().digest)
     began = datetime.now(UTC)
+    store.put_teacher_files(teacher_files(prepared.teacher))
+    sidecar_size = _put_sidecar(store, prepared, report)
+    store.add_plan(plan.new_tasks)
     engine_seconds = capture_seconds = 0.0
     tokens = size = 0
     # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
@@ -119,7 +128,9 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
         capture_seconds += time.monotonic() - clock
         tokens, size = tokens + captured[0], size + captured[1]
     manifest = store.publish_manifest()
-    outcome = Outcome(plan.samples_total, tokens, size, engine_seconds, capture_seconds, manifest.digest)
+    outcome = Outcome(
+        plan.samples_total, tokens, size, sidecar_size, engine_seconds, capture_seconds, manifest.digest
+    )
     store.add_provenance(provenance.record(request, began, outcome))
     return outcome
 
@@ -168,6 +179,28 @@ def start_engine(
 def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:
     """The store at --out when there is one."""
     return FeatureStore.create(request.out, identity) if root_of(request.out).exists(SPEC_FILE) else None
+
+
+def _lacking(store: FeatureStore | None, parts: Sequence[PlannedPart]) -> tuple[PlannedPart, ...]:
+    """The parts that the store does not list, or whose file is gone."""
+    files = store.sidecar() if store else {}
+    whole = {
+        part
+        for part, (name, (size, _)) in files.items()
+        if store and store.root.size(f"teacher/{name}") == size
+    }
+    return tuple(part for part in parts if part.spec.part not in whole)
+
+
+def _put_sidecar(store: FeatureStore, prepared: Prepared, report: Reporter) -> int:
+    """Copy the weights that the store lacks, one part at a time; returns their bytes."""
+    written = 0
+    for part in prepared.sidecar:
+        report.stage(f"copying the teacher's {part.spec.part}")
+        name, data = part_file(part.spec, part.read())
+        store.put_teacher_files({name: data})
+        written += len(data)
+    return written
 
 
 def _run(

@@ -15,7 +15,7 @@ from pipeline.inside import bar
 
 
 def render_plan(console: Console, forecast: Forecast) -> None:
-    if not forecast.shards_to_do:
+    if not (forecast.shards_to_do or forecast.sidecar_bytes):
         console.print(f"nothing to generate: all {forecast.samples:,} samples are in the store")
         return
     table = _facts(f"{forecast.tokens_to_do:,} of {forecast.tokens:,} tokens to capture")
@@ -25,6 +25,8 @@ def render_plan(console: Console, forecast: Forecast) -> None:
     size = decimal(forecast.bytes_to_write)
     bound = f"about {size}, as in this store" if forecast.bytes_measured else f"at most about {size}"
     table.add_row("bytes to write", bound)
+    if forecast.sidecar_bytes:
+        table.add_row("", f"{decimal(forecast.sidecar_bytes)} of them the teacher's weights, once")
     table.add_row("time", f"about {duration(forecast.seconds)} ({forecast.seconds_from})")
     table.add_row("", "the start of the engine is not counted in")
     console.print(table)
@@ -47,6 +49,8 @@ def render_info(console: Console, info: StoreInfo) -> None:
     facts.add_row("samples", f"{info.samples:,} of {info.samples_planned:,}")
     facts.add_row("tokens", f"{info.rows:,} of {info.rows_planned:,}")
     facts.add_row("size", decimal(info.bytes))
+    parts = ", ".join(f"{part} {decimal(size)}" for part, size in info.sidecar.items())
+    facts.add_row("teacher's weights", parts or "none")
     facts.add_row("manifest", info.manifest or "none yet: run the same `generate` again to complete it")
     console.print(facts)
     groups = Table("column group", "shards", "bytes", "bytes/token", "contents", title="column groups")

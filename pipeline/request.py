@@ -46,6 +46,8 @@ class GenerateRequest:
     temperatures: tuple[float, ...] = ()
     hidden_layers: tuple[int, ...] = ()
     hidden_dtype: str = "bf16"
+    final: bool = False
+    relation_layers: tuple[int, ...] = ()
     engine: EngineName = "vllm"
     dtype: str = "auto"
     tensor_parallel_size: int = 1
@@ -82,16 +84,17 @@ class GenerateRequest:
         ):
             if value is not None and value < least:
                 raise RequestError(f"{flag} {value}: must be at least {least}")
-        if not (self.top_k or self.hidden_layers or self.temperatures):
+        hidden = self.hidden_layers or self.relation_layers or self.final
+        if not (self.top_k or hidden or self.temperatures):
             raise RequestError(
-                "--top-k 0: nothing to capture; ask for logits, or give --hidden-layers or --temperatures"
+                "--top-k 0: nothing to capture; ask for logits, --final, --hidden-layers or --temperatures"
             )
         if self.draws > MAX_TAIL:
             raise RequestError(f"--tail {self.tail}: at most {MAX_TAIL}")
         if self.draws and not self.top_k:
             raise RequestError("--tail: draws from outside the head need a head; give --top-k 1 or more")
-        if len(set(self.hidden_layers)) != len(self.hidden_layers):
-            raise RequestError("--hidden-layers: the same layer is named twice")
+        _check_distinct(self.hidden_layers, "--hidden-layers")
+        _check_distinct(self.relation_layers, "--relation-layers")
         _check_temperatures(self.temperatures)
 
     @property
@@ -99,13 +102,14 @@ class GenerateRequest:
         """Tail draws of a position."""
         return self.tail or 0
 
-    @property
-    def groups(self) -> tuple[GroupSpec, ...]:
+    def groups(self, teacher: Teacher) -> tuple[GroupSpec, ...]:
         """The column groups asked for."""
         seed = self.seed if self.draws else 0
         logits = (LogitsSpec(self.top_k, self.top_p, self.draws, seed),) if self.top_k else ()
         lse = (LseSpec(temperature) for temperature in sorted(self.temperatures))
-        hidden = (HiddenSpec(layer, self.hidden_dtype) for layer in sorted(self.hidden_layers))
+        final = {teacher.num_layers} if self.final else set()
+        layers = final.union(self.hidden_layers, self.relation_layers)
+        hidden = (HiddenSpec(layer, self.hidden_dtype) for layer in sorted(layers))
         return (*logits, *lse, *hidden)
 
     def sequence_length(self, teacher: Teacher) -> int:
@@ -113,6 +117,11 @@ class GenerateRequest:
 
     def torch_dtype(self, teacher: Teacher) -> str:
         return teacher.config_dtype if self.dtype == "auto" else self.dtype
+
+
+def _check_distinct(layers: tuple[int, ...], flag: str) -> None:
+    if len(set(layers)) != len(layers):
+        raise RequestError(f"{flag}: the same layer is named twice")
 
 
 def _check_temperatures(temperatures: tuple[float, ...]) -> None:
@@ -141,6 +150,11 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
         if not 0 <= layer <= teacher.num_layers:
             raise RequestError(
                 f"--hidden-layers {layer}: out of range, there are 0 (embeddings) to {teacher.num_layers}"
+            )
+    for layer in request.relation_layers:
+        if not 0 <= layer < teacher.num_layers:
+            raise RequestError(
+                f"--relation-layers {layer}: out of range, the blocks are 0 to {teacher.num_layers - 1}"
             )
     if request.sequence_length(teacher) > teacher.max_position:
         raise RequestError(

@@ -60,7 +60,7 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
         RequestError: it cannot be found, is not a causal LM checkpoint, or has no safetensors weights.
     """
     path = _locate(name, with_weights)
-    config = _read_config(path, name, trust_remote_code)
+    config = read_config(path, name, trust_remote_code)
     text = config.get_text_config()
     architectures = getattr(config, "architectures", None)
     if not architectures:
@@ -151,7 +151,8 @@ def _download(name: str, with_weights: bool) -> Path:
         ) from error
 
 
-def _read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
+def read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
+    """The checkpoint's configuration, as transformers reads it; RequestError when it does not."""
     from transformers import AutoConfig
 
     try:

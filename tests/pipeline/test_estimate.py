@@ -110,3 +110,31 @@ def test_plan_names_time_and_where_it_is_from(tiny_teacher: Path, tmp_path: Path
     generate(tiny_teacher, corpus, store, *head)
     done = json.loads(run(*arguments, *head, "--json").stdout)
     assert (done["seconds"], done["seconds_from"], done["bytes_to_write"]) == (0.0, "nothing to do", 0)
+
+
+def test_the_teachers_weights_are_counted_until_they_are_there(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus, store = tmp_path / "corpus.jsonl", tmp_path / "store"
+    corpus.write_text(json.dumps({"text": text_of(60, 1)}))
+    options = ("--out", store, "--engine", "transformers", "--max-seq-len", 64, "--top-k", 0)
+    flags = ("--final", "--relation-layers", 1, "--hidden-dtype", "int8")
+    arguments = ("plan", tiny_teacher, corpus, *options, *flags)
+    planned = json.loads(run(*arguments, "--json").stdout)
+    # V=199, D=64 and the final norm; a norm, 2 query heads of 32, one for keys and one for values.
+    weights = 4 * (199 * 64 + 64 + 64 + (64 + 32 + 32) * 64)
+    assert planned["sidecar_bytes"] == weights
+    assert planned["bytes_to_write"] == weights + planned["tokens"] * 2 * (64 + 4)
+    assert planned["groups_to_do"] == ["hidden.L1", "hidden.L3"]
+    done = generate(tiny_teacher, corpus, store, "--top-k", 0, *flags)
+    # Headers on top: names, shapes, what the weights mean.
+    assert weights < done["sidecar_size"] < weights + 4096
+    found = json.loads(run("info", store, "--json").stdout)
+    assert sum(found["sidecar"].values()) == done["sidecar_size"] and list(found["sidecar"]) == [
+        "head",
+        "block1",
+    ]
+    assert "block1" in run("info", store).stdout
+    again = json.loads(run(*arguments, "--json").stdout)
+    assert (again["sidecar_bytes"], again["bytes_to_write"]) == (0, 0)
+    more = ("--final", "--relation-layers", "1,0", "--hidden-dtype", "int8")
+    text = run("plan", tiny_teacher, corpus, *options, *more).stdout
+    assert "of them the teacher's weights" in text
