@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from student.errors import UserError
-from student.losses.relations import Scoring
+from student.losses.relations import Scoring, Vectors
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [1 or B, T, rotated part of d]
 
@@ -82,6 +83,23 @@ class StudentBlock:
             raise ValueError("its rotary embedding is not transformers' usual one")
         query, key = self._rotate(parts.query, parts.key, *rotation, unsqueeze_dim=2)
         return query, key
+
+
+def check_student_blocks(config: Any, where: str) -> None:
+    """UserError when a student of this configuration has blocks that `StudentBlock` does not know; cheap, on
+    no device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(config).get_decoder().layers
+    try:
+        StudentBlock(layers[0])
+    except ValueError as error:
+        raise UserError(
+            f"{where}: queries, keys and values of a {config.model_type} student cannot be recomputed "
+            f"({error}); leave the loss out"
+        ) from None
 
 
 class TeacherBlock(nn.Module):
@@ -170,3 +188,53 @@ def rotary(spec: Any, max_position: int) -> nn.Module:
             f"{error}); leave attention_map and attention_output out"
         ) from error
     return module
+
+
+class BlockPair:
+    """A student's and a teacher's block on one batch; projected and rotated once, whatever compares them.
+
+    student_BTD, teacher_BTD: what goes into the blocks. rotation: the student's.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[StudentBlock, TeacherBlock],
+        student_BTD: Tensor,
+        teacher_BTD: Tensor,
+        rotation: Rotation | None,
+    ) -> None:
+        self._blocks, self._rotation = blocks, rotation
+        self._inputs = student_BTD, teacher_BTD
+
+    @cached_property
+    def student(self) -> Projected:
+        """Differentiable."""
+        return self._blocks[0].project(self._inputs[0])
+
+    @cached_property
+    def teacher(self) -> Projected:
+        """Without a gradient."""
+        return self._blocks[1].project(self._inputs[1])
+
+    @property
+    def scorings(self) -> tuple[Scoring, Scoring]:
+        """Of both attentions."""
+        return self._blocks[0].scoring, self._blocks[1].scoring
+
+    @property
+    def window(self) -> int | None:
+        """How far both sides look back; None: to the beginning."""
+        return min((block.window for block in self._blocks if block.window is not None), default=None)
+
+    def rotated(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(query, key) of the student and of the teacher."""
+        student, teacher = self._blocks
+        return student.rotate(self.student, self._rotation), teacher.rotate(self.teacher)
+
+    def attention(self) -> tuple[Vectors, Vectors]:
+        """Both attentions, with a copy of a key head for each query head that shares it."""
+        sides = []
+        for (query, key), scoring in zip(self.rotated(), self.scorings, strict=True):
+            repeated = key.repeat_interleave(query.shape[2] // key.shape[2], 2)
+            sides.append(Vectors(query.transpose(1, 2), repeated.transpose(1, 2), scoring))
+        return sides[0], sides[1]
