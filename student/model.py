@@ -5,7 +5,7 @@ Shape letters: B batch, T positions, N learned positions of the batch, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from student.attention import BlockPair, Rotation, StudentBlock
 from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
-from student.losses.dense import DenseTargets, dense_head_loss
+from student.losses.dense import DenseTargets, dense_head_loss, fisher_diagonal
 from student.losses.fused import HeadLoss, sparse_head_loss
 from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
@@ -143,6 +143,7 @@ class DistillationModel(nn.Module):
             lambda layer: select(states[layer], learned_N),
             teacher,
             blocks,
+            lambda: fisher_diagonal(self._full(teacher)),
             learned_N // length,
             learned_N % length,
         )
@@ -188,12 +189,17 @@ class DistillationModel(nn.Module):
         if not terms:
             zero = student_ND.new_zeros((), dtype=torch.float32)
             return zero, zero.new_zeros(0, len(student_ND))
-        (layer,) = {term.pair[0] for term in self.objective.dense if term.pair is not None}
-        head = self.teacher.to(student_ND.device).head
-        assert head is not None, "the objective needs the teacher's head"
         output = self.student.get_output_embeddings()
-        targets = DenseTargets(head, view.teacher(layer).float())
+        targets = self._full(view.teacher)
         return dense_head_loss(student_ND, output.weight, output.bias, targets, terms, self.transform)
+
+    def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
+        """The teacher's full distributions at the learned positions."""
+        layer = next(term.pair[0] for term in self.objective.terms if "F" in term.loss.needs and term.pair)
+        hidden_ND = teacher(layer).float()
+        head = self.teacher.to(hidden_ND.device).head
+        assert head is not None, "the objective needs the teacher's head"
+        return DenseTargets(head, hidden_ND)
 
     def _others(self, view: View, loss: Tensor) -> tuple[Tensor, Tensor]:
         """(`loss` and the weighted sum of the terms outside any head, their detached values [S', N])."""

@@ -29,7 +29,7 @@ def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) 
         if wanted.loss.kind == "head":
             terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
             continue
-        if wanted.loss.kind == "dense":
+        if "F" in wanted.loss.needs:
             pairs = _final_pair(wanted, reader, config)
         elif wanted.loss.kind == "relation":
             pairs = _block_pairs(wanted, reader, config)
@@ -43,11 +43,7 @@ def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) 
 def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
     """Teacher and student index of every hidden term, checked against both models' depth and width."""
     text, identity = config.get_text_config(), reader.identity
-    if text.hidden_size != identity.hidden_size:
-        raise UserError(
-            f"{wanted.where}: the student is {text.hidden_size} wide and the teacher {identity.hidden_size}, "
-            "so their hidden states cannot be compared; keep the teacher's hidden_size or leave the loss out"
-        )
+    _check_width(wanted, reader, config)
     cached = _hidden_layers(reader)
     if not cached:
         raise UserError(
@@ -63,9 +59,20 @@ def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[
     return depth_map(layers, *depths)
 
 
+def _check_width(wanted: TermRequest, reader: CacheReader, config: Any) -> None:
+    own, theirs = config.get_text_config().hidden_size, reader.identity.hidden_size
+    if own != theirs:
+        raise UserError(
+            f"{wanted.where}: the student is {own} wide and the teacher {theirs}, so their hidden states "
+            "cannot be compared; keep the teacher's hidden_size or leave the loss out"
+        )
+
+
 def _final_pair(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
     """The last hidden states of both models; UserError unless the cache has the teacher's, and its head."""
     depth = reader.identity.num_layers
+    if wanted.loss.kind == "hidden":
+        _check_width(wanted, reader, config)
     if "head" not in reader.sidecar().parts or depth not in _hidden_layers(reader):
         raise UserError(
             f"{wanted.where}: the cache cannot give the full distribution; add it with "
@@ -123,7 +130,7 @@ class DataPlan:
 def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
     """What the objective needs of the teacher's own weights."""
     blocks = sorted({theirs for theirs, _ in objective.relations})
-    return load_parts(reader, bool(objective.dense), blocks)
+    return load_parts(reader, objective.needs_head, blocks)
 
 
 def plan_data(objective: Objective, reader: CacheReader, fraction: float) -> DataPlan:

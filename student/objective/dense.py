@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from student.losses import full
+from student.losses.dense import fisher_mse
 from student.objective.catalogue import Loss, Option, Paper
 
 _TEMPERATURE = Option(1.0, "of both distributions", low=0.05, high=100.0)
 _SKEW = Paper("DistiLLM: Towards Streamlined Distillation for Large Language Models", "2402.03898")
 _MSE = Paper("Comparing Kullback-Leibler Divergence and MSE Loss in Knowledge Distillation", "2105.08919")
+_LKD = Paper("A Closer Look at Knowledge Distillation with Features, Logits, and Gradients", "2203.10163")
 
 
 def _entry(
@@ -123,11 +125,16 @@ DENSE_LOSSES: tuple[Loss, ...] = (
         _MSE,
         {},
     ),
-    _entry(
-        "logit_mse_fisher",
-        full.fisher_logit_mse,
-        "½ dᵀ (diag p − p pᵀ) d, d = z_S − z_T",
-        Paper("A Closer Look at Knowledge Distillation with Features, Logits, and Gradients", "2203.10163"),
-        {},
+    _entry("logit_mse_fisher", full.fisher_logit_mse, "½ dᵀ (diag p − p pᵀ) d, d = z_S − z_T", _LKD, {}),
+    Loss(
+        name="fisher_mse",
+        kind="hidden",
+        function=fisher_mse,
+        formula="½ Σ F_d (h_S − h_T)²_d, F_d = Σ p(y) (∂ log p(y) / ∂ h_d)², h: final states",
+        paper=_LKD,
+        needs="F",
+        exactness="exact",
+        statement="up to the rounding of the stored final states; KL(p‖q) to second order, F without what is "
+        "off its diagonal",
     ),
 )

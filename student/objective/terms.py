@@ -23,13 +23,15 @@ class View:
     """What terms outside the fused head see of a batch.
 
     student, teacher: layer -> hidden states [N, D] at the learned positions, both numbered like transformers'
-    `output_hidden_states`. blocks: (teacher, student) block -> both on the whole padded batch. sequence_N,
-    position_N: int64 [N], where each learned position stands in the batch.
+    `output_hidden_states`. blocks: (teacher, student) block -> both on the whole padded batch. fisher:
+    Fisher information of the teacher's final states, [N, D]. sequence_N, position_N: int64 [N], where each
+    learned position stands in the batch.
     """
 
     student: Callable[[int], Tensor]
     teacher: Callable[[int], Tensor]
     blocks: Callable[[tuple[int, int]], BlockPair]
+    fisher: Callable[[], Tensor]
     sequence_N: Tensor
     position_N: Tensor
 
@@ -76,7 +78,8 @@ class Term:
         assert self.pair is not None
         if self.loss.kind == "relation":
             return self.function(view.blocks(self.pair))[view.sequence_N, view.position_N]
-        return self.function(view.student(self.pair[1]), view.teacher(self.pair[0]))
+        sides = view.student(self.pair[1]), view.teacher(self.pair[0])
+        return self.function(*sides, view.fisher()) if "F" in self.loss.needs else self.function(*sides)
 
 
 def term(
@@ -126,6 +129,11 @@ class Objective:
     def others(self) -> tuple[Term, ...]:
         """All other terms."""
         return self.terms[len(self.head) + len(self.dense) :]
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a term needs the teacher's LM head."""
+        return any("F" in term.loss.needs for term in self.terms)
 
     @property
     def relations(self) -> frozenset[tuple[int, int]]:

@@ -24,7 +24,7 @@ from student.plan import load_teacher
 from tests.student.caches import random_samples, write_cache
 
 SPECS = [LogitsSpec(16), HiddenSpec(1, "f32"), HiddenSpec(3, "f32")]
-DENSE = [name for name, loss in catalogue().items() if loss.kind == "dense"]
+DENSE = [name for name, loss in catalogue().items() if "F" in loss.needs]
 RELATION = [name for name, loss in catalogue().items() if loss.kind == "relation"]
 GIVEN: dict[str, dict[str, Any]] = {"full_cakld": {"confidence": 0.4}}
 
@@ -102,6 +102,22 @@ def test_dense_terms_are_those_of_both_models_logits(store: Path, teacher: Path)
     names = ["full_kl", "full_reverse_kl", "full_jsd", "full_tvd", "full_logit_mse"]
     got = measured(model_of(student, store, *names), batch)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_mse_is_the_diagonal_of_the_expected_squared_gradient(store: Path, teacher: Path) -> None:
+    batch, student = batch_of(store), student_of(teacher)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    learned = batch["labels"] != IGNORE
+    goal = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        own, theirs = (m.get_decoder()(**inputs).last_hidden_state[learned].double() for m in (student, goal))
+    weight = goal.lm_head.weight.detach().double()
+    p = (theirs @ weight.t()).softmax(-1)
+    gradient_NVD = weight - (p @ weight).unsqueeze(1)
+    fisher = (p.unsqueeze(-1) * gradient_NVD.square()).sum(1)
+    wanted = (fisher * (own - theirs).square()).sum(-1).mean() / 2
+    got = measured(model_of(student, store, "fisher_mse"), batch)
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_attention_maps_and_outputs_are_those_of_both_models(store: Path, teacher: Path) -> None:
