@@ -71,7 +71,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 def watch(model: Any, layer: int) -> dict[str, Any]:
     """What goes through a block: its input, rotation, head outputs before o_proj, attention weights."""
-    ids = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(1))
+    # Longer than Gemma 3's window in tests.teachers.
+    ids = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(1))
     block, found = model.get_decoder().layers[layer], {}
 
     def before(_m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
