@@ -5,19 +5,24 @@ Shape letters: B batch, T positions, N learned positions of the batch, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from student.attention import BlockPair, Rotation, StudentBlock
 from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
-from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
+from student.losses.dense import DenseTargets, dense_head_loss, fisher_diagonal
+from student.losses.fused import HeadLoss, sparse_head_loss
+from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
 from student.objective.terms import Objective, View
+from student.sidecar import TeacherParts
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -28,10 +33,11 @@ class DistillationModel(nn.Module):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch and not to rescale the loss
 
-    def __init__(self, student: Any, objective: Objective) -> None:
+    def __init__(self, student: Any, objective: Objective, teacher: TeacherParts | None = None) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
+        self.teacher = teacher or TeacherParts()  # what dense and relation terms need
         self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
         self.transform = HeadTransform.from_config(student.config)
 
@@ -65,15 +71,17 @@ class DistillationModel(nn.Module):
         causal attention keeps padding out of every learned position and no mask is passed to the body.
         """
         learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
-        with self._capture() as states:
+        with self._capture() as (states, rotations):
             body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
         coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
-        view = _view(states, coded_hidden or {}, learned_N, labels.shape[1])
+        view = self._view(states, rotations, coded_hidden or {}, learned_N, labels.shape[1])
         targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        loss, other_SN = self._others(view, head)
+        dense_total, dense_SN = self._dense(view)
+        loss, other_SN = self._others(view, head.total + dense_total)
+        other_SN = torch.cat([dense_SN, other_SN])
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
             sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
@@ -87,24 +95,58 @@ class DistillationModel(nn.Module):
         return depth
 
     @contextmanager
-    def _capture(self) -> Iterator[dict[int, Tensor]]:
-        """Collect the hidden states that terms need, by hooks on the inputs of just those layers."""
+    def _capture(self) -> Iterator[tuple[dict[int, Tensor], dict[int, Rotation | None]]]:
+        """Collect the hidden states that terms need, and the rotations of positions that come with them, by
+        hooks on the inputs of just those layers.
+        """
         states: dict[int, Tensor] = {}
+        rotations: dict[int, Rotation | None] = {}
         layers = self.student.get_decoder().layers
         wanted = {layer for term in self.objective.others for layer in term.student_layers} - {self._depth}
 
         def keep(index: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 states.setdefault(index, args[0] if args else kwargs["hidden_states"])
+                rotations.setdefault(index, kwargs.get("position_embeddings"))
 
             return hook
 
         handles = [layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in wanted]
         try:
-            yield states
+            yield states, rotations
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _view(
+        self,
+        states: Mapping[int, Tensor],
+        rotations: Mapping[int, Rotation | None],
+        coded: Mapping[int, Coded],
+        learned_N: Tensor,
+        length: int,
+    ) -> View:
+        """The learned positions of a batch of rows of `length`."""
+
+        def teacher(layer: int) -> Tensor:
+            return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+
+        @cache
+        def blocks(pair: tuple[int, int]) -> BlockPair:
+            theirs, own = pair
+            block = self.teacher.to(states[own].device).blocks[theirs]
+            student = StudentBlock(self.student.get_decoder().layers[own])
+            inputs = states[own], decode_hidden(coded[theirs])
+            return BlockPair((student, block), *inputs, rotations[own])
+
+        return View(
+            lambda layer: select(states[layer], learned_N),
+            teacher,
+            blocks,
+            lambda: fisher_diagonal(self._full(teacher)),
+            learned_N // length,
+            learned_N % length,
+        )
 
     def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
         """The learned positions' targets; heads of zero columns where the batch carries none."""
@@ -136,10 +178,34 @@ class DistillationModel(nn.Module):
             reduction=self.objective.reduction,
         )
 
-    def _others(self, view: View, head: HeadLoss) -> tuple[Tensor, Tensor]:
-        """(weighted sum of all terms, detached values of the terms outside the head [S', N])."""
-        loss, values = head.total, [head.terms_SN[:0]]
-        for term, weight in zip(self.objective.others, self.weights[len(self.objective.head) :], strict=True):
+    def _dense(self, view: View) -> tuple[Tensor, Tensor]:
+        """(weighted sum of the dense terms, their detached values [S', N]); float32."""
+        terms: list[tuple[Any, float]] = [
+            (term.function, w)
+            for term, w in zip(self.objective.terms, self.weights, strict=True)
+            if term.loss.kind == "dense"
+        ]
+        student_ND = view.student(self._depth)
+        if not terms:
+            zero = student_ND.new_zeros((), dtype=torch.float32)
+            return zero, zero.new_zeros(0, len(student_ND))
+        output = self.student.get_output_embeddings()
+        targets = self._full(view.teacher)
+        return dense_head_loss(student_ND, output.weight, output.bias, targets, terms, self.transform)
+
+    def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
+        """The teacher's full distributions at the learned positions."""
+        layer = next(term.pair[0] for term in self.objective.terms if "F" in term.loss.needs and term.pair)
+        hidden_ND = teacher(layer).float()
+        head = self.teacher.to(hidden_ND.device).head
+        assert head is not None, "the objective needs the teacher's head"
+        return DenseTargets(head, hidden_ND)
+
+    def _others(self, view: View, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """(`loss` and the weighted sum of the terms outside any head, their detached values [S', N])."""
+        values = [loss.new_zeros(0, len(view.sequence_N))]
+        weights = self.weights[len(self.weights) - len(self.objective.others) :]
+        for term, weight in zip(self.objective.others, weights, strict=True):
             value_N = term.values(view)
             loss = loss + weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))
@@ -171,14 +237,3 @@ class DistillationModel(nn.Module):
 def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
     """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
     return tensor_BT.flatten(0, 1).index_select(0, positions_N)
-
-
-def _view(states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, length: int) -> View:
-    """The learned positions of a batch of rows of `length`."""
-
-    def teacher(layer: int) -> Tensor:
-        return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
-
-    return View(
-        lambda layer: select(states[layer], learned_N), teacher, learned_N // length, learned_N % length
-    )

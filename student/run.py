@@ -18,7 +18,7 @@ from student.build import plan_student
 from student.errors import UserError
 from student.model import DistillationModel
 from student.options import StudentOptions
-from student.plan import plan_data, plan_objective
+from student.plan import load_teacher, plan_data, plan_objective
 from student.report import write_report
 from student.saving import MANIFEST_FILE
 from student.summary import Run, summarise
@@ -44,7 +44,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    model = DistillationModel(plan.build(), objective)
+    model = DistillationModel(plan.build(), objective, load_teacher(objective, reader))
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, reader.identity.vocab_size, reader.teacher_dir
     )

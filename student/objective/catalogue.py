@@ -92,8 +92,8 @@ class Loss:
 
     head: (ReducedLogits, SparseTargets, **options) -> [N], run inside the fused LM head, so that it may use
     what `ReducedLogits` holds and nothing else of the student. hidden: (student [N, D], teacher [N, D],
-    **options) -> [N], for each pair of layers. dense, relation: (View, Term) -> [N]; see
-    `student.objective.terms`.
+    **options) -> [N], for each pair of layers. dense: (Rows, **options) -> ([N], slope
+    [N, V]), see `student.losses.full`. relation: (BlockPair, **options) -> [B, T], for each pair of blocks.
 
     needs, better: letters of NEEDS, what the cache must hold and what makes the loss more exact. statement:
     in what sense it is exact, or why not, in a sentence.
@@ -130,10 +130,12 @@ class Loss:
 @cache
 def catalogue() -> Mapping[str, Loss]:
     """Every loss by name, in the order of the tables."""
+    from student.objective.dense import DENSE_LOSSES
     from student.objective.head import HEAD_LOSSES
     from student.objective.hidden import HIDDEN_LOSSES
+    from student.objective.relation import RELATION_LOSSES
 
-    entries = (*HEAD_LOSSES, *HIDDEN_LOSSES)
+    entries = (*HEAD_LOSSES, *DENSE_LOSSES, *HIDDEN_LOSSES, *RELATION_LOSSES)
     by_name = {entry.name: entry for entry in entries}
     assert len(by_name) == len(entries), "two losses of one name"
     return by_name

@@ -83,7 +83,7 @@ def _term(value: object, where: str) -> TermRequest:
     loss = find_loss(value["loss"], where)
     where = f"{where} ({loss.name})"
     options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
-    layered = loss.kind in ("hidden", "relation")
+    layered = loss.kind in ("hidden", "relation") and "F" not in loss.needs
     for key in options:
         _check_keys({key: None}, (*(_TERM_KEYS if layered else _TERM_KEYS[:2]), *loss.options), where)
     if not layered and ("layers" in value or "layer_map" in value):

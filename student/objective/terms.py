@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from student.attention import BlockPair
 from student.losses.sparse import Reduction
 from student.objective.catalogue import Loss, catalogue
 from student.objective.weights import Weight
@@ -22,18 +23,24 @@ class View:
     """What terms outside the fused head see of a batch.
 
     student, teacher: layer -> hidden states [N, D] at the learned positions, both numbered like transformers'
-    `output_hidden_states`. sequence_N, position_N: int64 [N], where each of them stands in the batch.
+    `output_hidden_states`. blocks: (teacher, student) block -> both on the whole padded batch. fisher:
+    Fisher information of the teacher's final states, [N, D]. sequence_N, position_N: int64 [N], where each
+    learned position stands in the batch.
     """
 
     student: Callable[[int], Tensor]
     teacher: Callable[[int], Tensor]
+    blocks: Callable[[tuple[int, int]], BlockPair]
+    fisher: Callable[[], Tensor]
     sequence_N: Tensor
     position_N: Tensor
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand. label: its name in logs; pair: (teacher layer, student layer) of a hidden term."""
+    """One summand. label: its name in logs; pair: (teacher layer, student layer) of a hidden term, or blocks
+    of a relation, numbered as the hidden states that go into them; (last, last) of a dense term.
+    """
 
     loss: Loss
     weight: Weight
@@ -45,7 +52,7 @@ class Term:
     def needs(self) -> frozenset[str]:
         """Kinds of column groups that the cache must hold."""
         kinds = {"logits"} if set(self.loss.needs) & set("HTY") else set()
-        if self.temperature != 1.0:
+        if self.temperature != 1.0 and self.loss.kind == "head":
             kinds.add(f"lse.T{self.temperature:g}")
         if self.pair is not None:
             kinds.add(f"hidden.L{self.pair[0]}")
@@ -68,10 +75,11 @@ class Term:
 
     def values(self, view: View) -> Tensor:
         """The unweighted loss of every learned position, [N]; for terms outside the fused head."""
-        if self.loss.kind == "hidden":
-            assert self.pair is not None
-            return self.function(view.student(self.pair[1]), view.teacher(self.pair[0]))
-        return self.loss.function(view, self)
+        assert self.pair is not None
+        if self.loss.kind == "relation":
+            return self.function(view.blocks(self.pair))[view.sequence_N, view.position_N]
+        sides = view.student(self.pair[1]), view.teacher(self.pair[0])
+        return self.function(*sides, view.fisher()) if "F" in self.loss.needs else self.function(*sides)
 
 
 def term(
@@ -80,7 +88,7 @@ def term(
     """A term of the catalogue; options that are not given have their defaults."""
     loss = catalogue()[name]
     fixed = weight if isinstance(weight, Weight) else Weight.constant(weight)
-    label = name if pair is None else f"{name}_L{pair[0]}_to_L{pair[1]}"
+    label = name if pair is None or loss.kind == "dense" else f"{name}_L{pair[0]}_to_L{pair[1]}"
     return Term(loss, fixed, label, loss.check_options(options, name), pair)
 
 
@@ -96,8 +104,9 @@ class Objective:
 
     @classmethod
     def of(cls, terms: Sequence[Term], balance: Balance = "none") -> Objective:
-        """Head terms first; a label that occurs again gets a number."""
-        ordered = sorted(terms, key=lambda term: term.loss.kind != "head")
+        """Head terms first, then dense ones; a label that occurs again gets a number."""
+        order = {"head": 0, "dense": 1}
+        ordered = sorted(terms, key=lambda term: order.get(term.loss.kind, 2))
         seen: dict[str, int] = {}
         named = []
         for one in ordered:
@@ -112,9 +121,24 @@ class Objective:
         return tuple(term for term in self.terms if term.loss.kind == "head")
 
     @property
+    def dense(self) -> tuple[Term, ...]:
+        """Terms that are computed from both LM heads over the whole vocabulary."""
+        return tuple(term for term in self.terms if term.loss.kind == "dense")
+
+    @property
     def others(self) -> tuple[Term, ...]:
         """All other terms."""
-        return self.terms[len(self.head) :]
+        return self.terms[len(self.head) + len(self.dense) :]
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a term needs the teacher's LM head."""
+        return any("F" in term.loss.needs for term in self.terms)
+
+    @property
+    def relations(self) -> frozenset[tuple[int, int]]:
+        """(teacher, student) blocks that are compared."""
+        return frozenset(t.pair for t in self.others if t.loss.kind == "relation" and t.pair is not None)
 
     @property
     def needs(self) -> frozenset[str]:
