@@ -33,7 +33,8 @@ from pipeline.request import GenerateRequest, identity_of
 from pipeline.teacher import load_teacher
 from student.data import pad_logits
 from student.decoding import decode_targets
-from student.losses.fused import HeadTransform, sparse_head_loss
+from student.losses.fused import sparse_head_loss
+from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, forward_kl
 
 LENGTH, SAMPLES, ANGLE_ROWS = 512, 40, 4096

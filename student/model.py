@@ -5,18 +5,24 @@ Shape letters: B batch, T positions, N learned positions of the batch, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from student.attention import BlockPair, Rotation, StudentBlock
 from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
-from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
-from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
-from student.objective import Objective
+from student.losses.dense import DenseTargets, dense_head_loss, fisher_diagonal
+from student.losses.fused import HeadLoss, sparse_head_loss
+from student.losses.head import HeadTransform
+from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
+from student.objective.terms import Objective, View
+from student.sidecar import TeacherParts
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -27,10 +33,12 @@ class DistillationModel(nn.Module):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch and not to rescale the loss
 
-    def __init__(self, student: Any, objective: Objective) -> None:
+    def __init__(self, student: Any, objective: Objective, teacher: TeacherParts | None = None) -> None:
         super().__init__()
         self.student = student
         self.objective = objective
+        self.teacher = teacher or TeacherParts()  # what dense and relation terms need
+        self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
         self.transform = HeadTransform.from_config(student.config)
 
     @property
@@ -63,19 +71,22 @@ class DistillationModel(nn.Module):
         causal attention keeps padding out of every learned position and no mask is passed to the body.
         """
         learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
-        with self._capture() as states:
+        with self._capture() as (states, rotations):
             body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
         coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
-        targets = _targets(select(labels, learned_N), coded)
+        view = self._view(states, rotations, coded_hidden or {}, learned_N, labels.shape[1])
+        targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        loss, hidden_SN = self._hidden(states, coded_hidden or {}, learned_N, head)
+        dense_total, dense_SN = self._dense(view)
+        loss, other_SN = self._others(view, head.total + dense_total)
+        other_SN = torch.cat([dense_SN, other_SN])
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
-            sums = self._sums(head, hidden_SN, coded, learned_N // labels.shape[1], len(labels))
+            sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
             return {"loss": loss * scale, "sums": sums}
-        terms = torch.cat([head.terms_SN[: len(self.objective.head)], hidden_SN]).sum(-1)
+        terms = torch.cat([head.terms_SN[: len(self.objective.head)], other_SN]).sum(-1)
         return {"loss": loss * scale, "terms": terms * scale}
 
     @property
@@ -84,57 +95,129 @@ class DistillationModel(nn.Module):
         return depth
 
     @contextmanager
-    def _capture(self) -> Iterator[dict[int, Tensor]]:
-        """Collect the hidden states that terms need, by hooks on the inputs of just those layers."""
+    def _capture(self) -> Iterator[tuple[dict[int, Tensor], dict[int, Rotation | None]]]:
+        """Collect the hidden states that terms need, and the rotations of positions that come with them, by
+        hooks on the inputs of just those layers.
+        """
         states: dict[int, Tensor] = {}
+        rotations: dict[int, Rotation | None] = {}
         layers = self.student.get_decoder().layers
-        wanted = {term.student_layer for term in self.objective.hidden} - {self._depth}
+        wanted = {layer for term in self.objective.others for layer in term.student_layers} - {self._depth}
 
         def keep(index: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 states.setdefault(index, args[0] if args else kwargs["hidden_states"])
+                rotations.setdefault(index, kwargs.get("position_embeddings"))
 
             return hook
 
         handles = [layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in wanted]
         try:
-            yield states
+            yield states, rotations
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _view(
+        self,
+        states: Mapping[int, Tensor],
+        rotations: Mapping[int, Rotation | None],
+        coded: Mapping[int, Coded],
+        learned_N: Tensor,
+        length: int,
+    ) -> View:
+        """The learned positions of a batch of rows of `length`."""
+
+        def teacher(layer: int) -> Tensor:
+            return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+
+        @cache
+        def blocks(pair: tuple[int, int]) -> BlockPair:
+            theirs, own = pair
+            block = self.teacher.to(states[own].device).blocks[theirs]
+            student = StudentBlock(self.student.get_decoder().layers[own])
+            inputs = states[own], decode_hidden(coded[theirs])
+            return BlockPair((student, block), *inputs, rotations[own])
+
+        return View(
+            lambda layer: select(states[layer], learned_N),
+            teacher,
+            blocks,
+            lambda: fisher_diagonal(self._full(teacher)),
+            learned_N // length,
+            learned_N % length,
+        )
+
+    def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
+        """The learned positions' targets; heads of zero columns where the batch carries none."""
+        if not coded:
+            empty = label_N.new_empty(len(label_N), 0)
+            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+        targets = decode_targets(coded, label_N)
+        if not any("Y" in term.loss.needs for term in self.objective.head):
+            return targets
+        known_N = decode_labels(coded["label_logprob"])
+        return replace(targets, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
+
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
         """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
-        terms = [(term.loss, term.weight) for term in self.objective.head]
+        terms = [(term.function, w) for term, w in zip(self.objective.head, self.weights, strict=False)]
         if not self.training:
             terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
-        if not terms:  # hidden terms alone: the head is not even multiplied
+        if not terms:  # other terms alone: the head is not even multiplied
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
         output = self.student.get_output_embeddings()
-        return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
+        return sparse_head_loss(
+            hidden_ND,
+            output.weight,
+            output.bias,
+            targets,
+            terms,
+            self.transform,
+            reduction=self.objective.reduction,
+        )
 
-    def _hidden(
-        self, states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, head: HeadLoss
-    ) -> tuple[Tensor, Tensor]:
-        """(weighted sum of all terms, detached values of the hidden terms [S', N])."""
-        loss, values = head.total, [head.terms_SN[:0]]
-        for term in self.objective.hidden:
-            teacher_ND = decode_hidden(
-                {n: select(p, learned_N) for n, p in coded[term.teacher_layer].items()}
-            )
-            value_N = term.loss(select(states[term.student_layer], learned_N), teacher_ND)
-            loss = loss + term.weight * value_N.sum()
+    def _dense(self, view: View) -> tuple[Tensor, Tensor]:
+        """(weighted sum of the dense terms, their detached values [S', N]); float32."""
+        terms: list[tuple[Any, float]] = [
+            (term.function, w)
+            for term, w in zip(self.objective.terms, self.weights, strict=True)
+            if term.loss.kind == "dense"
+        ]
+        student_ND = view.student(self._depth)
+        if not terms:
+            zero = student_ND.new_zeros((), dtype=torch.float32)
+            return zero, zero.new_zeros(0, len(student_ND))
+        output = self.student.get_output_embeddings()
+        targets = self._full(view.teacher)
+        return dense_head_loss(student_ND, output.weight, output.bias, targets, terms, self.transform)
+
+    def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
+        """The teacher's full distributions at the learned positions."""
+        layer = next(term.pair[0] for term in self.objective.terms if "F" in term.loss.needs and term.pair)
+        hidden_ND = teacher(layer).float()
+        head = self.teacher.to(hidden_ND.device).head
+        assert head is not None, "the objective needs the teacher's head"
+        return DenseTargets(head, hidden_ND)
+
+    def _others(self, view: View, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """(`loss` and the weighted sum of the terms outside any head, their detached values [S', N])."""
+        values = [loss.new_zeros(0, len(view.sequence_N))]
+        weights = self.weights[len(self.weights) - len(self.objective.others) :]
+        for term, weight in zip(self.objective.others, weights, strict=True):
+            value_N = term.values(view)
+            loss = loss + weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))
         return loss, torch.cat(values)
 
     def _sums(
-        self, head: HeadLoss, hidden_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
+        self, head: HeadLoss, other_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
     ) -> Tensor:
         """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
         kl_N, ce_N = head.terms_SN[-2:]
-        objective_SN = torch.cat([head.terms_SN[:-2], hidden_SN])
-        weights_S = objective_SN.new_tensor(self.objective.weights)
+        objective_SN = torch.cat([head.terms_SN[:-2], other_SN])
+        weights_S = objective_SN.new_tensor(self.weights)
         ones_N = torch.ones_like(ce_N)
         known_N = ones_N if coded else torch.zeros_like(ones_N)
         columns = [
@@ -154,11 +237,3 @@ class DistillationModel(nn.Module):
 def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
     """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
     return tensor_BT.flatten(0, 1).index_select(0, positions_N)
-
-
-def _targets(label_N: Tensor, coded: Coded) -> SparseTargets:
-    """The learned positions' targets; heads of zero columns where the batch carries none."""
-    if coded:
-        return decode_targets(coded, label_N)
-    empty = label_N.new_empty(len(label_N), 0)
-    return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)

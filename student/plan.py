@@ -1,5 +1,5 @@
-"""From flags and cache to what training needs: the objective, the column groups to read, the two sides of the
-split.
+"""From a request and the cache to what training needs: the objective, the column groups to read, the two
+sides of the split.
 """
 
 from __future__ import annotations
@@ -10,61 +10,111 @@ from typing import Any
 from featurestore.errors import MissingFeatureError
 from featurestore.reader import CacheReader
 from featurestore.schema import GroupSpec, HiddenSpec
+from featurestore.sidecar import block_part
+from student.attention import check_student_blocks
 from student.data import CachedDataset
 from student.errors import UserError
-from student.objective import (
-    HeadTerm,
-    HiddenTerm,
-    Objective,
-    check_pairs,
-    depth_map,
-    parse_layer_map,
-    parse_layers,
-)
-from student.options import StudentOptions
+from student.objective.layers import check_pairs, depth_map
+from student.objective.relation import check_sizes
+from student.objective.requests import ObjectiveRequest, TermRequest
+from student.objective.terms import Objective, Term, term
+from student.sidecar import TeacherParts, load_parts
 from student.split import split_samples
 
 
-def plan_objective(options: StudentOptions, reader: CacheReader, config: Any) -> Objective:
-    """The terms that the flags ask for; UserError when student and cache cannot give them."""
-    head = []
-    if "logits" in options.active_losses:
-        head.append(HeadTerm(options.logits_loss, options.logits_weight))
-    if "ce" in options.active_losses:
-        head.append(HeadTerm("ce", options.ce_weight))
-    hidden: tuple[HiddenTerm, ...] = ()
-    if "hidden" in options.active_losses:
-        pairs = _layer_pairs(options, reader, config)
-        weight = options.hidden_weight / len(pairs)
-        hidden = tuple(HiddenTerm(options.hidden_loss, weight, *pair) for pair in pairs)
-    return Objective(tuple(head), hidden)
+def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) -> Objective:
+    """The terms that are asked for; UserError when student and cache cannot give them."""
+    terms: list[Term] = []
+    for wanted in request.terms:
+        if wanted.loss.kind == "head":
+            terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
+            continue
+        if "F" in wanted.loss.needs:
+            pairs = _final_pair(wanted, reader, config)
+        elif wanted.loss.kind == "relation":
+            pairs = _block_pairs(wanted, reader, config)
+        else:
+            pairs = _layer_pairs(wanted, reader, config)
+        weight = wanted.weight.scaled(1 / len(pairs))
+        terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
+    return Objective.of(terms, request.balance)
 
 
-def _layer_pairs(options: StudentOptions, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
     """Teacher and student index of every hidden term, checked against both models' depth and width."""
-    flag = f"--hidden-loss {options.hidden_loss}"
     text, identity = config.get_text_config(), reader.identity
-    if text.hidden_size != identity.hidden_size:
-        raise UserError(
-            f"{flag}: the student is {text.hidden_size} wide and the teacher {identity.hidden_size}, so "
-            "their hidden "
-            "states cannot be compared; keep the teacher's hidden_size or use --hidden-loss none"
-        )
-    cached = sorted({group.layer for group in reader.groups.values() if isinstance(group, HiddenSpec)})
+    _check_width(wanted, reader, config)
+    cached = _hidden_layers(reader)
     if not cached:
         raise UserError(
-            f"{flag}: the cache holds no hidden states; add them with "
+            f"{wanted.where}: the cache holds no hidden states; add them with "
             "`distily-cache generate ... --hidden-layers 10,20`"
         )
     depths = (identity.num_layers, text.num_hidden_layers)
-    if options.layer_map:
-        pairs, flag = parse_layer_map(options.layer_map), "--layer-map"
+    if wanted.layer_map is not None:
+        check_pairs(wanted.layer_map, *depths, wanted.where)
+        return list(wanted.layer_map)
+    layers = list(wanted.layers) if wanted.layers is not None else cached
+    check_pairs([(layer, 0) for layer in layers], *depths, wanted.where)
+    return depth_map(layers, *depths)
+
+
+def _check_width(wanted: TermRequest, reader: CacheReader, config: Any) -> None:
+    own, theirs = config.get_text_config().hidden_size, reader.identity.hidden_size
+    if own != theirs:
+        raise UserError(
+            f"{wanted.where}: the student is {own} wide and the teacher {theirs}, so their hidden states "
+            "cannot be compared; keep the teacher's hidden_size or leave the loss out"
+        )
+
+
+def _final_pair(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+    """The last hidden states of both models; UserError unless the cache has the teacher's, and its head."""
+    depth = reader.identity.num_layers
+    if wanted.loss.kind == "hidden":
+        _check_width(wanted, reader, config)
+    if "head" not in reader.sidecar().parts or depth not in _hidden_layers(reader):
+        raise UserError(
+            f"{wanted.where}: the cache cannot give the full distribution; add it with "
+            "`distily-cache generate ... --final`"
+        )
+    return [(depth, config.get_text_config().num_hidden_layers)]
+
+
+def _block_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+    """Blocks of teacher and student, numbered by what goes into them; UserError where the cache lacks one, or
+    the student has none like it.
+    """
+    depths = (reader.identity.num_layers, config.get_text_config().num_hidden_layers)
+    parts = reader.sidecar().parts
+    cached = [layer for layer in _hidden_layers(reader) if block_part(layer) in parts]
+    if wanted.layer_map is not None:
+        pairs = list(wanted.layer_map)
     else:
-        layers = parse_layers(options.hidden_layers) if options.hidden_layers else cached
-        check_pairs([(layer, 0) for layer in layers], *depths, "--hidden-layers")
-        pairs, flag = depth_map(layers, *depths), "--hidden-layers"
-    check_pairs(pairs, *depths, flag)
+        layers = list(wanted.layers) if wanted.layers is not None else cached
+        pairs = [(t, min(s, depths[1] - 1)) for t, s in depth_map(layers, *depths)]
+    for theirs, own in pairs:
+        if not (0 <= theirs < depths[0] and 0 <= own < depths[1]):
+            raise UserError(
+                f"{wanted.where}: no pair of blocks {theirs}:{own}; the teacher's are 0 to {depths[0] - 1}, "
+                f"the student's 0 to {depths[1] - 1}"
+            )
+    absent = [theirs for theirs, _ in pairs if theirs not in cached]
+    if absent or not pairs:
+        layer = absent[0] if absent else depths[0] - 1
+        raise UserError(
+            f"{wanted.where}: the cache lacks projections and input of the teacher's block {layer}; add them "
+            f"with `distily-cache generate ... --relation-layers {layer}`"
+        )
+    check_student_blocks(config, wanted.where)
+    for theirs, _ in pairs:
+        spec = reader.sidecar().block(theirs).spec
+        check_sizes(wanted.loss, wanted.options, config.get_text_config(), spec, wanted.where)
     return pairs
+
+
+def _hidden_layers(reader: CacheReader) -> list[int]:
+    return sorted({group.layer for group in reader.groups.values() if isinstance(group, HiddenSpec)})
 
 
 @dataclass(frozen=True)
@@ -75,6 +125,12 @@ class DataPlan:
 
     train: CachedDataset
     held_out: CachedDataset | None
+
+
+def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
+    """What the objective needs of the teacher's own weights."""
+    blocks = sorted({theirs for theirs, _ in objective.relations})
+    return load_parts(reader, objective.needs_head, blocks)
 
 
 def plan_data(objective: Objective, reader: CacheReader, fraction: float) -> DataPlan:

@@ -18,7 +18,7 @@ from student.build import plan_student
 from student.errors import UserError
 from student.model import DistillationModel
 from student.options import StudentOptions
-from student.plan import plan_data, plan_objective
+from student.plan import load_teacher, plan_data, plan_objective
 from student.report import write_report
 from student.saving import MANIFEST_FILE
 from student.summary import Run, summarise
@@ -33,9 +33,10 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     options, args = request.options, request.training
     output_dir = Path(args.output_dir)
     checkpoint = _checkpoint(args, output_dir)
+    wanted = options.wanted()
     reader = CacheReader.open(request.store, _manifest(options, checkpoint))
     plan = plan_student(options, reader)
-    objective = plan_objective(options, reader, plan.config)
+    objective = plan_objective(wanted, reader, plan.config)
     data = plan_data(objective, reader, options.eval_fraction)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
@@ -43,7 +44,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    model = DistillationModel(plan.build(), objective)
+    model = DistillationModel(plan.build(), objective, load_teacher(objective, reader))
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, reader.identity.vocab_size, reader.teacher_dir
     )

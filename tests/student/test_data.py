@@ -14,7 +14,7 @@ from featurestore.reader import CacheReader
 from featurestore.schema import HiddenFeatures, HiddenSpec, LogitsFeatures
 from student.data import IGNORE, CachedDataset, CacheOrder, Collator, next_labels
 from student.errors import UserError
-from student.objective import depth_map, parse_layer_map
+from student.objective.layers import depth_map, parse_layer_map
 from student.split import is_held_out, split_samples
 from tests.student.conftest import SPECS
 

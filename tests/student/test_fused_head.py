@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.losses.fused import HeadTransform, sparse_head_loss
+from student.losses.fused import sparse_head_loss
+from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
 
 TERMS = [(forward_kl, 0.7), (cross_entropy, 0.3)]
@@ -85,7 +86,8 @@ def test_float64_matches_to_rounding(shape: tuple[int, int, int, int], transform
 def test_float32_at_real_vocabularies(vocabulary: int, transform: HeadTransform) -> None:
     """As near to float64 as the plain implementation in float32, up to the order of the sums over V.
 
-    Thin chunks make BLAS add the V terms of dH one by one: V roundings of 2^-24 that walk at random.
+    Thin chunks make BLAS add the V terms of dH one by one: V roundings of 2^-24 that walk at random; three
+    standard deviations, since how far the walk got depends on the machine's BLAS.
     """
     hidden, weight, targets, _ = problem(5, vocabulary, 17, 64)
     exact = leaves([hidden, weight], torch.float64)
@@ -97,9 +99,8 @@ def test_float32_at_real_vocabularies(vocabulary: int, transform: HeadTransform)
     total = sparse_head_loss(*single, None, low, TERMS, transform, chunk=2).total
     assert total.item() == pytest.approx(truth.item(), rel=1e-6)
     for own, theirs, wanted in zip(gradients_of(total, single), plain, right, strict=True):
-        assert (own - wanted).norm() <= 2 * (
-            theirs - wanted
-        ).norm() + vocabulary**0.5 * 2**-24 * wanted.norm()
+        walk = 3 * vocabulary**0.5 * 2**-24
+        assert (own - wanted).norm() <= 2 * (theirs - wanted).norm() + walk * wanted.norm()
 
 
 def test_gradients_are_finite_differences_with_bias_scale_and_softcap() -> None:

@@ -11,7 +11,8 @@ from featurestore.schema import LogitsFeatures, LogitsSpec
 from featurestore.tail import row_shifts
 from pipeline.capture.packing import logit_fields, to_features
 from pipeline.capture.reduce import reduce_logits
-from student.losses.fused import HeadTransform, sparse_head_loss
+from student.losses.fused import sparse_head_loss
+from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
 from tests.student.reference import targets_of
 

@@ -1,0 +1,155 @@
+"""The LM head in chunks of positions, so that N x V never exists: what the head losses share.
+
+For each chunk of n positions a loss gets the logits, turns them into its gradient at once and hands that
+back; dH and dW add up over the chunks and are only scaled in the backward pass. Computing the gradient in the
+forward pass is the idea of apple/ml-cross-entropy and the Liger kernels; soft-capping as in Gemma 2
+(arXiv:2408.00118).
+
+Shape letters: N positions, n positions of a chunk, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What the architecture does to the raw logits: z = softcap * tanh(scale * raw / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> HeadTransform:
+        """Read `logit_scale` (Cohere, multiplies), `logits_scaling` (Granite, divides),
+        `final_logit_softcapping`.
+        """
+        text = config.get_text_config()
+        scale = float(getattr(text, "logit_scale", None) or 1.0) / float(
+            getattr(text, "logits_scaling", None) or 1.0
+        )
+        softcap = getattr(text, "final_logit_softcapping", None)
+        return cls(scale, float(softcap) if softcap else None)
+
+    def apply_(self, z_nV: Tensor) -> Tensor:
+        """Transform raw logits in place."""
+        if self.scale != 1.0:
+            z_nV.mul_(self.scale)
+        return z_nV if self.softcap is None else z_nV.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, z_nV: Tensor) -> Tensor:
+        """d z / d raw at transformed logits, [n, V]; without soft-capping one number, expanded."""
+        if self.softcap is None:
+            return z_nV.new_tensor(self.scale).expand_as(z_nV)
+        return (z_nV / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of matrix products here: autocast's when it is on for this device, else the dtype of `hidden`."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of logits and reductions: float32, or float64 where that goes in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class ChunkedHead:
+    """The student's head over N positions: owns the buffers that all chunks share and the gradients that
+    they add to.
+
+    `needs` says whether hidden, weight and bias want a gradient. One matrix product's worth of logits is held
+    in the compute dtype, and one in the exact dtype where the two differ.
+    """
+
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        transform: HeadTransform,
+        chunk: int,
+        needs: Sequence[bool],
+    ) -> None:
+        dtype = compute_dtype(hidden_ND)
+        self.h_ND, self.w_VD = hidden_ND.detach().to(dtype), weight_VD.detach().to(dtype)
+        self.bias_V = None if bias_V is None else bias_V.detach()
+        self.transform, self.exact = transform, exact_dtype(dtype)
+        self.wants_grad = any(needs)
+        self._dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        (n, d), v = self.h_ND.shape, len(self.w_VD)
+        self.chunk = max(1, min(chunk, n))
+        new = self.h_ND.new_empty
+        self._z_nV = new(self.chunk, v)
+        self._exact_nV = self._z_nV if dtype == self.exact else new(self.chunk, v, dtype=self.exact)
+        self._dh_ND = new(n, d) if needs[0] else None
+        self._dw_VD = self.h_ND.new_zeros(v, d, dtype=self.exact) if needs[1] else None
+        self._part_VD = new(v, d) if needs[1] and dtype != self.exact else None
+        self._db_V = self.h_ND.new_zeros(v, dtype=self.exact) if needs[2] else None
+
+    def chunks(self) -> Iterator[slice]:
+        """Positions of each chunk."""
+        for start in range(0, len(self.h_ND), self.chunk):
+            yield slice(start, min(start + self.chunk, len(self.h_ND)))
+
+    def logits(self, rows: slice) -> Tensor:
+        """Transformed logits of a chunk in the exact dtype, [n, V].
+
+        They are a buffer that the next chunk overwrites; whoever asks may write into it.
+        """
+        h_nD = self.h_ND[rows]
+        raw_nV = torch.mm(h_nD, self.w_VD.t(), out=self._z_nV[: len(h_nD)])
+        z_nV = self._exact_nV[: len(h_nD)]
+        if z_nV.dtype != raw_nV.dtype:
+            z_nV.copy_(raw_nV)
+        if self.bias_V is not None:
+            z_nV.add_(self.bias_V)
+        self.transform.apply_(z_nV)
+        plain = self.transform == HeadTransform() or not self.wants_grad
+        self._slope_nV = None if plain else self.transform.slope(z_nV)
+        return z_nV
+
+    def add_gradient(self, rows: slice, g_nV: Tensor) -> None:
+        """Add what d total / d logits of the last chunk means for hidden, weight and bias.
+
+        `g_nV` is of the exact dtype, may be the buffer that `logits` gave, and is overwritten.
+        """
+        if self._slope_nV is not None:
+            g_nV.mul_(self._slope_nV)
+        h_nD, low_nV = self.h_ND[rows], self._z_nV[: len(g_nV)]
+        if g_nV.dtype != low_nV.dtype:
+            g_nV = low_nV.copy_(g_nV)
+        if self._dh_ND is not None:
+            torch.mm(g_nV, self.w_VD, out=self._dh_ND[rows])
+        if self._dw_VD is not None and self._part_VD is None:
+            self._dw_VD.addmm_(g_nV.t(), h_nD)
+        elif self._dw_VD is not None:
+            self._dw_VD.add_(torch.mm(g_nV.t(), h_nD, out=self._part_VD))
+        if self._db_V is not None:
+            self._db_V.add_(g_nV.sum(0, dtype=self.exact))
+
+    def save_gradients(self, ctx: Any) -> None:
+        """Leave what was added up with an autograd context, for `scaled_gradients`."""
+        ctx.grads, ctx.dtypes = (self._dh_ND, self._dw_VD, self._db_V), self._dtypes
+
+
+def scaled_gradients(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias in their own dtypes; once only, since they are scaled in place."""
+    if ctx.grads is None:
+        raise RuntimeError(
+            "the fused head cannot be differentiated a second time: it scales its gradients in place"
+        )
+    grads = [
+        None if grad is None else grad.mul_(grad_total).to(dtype)
+        for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
+    ]
+    ctx.grads = None
+    return grads
