@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from student.errors import UserError
-from student.options import StudentOptions
+from student.options import OBJECTIVE_FLAGS, StudentOptions
 
 _BOOLEANS = frozenset({"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"})
 _DESCRIPTION = """\
@@ -136,6 +136,8 @@ def parse(argv: Sequence[str]) -> Request:
     if unknown:
         raise UserError(_unknown(parser, unknown[0]))
     options.check()
+    if options.objective is not None:
+        _check_alone(argv)
     return Request(rest.store, options, training)
 
 
@@ -158,6 +160,17 @@ def lower_is_better(argv: Sequence[str]) -> list[str]:
     decided = "__greater_is_better" in words
     falling = bool(asked) and asked[-1].removeprefix("eval_") in ("kl", "ce", "perplexity")
     return [*argv, "--greater_is_better", "False"] if falling and not decided else list(argv)
+
+
+def _check_alone(argv: Sequence[str]) -> None:
+    """UserError when a flag of a single term stands beside --objective, with whatever value."""
+    for word in argv:
+        name = word.split("=", 1)[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in OBJECTIVE_FLAGS:
+            raise UserError(
+                f"--objective and --{name.replace('_', '-')} exclude each other: the file says what is "
+                "learned; put the term into it"
+            )
 
 
 def _unknown(parser: Any, word: str) -> str:

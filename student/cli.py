@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from typing import Annotated
 
 import typer
 
@@ -21,11 +22,6 @@ app = typer.Typer(
 )
 
 _PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `from-cache` a named command while it is the only one."""
 
 
 @app.command(
@@ -59,6 +55,17 @@ def from_cache(context: typer.Context) -> None:
         _fail(error, 2)
     except (StudentError, FeatureStoreError) as error:
         _fail(error, 1)
+
+
+@app.command("objectives")
+def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the losses: formula, source, what the cache must hold, how exact they are, options."""
+    from student.objective.table import rows, show
+
+    if as_json:
+        typer.echo(json.dumps(rows()))
+    else:
+        show()
 
 
 def _run(argv: list[str]) -> None:

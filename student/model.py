@@ -16,7 +16,7 @@ from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
 from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
-from student.objective import Objective
+from student.objective.terms import Objective, View
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -31,6 +31,7 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
         self.transform = HeadTransform.from_config(student.config)
 
     @property
@@ -70,12 +71,13 @@ class DistillationModel(nn.Module):
         targets = _targets(select(labels, learned_N), coded)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        loss, hidden_SN = self._hidden(states, coded_hidden or {}, learned_N, head)
+        view = _view(states, coded_hidden or {}, learned_N, labels.shape[1])
+        loss, other_SN = self._others(view, head)
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
-            sums = self._sums(head, hidden_SN, coded, learned_N // labels.shape[1], len(labels))
+            sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
             return {"loss": loss * scale, "sums": sums}
-        terms = torch.cat([head.terms_SN[: len(self.objective.head)], hidden_SN]).sum(-1)
+        terms = torch.cat([head.terms_SN[: len(self.objective.head)], other_SN]).sum(-1)
         return {"loss": loss * scale, "terms": terms * scale}
 
     @property
@@ -88,7 +90,7 @@ class DistillationModel(nn.Module):
         """Collect the hidden states that terms need, by hooks on the inputs of just those layers."""
         states: dict[int, Tensor] = {}
         layers = self.student.get_decoder().layers
-        wanted = {term.student_layer for term in self.objective.hidden} - {self._depth}
+        wanted = {layer for term in self.objective.others for layer in term.student_layers} - {self._depth}
 
         def keep(index: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,36 +107,31 @@ class DistillationModel(nn.Module):
 
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
         """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
-        terms = [(term.loss, term.weight) for term in self.objective.head]
+        terms = [(term.function, w) for term, w in zip(self.objective.head, self.weights, strict=False)]
         if not self.training:
             terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
-        if not terms:  # hidden terms alone: the head is not even multiplied
+        if not terms:  # other terms alone: the head is not even multiplied
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
         output = self.student.get_output_embeddings()
         return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
 
-    def _hidden(
-        self, states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, head: HeadLoss
-    ) -> tuple[Tensor, Tensor]:
-        """(weighted sum of all terms, detached values of the hidden terms [S', N])."""
+    def _others(self, view: View, head: HeadLoss) -> tuple[Tensor, Tensor]:
+        """(weighted sum of all terms, detached values of the terms outside the head [S', N])."""
         loss, values = head.total, [head.terms_SN[:0]]
-        for term in self.objective.hidden:
-            teacher_ND = decode_hidden(
-                {n: select(p, learned_N) for n, p in coded[term.teacher_layer].items()}
-            )
-            value_N = term.loss(select(states[term.student_layer], learned_N), teacher_ND)
-            loss = loss + term.weight * value_N.sum()
+        for term, weight in zip(self.objective.others, self.weights[len(self.objective.head) :], strict=True):
+            value_N = term.values(view)
+            loss = loss + weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))
         return loss, torch.cat(values)
 
     def _sums(
-        self, head: HeadLoss, hidden_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
+        self, head: HeadLoss, other_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
     ) -> Tensor:
         """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
         kl_N, ce_N = head.terms_SN[-2:]
-        objective_SN = torch.cat([head.terms_SN[:-2], hidden_SN])
-        weights_S = objective_SN.new_tensor(self.objective.weights)
+        objective_SN = torch.cat([head.terms_SN[:-2], other_SN])
+        weights_S = objective_SN.new_tensor(self.weights)
         ones_N = torch.ones_like(ce_N)
         known_N = ones_N if coded else torch.zeros_like(ones_N)
         columns = [
@@ -154,6 +151,17 @@ class DistillationModel(nn.Module):
 def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
     """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
     return tensor_BT.flatten(0, 1).index_select(0, positions_N)
+
+
+def _view(states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, length: int) -> View:
+    """The learned positions of a batch of rows of `length`."""
+
+    def teacher(layer: int) -> Tensor:
+        return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+
+    return View(
+        lambda layer: select(states[layer], learned_N), teacher, learned_N // length, learned_N % length
+    )
 
 
 def _targets(label_N: Tensor, coded: Coded) -> SparseTargets:

@@ -7,6 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from student.errors import UserError
+from student.objective.catalogue import catalogue
+from student.objective.layers import parse_layer_map, parse_layers
+from student.objective.requests import ObjectiveRequest, TermRequest, read_objective
+from student.objective.weights import Weight
+
+# What --objective takes the place of.
+OBJECTIVE_FLAGS = (
+    "logits_loss",
+    "logits_weight",
+    "ce_weight",
+    "hidden_loss",
+    "hidden_weight",
+    "hidden_layers",
+    "layer_map",
+)
 
 
 def _flag(default: Any, help_text: str) -> Any:
@@ -49,6 +64,11 @@ class StudentOptions:
         "Directory of the teacher's safetensors for --init teacher; default: the name the cache records.",
     )
     freeze_embeddings: bool = _flag(False, "Do not train the input embeddings and the LM head.")
+    objective: str | None = _flag(
+        None,
+        "YAML file of terms, instead of the five flags that follow and --hidden-layers, --layer-map; "
+        "`distily-train objectives` lists the losses.",
+    )
     logits_loss: Literal["kl", "none"] = _flag(
         "kl", "Loss on the cached distribution: forward KL on the head plus one bucket for the tail, or none."
     )
@@ -93,20 +113,35 @@ class StudentOptions:
             raise UserError(f"{flag} has no effect without --hidden-loss; add --hidden-loss mse or cosine")
         if self.hidden_layers and self.layer_map:
             raise UserError("--hidden-layers and --layer-map exclude each other; keep one")
-        if not self.active_losses:
+
+    def wanted(self) -> ObjectiveRequest:
+        """The terms that --objective or the flags in its place ask for; UserError when there are none."""
+        if self.objective is not None:
+            return read_objective(self.objective)
+        losses = catalogue()
+        terms = []
+        if self.logits_loss != "none" and self.logits_weight > 0:
+            terms.append(
+                TermRequest(losses[self.logits_loss], Weight.constant(self.logits_weight), "--logits-loss")
+            )
+        if self.ce_weight > 0:
+            terms.append(TermRequest(losses["ce"], Weight.constant(self.ce_weight), "--ce-weight"))
+        if self.hidden_loss != "none" and self.hidden_weight > 0:
+            given = "--layer-map" if self.layer_map else "--hidden-layers"
+            terms.append(
+                TermRequest(
+                    losses[f"hidden_{self.hidden_loss}"],
+                    Weight.constant(self.hidden_weight),
+                    given if self.layer_map or self.hidden_layers else f"--hidden-loss {self.hidden_loss}",
+                    layers=tuple(parse_layers(self.hidden_layers)) if self.hidden_layers else None,
+                    layer_map=tuple(parse_layer_map(self.layer_map)) if self.layer_map else None,
+                )
+            )
+        if not terms:
             raise UserError(
                 "nothing to learn: give --logits-loss kl, --ce-weight or --hidden-loss a weight above 0"
             )
-
-    @property
-    def active_losses(self) -> set[str]:
-        """Which of "logits", "ce", "hidden" take part."""
-        active = {
-            "logits": self.logits_loss != "none" and self.logits_weight > 0,
-            "ce": self.ce_weight > 0,
-            "hidden": self.hidden_loss != "none" and self.hidden_weight > 0,
-        }
-        return {name for name, on in active.items() if on}
+        return ObjectiveRequest(tuple(terms))
 
     def config_changes(self) -> dict[str, Any]:
         """The object of --student-model-config; UserError unless it is a JSON object."""

@@ -1,5 +1,5 @@
-"""From flags and cache to what training needs: the objective, the column groups to read, the two sides of the
-split.
+"""From a request and the cache to what training needs: the objective, the column groups to read, the two
+sides of the split.
 """
 
 from __future__ import annotations
@@ -12,59 +12,46 @@ from featurestore.reader import CacheReader
 from featurestore.schema import GroupSpec, HiddenSpec
 from student.data import CachedDataset
 from student.errors import UserError
-from student.objective import (
-    HeadTerm,
-    HiddenTerm,
-    Objective,
-    check_pairs,
-    depth_map,
-    parse_layer_map,
-    parse_layers,
-)
-from student.options import StudentOptions
+from student.objective.layers import check_pairs, depth_map
+from student.objective.requests import ObjectiveRequest, TermRequest
+from student.objective.terms import Objective, Term, term
 from student.split import split_samples
 
 
-def plan_objective(options: StudentOptions, reader: CacheReader, config: Any) -> Objective:
-    """The terms that the flags ask for; UserError when student and cache cannot give them."""
-    head = []
-    if "logits" in options.active_losses:
-        head.append(HeadTerm(options.logits_loss, options.logits_weight))
-    if "ce" in options.active_losses:
-        head.append(HeadTerm("ce", options.ce_weight))
-    hidden: tuple[HiddenTerm, ...] = ()
-    if "hidden" in options.active_losses:
-        pairs = _layer_pairs(options, reader, config)
-        weight = options.hidden_weight / len(pairs)
-        hidden = tuple(HiddenTerm(options.hidden_loss, weight, *pair) for pair in pairs)
-    return Objective(tuple(head), hidden)
+def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) -> Objective:
+    """The terms that are asked for; UserError when student and cache cannot give them."""
+    terms: list[Term] = []
+    for wanted in request.terms:
+        if wanted.loss.kind != "hidden":
+            terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
+            continue
+        pairs = _layer_pairs(wanted, reader, config)
+        weight = wanted.weight.scaled(1 / len(pairs))
+        terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
+    return Objective.of(terms, request.balance)
 
 
-def _layer_pairs(options: StudentOptions, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
     """Teacher and student index of every hidden term, checked against both models' depth and width."""
-    flag = f"--hidden-loss {options.hidden_loss}"
     text, identity = config.get_text_config(), reader.identity
     if text.hidden_size != identity.hidden_size:
         raise UserError(
-            f"{flag}: the student is {text.hidden_size} wide and the teacher {identity.hidden_size}, so "
-            "their hidden "
-            "states cannot be compared; keep the teacher's hidden_size or use --hidden-loss none"
+            f"{wanted.where}: the student is {text.hidden_size} wide and the teacher {identity.hidden_size}, "
+            "so their hidden states cannot be compared; keep the teacher's hidden_size or leave the loss out"
         )
     cached = sorted({group.layer for group in reader.groups.values() if isinstance(group, HiddenSpec)})
     if not cached:
         raise UserError(
-            f"{flag}: the cache holds no hidden states; add them with "
+            f"{wanted.where}: the cache holds no hidden states; add them with "
             "`distily-cache generate ... --hidden-layers 10,20`"
         )
     depths = (identity.num_layers, text.num_hidden_layers)
-    if options.layer_map:
-        pairs, flag = parse_layer_map(options.layer_map), "--layer-map"
-    else:
-        layers = parse_layers(options.hidden_layers) if options.hidden_layers else cached
-        check_pairs([(layer, 0) for layer in layers], *depths, "--hidden-layers")
-        pairs, flag = depth_map(layers, *depths), "--hidden-layers"
-    check_pairs(pairs, *depths, flag)
-    return pairs
+    if wanted.layer_map is not None:
+        check_pairs(wanted.layer_map, *depths, wanted.where)
+        return list(wanted.layer_map)
+    layers = list(wanted.layers) if wanted.layers is not None else cached
+    check_pairs([(layer, 0) for layer in layers], *depths, wanted.where)
+    return depth_map(layers, *depths)
 
 
 @dataclass(frozen=True)

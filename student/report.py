@@ -56,10 +56,7 @@ def _losses(run: Run) -> str:
     lines = [Line("loss", _series(run.training_logs, "loss"))]
     if len(objective.labels) > 1:
         lines += [Line(label, _series(run.training_logs, f"loss_{label}")) for label in objective.labels]
-    terms = " + ".join(
-        f"{weight:g} · {escape(label)}"
-        for label, weight in zip(objective.labels, objective.weights, strict=True)
-    )
+    terms = " + ".join(f"{term.weight} · {escape(term.label)}" for term in objective.terms)
     flips = Line("flipped since the last point", _series(run.training_logs, "bitnet_flip_rate"))
     ternary = (
         f"<h3>Ternary weights that moved</h3>{line_chart([flips], 'step', 'share')}" if flips.points else ""

@@ -33,9 +33,10 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     options, args = request.options, request.training
     output_dir = Path(args.output_dir)
     checkpoint = _checkpoint(args, output_dir)
+    wanted = options.wanted()
     reader = CacheReader.open(request.store, _manifest(options, checkpoint))
     plan = plan_student(options, reader)
-    objective = plan_objective(options, reader, plan.config)
+    objective = plan_objective(wanted, reader, plan.config)
     data = plan_data(objective, reader, options.eval_fraction)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False

@@ -62,7 +62,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "tokens_per_second": round(rates[-1], 1) if rates else None,  # evaluations included in the time
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        "objective": dict(zip(run.model.objective.labels, run.model.objective.weights, strict=True)),
+        "objective": {term.label: term.weight.to_json() for term in run.model.objective.terms},
         "sizes": _sizes(run),
         "cache_cost": cache_cost(run.reader),
     }

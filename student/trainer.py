@@ -74,11 +74,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Trainer's own, which divides by the learned positions of the whole accumulated batch; remembers the
         terms.
         """
+        self._set_weights()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if "terms" in outputs:
             self._term_sums += outputs["terms"]
             self._term_start = self.state.global_step if self._term_start is None else self._term_start
         return (loss, outputs) if return_outputs else loss
+
+    def _set_weights(self) -> None:
+        """Schedules move between optimizer steps, not between parts of an accumulated batch."""
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        self.model.weights = self.model.objective.weights_at(progress)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the unweighted terms and the movement of the ternary weights to Trainer's training log."""

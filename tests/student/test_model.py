@@ -14,13 +14,18 @@ from featurestore.reader import CacheReader
 from student.data import IGNORE, CachedDataset, Collator
 from student.decoding import decode_targets
 from student.model import EVAL_COLUMNS, DistillationModel
-from student.objective import HeadTerm, HiddenTerm, Objective
+from student.objective.terms import Objective, term
 from tests import teachers
 from tests.student.conftest import SPECS
 
-OBJECTIVE = Objective(
-    (HeadTerm("kl", 0.5), HeadTerm("ce", 0.25)),
-    (HiddenTerm("mse", 2.0, 1, 1), HiddenTerm("cosine", 3.0, 3, 3), HiddenTerm("mse", 1.5, 1, 0)),
+OBJECTIVE = Objective.of(
+    [
+        term("kl", 0.5),
+        term("ce", 0.25),
+        term("hidden_mse", 2.0, (1, 1)),
+        term("hidden_cosine", 3.0, (3, 3)),
+        term("hidden_mse", 1.5, (1, 0)),
+    ]
 )
 
 
@@ -70,7 +75,7 @@ def test_loss_and_terms_are_those_of_a_plain_forward_pass(teacher: Path, batch: 
     output = DistillationModel(student, OBJECTIVE).train()(**batch, num_items_in_batch=torch.tensor(50))
     wanted = torch.stack([term.double().sum() / 50 for term in terms])
     torch.testing.assert_close(output["terms"].double(), wanted, rtol=1e-4, atol=1e-5)
-    weighted = wanted @ torch.tensor(OBJECTIVE.weights, dtype=torch.float64)
+    weighted = wanted @ torch.tensor(OBJECTIVE.weights_at(0.0), dtype=torch.float64)
     assert output["loss"].item() == pytest.approx(weighted.item(), rel=1e-4)
 
 
@@ -82,7 +87,7 @@ def test_gradients_are_those_of_a_plain_forward_pass(
     student = other_student(teacher)
     terms = plain_terms(student, batch)
     count = len(terms[0])
-    sum(w * t.sum() / count for w, t in zip(OBJECTIVE.weights, terms, strict=True)).backward()
+    sum(w * t.sum() / count for w, t in zip(OBJECTIVE.weights_at(0.0), terms, strict=True)).backward()
     wanted = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
     student.zero_grad()
     model = DistillationModel(student, OBJECTIVE).train()
@@ -110,7 +115,7 @@ def test_evaluation_sums_by_sequence(teacher: Path, batch: dict[str, Any]) -> No
 
 def test_the_teacher_itself_scores_zero(teacher: Path, batch: dict[str, Any]) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    objective = Objective((HeadTerm("kl", 1.0),), (HiddenTerm("mse", 1.0, 3, 3),))
+    objective = Objective.of([term("kl", 1.0), term("hidden_mse", 1.0, (3, 3))])
     with torch.no_grad():
         sums = DistillationModel(teacher, objective).eval()(**batch)["sums"].sum(0)
     # The store rounds head logits to 1/32 nat: an error of at most 1/64, so a KL of at most about (1/64)^2 /
@@ -151,7 +156,7 @@ def test_scale_and_softcap_of_the_architecture(
         with torch.no_grad():
             student.get_input_embeddings().weight.mul_(20.0)
     inputs = {name: batch[name] for name in ("input_ids", "labels")}
-    loss = DistillationModel(student, Objective((HeadTerm("ce", 1.0),), ())).train()(**inputs)["loss"]
+    loss = DistillationModel(student, Objective.of([term("ce", 1.0)])).train()(**inputs)["loss"]
     learned = batch["labels"] != IGNORE
     logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[learned]
     wanted = nn.functional.cross_entropy(logits.double(), batch["labels"][learned])
@@ -160,7 +165,7 @@ def test_scale_and_softcap_of_the_architecture(
 
 def test_autocast_runs_body_and_head_in_bfloat16(teacher: Path, batch: dict[str, Any]) -> None:
     student = other_student(teacher)
-    model = DistillationModel(student, Objective((HeadTerm("kl", 1.0),), ())).train()
+    model = DistillationModel(student, Objective.of([term("kl", 1.0)])).train()
     exact = model(**batch)["loss"].item()
     with torch.autocast("cpu", torch.bfloat16):
         low = model(**batch)["loss"]

@@ -48,7 +48,7 @@ def test_a_bitnet_student_learns_and_is_reported(train: Train, tmp_path: Path) -
     assert summary["tokens"] > 0
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     entry = next(log for log in logs(tmp_path) if "loss" in log)
-    terms = ["kl", "ce", "cosine_L1_to_L1", "cosine_L3_to_L2"]
+    terms = ["kl", "ce", "hidden_cosine_L1_to_L1", "hidden_cosine_L3_to_L2"]
     total = sum(
         weight * entry[f"loss_{name}"] for weight, name in zip([1, 0.05, 0.1, 0.1], terms, strict=True)
     )

@@ -1,0 +1,1 @@
+"""The objective: what is learned from the cache. See docs/objectives.md."""

@@ -1,0 +1,190 @@
+"""What is asked for, from flags or from a file, before the cache has been looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from student.errors import UserError
+from student.objective.catalogue import Loss, find_loss, suggest
+from student.objective.terms import Balance
+from student.objective.weights import Weight
+
+_TERM_KEYS = ("loss", "weight", "layers", "layer_map")
+_SCHEDULE_KEYS = ("schedule", "from", "to", "until")
+_SCHEDULES = ("constant", "linear", "cosine")
+_BALANCES = ("none", "gradient_norm")
+
+
+@dataclass(frozen=True)
+class TermRequest:
+    """One term that is asked for. layers, layer_map: as in `--hidden-layers` and `--layer-map`; where: how
+    error lines name the term.
+    """
+
+    loss: Loss
+    weight: Weight
+    where: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    layer_map: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveRequest:
+    """All terms that are asked for, and how they are balanced."""
+
+    terms: tuple[TermRequest, ...]
+    balance: Balance = "none"
+
+
+def read_objective(path: str) -> ObjectiveRequest:
+    """The request of an objective file (YAML); UserError, naming file and key, for whatever is wrong in
+    it.
+    """
+    where = f"--objective {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} cannot be read ({error}); give a YAML file of terms") from error
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    return parse_objective(value, where)
+
+
+def parse_objective(value: object, where: str) -> ObjectiveRequest:
+    """The request that a parsed file makes."""
+    example = "write e.g. `terms: [{loss: kl, weight: 1.0}]`"
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: needs a mapping with a list `terms`; {example}")
+    _check_keys(value, ("terms", "balance"), where)
+    terms = value.get("terms")
+    if not isinstance(terms, list) or not terms:
+        raise UserError(f"{where}: `terms` must be a list of at least one term; {example}")
+    balance = value.get("balance", "none")
+    if balance not in _BALANCES:
+        raise UserError(f"{where}: balance must be one of {', '.join(_BALANCES)}, not {balance!r}")
+    parsed = tuple(_term(term, f"{where}: terms[{index}]") for index, term in enumerate(terms))
+    if balance != "none":
+        _check_balanced(parsed)
+    return ObjectiveRequest(parsed, balance)
+
+
+def _term(value: object, where: str) -> TermRequest:
+    if not isinstance(value, dict) or "loss" not in value:
+        raise UserError(f"{where} must be a mapping with a key `loss`, e.g. {{loss: kl, weight: 1.0}}")
+    loss = find_loss(value["loss"], where)
+    where = f"{where} ({loss.name})"
+    options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
+    layered = loss.kind in ("hidden", "relation")
+    for key in options:
+        _check_keys({key: None}, (*(_TERM_KEYS if layered else _TERM_KEYS[:2]), *loss.options), where)
+    if not layered and ("layers" in value or "layer_map" in value):
+        raise UserError(f"{where}: layers and layer_map belong to losses between hidden states")
+    if "layers" in value and "layer_map" in value:
+        raise UserError(f"{where}: layers and layer_map exclude each other; keep one")
+    return TermRequest(
+        loss,
+        parse_weight(value.get("weight", 1.0), f"{where}: weight"),
+        where,
+        loss.check_options(options, where),
+        _layers(value["layers"], where) if "layers" in value else None,
+        _layer_map(value["layer_map"], where) if "layer_map" in value else None,
+    )
+
+
+def parse_weight(value: object, where: str) -> Weight:
+    """A number, or `{schedule: linear | cosine | constant, from: A, to: B, until: F}`."""
+    if not isinstance(value, dict):
+        return Weight.constant(_number(value, where))
+    _check_keys(value, _SCHEDULE_KEYS, where)
+    schedule = value.get("schedule")
+    if schedule not in _SCHEDULES:
+        raise UserError(f"{where}: schedule must be one of {', '.join(_SCHEDULES)}, not {schedule!r}")
+    if "from" not in value:
+        raise UserError(f"{where}: a schedule needs `from`, and `to` unless it is constant")
+    start = _number(value["from"], f"{where}: from")
+    if schedule == "constant":
+        if "to" in value or "until" in value:
+            raise UserError(f"{where}: a constant schedule has no `to` and no `until`; use linear or cosine")
+        return Weight.constant(start)
+    if "to" not in value:
+        raise UserError(f"{where}: a {schedule} schedule needs `to`")
+    end, until = _number(value["to"], f"{where}: to"), _number(value.get("until", 1.0), f"{where}: until")
+    if not 0 < until <= 1:
+        raise UserError(f"{where}: until is a fraction of the training, above 0 and at most 1, not {until:g}")
+    if not max(start, end):
+        raise UserError(f"{where} is zero throughout; leave the term out")
+    return Weight(start, end, schedule, until)
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        hint = " (YAML reads 1e-3 as a word; write 1.0e-3)" if _is_exponent(value) else ""
+        raise UserError(f"{where} must be a finite number of at least 0, not {value!r}{hint}")
+    return float(value)
+
+
+def _is_exponent(value: object) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _layers(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or any(type(layer) is not int for layer in value):
+        raise UserError(f"{where}: layers must be a list of layer numbers, e.g. [10, 20], not {value!r}")
+    if len(set(value)) != len(value):
+        raise UserError(f"{where}: layers names a layer twice; give each layer once")
+    return tuple(value)
+
+
+def _layer_map(value: object, where: str) -> tuple[tuple[int, int], ...]:
+    if (
+        not isinstance(value, dict)
+        or not value
+        or any(type(layer) is not int for pair in value.items() for layer in pair)
+    ):
+        raise UserError(
+            f"{where}: layer_map must map layers of the teacher to layers of the student, "
+            f"e.g. {{10: 4, 20: 8}}, not {value!r}"
+        )
+    return tuple(value.items())
+
+
+def _check_balanced(terms: tuple[TermRequest, ...]) -> None:
+    if len(terms) < 2:
+        raise UserError(f"{terms[0].where}: balance: gradient_norm needs at least two terms")
+    if not terms[0].weight.start:
+        raise UserError(
+            f"{terms[0].where}: weight must be above 0 at the start, since balance: gradient_norm measures "
+            "all other terms against the first"
+        )
+
+
+def _check_keys(value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in value:
+        if key not in known:
+            hint = suggest(str(key), known) or f"; known are {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and a key that occurs twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
