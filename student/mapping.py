@@ -15,26 +15,26 @@ MAPPERS = "all, last, last-K (as last-3), uniform or uniform+last"
 Pairs = list[tuple[int, int]]
 
 
-def map_layers(mapper: str, cached: Sequence[int], teacher_depth: int, student_depth: int) -> Pairs:
+def map_layers(
+    mapper: str, cached: Sequence[int], teacher_depth: int, student_depth: int, where: str = "--mapper"
+) -> Pairs:
     """(teacher index, student index) pairs, no pair twice.
 
     all: each cached layer with the student's at the same relative depth (Uniform-Cons). uniform: each student
     layer with the cached layer nearest in relative depth. uniform+last: those, and each student layer with
     the deepest cached one. last, last-K: the deepest K cached layers with the student's last K. Names after
-    arXiv:2310.08797. All but `all` leave the embeddings out. UserError for an unknown mapper, and where there
-    are too few layers.
+    arXiv:2310.08797. All but `all` leave the embeddings out. UserError, which `where` begins, where there are
+    too few layers; the mapper itself must have passed `check_mapper`.
     """
     layers = sorted(set(cached))
     if mapper == "all":
         return depth_map(layers, teacher_depth, student_depth)
     blocks = [layer for layer in layers if layer > 0]
     count = _last_count(mapper)
-    if count is None and mapper not in ("uniform", "uniform+last"):
-        raise UserError(f"--mapper {mapper!r} is unknown; choose {MAPPERS}")
     if not blocks or (count or 1) > min(len(blocks), student_depth):
         raise UserError(
-            f"--mapper {mapper}: the cache holds {len(blocks)} layers behind the embeddings and the student "
-            f"has {student_depth}; choose fewer, or add layers with `distily-cache generate ... "
+            f"{where}: mapper {mapper} finds {len(blocks)} cached layers behind the embeddings and "
+            f"{student_depth} of the student; choose fewer, or add layers with `distily-cache generate ... "
             "--hidden-layers 10,20`"
         )
     if count is not None:
@@ -50,6 +50,12 @@ def map_layers(mapper: str, cached: Sequence[int], teacher_depth: int, student_d
 def depth_map(layers: Sequence[int], teacher_depth: int, student_depth: int) -> Pairs:
     """Pair each teacher index with the student index at the same relative depth, rounded half up."""
     return [(layer, (2 * layer * student_depth + teacher_depth) // (2 * teacher_depth)) for layer in layers]
+
+
+def check_mapper(mapper: str, where: str) -> None:
+    """UserError for an unknown mapper."""
+    if mapper not in ("all", "uniform", "uniform+last") and _last_count(mapper) is None:
+        raise UserError(f"{where} {mapper!r} is unknown; choose {MAPPERS}")
 
 
 def _last_count(mapper: str) -> int | None:

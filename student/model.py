@@ -17,6 +17,7 @@ from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
 from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
 from student.objective.terms import Objective, View
+from student.projectors import Projectors
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -30,6 +31,7 @@ class DistillationModel(nn.Module):
     def __init__(self, student: Any, objective: Objective) -> None:
         super().__init__()
         self.student = student
+        self.projectors = Projectors(objective.projectors)
         self.objective = objective
         self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
         self.transform = HeadTransform.from_config(student.config)
@@ -71,7 +73,7 @@ class DistillationModel(nn.Module):
         targets = _targets(select(labels, learned_N), coded)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        view = _view(states, coded_hidden or {}, learned_N, labels.shape[1])
+        view = self._view(states, coded_hidden or {}, learned_N, labels.shape[1])
         loss, other_SN = self._others(view, head)
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
@@ -116,6 +118,22 @@ class DistillationModel(nn.Module):
         output = self.student.get_output_embeddings()
         return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
 
+    def _view(
+        self, states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, length: int
+    ) -> View:
+        """The learned positions of a batch of rows of `length`."""
+
+        def teacher(layer: int) -> Tensor:
+            return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+
+        return View(
+            student=lambda layer: select(states[layer], learned_N),
+            teacher=teacher,
+            sequence_N=learned_N // length,
+            position_N=learned_N % length,
+            project=lambda name, states_ND: self.projectors[name](states_ND),
+        )
+
     def _others(self, view: View, head: HeadLoss) -> tuple[Tensor, Tensor]:
         """(weighted sum of all terms, detached values of the terms outside the head [S', N])."""
         loss, values = head.total, [head.terms_SN[:0]]
@@ -151,17 +169,6 @@ class DistillationModel(nn.Module):
 def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
     """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
     return tensor_BT.flatten(0, 1).index_select(0, positions_N)
-
-
-def _view(states: Mapping[int, Tensor], coded: Mapping[int, Coded], learned_N: Tensor, length: int) -> View:
-    """The learned positions of a batch of rows of `length`."""
-
-    def teacher(layer: int) -> Tensor:
-        return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
-
-    return View(
-        lambda layer: select(states[layer], learned_N), teacher, learned_N // length, learned_N % length
-    )
 
 
 def _targets(label_N: Tensor, coded: Coded) -> SparseTargets:

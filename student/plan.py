@@ -12,9 +12,10 @@ from featurestore.reader import CacheReader
 from featurestore.schema import GroupSpec, HiddenSpec
 from student.data import CachedDataset
 from student.errors import UserError
-from student.objective.layers import check_pairs, depth_map
+from student.mapping import Pairs, check_pairs, map_layers
 from student.objective.requests import ObjectiveRequest, TermRequest
 from student.objective.terms import Objective, Term, term
+from student.projectors import IDENTITY, ProjectorSpec
 from student.split import split_samples
 
 
@@ -22,23 +23,46 @@ def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) 
     """The terms that are asked for; UserError when student and cache cannot give them."""
     terms: list[Term] = []
     for wanted in request.terms:
-        if wanted.loss.kind != "hidden":
+        if wanted.loss.kind in ("hidden", "structure"):
+            terms += _hidden_terms(wanted, reader, config)
+        else:
             terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
-            continue
-        pairs = _layer_pairs(wanted, reader, config)
-        weight = wanted.weight.scaled(1 / len(pairs))
-        terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
     return Objective.of(terms, request.balance)
 
 
-def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
-    """Teacher and student index of every hidden term, checked against both models' depth and width."""
-    text, identity = config.get_text_config(), reader.identity
-    if text.hidden_size != identity.hidden_size:
+def _hidden_terms(wanted: TermRequest, reader: CacheReader, config: Any) -> list[Term]:
+    """A term for each pair of layers, or with a flow for each two neighbouring pairs; they share the
+    weight.
+    """
+    pairs = _layer_pairs(wanted, reader, config)
+    ends: list[tuple[int, int] | None] = [None] * len(pairs)
+    if wanted.loss.flow:
+        if len(pairs) < 2:
+            raise UserError(f"{wanted.where}: {wanted.loss.name} needs at least two pairs of layers, has one")
+        ends = list(pairs[1:])
+    projector = _projector(wanted, reader.identity.hidden_size, config.get_text_config().hidden_size)
+    weight = wanted.weight.scaled(1 / len(ends))
+    return [
+        term(wanted.loss.name, weight, pair, end, projector, **wanted.options)
+        for pair, end in zip(pairs, ends, strict=False)
+    ]
+
+
+def _projector(wanted: TermRequest, teacher_width: int, student_width: int) -> ProjectorSpec | None:
+    if wanted.projector != IDENTITY:
+        return ProjectorSpec(wanted.projector, student_width, teacher_width)
+    if student_width != teacher_width and not wanted.loss.any_width:
         raise UserError(
-            f"{wanted.where}: the student is {text.hidden_size} wide and the teacher {identity.hidden_size}, "
-            "so their hidden states cannot be compared; keep the teacher's hidden_size or leave the loss out"
+            f"{wanted.where}: the student is {student_width} wide and the teacher {teacher_width}, so their "
+            "hidden states cannot be compared as they are; add --projector linear (in an objective's file "
+            "`projector: linear`)"
         )
+    return None
+
+
+def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> Pairs:
+    """Teacher and student index of every pair, checked against both models' depth."""
+    text, identity = config.get_text_config(), reader.identity
     cached = sorted({group.layer for group in reader.groups.values() if isinstance(group, HiddenSpec)})
     if not cached:
         raise UserError(
@@ -51,7 +75,7 @@ def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[
         return list(wanted.layer_map)
     layers = list(wanted.layers) if wanted.layers is not None else cached
     check_pairs([(layer, 0) for layer in layers], *depths, wanted.where)
-    return depth_map(layers, *depths)
+    return map_layers(wanted.mapper, layers, *depths, wanted.where)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from student.errors import StudentError
+from student.errors import StudentError, UserError
 
 WEIGHTS_FILE = "projectors.safetensors"
 CONFIG_FILE = "projectors.json"
@@ -49,12 +50,13 @@ _MAKERS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "mlp": _mlp,
     "orthogonal": _orthogonal,
 }
-PROJECTORS = ("identity", *_MAKERS)
+IDENTITY = "identity"
+PROJECTORS = (IDENTITY, *_MAKERS)
 
 
 @dataclass(frozen=True)
 class ProjectorSpec:
-    """A projector of `PROJECTORS`; identity needs equal widths."""
+    """A projector of `PROJECTORS` that has something to learn, so not the identity."""
 
     kind: str
     student_width: int
@@ -62,42 +64,43 @@ class ProjectorSpec:
 
     def build(self) -> nn.Module:
         """A new module [..., student_width] -> [..., teacher_width], from torch's random numbers."""
-        if self.kind == "identity":
-            assert self.student_width == self.teacher_width
-            return nn.Identity()
         return _MAKERS[self.kind](self.student_width, self.teacher_width)
 
 
 class Projectors(nn.ModuleDict):
-    """The projectors of an objective by the names of its terms."""
+    """The projectors of an objective, by name."""
 
     def __init__(self, specs: Mapping[str, ProjectorSpec]) -> None:
         super().__init__({name: spec.build() for name, spec in specs.items()})
         self.specs = dict(specs)
 
     def save(self, directory: Path) -> None:
-        """Writes projectors.safetensors and projectors.json; nothing where there is nothing to learn."""
-        state = self.state_dict()
-        if state:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / WEIGHTS_FILE)
-            config = {name: asdict(spec) for name, spec in self.specs.items()}
-            (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        """Writes projectors.safetensors and projectors.json; nothing where there are none."""
+        if not self.specs:
+            return
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, directory / WEIGHTS_FILE)
+        config = json.dumps(self._config(), indent=2, sort_keys=True) + "\n"
+        (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        """Reads what `save` wrote; StudentError unless it is of the same projectors."""
-        if not self.state_dict():
-            return
+        """Reads what `save` wrote; UserError when it is of other projectors, StudentError when it is damaged."""
+        config, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
         try:
-            config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-            state = load_file(directory / WEIGHTS_FILE)
-        except (OSError, ValueError, SafetensorError) as error:
+            saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            if saved != self._config():
+                raise UserError(
+                    f"--resume-from-checkpoint {directory}: it has {_names(saved)}, the objective asks for "
+                    f"{_names(self._config())}; go on with the objective that it was trained with"
+                )
+            if self.specs:
+                self.load_state_dict(load_file(weights))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
             raise StudentError(f"{directory}: its projectors cannot be read: {error}") from error
-        if config != {name: asdict(spec) for name, spec in self.specs.items()}:
-            raise StudentError(
-                f"{directory}: its projectors are of another objective; go on with the objective that it was "
-                "trained with"
-            )
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise StudentError(f"{directory}: its projectors do not fit: {error}") from error
+
+    def _config(self) -> dict[str, Any]:
+        return {name: asdict(spec) for name, spec in self.specs.items()}
+
+
+def _names(config: Mapping[str, Any]) -> str:
+    return f"the projectors {json.dumps(config, sort_keys=True)}" if config else "no projectors"

@@ -56,6 +56,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return CacheOrder(train_dataset or self.train_dataset, seed)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's rule, without parameters that stand for a matrix and are not one: decay would turn an
+        orthogonal projector, not shrink it.
+        """
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".parametrizations." not in name]
+
     def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
         """Evaluation reads other column groups than training, so it has its own collator."""
         self.data_collator = self._collator(eval_dataset or self.eval_dataset)
@@ -118,14 +125,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         save_student(self.model.student, directory, self._tokenizer_dir)
+        if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
+            self.model.projectors.save(directory)
         torch.save(self.args, directory / "training_args.bin")
         (directory / MANIFEST_FILE).write_text(json.dumps({"manifest": self.train_dataset.manifest_digest}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_student(self.model.student, Path(resume_from_checkpoint))
+        self.model.projectors.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_student(self.model.student, Path(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -68,7 +68,7 @@ def fsp(
     """
     states = [part for side in (student_NDs, teacher_NDs) for part in side]
     with _exact(states[0]):
-        parts = zip(*(widened(x).split(list(lengths)) for x in states), strict=True)
+        parts = zip(*(_split(x, lengths) for x in states), strict=True)
         values = [_recomputed(_flow, *part).expand(len(part[0])) for part in parts]
         return _joined(values, states[0])
 
@@ -118,11 +118,11 @@ def _angle(student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
 
 
 def _angle_loss(first: int, second: int, student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
-    cosines = []
-    for x_TD in (student_TD, teacher_TD):
+    def cosine(x_TD: Tensor) -> Tensor:
         one_TD, other_TD = (F.normalize(x_TD.roll(-k, 0) - x_TD, dim=-1) for k in (first, second))
-        cosines.append((one_TD * other_TD).sum(-1))
-    return F.smooth_l1_loss(*cosines, reduction="none")
+        return (one_TD * other_TD).sum(-1)
+
+    return F.smooth_l1_loss(cosine(student_TD), cosine(teacher_TD), reduction="none")
 
 
 def _offsets(length: int) -> list[tuple[int, int]]:
@@ -141,7 +141,7 @@ def _per_sequence(
 ) -> Tensor:
     """loss(student [T, D], teacher [T, D']) -> [T] of each sequence, joined to [N]."""
     with _exact(student_ND):
-        parts = zip(*(widened(x).split(list(lengths)) for x in (student_ND, teacher_ND)), strict=True)
+        parts = zip(*(_split(x, lengths) for x in (student_ND, teacher_ND)), strict=True)
         return _joined([loss(*part) for part in parts], student_ND)
 
 
@@ -153,6 +153,10 @@ def _by_rows(rows: Callable[..., Tensor], states_TD: Tensor, *more: Tensor) -> T
     return torch.cat(
         [_recomputed(rows, start, min(start + size, length), states_TD, *more) for start in starts]
     )
+
+
+def _split(states_ND: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    return torch.split(widened(states_ND), list(lengths))
 
 
 def _joined(values: list[Tensor], like: Tensor) -> Tensor:

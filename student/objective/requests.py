@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from student.errors import UserError
+from student.mapping import MAPPERS, check_mapper
 from student.objective.catalogue import Loss, find_loss, suggest
 from student.objective.terms import Balance
 from student.objective.weights import Weight
+from student.projectors import IDENTITY, PROJECTORS
 
-_TERM_KEYS = ("loss", "weight", "layers", "layer_map")
+_TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
 _SCHEDULES = ("constant", "linear", "cosine")
 _BALANCES = ("none", "gradient_norm")
@@ -23,8 +25,8 @@ _BALANCES = ("none", "gradient_norm")
 
 @dataclass(frozen=True)
 class TermRequest:
-    """One term that is asked for. layers, layer_map: as in `--hidden-layers` and `--layer-map`; where: how
-    error lines name the term.
+    """One term that is asked for. layers, layer_map, mapper, projector: as in the flags --hidden-layers,
+    --layer-map, --mapper and --projector; where: how error lines name the term.
     """
 
     loss: Loss
@@ -33,6 +35,8 @@ class TermRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     layer_map: tuple[tuple[int, int], ...] | None = None
+    mapper: str = "all"
+    projector: str = IDENTITY
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,16 @@ def _term(value: object, where: str) -> TermRequest:
     loss = find_loss(value["loss"], where)
     where = f"{where} ({loss.name})"
     options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
-    layered = loss.kind in ("hidden", "relation")
+    layered = loss.kind in ("hidden", "structure", "relation")
     for key in options:
         _check_keys({key: None}, (*(_TERM_KEYS if layered else _TERM_KEYS[:2]), *loss.options), where)
-    if not layered and ("layers" in value or "layer_map" in value):
-        raise UserError(f"{where}: layers and layer_map belong to losses between hidden states")
-    if "layers" in value and "layer_map" in value:
-        raise UserError(f"{where}: layers and layer_map exclude each other; keep one")
+    if not layered and any(key in value for key in _TERM_KEYS[2:]):
+        raise UserError(f"{where}: {', '.join(_TERM_KEYS[2:])} belong to losses between hidden states")
+    if "layer_map" in value and ("layers" in value or "mapper" in value):
+        raise UserError(f"{where}: layer_map excludes layers and mapper; keep one")
+    projector = value.get("projector", IDENTITY)
+    if projector not in PROJECTORS:
+        raise UserError(f"{where}: projector must be one of {', '.join(PROJECTORS)}, not {projector!r}")
     return TermRequest(
         loss,
         parse_weight(value.get("weight", 1.0), f"{where}: weight"),
@@ -97,6 +104,8 @@ def _term(value: object, where: str) -> TermRequest:
         loss.check_options(options, where),
         _layers(value["layers"], where) if "layers" in value else None,
         _layer_map(value["layer_map"], where) if "layer_map" in value else None,
+        _mapper(value["mapper"], where) if "mapper" in value else "all",
+        projector,
     )
 
 
@@ -158,6 +167,13 @@ def _layer_map(value: object, where: str) -> tuple[tuple[int, int], ...]:
             f"e.g. {{10: 4, 20: 8}}, not {value!r}"
         )
     return tuple(value.items())
+
+
+def _mapper(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: mapper must be one of {MAPPERS}, not {value!r}")
+    check_mapper(value, f"{where}: mapper")
+    return value
 
 
 def _check_balanced(terms: tuple[TermRequest, ...]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student.errors import UserError
-from student.mapping import check_pairs, depth_map, map_layers, parse_layer_map, parse_layers
+from student.mapping import check_mapper, check_pairs, depth_map, map_layers, parse_layer_map, parse_layers
 
 DEPTHS = st.integers(1, 80)
 
@@ -68,7 +68,7 @@ def test_last_k_pairs_the_ends_in_order(cache: tuple[list[int], int, int], count
     layers, teacher, student = cache
     blocks = [layer for layer in layers if layer]
     if count > min(len(blocks), student):
-        with pytest.raises(UserError, match=f"--mapper last-{count}: .* {len(blocks)} layers"):
+        with pytest.raises(UserError, match=f"--mapper: mapper last-{count} finds {len(blocks)} cached"):
             map_layers(f"last-{count}", layers, teacher, student)
         return
     pairs = map_layers(f"last-{count}", layers, teacher, student)
@@ -95,8 +95,8 @@ def test_pairs_of_published_settings() -> None:
 
 @pytest.mark.parametrize("mapper", ["", "first", "last-0", "last--1", "last-x", "uniform-2", "Last"])
 def test_unknown_mappers_are_refused(mapper: str) -> None:
-    with pytest.raises(UserError, match="--mapper .* unknown; choose all, last"):
-        map_layers(mapper, [1, 2], 3, 3)
+    with pytest.raises(UserError, match=r"--mapper .* unknown; choose all, last"):
+        check_mapper(mapper, "--mapper")
 
 
 def test_the_embeddings_alone_serve_only_all() -> None:
