@@ -102,6 +102,11 @@ class StudentOptions:
         "What brings the student's hidden states to the teacher's width for --hidden-loss, trained with the "
         "student; one for each pair of layers.",
     )
+    pack_rows: bool = _flag(
+        False,
+        "Put several short samples of a training batch into one row, whole and without seeing each other, "
+        "instead of padding each to the longest one. The loss is the same.",
+    )
     manifest: str | None = _flag(
         None,
         "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "

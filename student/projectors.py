@@ -84,7 +84,7 @@ class Projectors(nn.ModuleDict):
         (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        """Reads what `save` wrote; UserError when it is of other projectors, StudentError when it is damaged."""
+        """Reads what `save` wrote; UserError when it is of others, StudentError for a damaged file."""
         config, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
         try:
             saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

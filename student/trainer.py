@@ -31,11 +31,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: CachedDataset | None,
         vocab_size: int,
         tokenizer_dir: Path,
+        pack_rows: bool = False,
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
         self._tokenizer_dir = tokenizer_dir
-        self._train_collator = self._collator(train_dataset)
+        self._train_collator = self._collator(train_dataset, pack_rows)
         super().__init__(
             model=model,
             args=args,
@@ -48,8 +49,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._term_start: int | None = None  # the step after which _term_sums began to add up
         self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
 
-    def _collator(self, dataset: CachedDataset) -> Collator:
-        return Collator(dataset.groups, self._pad_token)
+    def _collator(self, dataset: CachedDataset, pack: bool) -> Collator:
+        return Collator(dataset.groups, self._pad_token, pack)
 
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""
@@ -64,8 +65,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return [name for name in names if ".parametrizations." not in name]
 
     def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
-        """Evaluation reads other column groups than training, so it has its own collator."""
-        self.data_collator = self._collator(eval_dataset or self.eval_dataset)
+        """Evaluation reads other column groups than training, so it has its own collator; it adds up by rows,
+        so each holds one sample.
+        """
+        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

@@ -70,7 +70,7 @@ def test_nothing_is_written_or_asked_for_where_there_are_none(tmp_path: Path) ->
 
 
 def test_projectors_of_another_objective_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it has no projectors, the objective asks for .*orthogonal"):
+    with pytest.raises(UserError, match=r"it has no projectors, the objective asks for .*orthogonal"):
         Projectors(SPECS).load(tmp_path)
     Projectors(SPECS).save(tmp_path)
     with pytest.raises(UserError, match="asks for no projectors"):
