@@ -19,7 +19,7 @@ from featurestore.codes import LogitsCodes
 from featurestore.order import epoch_order
 from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
-from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec
+from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseFeatures, LseSpec
 from student.packing import pack, position_ids
 
 Array = npt.NDArray[Any]
@@ -91,6 +91,7 @@ class Collator:
 
     def __init__(self, groups: Sequence[GroupSpec], pad_token: int, pack: bool = False) -> None:
         self._logits = next((group for group in groups if isinstance(group, LogitsSpec)), None)
+        self._lse = [group for group in groups if isinstance(group, LseSpec)]
         self._hidden = [group for group in groups if isinstance(group, HiddenSpec)]
         self._pad_token = pad_token
         self._pack = pack
@@ -113,7 +114,13 @@ class Collator:
             "labels": next_labels(input_ids, learned),
         }
         if self._logits is not None:
-            batch["coded_head"] = pad_logits([_logits_codes(s, self._logits) for s in samples], length)
+            codes = [_logits_codes(sample, self._logits) for sample in samples]
+            batch["coded_head"] = pad_logits(codes, length)
+            if self._lse:
+                batch["coded_head"]["lse"] = pad([one.lse for one in codes], length, np.int32)
+            for group in self._lse:
+                rows = [_lse(sample, group) for sample in samples]
+                batch["coded_head"][group.kind] = pad(rows, length, np.float32)
         if self._hidden:
             batch["coded_hidden"] = {
                 group.layer: pad_hidden([_hidden_codes(s, group) for s in samples], length)
@@ -190,6 +197,12 @@ def _logits_codes(sample: CodedSample, group: LogitsSpec) -> LogitsCodes:
     codes = sample.features[group]
     assert isinstance(codes, LogitsCodes)
     return codes
+
+
+def _lse(sample: CodedSample, group: LseSpec) -> Array:
+    features = sample.features[group]
+    assert isinstance(features, LseFeatures)
+    return features.lse
 
 
 def _hidden_codes(sample: CodedSample, group: HiddenSpec) -> HiddenFeatures:

@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from featurestore.codec import CLOSED, ODDS_STEPS, ROW_STEPS, STEPS_PER_NAT
-from student.losses.sparse import SparseTargets
+from student.losses.sparse import SparseTargets, Tempered
 
 Coded = Mapping[str, Tensor]
+LSE = "lse.T"  # how the entries of other temperatures are named, e.g. lse.T2
+MIN_TAIL = 2.0**-20
 
 
 def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
-    """The teacher's distributions of N positions, coded as `student.data.pad_logits` lays them out.
+    """The teacher's distributions of N positions, coded as `student.data.Collator` lays them out.
 
     Head and tail of a row sum to one in float32. Padding columns repeat the row's first id. Draws become
     further columns, each distinct one once, of probability repeats * tail mass / M; nothing is left outside
@@ -37,8 +39,15 @@ def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
     # A row's best score is 0, so the sum needs no shift; exp of what vanishes beside it is slow on CPUs.
     norm_N = score_NK.clamp_min(-80.0).exp_().sum(-1).log_()
     logprob_NK = score_NK.sub_((norm_N + softplus(-log_odds_N)).unsqueeze(-1))
+    tempered = {
+        float(name.removeprefix(LSE)): temper(
+            logprob_NK, tail_N, coded["lse"], float(name[len(LSE) :]), lse_N
+        )
+        for name, lse_N in coded.items()
+        if name.startswith(LSE)
+    }
     if "draws" not in coded:
-        return SparseTargets(ids_NK.long(), logprob_NK, tail_N, label_N)
+        return SparseTargets(ids_NK.long(), logprob_NK, tail_N, label_N, tempered=tempered)
     draws_NM, top_N1 = coded["draws"], ids_NK[:, :1]
     drawn_N = draws_NM[:, 0] != top_N1[:, 0]  # no draw is inside the head
     repeats_NM = coded["repeats"] * drawn_N.unsqueeze(-1)
@@ -52,7 +61,27 @@ def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
         tail_N.masked_fill(drawn_N, -math.inf),
         label_N,
         (unsigned(coded["entropy"]) / ROW_STEPS).masked_fill_(~drawn_N, math.nan),
+        draws=draws_NM.shape[1],
+        tempered=tempered,
     )
+
+
+def temper(
+    logprob_NK: Tensor, tail_N: Tensor, lse_codes_N: Tensor, temperature: float, lse_N: Tensor
+) -> Tempered:
+    """The head at a temperature T: log p_T = logit / T - lse_T, with logit = log p + lse.
+
+    logprob_NK: log p of the head (padding -inf); tail_N: log of the mass outside, -inf where that is nothing;
+    lse_codes_N: int32 as stored; lse_N: float32, logsumexp(logits / T). Where the roundings of the two leave
+    the head more than all mass, it is scaled to all but MIN_TAIL.
+    """
+    logit_NK = logprob_NK + (lse_codes_N / ROW_STEPS).unsqueeze(-1)
+    at_NK = logit_NK / temperature - lse_N.unsqueeze(-1)
+    mass_N = torch.logsumexp(at_NK, -1)
+    closed_N = torch.isneginf(tail_N)
+    allowed_N = torch.where(closed_N, 0.0, mass_N.clamp(max=math.log1p(-MIN_TAIL)))
+    at_NK = at_NK - (mass_N - allowed_N).unsqueeze(-1)
+    return Tempered(at_NK, torch.log(-torch.expm1(allowed_N)))
 
 
 def decode_labels(codes_N: Tensor) -> Tensor:

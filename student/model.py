@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from student.data import IGNORE
 from student.decoding import Coded, decode_hidden, decode_labels, decode_targets
 from student.losses.fused import HeadLoss, HeadTransform, sparse_head_loss
-from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
+from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
 from student.objective.terms import Objective, View
 from student.projectors import Projectors
 
@@ -72,10 +73,10 @@ class DistillationModel(nn.Module):
             body = self.student.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
         coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
-        targets = _targets(select(labels, learned_N), coded)
+        view = self._view(states, coded_hidden or {}, learned_N, _places(labels, position_ids))
+        targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        view = self._view(states, coded_hidden or {}, learned_N, _places(labels, position_ids))
         loss, other_SN = self._others(view, head)
         scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
         if not self.training:
@@ -109,6 +110,17 @@ class DistillationModel(nn.Module):
             for handle in handles:
                 handle.remove()
 
+    def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
+        """The learned positions' targets; heads of zero columns where the batch carries none."""
+        if not coded:
+            empty = label_N.new_empty(len(label_N), 0)
+            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+        targets = decode_targets(coded, label_N)
+        if not any("Y" in term.loss.needs for term in self.objective.head):
+            return targets
+        known_N = decode_labels(coded["label_logprob"])
+        return replace(targets, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
+
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
         """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
         terms = [(term.function, w) for term, w in zip(self.objective.head, self.weights, strict=False)]
@@ -118,7 +130,15 @@ class DistillationModel(nn.Module):
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
         output = self.student.get_output_embeddings()
-        return sparse_head_loss(hidden_ND, output.weight, output.bias, targets, terms, self.transform)
+        return sparse_head_loss(
+            hidden_ND,
+            output.weight,
+            output.bias,
+            targets,
+            terms,
+            self.transform,
+            reduction=self.objective.reduction,
+        )
 
     def _view(
         self,
@@ -182,11 +202,3 @@ def _places(labels_BT: Tensor, position_ids_BT: Tensor | None) -> tuple[Tensor, 
     if position_ids_BT is None:
         position_ids_BT = torch.arange(labels_BT.shape[1], device=labels_BT.device).expand_as(labels_BT)
     return ((position_ids_BT == 0).flatten().cumsum(0) - 1).view_as(labels_BT), position_ids_BT
-
-
-def _targets(label_N: Tensor, coded: Coded) -> SparseTargets:
-    """The learned positions' targets; heads of zero columns where the batch carries none."""
-    if coded:
-        return decode_targets(coded, label_N)
-    empty = label_N.new_empty(len(label_N), 0)
-    return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)

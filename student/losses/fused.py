@@ -1,11 +1,12 @@
 """The LM head and its losses in one pass over chunks of positions, so that N x V never exists.
 
 For a chunk of n positions: logits = h W^T (in the compute dtype), reduced to head logits, tail logsumexp and
-label logit in float32; the losses and their gradient with respect to these few numbers
-(`student.losses.sparse`); and at once the gradient with respect to every logit, from which dH and dW follow.
-For a logit outside the head that gradient is (d loss / d tail) * softmax over the tail; head and label
-columns add theirs. Memory: chunk x V, once in the compute dtype and once in float32 where the two differ. The
-idea of computing the gradient in the forward pass is that of apple/ml-cross-entropy and the Liger kernels;
+label logit in float32 (on request also the tail at other temperatures and the largest logits); the losses and
+their gradient with respect to these few numbers (`student.losses.sparse`); and at once the gradient with
+respect to every logit, from which dH and dW follow. For a logit outside the head that gradient is (d loss / d
+tail) * softmax over the tail; head, label and largest columns add theirs. Memory: chunk x V, once in the
+compute dtype and once in float32 where the two differ, and once more for each further temperature. The idea
+of computing the gradient in the forward pass is that of apple/ml-cross-entropy and the Liger kernels;
 soft-capping as in Gemma 2 (arXiv:2408.00118).
 
 Shape letters: N positions, n positions of a chunk, V vocabulary, D hidden size, K head columns, S loss terms.
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student.losses.sparse import ReducedLogits, SparseTargets
+from student.losses.sparse import ReducedLogits, Reduction, SparseTargets
 
 ReducedLoss = Callable[[ReducedLogits, SparseTargets], Tensor]
+Terms = tuple[tuple[ReducedLoss, float], ...]
 CHUNK_ELEMENTS = 2**25  # logits held at a time
 
 
@@ -77,15 +79,19 @@ def sparse_head_loss(
     terms: Sequence[tuple[ReducedLoss, float]],
     transform: HeadTransform,
     chunk: int | None = None,
+    reduction: Reduction | None = None,
 ) -> HeadLoss:
     """Sum over positions and terms of weight * loss(student, teacher), differentiable in hidden, weight and
     bias.
 
     Gradients are computed during this call, for the inputs that require them, and only scaled in the backward
-    pass. `chunk` is the number of positions held at a time (default: CHUNK_ELEMENTS / V).
+    pass. `chunk` is the number of positions held at a time (default: CHUNK_ELEMENTS / V, less for further
+    temperatures). `reduction`: what the losses want beside head, tail and label.
     """
-    chunk = chunk or max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-    out = _FusedHead.apply(hidden_ND, weight_VD, bias_V, targets, tuple(terms), transform, chunk)  # type: ignore[no-untyped-call]
+    reduction = reduction or Reduction()
+    chunk = chunk or max(1, CHUNK_ELEMENTS // (weight_VD.shape[0] * (1 + len(reduction.tails))))
+    plan = (tuple(terms), transform, reduction, chunk)
+    out = _FusedHead.apply(hidden_ND, weight_VD, bias_V, targets, plan)  # type: ignore[no-untyped-call]
     return HeadLoss(*out)
 
 
@@ -97,13 +103,12 @@ class _FusedHead(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets: SparseTargets,
-        terms: tuple[tuple[ReducedLoss, float], ...],
-        transform: HeadTransform,
-        chunk: int,
+        plan: tuple[Terms, HeadTransform, Reduction, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        terms, transform, reduction, chunk = plan
         dtype = compute_dtype(hidden_ND)
         h_ND, w_VD = hidden_ND.detach().to(dtype), weight_VD.detach().to(dtype)
-        run = _HeadPass(w_VD, None if bias_V is None else bias_V.detach(), terms, transform)
+        run = _HeadPass(w_VD, None if bias_V is None else bias_V.detach(), terms, transform, reduction)
         run.prepare(h_ND, min(chunk, len(h_ND)), needs=ctx.needs_input_grad)
         for start in range(0, len(h_ND), chunk):
             run.step(h_ND[start : start + chunk], targets.slice(start, start + chunk), start)
@@ -125,7 +130,7 @@ class _FusedHead(torch.autograd.Function):
             for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
         ]
         ctx.grads = None
-        return (*grads, None, None, None, None)
+        return (*grads, None, None)
 
 
 class _HeadPass:
@@ -135,10 +140,12 @@ class _HeadPass:
         self,
         w_VD: Tensor,
         bias_V: Tensor | None,
-        terms: tuple[tuple[ReducedLoss, float], ...],
+        terms: Terms,
         transform: HeadTransform,
+        reduction: Reduction,
     ) -> None:
         self.w_VD, self.bias_V, self.terms, self.transform = w_VD, bias_V, terms, transform
+        self.reduction = reduction
         self.exact = torch.float64 if w_VD.dtype == torch.float64 else torch.float32
 
     def prepare(self, h_ND: Tensor, chunk: int, needs: Sequence[bool]) -> None:
@@ -149,6 +156,7 @@ class _HeadPass:
         self.exact_nV = (
             self.z_nV if self.z_nV.dtype == self.exact else h_ND.new_empty(chunk, v, dtype=self.exact)
         )
+        self.tails = {t: h_ND.new_empty(chunk, v, dtype=self.exact) for t in self.reduction.tails}
         self.terms_SN = h_ND.new_zeros(len(self.terms), n, dtype=self.exact)
         self.agree_N = torch.zeros(n, dtype=torch.bool, device=h_ND.device)
         self.dh_ND = h_ND.new_empty(n, d) if needs[0] else None
@@ -170,22 +178,29 @@ class _HeadPass:
         real_nK = torch.isfinite(targets.logprob_NK)
         head_nK = z_nV.gather(1, ids_nK).masked_fill_(~real_nK, -math.inf)
         label_n = z_nV.gather(1, targets.label_N.unsqueeze(1)).squeeze(1)
+        width = min(targets.head_columns, z_nV.shape[1]) if self.reduction.ranked else 0
+        top_nK, top_ids_nK = z_nV.topk(width) if width else (z_nV.new_empty(n, 0), ids_nK[:, :0])
         z_nV.scatter_(1, ids_nK, -math.inf)
         peak_n = z_nV.amax(-1)
         # A row whose head is the whole vocabulary has no tail: any finite shift keeps exp(-inf) at zero.
         shift_n = torch.where(torch.isfinite(peak_n), peak_n, 0.0)
-        sum_n = z_nV.sub_(shift_n.unsqueeze(1)).exp_().sum(-1)
-        leaves = [head_nK, shift_n + sum_n.log(), label_n]
-        slopes = self._losses(leaves, targets, start)
+        z_nV.sub_(shift_n.unsqueeze(1))
+        exps = {t: torch.div(z_nV, t, out=buffer[:n]).exp_() for t, buffer in self.tails.items()}
+        exps = {1.0: z_nV.exp_(), **exps}
+        sums = {t: exp_nV.sum(-1) for t, exp_nV in exps.items()}
+        tails = [shift_n / t + sum_n.log() for t, sum_n in sums.items()]
+        slopes = self._losses([head_nK, label_n, top_nK, *tails], targets, start)
         self.agree_N[start : start + n] = _agreement(head_nK, peak_n)
         if slopes is not None:
-            d_head_nK, d_tail_n, d_label_n = slopes
+            d_head_nK, d_label_n, d_top_nK, *d_tails = slopes
+            for (t, exp_nV), d_tail_n in zip(exps.items(), d_tails, strict=True):
+                exp_nV.mul_(torch.where(sums[t] > 0, d_tail_n / (sums[t] * t), 0.0).unsqueeze(1))
+                if t != 1.0:
+                    z_nV.add_(exp_nV)
+            # Padding repeats column 0, so it must write that column's value.
             d_head_nK = torch.where(real_nK, d_head_nK, d_head_nK[:, :1])
-            coefficient_n = torch.where(sum_n > 0, d_tail_n / sum_n, 0.0)
-            g_nV = self._spread(
-                z_nV, coefficient_n, (ids_nK, d_head_nK), (targets.label_N, d_label_n), slope_nV
-            )
-            self._accumulate(h_nD, g_nV, start)
+            extra = [(targets.label_N.unsqueeze(1), d_label_n.unsqueeze(1)), (top_ids_nK, d_top_nK)]
+            self._accumulate(h_nD, self._spread(z_nV, (ids_nK, d_head_nK), extra, slope_nV), start)
 
     def _logits(self, h_nD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Transformed logits in the exact dtype, and d z / d raw where soft-capping makes it vary."""
@@ -205,11 +220,14 @@ class _HeadPass:
         return z_nV.mul_(cap), slope_nV
 
     def _losses(self, leaves: list[Tensor], targets: SparseTargets, start: int) -> tuple[Tensor, ...] | None:
-        """Fill in the terms' values and return d total / d (head, tail, label)."""
+        """Fill in the terms' values; d total / d leaves, leaves: head, label, top, tails."""
         with torch.set_grad_enabled(self.wants_grad):
             leaves = [leaf.requires_grad_(self.wants_grad) for leaf in leaves]
-            student = ReducedLogits(*leaves)
-            total = leaves[1].new_zeros(())
+            head_nK, label_n, top_nK, tail_n, *others = leaves
+            tails = dict(zip(self.reduction.tails, others, strict=True))
+            ranked_nK = top_nK if self.reduction.ranked else None
+            student = ReducedLogits(head_nK, tail_n, label_n, tails, ranked_nK)
+            total = tail_n.new_zeros(())
             for index, (loss, weight) in enumerate(self.terms):
                 value_n = loss(student, targets)
                 self.terms_SN[index, start : start + len(value_n)] = value_n.detach()
@@ -222,26 +240,23 @@ class _HeadPass:
 
     def _spread(
         self,
-        exp_nV: Tensor,
-        coefficient_n: Tensor,
+        g_nV: Tensor,
         head: tuple[Tensor, Tensor],
-        label: tuple[Tensor, Tensor],
+        extra: Sequence[tuple[Tensor, Tensor]],
         slope_nV: Tensor | None,
     ) -> Tensor:
-        """d total / d raw logits, in the compute dtype; `exp_nV` holds exp(z - shift), zero at head
-        columns.
+        """d total / d raw logits, in the compute dtype; `g_nV` holds what the tails give, zero at the head.
+
+        extra: (columns, what to add there).
         """
-        exp_nV.mul_(coefficient_n.unsqueeze(1))
-        ids_nK, d_head_nK = head
         # Set, not add, in the exact dtype: bfloat16 scatters and scatter_add_ copy the whole tensor on CPUs.
-        # Padding repeats column 0, so it must write that column's value.
-        exp_nV.scatter_(1, ids_nK, d_head_nK)
-        label_n1 = label[0].unsqueeze(1)
-        exp_nV.scatter_(1, label_n1, exp_nV.gather(1, label_n1) + label[1].unsqueeze(1))
+        g_nV.scatter_(1, *head)
+        for ids_nK, d_nK in extra:
+            g_nV.scatter_(1, ids_nK, g_nV.gather(1, ids_nK) + d_nK)
         if slope_nV is not None:
-            exp_nV.mul_(slope_nV)
-        g_nV = self.z_nV[: len(exp_nV)]
-        return g_nV if g_nV.dtype == exp_nV.dtype else g_nV.copy_(exp_nV)
+            g_nV.mul_(slope_nV)
+        low_nV = self.z_nV[: len(g_nV)]
+        return low_nV if low_nV.dtype == g_nV.dtype else low_nV.copy_(g_nV)
 
     def _accumulate(self, h_nD: Tensor, g_nV: Tensor, start: int) -> None:
         if self.dh_ND is not None:

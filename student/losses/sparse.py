@@ -1,21 +1,37 @@
-"""Losses on the sparse teacher distribution, as functions of the student's *reduced* logits.
+"""The sparse teacher distribution, the student's *reduced* logits, and the losses that use both as they are.
 
 A cache row holds the exact head of the teacher's distribution (K columns) and, through the stored logsumexp,
-the mass of everything else. Whatever a loss does with such a row, the student enters it through K + 2 numbers
-only: its logits at the head columns, the logsumexp of all its other logits, and its logit at the label.
+the mass of everything else. Whatever a loss does with such a row, the student enters it through a few numbers
+only: its logits at the head columns, the logsumexp of all its other logits, its logit at the label, and on
+request that logsumexp at other temperatures and its own largest logits (`Reduction`).
 `student.losses.fused` computes these from a chunk of hidden states and spreads the gradient with respect to
-them over the vocabulary, so that a new loss is one plain differentiable function here.
+them over the vocabulary, so that a new loss is one plain differentiable function, here or in `divergences`,
+`ranking`, `transport`.
 
-Shape letters: N positions, K head columns (padded), V vocabulary.
+Shape letters: N positions, K head columns (padded), M columns of draws, V vocabulary.
 """
 
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+TOKEN_SCALE_TEMPERATURE = 10.0
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """Head and tail at another temperature than 1: log p_T, float [N, K + M], and log of the mass outside the
+    head, float [N]; both as in SparseTargets, draws excepted: they say nothing at other temperatures, so
+    that their columns are -inf and the tail is all that is not head.
+    """
+
+    logprob_NK: Tensor
+    tail_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,11 @@ class SparseTargets:
 
     Rows whose tail was sampled have their draws as further columns, of probability repeats * tail mass / M,
     so that the columns sum to one and nothing is left outside; entropy_N (float, nats) is the teacher's full
-    entropy there and NaN in the other rows. None: no row is sampled.
+    entropy there and NaN in the other rows. None: no row is sampled. draws: how many of the last columns may
+    hold draws.
+
+    Where an objective needs them: label_logprob_N, float, the teacher's log-probability of the next token;
+    token_scale_N, float, see `token_scale`; tempered, by temperature.
     """
 
     ids_NK: Tensor
@@ -36,12 +56,37 @@ class SparseTargets:
     tail_N: Tensor
     label_N: Tensor
     entropy_N: Tensor | None = None
+    draws: int = 0
+    label_logprob_N: Tensor | None = None
+    token_scale_N: Tensor | None = None
+    tempered: Mapping[float, Tempered] = field(default_factory=dict)
+
+    @property
+    def head_columns(self) -> int:
+        """Columns that are not draws."""
+        return self.ids_NK.shape[1] - self.draws
 
     def slice(self, start: int, stop: int) -> SparseTargets:
         """The same targets for positions start..stop."""
-        parts: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in fields(self)}
+        names = ("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N", "label_logprob_N", "token_scale_N")
+        parts = {name: getattr(self, name) for name in names}
         sliced = {name: part[start:stop] for name, part in parts.items() if part is not None}
-        return SparseTargets(**sliced)
+        tempered = {
+            temperature: Tempered(one.logprob_NK[start:stop], one.tail_N[start:stop])
+            for temperature, one in self.tempered.items()
+        }
+        return replace(self, **sliced, tempered=tempered)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What losses want of the student beside its logits at the head and the label, and its tail.
+
+    tails: other temperatures of the tail. ranked: as many of its largest logits as the head has columns.
+    """
+
+    tails: tuple[float, ...] = ()
+    ranked: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,11 +96,19 @@ class ReducedLogits:
     head_NK: logits at the head columns; -inf marks padding.
     tail_N: logsumexp of the logits outside the head; -inf where the head is the whole vocabulary.
     label_N: logit of the next token.
+    tails: temperature T -> logsumexp of logits / T outside the head, [N]; those of Reduction.tails.
+    top_NK: the largest logits of the row, descending; with Reduction.ranked.
     """
 
     head_NK: Tensor
     tail_N: Tensor
     label_N: Tensor
+    tails: Mapping[float, Tensor] = field(default_factory=dict)
+    top_NK: Tensor | None = None
+
+    def tail_at(self, temperature: float) -> Tensor:
+        """Logsumexp of logits / temperature outside the head, [N]."""
+        return self.tail_N if temperature == 1.0 else self.tails[temperature]
 
     def lse(self) -> Tensor:
         """Logsumexp over the whole vocabulary, [N]."""
@@ -64,7 +117,7 @@ class ReducedLogits:
 
 def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     """KL(teacher || student) in nats per position, [N], of the distributions coarse-grained to head + one
-    tail bucket.
+    tail bucket (Hinton et al., arXiv:1503.02531; other temperatures: `divergences.tempered_kl`).
 
     Everything outside the head is ONE outcome, of teacher mass 1 - sum p and student mass 1 - sum q. By the
     data processing inequality this is a lower bound of the KL over the full vocabulary; it is zero exactly
@@ -95,3 +148,57 @@ def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
 def cross_entropy(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     """-log q(label) in nats per position, [N]; uses the labels only, not the teacher."""
     return student.lse() - student.label_N
+
+
+def token_scaled_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+    """Forward KL times `token_scale`, [N]: token-scaled logit distillation (TSLD, arXiv:2308.06744).
+
+    The paper has the cross-entropy with the soft labels in the place of the KL, which differs by the
+    teacher's entropy only. Exact in the sense that `forward_kl` is.
+    """
+    assert teacher.token_scale_N is not None
+    return teacher.token_scale_N.to(student.tail_N.dtype) * forward_kl(student, teacher)
+
+
+def token_scale(label_logprob_N: Tensor, sequence_N: Tensor) -> Tensor:
+    """softmax of -log p(label) / 10 over the positions of each sequence, times their number, [N].
+
+    Tokens that the teacher finds hard weigh more; the mean over a sequence is 1, so that a loss keeps its
+    size, where the paper's sum over a sequence does not depend on the length.
+    """
+    rows = int(sequence_N.max()) + 1 if len(sequence_N) else 0
+    score_N = -label_logprob_N / TOKEN_SCALE_TEMPERATURE
+    peak = score_N.new_full((rows,), -torch.inf).scatter_reduce_(0, sequence_N, score_N, "amax")
+    exp_N = (score_N - peak[sequence_N]).exp()
+    sums = exp_N.new_zeros(rows).index_add_(0, sequence_N, exp_N)
+    counts = exp_N.new_zeros(rows).index_add_(0, sequence_N, torch.ones_like(exp_N))
+    return exp_N * (counts / sums)[sequence_N]
+
+
+def soft_mse(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+    """sum over the vocabulary of (p - q)^2, [N]: the multi-class Brier score against soft labels.
+
+    Outside the head this is sum p^2 - 2 sum p q + sum q^2. The last sum is exact: it is exp(lse' - 2 lse),
+    lse' the logsumexp of 2 z there, the student's tail at temperature 1/2. In rows with draws the sum in the
+    middle is estimated by them, linear in p and therefore without bias, and the first, a constant, is left
+    out: value but for that constant, and gradient, are unbiased. In other rows only the head is summed, a
+    lower bound.
+    """
+    lse_N1 = student.lse().unsqueeze(-1)
+    real_NK = torch.isfinite(teacher.logprob_NK)
+    q_NK = (student.head_NK - lse_N1).exp()
+    p_NK = teacher.logprob_NK.exp()
+    squares_NK = (p_NK - q_NK).square()
+    # Of a draw, only what is not its own p^2, which is part of the constant.
+    squares_NK = torch.where(_is_draw(teacher), squares_NK - p_NK.square(), squares_NK)
+    head_N = torch.where(real_NK, squares_NK, 0.0).sum(-1)
+    if teacher.entropy_N is None:
+        return head_N
+    rest_N = (student.tail_at(0.5) - lse_N1.squeeze(-1) * 2.0).exp()
+    return head_N + torch.where(torch.isnan(teacher.entropy_N), 0.0, rest_N)
+
+
+def _is_draw(teacher: SparseTargets) -> Tensor:
+    """bool [K + M]: which columns hold draws."""
+    columns = teacher.ids_NK.shape[1]
+    return torch.arange(columns, device=teacher.ids_NK.device) >= teacher.head_columns

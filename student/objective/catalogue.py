@@ -101,8 +101,7 @@ class Loss:
     in what sense it is exact, or why not, in a sentence.
 
     For kind head: `tails`, temperatures of the student's tail beside 1 and the option `temperature`;
-    `ranked`, whether the student's own largest logits are wanted; `rows`: (SparseTargets, sequence [N],
-    **options) -> factor [N] of each position, known before the student is run.
+    `ranked`, whether the student's own largest logits are wanted.
 
     For kind structure: `any_width`, whether student and teacher may differ in width without a projector;
     `flow`, see above.
@@ -120,7 +119,6 @@ class Loss:
     options: Mapping[str, Option] = field(default_factory=dict)
     tails: tuple[float, ...] = ()
     ranked: bool = False
-    rows: Callable[..., Tensor] | None = None
     any_width: bool = False
     flow: bool = False
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from student.losses.sparse import Reduction
 from student.objective.catalogue import Loss, catalogue
 from student.objective.weights import Weight
 from student.projectors import ProjectorSpec
@@ -165,6 +166,12 @@ class Objective:
     def labels(self) -> list[str]:
         """Names of the terms in logs, head terms first."""
         return [term.label for term in self.terms]
+
+    @property
+    def reduction(self) -> Reduction:
+        """What the head terms want of the student."""
+        tails = {t for term in self.head for t in (term.temperature, *term.loss.tails)} - {1.0}
+        return Reduction(tuple(sorted(tails)), any(term.loss.ranked for term in self.head))
 
     def weights_at(self, progress: float) -> list[float]:
         """Weights in the order of `labels` when `progress` (0 to 1) of the training is done."""
