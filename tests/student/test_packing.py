@@ -41,11 +41,11 @@ def test_positions_begin_anew_with_each_sample() -> None:
 
 
 def test_a_packed_batch_holds_each_sample_whole(cache: Path) -> None:
-    dataset = CachedDataset(CacheReader.open(cache), range(20), SPECS)
-    samples = [dataset[index] for index in range(20)]
+    dataset = CachedDataset(CacheReader.open(cache), range(36), SPECS)
+    samples = [dataset[index] for index in range(36)]
     batch = Collator(SPECS, 2, pack=True)(samples)
     assert batch["input_ids"].shape[1] == max(len(sample.tokens) for sample in samples)
-    assert len(batch["input_ids"]) < 20
+    assert len(batch["input_ids"]) < 36
     starts = [(int(r), int(t)) for r, t in (batch["position_ids"] == 0).nonzero()]
     found = []
     for row, start in starts:
@@ -57,7 +57,7 @@ def test_a_packed_batch_holds_each_sample_whole(cache: Path) -> None:
         )
         found.append(index)
         check_place(batch, samples[index], row, start)
-    assert sorted(found) == list(range(20))
+    assert sorted(found) == list(range(36))
     assert batch["attention_mask"].sum() == sum(len(sample.tokens) for sample in samples)
 
 
