@@ -1,4 +1,4 @@
-"""Hidden and structure terms in whole trainings: projectors, other widths, mappers, files, resuming, packing."""
+"""Hidden and structure terms in whole trainings: other widths, projectors, mappers, resuming, packing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
@@ -17,6 +18,7 @@ from student.data import IGNORE, CachedDataset, Collator
 from student.losses import structure
 from student.model import DistillationModel
 from student.objective.catalogue import catalogue
+from student.objective.requests import read_objective
 from student.objective.terms import Objective, term
 from student.plan import plan_data
 from student.projectors import ProjectorSpec
@@ -193,9 +195,19 @@ def test_bad_requests(
 def test_bad_objective_files(
     entry: dict[str, Any], word: str, distily_train: Run, cache: Path, tmp_path: Path
 ) -> None:
-    import yaml
-
     file = tmp_path / "objective.yaml"
     file.write_text(yaml.safe_dump({"terms": [{"loss": "hidden_mse", **entry}]}))
     code, _, err = distily_train(cache, "--output-dir", tmp_path / "out", "--objective", file)
     assert code == 2 and "terms[0] (hidden_mse)" in err and word in err, err
+
+
+def test_the_documented_triple_loss_is_a_valid_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hidden-states.md").read_text()
+    (tmp_path / "objective.yaml").write_text(page.split("```yaml")[1].split("```")[0])
+    terms = read_objective(str(tmp_path / "objective.yaml")).terms
+    assert [(one.loss.name, one.weight.start) for one in terms] == [
+        ("kl", 5),
+        ("ce", 2),
+        ("hidden_cosine", 1),
+    ]
+    assert terms[2].mapper == "last" and terms[2].projector == "linear"
