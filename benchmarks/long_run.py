@@ -9,7 +9,7 @@ Resident memory is read four times a second while the teacher is at work. It swi
 holds for a moment, 96 MiB each; what is kept shows in the lowest reading. That of the last third of a run's
 tokens is compared with that of the middle third (the first is warm-up), as bytes per token between. A process
 that kept the features it has dealt with, in whatever form, would grow by about as much as the worker returns
-per token. A tenth of it is the bound, for the run that completes; the one that is killed is too short to tell.
+per token. A tenth of it is the bound, for the run that completes; the killed one is too short to tell.
 """
 
 from __future__ import annotations

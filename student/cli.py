@@ -77,7 +77,8 @@ def _run(argv: list[str]) -> None:
     quiet = contextlib.redirect_stdout(sys.stderr) if request.options.json else contextlib.nullcontext()
     with quiet:
         summary = train_from_cache(request)
-    typer.echo(json.dumps(summary) if request.options.json else summary["report"])
+    if summary:  # of several processes, the first one's
+        typer.echo(json.dumps(summary) if request.options.json else summary["report"])
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -20,6 +20,7 @@ from featurestore.order import epoch_order
 from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
 from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseFeatures, LseSpec
+from student.packing import pack, position_ids
 
 Array = npt.NDArray[Any]
 
@@ -84,16 +85,25 @@ class Collator:
     The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
     t (already shifted), IGNORE where nothing is learned; with a `logits` group coded_head, see `pad_logits`;
     with hidden groups coded_hidden {teacher layer: see `pad_hidden`}. Features stay coded as in the store:
-    `student.decoding` decodes them on the model's device.
+    `student.decoding` decodes them on the model's device. With `pack` a row holds several samples and
+    position_ids int64 [B, T] begin anew with each of them, see `student.packing`.
     """
 
-    def __init__(self, groups: Sequence[GroupSpec], pad_token: int) -> None:
+    def __init__(self, groups: Sequence[GroupSpec], pad_token: int, pack: bool = False) -> None:
         self._logits = next((group for group in groups if isinstance(group, LogitsSpec)), None)
         self._lse = [group for group in groups if isinstance(group, LseSpec)]
         self._hidden = [group for group in groups if isinstance(group, HiddenSpec)]
         self._pad_token = pad_token
+        self._pack = pack
 
     def __call__(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
+        if not self._pack:
+            return self._padded(samples)
+        rows, lengths = pack(samples)
+        batch = self._padded(rows)
+        return batch | {"position_ids": position_ids(lengths, batch["input_ids"].shape[1])}
+
+    def _padded(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
         lengths = np.array([len(sample.tokens) for sample in samples])
         length = int(lengths.max())
         input_ids = pad([sample.tokens for sample in samples], length, np.int64, self._pad_token)

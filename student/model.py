@@ -22,6 +22,7 @@ from student.losses.fused import HeadLoss, sparse_head_loss
 from student.losses.head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
 from student.objective.terms import Objective, View
+from student.projectors import Projectors
 from student.sidecar import TeacherParts
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
@@ -36,6 +37,7 @@ class DistillationModel(nn.Module):
     def __init__(self, student: Any, objective: Objective, teacher: TeacherParts | None = None) -> None:
         super().__init__()
         self.student = student
+        self.projectors = Projectors(objective.projectors)
         self.objective = objective
         self.teacher = teacher or TeacherParts()  # what dense and relation terms need
         self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
@@ -62,20 +64,23 @@ class DistillationModel(nn.Module):
         attention_mask: Tensor | None = None,
         coded_head: Coded | None = None,
         coded_hidden: Mapping[int, Coded] | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """One batch as `student.data.Collator` makes it -> {"loss": scalar, ...}.
 
         While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
         [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
-        causal attention keeps padding out of every learned position and no mask is passed to the body.
+        causal attention keeps padding out of every learned position and no mask is passed to the body. Rows
+        that hold several samples come with position_ids, of which transformers makes a mask.
         """
         learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         with self._capture() as (states, rotations):
-            body = self.student.get_decoder()(input_ids=input_ids, use_cache=False)
+            body = self.student.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
         coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
-        view = self._view(states, rotations, coded_hidden or {}, learned_N, labels.shape[1])
+        places = _places(labels, position_ids)
+        view = self._view(states, rotations, coded_hidden or {}, learned_N, places)
         targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
         head = self._head(select(body.last_hidden_state, learned_N), targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
@@ -124,9 +129,9 @@ class DistillationModel(nn.Module):
         rotations: Mapping[int, Rotation | None],
         coded: Mapping[int, Coded],
         learned_N: Tensor,
-        length: int,
+        places: tuple[Tensor, Tensor],
     ) -> View:
-        """The learned positions of a batch of rows of `length`."""
+        """The learned positions of a batch; places: sample and position of each of its positions."""
 
         def teacher(layer: int) -> Tensor:
             return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
@@ -140,12 +145,13 @@ class DistillationModel(nn.Module):
             return BlockPair((student, block), *inputs, rotations[own])
 
         return View(
-            lambda layer: select(states[layer], learned_N),
-            teacher,
-            blocks,
-            lambda: fisher_diagonal(self._full(teacher)),
-            learned_N // length,
-            learned_N % length,
+            student=lambda layer: select(states[layer], learned_N),
+            teacher=teacher,
+            blocks=blocks,
+            fisher=lambda: fisher_diagonal(self._full(teacher)),
+            sequence_N=select(places[0], learned_N),
+            position_N=select(places[1], learned_N),
+            project=lambda name, states_ND: self.projectors[name](states_ND),
         )
 
     def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
@@ -237,3 +243,10 @@ class DistillationModel(nn.Module):
 def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
     """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
     return tensor_BT.flatten(0, 1).index_select(0, positions_N)
+
+
+def _places(labels_BT: Tensor, position_ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each position of a batch the number of its sample, rising, and its position there: int64 [B, T]."""
+    if position_ids_BT is None:
+        position_ids_BT = torch.arange(labels_BT.shape[1], device=labels_BT.device).expand_as(labels_BT)
+    return ((position_ids_BT == 0).flatten().cumsum(0) - 1).view_as(labels_BT), position_ids_BT

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from student.errors import UserError
-from student.objective.catalogue import catalogue
-from student.objective.layers import parse_layer_map, parse_layers
+from student.mapping import check_mapper, parse_layer_map, parse_layers
+from student.objective.catalogue import Loss, catalogue, suggest
 from student.objective.requests import ObjectiveRequest, TermRequest, read_objective
 from student.objective.weights import Weight
 
@@ -21,6 +21,8 @@ OBJECTIVE_FLAGS = (
     "hidden_weight",
     "hidden_layers",
     "layer_map",
+    "mapper",
+    "projector",
 )
 
 
@@ -74,17 +76,36 @@ class StudentOptions:
     )
     logits_weight: float = _flag(1.0, "Weight of --logits-loss.")
     ce_weight: float = _flag(0.0, "Weight of the cross-entropy on the next token; 0 leaves it out.")
-    hidden_loss: Literal["none", "mse", "cosine"] = _flag(
-        "none", "Loss between hidden states; needs `distily-cache generate --hidden-layers ...`."
+    hidden_loss: str = _flag(
+        "none",
+        "Loss between hidden states, without the hidden_ of its name: mse, nmse, cosine, logsum, mobilebert, "
+        "similarity, ... (`distily-train objectives` lists them); needs `distily-cache generate "
+        "--hidden-layers ...`.",
     )
     hidden_weight: float = _flag(1.0, "Weight of --hidden-loss, shared evenly by its layer pairs.")
     hidden_layers: str | None = _flag(
         None,
-        "Cached teacher layers to use, e.g. 10,20 (numbered like transformers' output_hidden_states), each "
-        "paired with the student layer at the same relative depth. Default: all that the cache holds.",
+        "Cached teacher layers to use, e.g. 10,20 (numbered like transformers' output_hidden_states). "
+        "Default: all that the cache holds.",
+    )
+    mapper: str = _flag(
+        "all",
+        "How --hidden-layers are paired with the student's. all: each with the one at the same relative "
+        "depth; uniform: each of the student's with the nearest in relative depth; uniform+last: those, and "
+        "each of the student's with the deepest; last or last-K: the deepest K with the student's last K.",
     )
     layer_map: str | None = _flag(
-        None, "Explicit pairs TEACHER:STUDENT instead of --hidden-layers, e.g. 10:4,20:8."
+        None, "Explicit pairs TEACHER:STUDENT instead of --hidden-layers and --mapper, e.g. 10:4,20:8."
+    )
+    projector: Literal["identity", "linear", "mlp", "orthogonal"] = _flag(
+        "identity",
+        "What brings the student's hidden states to the teacher's width for --hidden-loss, trained with the "
+        "student; one for each pair of layers.",
+    )
+    pack_rows: bool = _flag(
+        False,
+        "Put several short samples of a training batch into one row, whole and without seeing each other, "
+        "instead of padding each to the longest one. The loss is the same.",
     )
     manifest: str | None = _flag(
         None,
@@ -108,11 +129,15 @@ class StudentOptions:
                 raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
         if not 0 <= self.eval_fraction < 1:
             raise UserError("--eval-fraction must be at least 0 and below 1")
-        if self.hidden_loss == "none" and (self.hidden_layers or self.layer_map):
-            flag = "--hidden-layers" if self.hidden_layers else "--layer-map"
+        names = ("hidden_layers", "layer_map", "mapper", "projector")
+        given = [name for name in names if getattr(self, name) != getattr(StudentOptions, name)]
+        if self.hidden_loss == "none" and given:
+            flag = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{flag} has no effect without --hidden-loss; add --hidden-loss mse or cosine")
-        if self.hidden_layers and self.layer_map:
-            raise UserError("--hidden-layers and --layer-map exclude each other; keep one")
+        check_mapper(self.mapper, "--mapper")
+        if self.layer_map and (self.hidden_layers or self.mapper != "all"):
+            flag = "--hidden-layers" if self.hidden_layers else "--mapper"
+            raise UserError(f"{flag} and --layer-map exclude each other; keep one")
 
     def wanted(self) -> ObjectiveRequest:
         """The terms that --objective or the flags in its place ask for; UserError when there are none."""
@@ -130,11 +155,13 @@ class StudentOptions:
             given = "--layer-map" if self.layer_map else "--hidden-layers"
             terms.append(
                 TermRequest(
-                    losses[f"hidden_{self.hidden_loss}"],
+                    self._hidden_loss(),
                     Weight.constant(self.hidden_weight),
                     given if self.layer_map or self.hidden_layers else f"--hidden-loss {self.hidden_loss}",
                     layers=tuple(parse_layers(self.hidden_layers)) if self.hidden_layers else None,
                     layer_map=tuple(parse_layer_map(self.layer_map)) if self.layer_map else None,
+                    mapper=self.mapper,
+                    projector=self.projector,
                 )
             )
         if not terms:
@@ -142,6 +169,15 @@ class StudentOptions:
                 "nothing to learn: give --logits-loss kl, --ce-weight or --hidden-loss a weight above 0"
             )
         return ObjectiveRequest(tuple(terms))
+
+    def _hidden_loss(self) -> Loss:
+        names = [name.removeprefix("hidden_") for name in catalogue() if name.startswith("hidden_")]
+        if self.hidden_loss not in names:
+            raise UserError(
+                f"--hidden-loss {self.hidden_loss} is unknown{suggest(self.hidden_loss, names)}; choose "
+                f"none, {', '.join(names)}"
+            )
+        return catalogue()[f"hidden_{self.hidden_loss}"]
 
     def config_changes(self) -> dict[str, Any]:
         """The object of --student-model-config; UserError unless it is a JSON object."""

@@ -4,46 +4,97 @@ sides of the split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from featurestore.errors import MissingFeatureError
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenSpec
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsFeatures
 from featurestore.sidecar import block_part
 from student.attention import check_student_blocks
 from student.data import CachedDataset
 from student.errors import UserError
-from student.objective.layers import check_pairs, depth_map
+from student.mapping import Pairs, check_pairs, depth_map, map_layers
 from student.objective.relation import check_sizes
 from student.objective.requests import ObjectiveRequest, TermRequest
 from student.objective.terms import Objective, Term, term
+from student.projectors import IDENTITY, ProjectorSpec
 from student.sidecar import TeacherParts, load_parts
 from student.split import split_samples
+
+CONFIDENCE_SAMPLES = 256
 
 
 def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) -> Objective:
     """The terms that are asked for; UserError when student and cache cannot give them."""
     terms: list[Term] = []
-    for wanted in request.terms:
+    for given in request.terms:
+        wanted = _with_confidence(given, reader)
         if wanted.loss.kind == "head":
             terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
-            continue
-        if "F" in wanted.loss.needs:
-            pairs = _final_pair(wanted, reader, config)
-        elif wanted.loss.kind == "relation":
-            pairs = _block_pairs(wanted, reader, config)
+        elif "F" not in wanted.loss.needs and wanted.loss.kind in ("hidden", "structure"):
+            terms += _hidden_terms(wanted, reader, config)
         else:
-            pairs = _layer_pairs(wanted, reader, config)
-        weight = wanted.weight.scaled(1 / len(pairs))
-        terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
-    return Objective.of(terms, request.balance)
+            find = _final_pair if "F" in wanted.loss.needs else _block_pairs
+            pairs = find(wanted, reader, config)
+            weight = wanted.weight.scaled(1 / len(pairs))
+            terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
+    return Objective.of(terms)
 
 
-def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
-    """Teacher and student index of every hidden term, checked against both models' depth and width."""
+def _with_confidence(wanted: TermRequest, reader: CacheReader) -> TermRequest:
+    """A `confidence` that was not given is the teacher's mean probability of the label, over some samples."""
+    if wanted.options.get("confidence", 0.0) is not None:
+        return wanted
+    group = reader.find("logits")
+    known = []
+    for index in range(min(CONFIDENCE_SAMPLES, len(reader))):
+        features = reader.read(index, [group]).features[group]
+        assert isinstance(features, LogitsFeatures)
+        known.append(features.label_logprob[np.isfinite(features.label_logprob)])
+    if not sum(map(len, known)):
+        raise UserError(
+            f"{wanted.where}: the cache knows no label's probability; give `confidence: 0.5`, say"
+        )
+    confidence = float(np.exp(np.concatenate(known)).mean())
+    return replace(wanted, options={**wanted.options, "confidence": confidence})
+
+
+def _hidden_terms(wanted: TermRequest, reader: CacheReader, config: Any) -> list[Term]:
+    """A term for each pair of layers, or with a flow for each two neighbouring pairs; they share the
+    weight.
+    """
+    pairs = _layer_pairs(wanted, reader, config)
+    ends: list[tuple[int, int] | None] = [None] * len(pairs)
+    if wanted.loss.flow:
+        if len(pairs) < 2:
+            raise UserError(f"{wanted.where}: {wanted.loss.name} needs at least two pairs of layers, has one")
+        ends = list(pairs[1:])
+    projector = _projector(wanted, reader.identity.hidden_size, config.get_text_config().hidden_size)
+    weight = wanted.weight.scaled(1 / len(ends))
+    return [
+        term(wanted.loss.name, weight, pair, end, projector, **wanted.options)
+        for pair, end in zip(pairs, ends, strict=False)
+    ]
+
+
+def _projector(wanted: TermRequest, teacher_width: int, student_width: int) -> ProjectorSpec | None:
+    if wanted.projector != IDENTITY:
+        return ProjectorSpec(wanted.projector, student_width, teacher_width)
+    if student_width != teacher_width and not wanted.loss.any_width:
+        raise UserError(
+            f"{wanted.where}: the student is {student_width} wide and the teacher {teacher_width}, so their "
+            "hidden states cannot be compared as they are; add --projector linear (in an objective's file "
+            "`projector: linear`)"
+        )
+    return None
+
+
+def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> Pairs:
+    """Teacher and student index of every pair, checked against both models' depth."""
     text, identity = config.get_text_config(), reader.identity
-    _check_width(wanted, reader, config)
     cached = _hidden_layers(reader)
     if not cached:
         raise UserError(
@@ -56,7 +107,7 @@ def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[
         return list(wanted.layer_map)
     layers = list(wanted.layers) if wanted.layers is not None else cached
     check_pairs([(layer, 0) for layer in layers], *depths, wanted.where)
-    return depth_map(layers, *depths)
+    return map_layers(wanted.mapper, layers, *depths, wanted.where)
 
 
 def _check_width(wanted: TermRequest, reader: CacheReader, config: Any) -> None:

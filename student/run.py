@@ -18,6 +18,7 @@ from student.build import plan_student
 from student.errors import UserError
 from student.model import DistillationModel
 from student.options import StudentOptions
+from student.packing import check_packing
 from student.plan import load_teacher, plan_data, plan_objective
 from student.report import write_report
 from student.saving import MANIFEST_FILE
@@ -44,10 +45,12 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    model = DistillationModel(plan.build(), objective, load_teacher(objective, reader))
-    trainer = DistillationTrainer(
-        model, args, data.train, data.held_out, reader.identity.vocab_size, reader.teacher_dir
-    )
+    student = plan.build()
+    if options.pack_rows:
+        check_packing(student, objective)
+    model = DistillationModel(student, objective, load_teacher(objective, reader))
+    sizes = (reader.identity.vocab_size, reader.teacher_dir)
+    trainer = DistillationTrainer(model, args, data.train, data.held_out, *sizes, options.pack_rows)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start

@@ -111,5 +111,5 @@ def _sizes(run: Run) -> dict[str, Any]:
         "student_parameters": parameters,
         "ternary_parameters": ternary,
         "ternary_share": round(ternary / parameters, 4),
-        "checkpoint_bytes": sum(file.stat().st_size for file in run.output_dir.glob("*.safetensors")),
+        "checkpoint_bytes": sum(file.stat().st_size for file in run.output_dir.glob("model*.safetensors")),
     }

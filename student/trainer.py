@@ -31,11 +31,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: CachedDataset | None,
         vocab_size: int,
         tokenizer_dir: Path,
+        pack_rows: bool = False,
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
         self._tokenizer_dir = tokenizer_dir
-        self._train_collator = self._collator(train_dataset)
+        self._train_collator = self._collator(train_dataset, pack_rows)
         super().__init__(
             model=model,
             args=args,
@@ -48,17 +49,26 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._term_start: int | None = None  # the step after which _term_sums began to add up
         self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
 
-    def _collator(self, dataset: CachedDataset) -> Collator:
-        return Collator(dataset.groups, self._pad_token)
+    def _collator(self, dataset: CachedDataset, pack: bool) -> Collator:
+        return Collator(dataset.groups, self._pad_token, pack)
 
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return CacheOrder(train_dataset or self.train_dataset, seed)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's rule, without parameters that stand for a matrix and are not one: decay would turn an
+        orthogonal projector, not shrink it.
+        """
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".parametrizations." not in name]
+
     def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
-        """Evaluation reads other column groups than training, so it has its own collator."""
-        self.data_collator = self._collator(eval_dataset or self.eval_dataset)
+        """Evaluation reads other column groups than training, so it has its own collator; it adds up by rows,
+        so each holds one sample.
+        """
+        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -118,14 +128,17 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         save_student(self.model.student, directory, self._tokenizer_dir)
+        if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
+            self.model.projectors.save(directory)
         torch.save(self.args, directory / "training_args.bin")
         (directory / MANIFEST_FILE).write_text(json.dumps({"manifest": self.train_dataset.manifest_digest}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_student(self.model.student, Path(resume_from_checkpoint))
+        self.model.projectors.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_student(self.model.student, Path(self.state.best_model_checkpoint))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:

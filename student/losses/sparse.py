@@ -202,3 +202,23 @@ def _is_draw(teacher: SparseTargets) -> Tensor:
     """bool [K + M]: which columns hold draws."""
     columns = teacher.ids_NK.shape[1]
     return torch.arange(columns, device=teacher.ids_NK.device) >= teacher.head_columns
+
+
+def one_for_all(student: ReducedLogits, teacher: SparseTargets, gamma: float) -> Tensor:
+    """Cross-entropy with the part of the label raised: -(1 + p_y)^gamma log q_y - sum of p log q over
+    all other tokens, [N] (One-for-All, arXiv:2310.19444). Needs label_logprob_N.
+
+    Given logits of an intermediate state, projected to the width of an LM head, it is that paper's loss of an
+    exit branch: `sparse_head_loss` takes the state and any head. What is outside the stored columns is one
+    bucket, as in `forward_kl`; with draws the sum is an unbiased estimate. Where the teacher's probability of
+    the label is not known, the label has weight 1 beside the plain cross-entropy.
+    """
+    assert teacher.label_logprob_N is not None
+    lse_N = student.lse()
+    real_NK = torch.isfinite(teacher.logprob_NK)
+    surprise_NK = (lse_N.unsqueeze(-1) - student.head_NK).masked_fill(~real_NK, 0.0)
+    soft_N = (teacher.logprob_NK.exp() * surprise_NK).sum(-1)
+    surprise_N = (lse_N - student.tail_N).masked_fill(~torch.isfinite(teacher.tail_N), 0.0)
+    label_N = teacher.label_logprob_N.nan_to_num(nan=-torch.inf).exp()
+    weight_N = (1.0 + label_N) ** gamma - label_N
+    return soft_N + teacher.tail_N.exp() * surprise_N + weight_N * (lse_N - student.label_N)

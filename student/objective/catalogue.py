@@ -18,7 +18,7 @@ from torch import Tensor
 
 from student.errors import UserError
 
-Kind = Literal["head", "dense", "hidden", "relation"]
+Kind = Literal["head", "dense", "hidden", "structure", "relation"]
 Exactness = Literal["exact", "unbiased", "bound", "coarse"]
 
 NEEDS = {
@@ -94,12 +94,18 @@ class Loss:
     what `ReducedLogits` holds and nothing else of the student. hidden: (student [N, D], teacher [N, D],
     **options) -> [N], for each pair of layers. dense: (Rows, **options) -> ([N], slope
     [N, V]), see `student.losses.full`. relation: (BlockPair, **options) -> [B, T], for each pair of blocks.
+    structure: (student, teacher, lengths, **options) -> [N], where lengths are how many of the N rows belong
+    to each sequence; student and teacher [N, D] of each pair, or with `flow` two such tensors each, of a pair
+    and the next deeper one.
 
     needs, better: letters of NEEDS, what the cache must hold and what makes the loss more exact. statement:
     in what sense it is exact, or why not, in a sentence.
 
     For kind head: `tails`, temperatures of the student's tail beside 1 and the option `temperature`;
     `ranked`, whether the student's own largest logits are wanted.
+
+    For kind structure: `any_width`, whether student and teacher may differ in width without a projector;
+    `flow`, see above.
     """
 
     name: str
@@ -114,6 +120,8 @@ class Loss:
     options: Mapping[str, Option] = field(default_factory=dict)
     tails: tuple[float, ...] = ()
     ranked: bool = False
+    any_width: bool = False
+    flow: bool = False
 
     def check_options(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         """All options, given or default; UserError for an unknown name or a bad value."""
@@ -134,8 +142,9 @@ def catalogue() -> Mapping[str, Loss]:
     from student.objective.head import HEAD_LOSSES
     from student.objective.hidden import HIDDEN_LOSSES
     from student.objective.relation import RELATION_LOSSES
+    from student.objective.structure import STRUCTURE_LOSSES
 
-    entries = (*HEAD_LOSSES, *DENSE_LOSSES, *HIDDEN_LOSSES, *RELATION_LOSSES)
+    entries = (*HEAD_LOSSES, *DENSE_LOSSES, *HIDDEN_LOSSES, *STRUCTURE_LOSSES, *RELATION_LOSSES)
     by_name = {entry.name: entry for entry in entries}
     assert len(by_name) == len(entries), "two losses of one name"
     return by_name

@@ -13,7 +13,7 @@ from student.losses.divergences import (
     total_variation,
 )
 from student.losses.ranking import hinge_ranking, logistic_ranking, logit_mse, top1
-from student.losses.sparse import cross_entropy, soft_mse, token_scaled_kl
+from student.losses.sparse import cross_entropy, one_for_all, soft_mse, token_scaled_kl
 from student.losses.transport import sinkhorn, universal_logit
 from student.objective.catalogue import Loss, Option, Paper
 
@@ -240,5 +240,18 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         exactness="bound",
         statement="the order beyond the head is one summand, by the triangle inequality",
         ranked=True,
+    ),
+    Loss(
+        name="one_for_all",
+        kind="head",
+        function=one_for_all,
+        formula="−(1 + p(label))^γ log q(label) − Σ p log q without the label",
+        paper=Paper("One-for-All: Bridge the Gap Between Heterogeneous Architectures", "2310.19444"),
+        needs="HY",
+        better="T",
+        exactness="unbiased",
+        statement="value and gradient with draws; without, what is outside the head is one bucket. At the "
+        "student's last layer, not at exits before it",
+        options={"gamma": Option(1.0, "how much more the label weighs", low=0.0, high=10.0)},
     ),
 )

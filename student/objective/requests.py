@@ -11,20 +11,20 @@ from typing import Any
 import yaml
 
 from student.errors import UserError
+from student.mapping import MAPPERS, check_mapper
 from student.objective.catalogue import Loss, find_loss, suggest
-from student.objective.terms import Balance
 from student.objective.weights import Weight
+from student.projectors import IDENTITY, PROJECTORS
 
-_TERM_KEYS = ("loss", "weight", "layers", "layer_map")
+_TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
 _SCHEDULES = ("constant", "linear", "cosine")
-_BALANCES = ("none", "gradient_norm")
 
 
 @dataclass(frozen=True)
 class TermRequest:
-    """One term that is asked for. layers, layer_map: as in `--hidden-layers` and `--layer-map`; where: how
-    error lines name the term.
+    """One term that is asked for. layers, layer_map, mapper, projector: as in the flags --hidden-layers,
+    --layer-map, --mapper and --projector; where: how error lines name the term.
     """
 
     loss: Loss
@@ -33,14 +33,15 @@ class TermRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     layer_map: tuple[tuple[int, int], ...] | None = None
+    mapper: str = "all"
+    projector: str = IDENTITY
 
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
-    """All terms that are asked for, and how they are balanced."""
+    """All terms that are asked for."""
 
     terms: tuple[TermRequest, ...]
-    balance: Balance = "none"
 
 
 def read_objective(path: str) -> ObjectiveRequest:
@@ -64,17 +65,12 @@ def parse_objective(value: object, where: str) -> ObjectiveRequest:
     example = "write e.g. `terms: [{loss: kl, weight: 1.0}]`"
     if not isinstance(value, dict):
         raise UserError(f"{where}: needs a mapping with a list `terms`; {example}")
-    _check_keys(value, ("terms", "balance"), where)
+    _check_keys(value, ("terms",), where)
     terms = value.get("terms")
     if not isinstance(terms, list) or not terms:
         raise UserError(f"{where}: `terms` must be a list of at least one term; {example}")
-    balance = value.get("balance", "none")
-    if balance not in _BALANCES:
-        raise UserError(f"{where}: balance must be one of {', '.join(_BALANCES)}, not {balance!r}")
     parsed = tuple(_term(term, f"{where}: terms[{index}]") for index, term in enumerate(terms))
-    if balance != "none":
-        _check_balanced(parsed)
-    return ObjectiveRequest(parsed, balance)
+    return ObjectiveRequest(parsed)
 
 
 def _term(value: object, where: str) -> TermRequest:
@@ -83,13 +79,18 @@ def _term(value: object, where: str) -> TermRequest:
     loss = find_loss(value["loss"], where)
     where = f"{where} ({loss.name})"
     options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
-    layered = loss.kind in ("hidden", "relation") and "F" not in loss.needs
+    final = "F" in loss.needs
+    layered = loss.kind in ("hidden", "structure", "relation") and not final
+    known = _TERM_KEYS[: (4 if loss.kind == "relation" else 6) if layered else 2]
     for key in options:
-        _check_keys({key: None}, (*(_TERM_KEYS if layered else _TERM_KEYS[:2]), *loss.options), where)
-    if not layered and ("layers" in value or "layer_map" in value):
-        raise UserError(f"{where}: layers and layer_map belong to losses between hidden states")
-    if "layers" in value and "layer_map" in value:
-        raise UserError(f"{where}: layers and layer_map exclude each other; keep one")
+        _check_keys({key: None}, (*known, *loss.options), where)
+    if misplaced := [key for key in _TERM_KEYS if key in value and key not in known]:
+        raise UserError(f"{where}: {', '.join(misplaced)}: no key of this loss; leave it out")
+    if "layer_map" in value and ("layers" in value or "mapper" in value):
+        raise UserError(f"{where}: layer_map excludes layers and mapper; keep one")
+    projector = value.get("projector", IDENTITY)
+    if projector not in PROJECTORS:
+        raise UserError(f"{where}: projector must be one of {', '.join(PROJECTORS)}, not {projector!r}")
     return TermRequest(
         loss,
         parse_weight(value.get("weight", 1.0), f"{where}: weight"),
@@ -97,6 +98,8 @@ def _term(value: object, where: str) -> TermRequest:
         loss.check_options(options, where),
         _layers(value["layers"], where) if "layers" in value else None,
         _layer_map(value["layer_map"], where) if "layer_map" in value else None,
+        _mapper(value["mapper"], where) if "mapper" in value else "all",
+        projector,
     )
 
 
@@ -160,14 +163,11 @@ def _layer_map(value: object, where: str) -> tuple[tuple[int, int], ...]:
     return tuple(value.items())
 
 
-def _check_balanced(terms: tuple[TermRequest, ...]) -> None:
-    if len(terms) < 2:
-        raise UserError(f"{terms[0].where}: balance: gradient_norm needs at least two terms")
-    if not terms[0].weight.start:
-        raise UserError(
-            f"{terms[0].where}: weight must be above 0 at the start, since balance: gradient_norm measures "
-            "all other terms against the first"
-        )
+def _mapper(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: mapper must be one of {MAPPERS}, not {value!r}")
+    check_mapper(value, f"{where}: mapper")
+    return value
 
 
 def _check_keys(value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:

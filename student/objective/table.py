@@ -10,6 +10,7 @@ KINDS = {
     "head": "On the stored head, inside the fused LM head",
     "dense": "On the full distribution",
     "hidden": "Between hidden states",
+    "structure": "Between the positions of a sequence, or between layers",
     "relation": "Between relations inside a layer",
 }
 

@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from student.attention import BlockPair
 from student.losses.sparse import Reduction
 from student.objective.catalogue import Loss, catalogue
 from student.objective.weights import Weight
-
-Balance = Literal["none", "gradient_norm"]
+from student.projectors import ProjectorSpec
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class View:
 
     student, teacher: layer -> hidden states [N, D] at the learned positions, both numbered like transformers'
     `output_hidden_states`. blocks: (teacher, student) block -> both on the whole padded batch. fisher:
-    Fisher information of the teacher's final states, [N, D]. sequence_N, position_N: int64 [N], where each
-    learned position stands in the batch.
+    Fisher information of the teacher's final states, [N, D]. sequence_N, position_N: int64 [N], which sample
+    of the batch each of them belongs to, rising, and where in it. project: (name of a projector, states
+    [N, D]) -> states as wide as the teacher's.
     """
 
     student: Callable[[int], Tensor]
@@ -34,12 +35,20 @@ class View:
     fisher: Callable[[], Tensor]
     sequence_N: Tensor
     position_N: Tensor
+    project: Callable[[str, Tensor], Tensor]
+
+    def lengths(self) -> list[int]:
+        """How many learned positions the samples have, without those that have none."""
+        lengths: list[int] = torch.unique_consecutive(self.sequence_N, return_counts=True)[1].tolist()
+        return lengths
 
 
 @dataclass(frozen=True)
 class Term:
     """One summand. label: its name in logs; pair: (teacher layer, student layer) of a hidden term, or blocks
-    of a relation, numbered as the hidden states that go into them; (last, last) of a dense term.
+    of a relation, numbered as the hidden states that go into them; (last, last) of a dense term; following
+    the next deeper pair of one between layers; projector: what brings the student's states to the teacher's
+    width, None where they are taken as they are.
     """
 
     loss: Loss
@@ -47,6 +56,20 @@ class Term:
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     pair: tuple[int, int] | None = None
+    following: tuple[int, int] | None = None
+    projector: ProjectorSpec | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """All pairs of layers that the term compares."""
+        return tuple(pair for pair in (self.pair, self.following) if pair is not None)
+
+    @property
+    def projectors(self) -> dict[str, ProjectorSpec]:
+        """A projector for each of `pairs`, by name."""
+        if self.projector is None:
+            return {}
+        return {f"{self.label}_from_L{own}": self.projector for _, own in self.pairs}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -54,9 +77,7 @@ class Term:
         kinds = {"logits"} if set(self.loss.needs) & set("HTY") else set()
         if self.temperature != 1.0 and self.loss.kind == "head":
             kinds.add(f"lse.T{self.temperature:g}")
-        if self.pair is not None:
-            kinds.add(f"hidden.L{self.pair[0]}")
-        return frozenset(kinds)
+        return frozenset(kinds | {f"hidden.L{layer}" for layer, _ in self.pairs})
 
     @property
     def temperature(self) -> float:
@@ -71,39 +92,48 @@ class Term:
     @property
     def student_layers(self) -> frozenset[int]:
         """Hidden states of the student that the term reads."""
-        return frozenset() if self.pair is None else frozenset({self.pair[1]})
+        return frozenset(layer for _, layer in self.pairs)
 
     def values(self, view: View) -> Tensor:
         """The unweighted loss of every learned position, [N]; for terms outside the fused head."""
         assert self.pair is not None
         if self.loss.kind == "relation":
             return self.function(view.blocks(self.pair))[view.sequence_N, view.position_N]
-        sides = view.student(self.pair[1]), view.teacher(self.pair[0])
-        return self.function(*sides, view.fisher()) if "F" in self.loss.needs else self.function(*sides)
+        teacher = tuple(view.teacher(layer) for layer, _ in self.pairs)
+        student = tuple(view.student(layer) for _, layer in self.pairs)
+        if self.projector is not None:
+            student = tuple(map(view.project, self.projectors, student))
+        if self.loss.kind == "structure":
+            sides = (student, teacher) if self.loss.flow else (student[0], teacher[0])
+            return self.function(*sides, view.lengths())
+        if "F" in self.loss.needs:
+            return self.function(student[0], teacher[0], view.fisher())
+        return self.function(student[0], teacher[0])
 
 
 def term(
-    name: str, weight: float | Weight = 1.0, pair: tuple[int, int] | None = None, **options: Any
+    name: str,
+    weight: float | Weight = 1.0,
+    pair: tuple[int, int] | None = None,
+    following: tuple[int, int] | None = None,
+    projector: ProjectorSpec | None = None,
+    **options: Any,
 ) -> Term:
     """A term of the catalogue; options that are not given have their defaults."""
     loss = catalogue()[name]
     fixed = weight if isinstance(weight, Weight) else Weight.constant(weight)
     label = name if pair is None or loss.kind == "dense" else f"{name}_L{pair[0]}_to_L{pair[1]}"
-    return Term(loss, fixed, label, loss.check_options(options, name), pair)
+    return Term(loss, fixed, label, loss.check_options(options, name), pair, following, projector)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = sum over positions and terms of weight * term / number of learned positions.
-
-    balance "gradient_norm": weights are ratios of gradient norms, see `student.objective.balance`.
-    """
+    """loss = sum over positions and terms of weight * term / number of learned positions."""
 
     terms: tuple[Term, ...]
-    balance: Balance = "none"
 
     @classmethod
-    def of(cls, terms: Sequence[Term], balance: Balance = "none") -> Objective:
+    def of(cls, terms: Sequence[Term]) -> Objective:
         """Head terms first, then dense ones; a label that occurs again gets a number."""
         order = {"head": 0, "dense": 1}
         ordered = sorted(terms, key=lambda term: order.get(term.loss.kind, 2))
@@ -112,8 +142,8 @@ class Objective:
         for one in ordered:
             seen[one.label] = count = seen.get(one.label, 0) + 1
             label = one.label if count == 1 else f"{one.label}_{count}"
-            named.append(Term(one.loss, one.weight, label, one.options, one.pair))
-        return cls(tuple(named), balance)
+            named.append(replace(one, label=label))
+        return cls(tuple(named))
 
     @property
     def head(self) -> tuple[Term, ...]:
@@ -144,6 +174,11 @@ class Objective:
     def needs(self) -> frozenset[str]:
         """Kinds of column groups that training reads."""
         return frozenset().union(*(term.needs for term in self.terms))
+
+    @property
+    def projectors(self) -> dict[str, ProjectorSpec]:
+        """The projectors of all terms, by name."""
+        return {name: spec for term in self.terms for name, spec in term.projectors.items()}
 
     @property
     def labels(self) -> list[str]:

@@ -14,7 +14,6 @@ from featurestore.reader import CacheReader
 from featurestore.schema import HiddenFeatures, HiddenSpec, LogitsFeatures
 from student.data import IGNORE, CachedDataset, CacheOrder, Collator, next_labels
 from student.errors import UserError
-from student.objective.layers import depth_map, parse_layer_map
 from student.split import is_held_out, split_samples
 from tests.student.conftest import SPECS
 
@@ -94,11 +93,3 @@ def test_training_reads_in_the_caches_order(cache: Path) -> None:
     own = [[(i - 1) // 2 for i in shard if i % 2] for shard in reader.shards()]
     wanted = epoch_order(reader.manifest_digest, 3, 1, [shard for shard in own if shard])
     assert epochs[1] == wanted.tolist()
-
-
-def test_relative_depth_and_explicit_layer_maps() -> None:
-    assert depth_map([0, 10, 20, 30], 30, 6) == [(0, 0), (10, 2), (20, 4), (30, 6)]
-    assert depth_map([15], 30, 5) == [(15, 3)]  # 2.5 rounds up
-    assert parse_layer_map("10:4,20:8") == [(10, 4), (20, 8)]
-    with pytest.raises(UserError, match="--layer-map"):
-        parse_layer_map("10-4")

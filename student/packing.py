@@ -1,0 +1,104 @@
+"""Several samples of a batch in one row, whole, so that less of the batch is padding.
+
+transformers keeps the samples of a row apart by position ids that begin anew with each sample, and builds the
+block mask from them where its attention reads masks; `check_packing` tries it on the student at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurestore.reader import CodedSample
+from student.errors import UserError
+from student.objective.terms import Objective
+
+
+def plan_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Which samples share a row of at most `limit` positions: first-fit decreasing, equal lengths in the
+    order given. Every sample is in one row, whole; none may be longer than `limit`.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        assert length <= limit
+        row = next((row for row, free in enumerate(room) if free >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(limit)
+        rows[row].append(index)
+        room[row] -= length
+    return rows
+
+
+def pack(samples: Sequence[CodedSample]) -> tuple[list[CodedSample], list[list[int]]]:
+    """(one sample for each row, the lengths of the samples in it); rows are as long as the longest sample.
+
+    The first token of each sample counts as not learned: nothing before it in its row may predict it.
+    """
+    lengths = [len(sample.tokens) for sample in samples]
+    rows = plan_rows(lengths, max(lengths))
+    return [_joined([samples[i] for i in row]) for row in rows], [[lengths[i] for i in row] for row in rows]
+
+
+def position_ids(lengths: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """int64 [rows, width]: 0, 1, ... anew for each sample; padding counts on."""
+    ids = np.tile(np.arange(width), (len(lengths), 1))
+    for row, members in zip(ids, lengths, strict=True):
+        for start in np.cumsum(members)[:-1]:
+            row[start:] = np.arange(width - start)
+    return torch.from_numpy(ids)
+
+
+def _joined(samples: Sequence[CodedSample]) -> CodedSample:
+    masks = [sample.loss_mask.copy() for sample in samples]
+    for mask in masks:
+        mask[0] = False
+    return CodedSample(
+        id="+".join(sample.id for sample in samples),
+        tokens=np.concatenate([sample.tokens for sample in samples]),
+        loss_mask=np.concatenate(masks),
+        features={spec: _join_codes([s.features[spec] for s in samples]) for spec in samples[0].features},
+    )
+
+
+def _join_codes(codes: Sequence[Any]) -> Any:
+    """The rows of all, one sample's after the other's."""
+    parts = {field.name: [getattr(one, field.name) for one in codes] for field in fields(codes[0])}
+    arrays = {n: np.concatenate(part) for n, part in parts.items() if isinstance(part[0], np.ndarray)}
+    return replace(codes[0], **arrays)
+
+
+@torch.no_grad()
+def check_packing(student: Any, objective: Objective) -> None:
+    """UserError when the second sample of a row sees the first one, as in models whose layers carry a state
+    along, or whose attention builds no mask from position ids; and for losses on attention, which take a row
+    for one sample.
+    """
+    if objective.relations:
+        raise UserError("--pack-rows: not with losses on attention or relations; leave one of them out")
+    first, second = [1, 2, 3], [4, 5, 6, 7]
+    vocab = student.config.get_text_config().vocab_size
+    tokens = torch.tensor([[*first, *second], [*first[::-1], *second]], device=student.device) % vocab
+    positions = position_ids([[len(first), len(second)]] * 2, tokens.shape[1]).to(student.device)
+    training = student.training
+    student.eval()
+    # Row by row, so that nothing but the first sample differs, and rounding is all that may.
+    states = [
+        student.get_decoder()(
+            input_ids=row[None], position_ids=place[None], use_cache=False
+        ).last_hidden_state
+        for row, place in zip(tokens, positions, strict=True)
+    ]
+    student.train(training)
+    one, other = (state[0, len(first) :].float() for state in states)
+    if (one - other).norm() > 1e-5 * one.norm():
+        raise UserError(
+            f"--pack-rows: {type(student).__name__} with {student.config._attn_implementation} attention "
+            "does not keep the samples of a row apart; leave the flag out"
+        )
