@@ -55,9 +55,7 @@ def _with_confidence(wanted: TermRequest, reader: CacheReader) -> TermRequest:
         assert isinstance(features, LogitsFeatures)
         known.append(features.label_logprob[np.isfinite(features.label_logprob)])
     if not sum(map(len, known)):
-        raise UserError(
-            f"{wanted.where}: the cache knows no label's probability; give `confidence: 0.5`, say"
-        )
+        raise UserError(f"{wanted.where}: no label's probability is in the cache; give `confidence`")
     confidence = float(np.exp(np.concatenate(known)).mean())
     return replace(wanted, options={**wanted.options, "confidence": confidence})
 
