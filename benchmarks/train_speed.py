@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import ROOT, RUN, table, write_result
-from student.losses.chunked import HeadTransform
+from student.losses.head import HeadTransform
 from student.objective.terms import Objective, Term, term
 from torch import Tensor
 from torch.nn import functional

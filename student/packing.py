@@ -15,7 +15,6 @@ import torch
 
 from featurestore.reader import CodedSample
 from student.errors import UserError
-from student.objective.terms import Objective
 
 
 def plan_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
@@ -75,13 +74,10 @@ def _join_codes(codes: Sequence[Any]) -> Any:
 
 
 @torch.no_grad()
-def check_packing(student: Any, objective: Objective) -> None:
+def check_packing(student: Any) -> None:
     """UserError when the second sample of a row sees the first one, as in models whose layers carry a state
-    along, or whose attention builds no mask from position ids; and for losses on attention, which take a row
-    for one sample.
+    along, or whose attention builds no mask from position ids.
     """
-    if objective.relations:
-        raise UserError("--pack-rows: not with losses on attention or relations; leave one of them out")
     first, second = [1, 2, 3], [4, 5, 6, 7]
     vocab = student.config.get_text_config().vocab_size
     tokens = torch.tensor([[*first, *second], [*first[::-1], *second]], device=student.device) % vocab

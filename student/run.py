@@ -38,6 +38,8 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     reader = CacheReader.open(request.store, _manifest(options, checkpoint))
     plan = plan_student(options, reader)
     objective = plan_objective(wanted, reader, plan.config)
+    if options.pack_rows and objective.relations:
+        raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     data = plan_data(objective, reader, options.eval_fraction)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
@@ -47,7 +49,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     set_seed(args.seed)
     student = plan.build()
     if options.pack_rows:
-        check_packing(student, objective)
+        check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
     sizes = (reader.identity.vocab_size, reader.teacher_dir)
     trainer = DistillationTrainer(model, args, data.train, data.held_out, *sizes, options.pack_rows)

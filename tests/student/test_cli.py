@@ -96,6 +96,14 @@ def test_the_seeds_example_flags_are_accepted(tmp_path: Path) -> None:
     assert request.training.optim == "paged_adamw_32bit"
 
 
+def test_an_optimizer_without_its_package_is_refused(
+    refuse: Refuse, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("student.run.find_spec", lambda _package: None)
+    line = refuse(cache, "--output-dir", tmp_path / "out", "--optim", "paged_adamw_32bit")
+    assert "--optim paged_adamw_32bit needs bitsandbytes" in line
+
+
 def test_our_defaults_yield_to_explicit_flags(tmp_path: Path) -> None:
     default = parse(["STORE", "--output-dir", str(tmp_path)]).training
     assert (default.eval_strategy, default.eval_on_start, default.remove_unused_columns) == (
@@ -167,7 +175,6 @@ def test_help_teaches_our_flags_first(distily_train: Run) -> None:
         (["--ce-weight", "-1"], ["--ce-weight"]),
         (["--eval-fraction", "1.5"], ["--eval-fraction"]),
         (["--eval-fraction", "0.0001"], ["--eval-fraction", "held-out"]),
-        (["--optim", "paged_adamw_32bit"], ["--optim", "bitsandbytes"]),
         (["--resume_from_checkpoint", "True"], ["--resume-from-checkpoint", "no checkpoint"]),
         (["--resume_from_checkpoint", "no/such"], ["--resume-from-checkpoint", "no/such"]),
     ],

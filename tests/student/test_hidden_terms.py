@@ -33,7 +33,11 @@ NARROW = (
     "--init",
     "random",
 )
-COMPARING = [loss.name for loss in catalogue().values() if loss.kind in ("hidden", "structure")]
+COMPARING = [
+    loss.name
+    for loss in catalogue().values()
+    if loss.kind in ("hidden", "structure") and "F" not in loss.needs
+]
 
 
 def narrow_student(teacher: Path) -> Any:
