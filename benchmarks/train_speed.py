@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from common import ROOT, RUN, table, write_result
-from student.losses.head import HeadTransform
-from student.objective.terms import Objective, Term, term
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,8 +31,10 @@ from featurestore.reader import CacheReader
 from student.data import CachedDataset, Collator
 from student.decoding import decode_targets
 from student.losses.fused import sparse_head_loss
+from student.losses.head import HeadTransform
 from student.losses.sparse import forward_kl
 from student.model import DistillationModel
+from student.objective.terms import Objective, Term, term
 
 BATCH, STEPS, ROUNDS = 2, 6, int(os.environ.get("ROUNDS", "3"))
 CACHE = RUN / os.environ.get("CACHE", "cache")
