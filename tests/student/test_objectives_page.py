@@ -1,4 +1,4 @@
-"""docs/objectives.md and `distily-train objectives` show the catalogue as it is; files are read as it says."""
+"""docs/objectives.md and `distily-train objectives` show the catalogue; files are read as the page says."""
 
 from __future__ import annotations
 
