@@ -159,7 +159,13 @@ def test_stopped_it_says_so_and_goes_on(
     store = tmp_path / "store"
     arguments = ("generate", tiny_teacher, corpus, "--engine", "transformers", "--max-seq-len", 64)
     options = ("--shard-tokens", 128, "--top-k", 8, "--out", store)
-    process = subprocess.Popen(command(*arguments, *options), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments, *options),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have it ignored, and a command would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(store.glob("commit/logits-*/*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
