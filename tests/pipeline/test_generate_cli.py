@@ -164,7 +164,7 @@ def test_stopped_it_says_so_and_goes_on(
         stderr=subprocess.PIPE,
         text=True,
         # Whoever runs the tests in the background may have it ignored, and a command would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (takes no lock)
     )
     deadline = time.monotonic() + 120
     while not list(store.glob("commit/logits-*/*.json")) and time.monotonic() < deadline:
