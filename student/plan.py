@@ -41,7 +41,20 @@ def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) 
             pairs = find(wanted, reader, config)
             weight = wanted.weight.scaled(1 / len(pairs))
             terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
-    return Objective.of(terms)
+    if request.balanced:
+        _check_balance(terms)
+    return Objective.of(terms, request.balanced)
+
+
+def _check_balance(terms: list[Term]) -> None:
+    """UserError for a term whose gradient does not reach the student's decoder layers."""
+    for one in terms:
+        layers = {own for _, own in one.pairs}
+        if one.loss.kind in ("hidden", "structure") and layers == {0}:
+            raise UserError(
+                f"balance: gradient_norm compares gradients in the decoder's layers, which {one.label} does "
+                "not reach: it looks at the student's embeddings only; choose other layers for it"
+            )
 
 
 def _with_confidence(wanted: TermRequest, reader: CacheReader) -> TermRequest:

@@ -44,6 +44,8 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
     _check_optimizer(args)
+    if objective.balanced:
+        _check_checkpointing(args)
     _check_writable(output_dir)
 
     set_seed(args.seed)
@@ -110,6 +112,16 @@ def _check_optimizer(args: TrainingArguments) -> None:
         raise UserError(
             f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
         )
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    """Gradient norms of single terms cannot be had from reentrant checkpoints."""
+    given = dict(args.gradient_checkpointing_kwargs or {})
+    if args.gradient_checkpointing and given.setdefault("use_reentrant", False):
+        raise UserError(
+            "--gradient-checkpointing-kwargs: balance: gradient_norm needs use_reentrant false; leave it out"
+        )
+    args.gradient_checkpointing_kwargs = given
 
 
 def _check_writable(output_dir: Path) -> None:
