@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import yaml
 
-from student.objective.catalogue import catalogue
+from student.cli import main
+from student.objective.catalogue import EXACTNESS, NEEDS, catalogue
+from student.objective.table import markdown, rows
 from tests import teachers
 from tests.student.caches import save_teacher
 
 Run = Callable[..., tuple[int, str, str]]
-ROOT = Path(__file__).parents[2]
+PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
 FLAGS = "--top-k 12 --top-p 0.7 --tail 16 --temperatures 2 --hidden-layers 1,2 --final --relation-layers 1"
-# Losses that a schedule or a balance would hide are at rest: one term each, at its defaults.
-TEMPERED = [loss.name for loss in catalogue().values() if "temperature" in loss.options]
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +66,42 @@ def test_twenty_steps_reduce_the_loss_itself(name: str, learn: Callable[..., dic
     summary = learn({"terms": [{"loss": name}]})
     first, last = summary["first_eval"]["eval_loss"], summary["last_eval"]["eval_loss"]
     assert math.isfinite(first) and last < first, (first, last)
+
+
+def test_a_ternary_student_learns_everything_at_once(learn: Callable[..., dict[str, Any]]) -> None:
+    """All losses in one objective, those with a temperature at 2, balanced, with draws and without labels."""
+    terms = [
+        {"loss": name, **({"temperature": 2.0} if "temperature" in loss.options else {})}
+        for name, loss in catalogue().items()
+    ]
+    bitnet = ("--student-model-as-bitnet", "--gradient_checkpointing", "True", "--bf16", "--max_steps", 8)
+    summary = learn({"terms": terms, "balance": "gradient_norm"}, *bitnet)
+    assert len(summary["objective"]) >= len(terms)
+    assert summary["last_eval"]["eval_kl"] < summary["first_eval"]["eval_kl"]
+
+
+def test_entries_are_well_formed() -> None:
+    for name, loss in catalogue().items():
+        assert set(loss.needs) | set(loss.better) <= set(NEEDS) and loss.exactness in EXACTNESS, name
+        assert loss.formula and loss.statement and "\n" not in loss.formula + loss.statement, name
+        for option, spec in loss.options.items():
+            assert spec.check(spec.default, option) == spec.default, (name, option)
+            assert spec.help, (name, option)
+
+
+def test_the_page_shows_the_catalogue_as_it_is() -> None:
+    page = PAGE.read_text()
+    table = page[page.index("<!-- catalogue") :].split("-->\n", 1)[1].split("<!-- /catalogue -->")[0]
+    assert table.strip() == markdown().strip(), "python -m student.objective.table prints the new tables"
+
+
+def test_the_command_lists_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for arguments in (["objectives"], ["objectives", "--json"]):
+        monkeypatch.setattr(sys, "argv", ["distily-train", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        out = capsys.readouterr().out
+        assert all(name in out for name in catalogue())
+    assert json.loads(out) == rows()
