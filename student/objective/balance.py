@@ -20,6 +20,7 @@ from torch import Tensor
 
 from student.errors import StudentError
 from student.model import DistillationModel
+from student.objective.terms import Objective
 
 EVERY = 25  # steps between measurements; each costs a forward and backward pass per term
 KEEP = 0.5  # share of the older measurements, in logarithms
@@ -73,14 +74,15 @@ def gradient_norms(model: DistillationModel, batch: Mapping[str, Any]) -> Tensor
     float32 [S]. Needs checkpointing, if any, that is not reentrant.
     """
     parameters = [p for p in model.student.get_decoder().layers.parameters() if p.requires_grad]
-    before, norms = model.weights, []
+    objective, weights = model.objective, model.weights
+    norms = []
     try:
-        for index in range(len(before)):
-            model.weights = [float(index == other) for other in range(len(before))]
+        for term in objective.terms:
+            model.objective, model.weights = Objective((term,)), [1.0]
             loss = model(**batch)["loss"]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             squares = [g.float().square().sum() for g in gradients if g is not None]
             norms.append(torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(()).float())
     finally:
-        model.weights = before
+        model.objective, model.weights = objective, weights
     return torch.stack(norms)
