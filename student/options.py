@@ -71,8 +71,10 @@ class StudentOptions:
         "YAML file of terms, instead of the five flags that follow and --hidden-layers, --layer-map; "
         "`distily-train objectives` lists the losses.",
     )
-    logits_loss: Literal["kl", "none"] = _flag(
-        "kl", "Loss on the cached distribution: forward KL on the head plus one bucket for the tail, or none."
+    logits_loss: str = _flag(
+        "kl",
+        "Loss on the teacher's distribution, with its default options: kl, reverse_kl, jsd, skew_kl, tvd, "
+        "full_jsd, ... (`distily-train objectives` lists them), or none.",
     )
     logits_weight: float = _flag(1.0, "Weight of --logits-loss.")
     ce_weight: float = _flag(0.0, "Weight of the cross-entropy on the next token; 0 leaves it out.")
@@ -146,9 +148,9 @@ class StudentOptions:
         losses = catalogue()
         terms = []
         if self.logits_loss != "none" and self.logits_weight > 0:
-            terms.append(
-                TermRequest(losses[self.logits_loss], Weight.constant(self.logits_weight), "--logits-loss")
-            )
+            loss, where = self._logits_loss(), f"--logits-loss {self.logits_loss}"
+            options = loss.check_options({}, where)
+            terms.append(TermRequest(loss, Weight.constant(self.logits_weight), where, options))
         if self.ce_weight > 0:
             terms.append(TermRequest(losses["ce"], Weight.constant(self.ce_weight), "--ce-weight"))
         if self.hidden_loss != "none" and self.hidden_weight > 0:
@@ -169,6 +171,16 @@ class StudentOptions:
                 "nothing to learn: give --logits-loss kl, --ce-weight or --hidden-loss a weight above 0"
             )
         return ObjectiveRequest(tuple(terms))
+
+    def _logits_loss(self) -> Loss:
+        known = catalogue().values()
+        names = [loss.name for loss in known if loss.kind in ("head", "dense") and loss.name != "ce"]
+        if self.logits_loss not in names:
+            raise UserError(
+                f"--logits-loss {self.logits_loss} is unknown{suggest(self.logits_loss, names)}; choose "
+                f"none, {', '.join(names)}"
+            )
+        return catalogue()[self.logits_loss]
 
     def _hidden_loss(self) -> Loss:
         names = [name.removeprefix("hidden_") for name in catalogue() if name.startswith("hidden_")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from student.objective.catalogue import EXACTNESS, NEEDS, Loss, catalogue
@@ -93,7 +92,3 @@ def _markdown_row(loss: Loss) -> str:
     exact = f"**{EXACTNESS[loss.exactness]}**: {loss.statement}"
     cells = [f"`{loss.name}`", loss.formula, letters(loss), exact, defaults(loss), source]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(markdown())

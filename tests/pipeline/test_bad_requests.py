@@ -232,7 +232,11 @@ def test_a_student_that_cannot_write_for_this_teacher(
     shutil.copytree(tiny_teacher, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert f"--from-student {pickled}: no *.safetensors" in refused(pickled)
-    assert "its vocabulary has 203 tokens" in refused(teachers.llama(tmp_path / "wide", vocab_size=203))
+    wide = teachers.llama(tmp_path / "wide", vocab_size=203)
+    assert f"--from-student {wide}: its tokenizer is not the teacher's" in refused(wide)
+    narrow = teachers.llama(tmp_path / "narrow", vocab_size=150)
+    shutil.copy(tiny_teacher / "tokenizer.json", narrow)
+    assert "its vocabulary has 150 tokens" in refused(narrow)
     other = teachers.llama(tmp_path / "other", seed=1)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]

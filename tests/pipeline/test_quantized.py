@@ -42,6 +42,7 @@ def hidden_states(path: Path, quantize_to: str | None, tokens: np.ndarray) -> np
             max_seq_len=len(tokens),
             vocab_size=teacher.vocab_size,
             hidden_size=teacher.hidden_size,
+            num_layers=teacher.num_layers,
             quantize_to=quantize_to,
         )
     )

@@ -156,7 +156,9 @@ def test_the_teacher_comes_back(name: str, tmp_path: Path) -> None:
     reader = CacheReader.open(tmp_path / "store")
     sidecar = reader.sidecar()
     assert sidecar.parts == ["head", "block0", "block3"]
-    model = AutoModelForCausalLM.from_pretrained(teacher).eval()
+    # As the engine does: the default kernel leaves out soft-capping.
+    kernel = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_pretrained(teacher, attn_implementation=kernel).eval()
     eager = AutoModelForCausalLM.from_pretrained(teacher, attn_implementation="eager").eval()
     seen = {layer: watch(model, layer) for layer in layers}
     for index in range(len(reader)):

@@ -133,6 +133,8 @@ def test_help_teaches_our_flags_first(distily_train: Run) -> None:
         (["--hidden-loss", "mse", "--hidden-layers", "one"], ["--hidden-layers", "10,20"]),
         (["--hidden-layers", "1"], ["--hidden-layers", "--hidden-loss"]),
         (["--logits-loss", "none"], ["--ce-weight"]),
+        (["--logits-loss", "skew"], ["--logits-loss skew", "did you mean skew_kl?"]),
+        (["--logits-loss", "full_kl"], ["--logits-loss full_kl", "--final"]),
         (["--ce-weight", "-1"], ["--ce-weight"]),
         (["--eval-fraction", "1.5"], ["--eval-fraction"]),
         (["--eval-fraction", "0.0001"], ["--eval-fraction", "held-out"]),

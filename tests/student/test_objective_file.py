@@ -81,6 +81,7 @@ terms:
         ("terms: [{loss: kl, weight: {schedule: constant, from: 1, to: 0}}]", ["constant", "no `to`"]),
         ("terms: [{loss: kl, weight: {schedule: step, from: 1, to: 0}}]", ["schedule", "'step'"]),
         ("terms: [{loss: kl, layers: [1]}]", ["layers", "leave it out"]),
+        ("terms: [{loss: qkv_relation, projector: linear}]", ["projector", "leave it out"]),
         ("terms: [{loss: hidden_mse, layers: 1}]", ["layers", "[10, 20]"]),
         ("terms: [{loss: hidden_mse, layers: [1, 1]}]", ["twice"]),
         ("terms: [{loss: hidden_mse, layer_map: [1]}]", ["layer_map", "{10: 4, 20: 8}"]),

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from student.losses.divergences import coarse
 from student.losses.fused import sparse_head_loss
 from student.losses.head import HeadTransform
-from student.losses.sparse import Reduction, SparseTargets, Tempered, token_scale
+from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, Tempered, token_scale
 from student.objective.catalogue import catalogue
 from student.objective.terms import Objective, Term, term
 
@@ -456,3 +457,17 @@ def test_a_reduction_asks_for_nothing_that_no_term_wants() -> None:
         [term("kl", temperature=2.0), term("jsd", temperature=2.0), term("soft_mse")]
     ).reduction
     assert wanted == Reduction((0.5, 2.0), False)
+
+
+def test_merged_distributions_sum_to_one() -> None:
+    problem, seen = Problem(9, 31, 4, 5), []
+
+    def keep(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+        seen.extend(x.exp().sum(-1) for x in coarse(student, teacher))
+        return student.tail_N
+
+    for targets in (problem.targets, problem.with_draws(6)):
+        sparse_head_loss(problem.hidden, problem.weight, None, targets, [(keep, 1.0)], HeadTransform())
+    assert len(seen) == 4
+    for sums in seen:
+        torch.testing.assert_close(sums, torch.ones(9, dtype=torch.float64), rtol=1e-9, atol=0)

@@ -149,6 +149,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(train: Train, tmp_pa
 @pytest.mark.parametrize(
     "objective",
     [
+        ("--logits-loss", "cakld"),
         ("--logits-loss", "none", "--ce-weight", 1),
         ("--logits-loss", "none", "--hidden-loss", "mse", "--hidden-layers", 3),
     ],
