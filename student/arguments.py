@@ -135,9 +135,9 @@ def parse(argv: Sequence[str]) -> Request:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
     if unknown:
         raise UserError(_unknown(parser, unknown[0]))
-    options.check()
     if options.objective is not None:
         _check_alone(argv)
+    options.check()
     return Request(rest.store, options, training)
 
 

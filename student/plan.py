@@ -11,7 +11,7 @@ import numpy as np
 
 from featurestore.errors import MissingFeatureError
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsFeatures
+from featurestore.schema import GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.sidecar import block_part
 from student.attention import check_student_blocks
 from student.data import CachedDataset
@@ -32,6 +32,8 @@ def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) 
     terms: list[Term] = []
     for given in request.terms:
         wanted = _with_confidence(given, reader)
+        if "Y" in wanted.loss.needs and "confidence" not in wanted.options:
+            _check_labels(wanted, reader)
         if wanted.loss.kind == "head":
             terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
         elif "F" not in wanted.loss.needs and wanted.loss.kind in ("hidden", "structure"):
@@ -41,7 +43,30 @@ def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) 
             pairs = find(wanted, reader, config)
             weight = wanted.weight.scaled(1 / len(pairs))
             terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
-    return Objective.of(terms)
+    if request.balanced:
+        _check_balance(terms)
+    return Objective.of(terms, request.balanced)
+
+
+def _check_balance(terms: list[Term]) -> None:
+    """UserError for a term whose gradient does not reach the student's decoder layers."""
+    for one in terms:
+        layers = {own for _, own in one.pairs}
+        if one.loss.kind in ("hidden", "structure") and layers == {0}:
+            raise UserError(
+                f"balance: gradient_norm compares gradients in the decoder's layers, which {one.label} does "
+                "not reach: it looks at the student's embeddings only; choose other layers for it"
+            )
+
+
+def _check_labels(wanted: TermRequest, reader: CacheReader) -> None:
+    """UserError where the teacher's probability of the next token is not known at every position."""
+    group = reader.find("logits")
+    if isinstance(group, LogitsSpec) and group.partial:
+        raise UserError(
+            f"{wanted.where}: needs the teacher's probability of every next token, which an imported cache "
+            "does not have; make one with `distily-cache generate`, or take another loss"
+        )
 
 
 def _with_confidence(wanted: TermRequest, reader: CacheReader) -> TermRequest:

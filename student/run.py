@@ -44,6 +44,9 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
     _check_optimizer(args)
+    _check_hub(args)
+    if objective.balanced:
+        _check_checkpointing(args)
     _check_writable(output_dir)
 
     set_seed(args.seed)
@@ -110,6 +113,33 @@ def _check_optimizer(args: TrainingArguments) -> None:
         raise UserError(
             f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
         )
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    """Trainer asks the hub only once the student is built."""
+    if not args.push_to_hub:
+        return
+    import httpx
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=args.hub_token)
+    except (OSError, httpx.HTTPError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"--push-to-hub: the hub does not let us in ({reason}); log in with `hf auth login` or give "
+            f"--hub-token, or leave the flag out and upload {args.output_dir} later"
+        ) from error
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    """Gradient norms of single terms cannot be had from reentrant checkpoints."""
+    given = dict(args.gradient_checkpointing_kwargs or {})
+    if args.gradient_checkpointing and given.setdefault("use_reentrant", False):
+        raise UserError(
+            "--gradient-checkpointing-kwargs: balance: gradient_norm needs use_reentrant false; leave it out"
+        )
+    args.gradient_checkpointing_kwargs = given
 
 
 def _check_writable(output_dir: Path) -> None:

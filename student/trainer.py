@@ -17,6 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from student.bitnet import FlipMeter, bit_linears
 from student.data import CachedDataset, CacheOrder, Collator
 from student.model import EVAL_COLUMNS, DistillationModel
+from student.objective.balance import EVERY, GradientBalance, gradient_norms
 from student.saving import MANIFEST_FILE, load_student, save_student
 
 
@@ -47,6 +48,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )
         self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
         self._term_start: int | None = None  # the step after which _term_sums began to add up
+        self._balance = GradientBalance(len(model.objective.terms)) if model.objective.balanced else None
+        self._measured: int | None = None  # the step at which gradient norms were measured last
         self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
 
     def _collator(self, dataset: CachedDataset, pack: bool) -> Collator:
@@ -84,26 +87,42 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Trainer's own, which divides by the learned positions of the whole accumulated batch; remembers the
         terms.
         """
-        self._set_weights()
+        if model.training:
+            self._set_weights(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if "terms" in outputs:
             self._term_sums += outputs["terms"]
             self._term_start = self.state.global_step if self._term_start is None else self._term_start
         return (loss, outputs) if return_outputs else loss
 
-    def _set_weights(self) -> None:
-        """Schedules move between optimizer steps, not between parts of an accumulated batch."""
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        self.model.weights = self.model.objective.weights_at(progress)
+    def _set_weights(self, inputs: dict[str, Any]) -> None:
+        """Weights move between optimizer steps, not between parts of an accumulated batch; gradient norms are
+        measured on the first part.
+        """
+        step = self.state.global_step
+        weights = self.model.objective.weights_at(step / max(self.state.max_steps, 1))
+        if self._balance is not None:
+            if step % EVERY == 0 and self._measured != step:
+                self._measured = step
+                with self.compute_loss_context_manager():
+                    norms = gradient_norms(self.model, inputs)
+                self._balance.update(self.accelerator.reduce(norms.square(), "mean").sqrt().tolist())
+            weights = self._balance.weights(weights)
+        self.model.weights = weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the unweighted terms and the movement of the ternary weights to Trainer's training log."""
+        """Adds the unweighted terms, the weights that move, and the movement of the ternary weights to
+        Trainer's training log.
+        """
         if "loss" in logs and self._term_start is not None:
             steps = self.state.global_step - self._term_start
             reduction = "sum" if self.args.average_tokens_across_devices else "mean"
             means = self.accelerator.reduce(self._term_sums, reduction) / steps
             names = [f"loss_{label}" for label in self.model.objective.labels]
             logs |= dict(zip(names, means.tolist(), strict=True))
+            if self.model.objective.weights_move:
+                names = [f"weight_{label}" for label in self.model.objective.labels]
+                logs |= dict(zip(names, self.model.weights, strict=True))
             self._term_sums.zero_()
             self._term_start = None
             logs |= self._flips.measure() if self._flips else {}
@@ -130,12 +149,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         save_student(self.model.student, directory, self._tokenizer_dir)
         if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
             self.model.projectors.save(directory)
+            if self._balance is not None:
+                self._balance.save(directory)
         torch.save(self.args, directory / "training_args.bin")
         (directory / MANIFEST_FILE).write_text(json.dumps({"manifest": self.train_dataset.manifest_digest}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_student(self.model.student, Path(resume_from_checkpoint))
         self.model.projectors.load(Path(resume_from_checkpoint))
+        if self._balance is not None:
+            self._balance.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

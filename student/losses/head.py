@@ -90,7 +90,8 @@ class ChunkedHead:
         new = self.h_ND.new_empty
         self._z_nV = new(self.chunk, v)
         self._exact_nV = self._z_nV if dtype == self.exact else new(self.chunk, v, dtype=self.exact)
-        self._dh_ND = new(n, d) if needs[0] else None
+        # Zeros, since a pass in which all weights are zero adds nothing.
+        self._dh_ND = self.h_ND.new_zeros(n, d) if needs[0] else None
         self._dw_VD = self.h_ND.new_zeros(v, d, dtype=self.exact) if needs[1] else None
         self._part_VD = new(v, d) if needs[1] and dtype != self.exact else None
         self._db_V = self.h_ND.new_zeros(v, dtype=self.exact) if needs[2] else None

@@ -34,11 +34,15 @@ def sinkhorn(
     cost_Nkk = (p_Nk.unsqueeze(-1) - q_Nk.unsqueeze(-2)).abs()
     both_Nkk = real_Nk.unsqueeze(-1) & real_Nk.unsqueeze(-2)
     plan_Nkk = torch.where(both_Nkk, (-cost_Nkk / regularisation).exp(), 0.0)
-    tiny = torch.finfo(plan_Nkk.dtype).tiny
     for _ in range(iterations):
-        plan_Nkk = plan_Nkk / plan_Nkk.sum(-1, keepdim=True).clamp_min(tiny)
-        plan_Nkk = plan_Nkk / plan_Nkk.sum(-2, keepdim=True).clamp_min(tiny)
+        plan_Nkk = _scaled(_scaled(plan_Nkk, -1), -2)
     return (plan_Nkk * cost_Nkk).sum((-1, -2))
+
+
+def _scaled(plan_Nkk: Tensor, dim: int) -> Tensor:
+    """Divided by its sums along `dim`; padding, of sum 0, stays as it is."""
+    sums = plan_Nkk.sum(dim, keepdim=True)
+    return plan_Nkk / sums.masked_fill(sums == 0, 1.0)
 
 
 def universal_logit(student: ReducedLogits, teacher: SparseTargets) -> Tensor:

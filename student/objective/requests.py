@@ -19,6 +19,7 @@ from student.projectors import IDENTITY, PROJECTORS
 _TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
 _SCHEDULES = ("constant", "linear", "cosine")
+_BALANCES = ("none", "gradient_norm")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class TermRequest:
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
-    """All terms that are asked for."""
+    """All terms that are asked for; balanced: with weights that are ratios of gradient norms."""
 
     terms: tuple[TermRequest, ...]
+    balanced: bool = False
 
 
 def read_objective(path: str) -> ObjectiveRequest:
@@ -65,12 +67,19 @@ def parse_objective(value: object, where: str) -> ObjectiveRequest:
     example = "write e.g. `terms: [{loss: kl, weight: 1.0}]`"
     if not isinstance(value, dict):
         raise UserError(f"{where}: needs a mapping with a list `terms`; {example}")
-    _check_keys(value, ("terms",), where)
+    _check_keys(value, ("terms", "balance"), where)
     terms = value.get("terms")
     if not isinstance(terms, list) or not terms:
         raise UserError(f"{where}: `terms` must be a list of at least one term; {example}")
     parsed = tuple(_term(term, f"{where}: terms[{index}]") for index, term in enumerate(terms))
-    return ObjectiveRequest(parsed)
+    balance = value.get("balance", "none")
+    if balance not in _BALANCES:
+        raise UserError(f"{where}: balance must be one of {', '.join(_BALANCES)}, not {balance!r}")
+    if balance != "none" and len(parsed) < 2:
+        raise UserError(f"{where}: balance: {balance} needs at least two terms")
+    if not any(term.weight.start or term.weight.end for term in parsed):
+        raise UserError(f"{where}: nothing to learn: give a term a weight above 0")
+    return ObjectiveRequest(parsed, balance != "none")
 
 
 def _term(value: object, where: str) -> TermRequest:

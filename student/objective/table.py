@@ -51,6 +51,7 @@ def show() -> None:
     """Print the table, as wide as the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     for kind, title in KINDS.items():
@@ -63,7 +64,8 @@ def show() -> None:
         for loss in losses:
             source = "" if loss.paper is None else f"{loss.paper.title} {loss.paper.arxiv or ''}".strip()
             exact = f"{EXACTNESS[loss.exactness]}: {loss.statement}"
-            table.add_row(loss.name, loss.formula, letters(loss), exact, defaults(loss), source)
+            cells = (loss.name, loss.formula, letters(loss), exact, defaults(loss), source)
+            table.add_row(*map(Text, cells))  # as they are: brackets would be markup
         console.print(table)
     console.print("needs: " + "; ".join(f"{letter} {text}" for letter, text in NEEDS.items()))
 

@@ -128,12 +128,16 @@ def term(
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = sum over positions and terms of weight * term / number of learned positions."""
+    """loss = sum over positions and terms of weight * term / number of learned positions.
+
+    balanced: weights are ratios of gradient norms, see `student.objective.balance`.
+    """
 
     terms: tuple[Term, ...]
+    balanced: bool = False
 
     @classmethod
-    def of(cls, terms: Sequence[Term]) -> Objective:
+    def of(cls, terms: Sequence[Term], balanced: bool = False) -> Objective:
         """Head terms first, then dense ones; a label that occurs again gets a number."""
         order = {"head": 0, "dense": 1}
         ordered = sorted(terms, key=lambda term: order.get(term.loss.kind, 2))
@@ -143,7 +147,7 @@ class Objective:
             seen[one.label] = count = seen.get(one.label, 0) + 1
             label = one.label if count == 1 else f"{one.label}_{count}"
             named.append(replace(one, label=label))
-        return cls(tuple(named))
+        return cls(tuple(named), balanced)
 
     @property
     def head(self) -> tuple[Term, ...]:
@@ -190,6 +194,11 @@ class Objective:
         """What the head terms want of the student."""
         tails = {t for term in self.head for t in (term.temperature, *term.loss.tails)} - {1.0}
         return Reduction(tuple(sorted(tails)), any(term.loss.ranked for term in self.head))
+
+    @property
+    def weights_move(self) -> bool:
+        """Whether the weights change in the course of the training."""
+        return self.balanced or any(term.weight.schedule != "constant" for term in self.terms)
 
     def weights_at(self, progress: float) -> list[float]:
         """Weights in the order of `labels` when `progress` (0 to 1) of the training is done."""

@@ -18,6 +18,8 @@ from featurestore.schema import (
     HiddenSpec,
     LogitsFeatures,
     LogitsSpec,
+    LseFeatures,
+    LseSpec,
     Sample,
     TeacherIdentity,
 )
@@ -113,9 +115,15 @@ def features_of(
     return {
         spec: logits_of(output.logits[0], ids[0], spec)
         if isinstance(spec, LogitsSpec)
+        else lse_of(output.logits[0], spec)
+        if isinstance(spec, LseSpec)
         else hidden_of(output.hidden_states[spec.layer][0], spec)
         for spec in groups
     }
+
+
+def lse_of(logits_TV: torch.Tensor, spec: LseSpec) -> LseFeatures:
+    return LseFeatures((logits_TV.double() / spec.temperature).logsumexp(-1).float().numpy())
 
 
 def logits_of(logits_TV: torch.Tensor, ids_T: torch.Tensor, spec: LogitsSpec) -> LogitsFeatures:

@@ -57,45 +57,6 @@ def test_flags_in_any_order_and_both_spellings(tmp_path: Path) -> None:
         assert request.training.bf16 is True
 
 
-def test_the_seeds_example_flags_are_accepted(tmp_path: Path) -> None:
-    seed = [
-        "--student_model_as_bitnet",
-        "True",
-        "--per_device_train_batch_size",
-        "1",
-        "--per_device_eval_batch_size",
-        "1",
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "2000",
-        "--logging_steps",
-        "4",
-        "--num_train_epochs",
-        "1",
-        "--lr_scheduler_type",
-        "cosine",
-        "--learning_rate",
-        "5e-5",
-        "--max_grad_norm",
-        "64.0",
-        "--gradient_checkpointing",
-        "True",
-        "--optim",
-        "paged_adamw_32bit",
-        "--save_steps",
-        "2000",
-        "--report_to",
-        "tensorboard",
-        "--eval_on_start",
-        "True",
-    ]
-    request = parse(["STORE", "--output_dir", str(tmp_path), *seed])
-    assert request.training.max_grad_norm == 64.0
-    assert request.training.eval_steps == 2000
-    assert request.training.optim == "paged_adamw_32bit"
-
-
 def test_an_optimizer_without_its_package_is_refused(
     refuse: Refuse, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from featurestore.codec import LOGPROB_ERROR, ROW_ERROR
+from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec
 from student.data import Collator
-from student.decoding import decode_hidden, decode_labels, decode_targets
+from student.decoding import MIN_TAIL, decode_hidden, decode_labels, decode_targets, temper
 from tests.featurestore.conftest import fill
+from tests.student.caches import random_samples, write_cache
 from tests.student.reference import rows_of
 
 SPECS: list[GroupSpec] = [
@@ -81,6 +84,42 @@ def test_what_went_in_comes_out_within_the_documented_bound(tmp_path: Path) -> N
         assert (found.logprob_NK - exact).abs().max() <= LOGPROB_ERROR + 1e-5
         labels = decode_labels(coded["label_logprob"])[:-1]
         assert np.abs(labels.numpy() - given.label_logprob[:-1]).max(initial=0) <= ROW_ERROR + 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 8.0])
+def test_heads_at_other_temperatures_are_those_of_the_logits(
+    temperature: float, teacher: Path, tmp_path: Path
+) -> None:
+    """log p_T = (log p + lse) / T - lse_T: each number off by its rounding."""
+    specs: list[GroupSpec] = [LogitsSpec(9), LseSpec(temperature)]
+    samples = random_samples(6, 199)
+    reader = CacheReader.open(write_cache(tmp_path / "store", teacher, samples, specs))
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    batch = batch_of(reader, specs, [0, 1, 2, 3, 4, 5])
+    bound = (LOGPROB_ERROR + ROW_ERROR) / temperature + LSE_ERROR + 1e-4
+    for row, index in enumerate(range(6)):
+        tokens = torch.from_numpy(reader.read(index).tokens).long()
+        with torch.no_grad():
+            exact = (model(tokens[None]).logits[0].double() / temperature).log_softmax(-1)
+        coded = {name: part[row, : len(tokens)] for name, part in batch["coded_head"].items()}
+        found = decode_targets(coded, tokens)
+        tempered = found.tempered[temperature]
+        head = exact.gather(1, found.ids_NK)
+        assert (tempered.logprob_NK - head).abs().max() <= bound
+        mass = tempered.logprob_NK.exp().sum(-1) + tempered.tail_N.exp()
+        torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-5)
+        assert (tempered.tail_N.exp() - (1 - head.exp().sum(-1))).abs().max() <= math.expm1(bound)
+
+
+def test_a_head_of_more_than_all_mass_is_scaled() -> None:
+    """Roundings may leave it so where the head holds nearly everything; without a tail it holds it all."""
+    logprob = torch.tensor([[0.0, -9.0, -math.inf]] * 2).log_softmax(-1)
+    lse = torch.tensor([64, 64])  # one nat
+    tempered = temper(logprob, torch.tensor([-14.0, -math.inf]), lse, 2.0, torch.tensor([0.4, 0.4]))
+    mass = tempered.logprob_NK.exp().sum(-1)
+    torch.testing.assert_close(mass, torch.tensor([1 - MIN_TAIL, 1.0]))
+    assert tempered.tail_N[0].exp().item() == pytest.approx(MIN_TAIL, rel=0.1)
+    assert tempered.tail_N[1] == -math.inf and torch.isneginf(tempered.logprob_NK[:, 2]).all()
 
 
 def test_padding_is_no_distribution_that_could_disturb(reader: CacheReader) -> None:

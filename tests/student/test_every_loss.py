@@ -18,7 +18,8 @@ from tests.teachers import WORDS
 
 STEPS = 20
 # Hidden states 1 and 2 serve losses between layers, 1 is also the input of block 1.
-FEATURES = ("--top-k", 8, "--tail", 8, "--final", "--hidden-layers", "1,2", "--relation-layers", 1)
+FEATURES = ("--top-k", 8, "--tail", 8, "--temperatures", 2, "--hidden-layers", "1,2")
+FEATURES += ("--final", "--relation-layers", 1)
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +39,56 @@ def full_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     return folder / "store"
 
 
+@pytest.fixture
+def learn(
+    full_cache: Path, tmp_path: Path, distily_train: Callable[..., tuple[int, str, str]]
+) -> Callable[..., list[dict[str, Any]]]:
+    """Trains on an objective, all samples in each step; the entries of its log."""
+
+    def run(request: dict[str, Any], *more: object) -> list[dict[str, Any]]:
+        objective = tmp_path / "objective.yaml"
+        objective.write_text(yaml.safe_dump(request))
+        flags: dict[str, Any] = {
+            "objective": objective,
+            "student-model-config": '{"num_hidden_layers": 2}',
+            "init": "random",
+            "per-device-train-batch-size": 64,
+            "max-steps": STEPS,
+            "learning-rate": 3e-3,
+            "lr-scheduler-type": "constant",
+            "warmup-steps": 0,
+            "logging-steps": 1,
+            "eval-strategy": "no",
+            "eval-on-start": "False",
+            "eval-fraction": 0,
+            "save-strategy": "no",
+            "report-to": "none",
+        }
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+        code, _, err = distily_train(full_cache, "--output-dir", tmp_path / "out", *words, *more)
+        assert code == 0, err
+        log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+        return [entry for entry in log if "loss" in entry]
+
+    return run
+
+
 @pytest.mark.parametrize("name", list(catalogue()))
-def test_it_trains_and_reduces_itself(
-    name: str, full_cache: Path, tmp_path: Path, distily_train: Callable[..., tuple[int, str, str]]
-) -> None:
-    objective = tmp_path / "objective.yaml"
-    objective.write_text(yaml.safe_dump({"terms": [{"loss": name, "weight": 1.0}]}))
-    flags: dict[str, Any] = {
-        "objective": objective,
-        "student-model-config": '{"num_hidden_layers": 2}',
-        "init": "random",
-        "per-device-train-batch-size": 64,
-        "max-steps": STEPS,
-        "learning-rate": 3e-3,
-        "lr-scheduler-type": "constant",
-        "warmup-steps": 0,
-        "logging-steps": 1,
-        "eval-strategy": "no",
-        "eval-on-start": "False",
-        "eval-fraction": 0,
-        "save-strategy": "no",
-        "report-to": "none",
-    }
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-    code, _, err = distily_train(full_cache, "--output-dir", tmp_path / "out", *words)
-    assert code == 0, err
-    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+def test_it_trains_and_reduces_itself(name: str, learn: Callable[..., list[dict[str, Any]]]) -> None:
+    losses = [entry["loss"] for entry in learn({"terms": [{"loss": name, "weight": 1.0}]})]
     assert len(losses) == STEPS and np.isfinite(losses).all()
     # One batch is the whole data set, so that steps differ by what was learned and by nothing else.
     assert np.mean(losses[-3:]) < losses[0] - 0.02 * abs(losses[0]), losses
+
+
+def test_a_ternary_student_learns_everything_at_once(learn: Callable[..., list[dict[str, Any]]]) -> None:
+    """All losses in one objective, those with a temperature at 2, their gradients balanced."""
+    terms = [
+        {"loss": name, **({"temperature": 2.0} if "temperature" in loss.options else {})}
+        for name, loss in catalogue().items()
+    ]
+    bitnet = ("--student-model-as-bitnet", "--gradient_checkpointing", "True", "--bf16", "--max_steps", 8)
+    entries = learn({"terms": terms, "balance": "gradient_norm"}, *bitnet)
+    assert sum(key.startswith("loss_") for key in entries[0]) >= len(terms)
+    assert all(np.isfinite(list(entry.values())).all() for entry in entries)
+    assert entries[-1]["loss_kl"] < entries[0]["loss_kl"]

@@ -26,3 +26,10 @@ def test_training_from_an_imported_cache(
     # The known labels are the likely ones: a perplexity of them would flatter the teacher.
     assert "eval_teacher_perplexity" not in last
     assert (tmp_path / "student" / "report.html").is_file()
+    objective = tmp_path / "objective.yaml"
+    objective.write_text("terms: [{loss: tsld}]")
+    code, _, err = distily_train(tmp_path / "cache", *arguments, *small, "--objective", objective)
+    assert code == 2 and "every next token" in err
+    objective.write_text("terms: [{loss: cakld, confidence: 0.5}, {loss: soft_mse}, {loss: uld}]")
+    code, out, err = distily_train(tmp_path / "cache", *arguments, *small, "--objective", objective)
+    assert code == 0 and math.isfinite(json.loads(out)["last_eval"]["eval_loss"]), err

@@ -1,32 +1,92 @@
-"""The commands that the project grew from, split at the cache: their training flags train, unchanged."""
+"""The example commands of Distily's README, split at the cache: what is left for `from-cache`, word for word.
+
+Teacher and data flags (--teacher_model_name_or_path, --teacher_load_in_8bit) go to `distily-cache generate`.
+"""
 
 from __future__ import annotations
 
-import shlex
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-# Pushing to a hub, which needs one, is left out; --max_steps is added to each.
+Run = Callable[..., tuple[int, str, str]]
+
 COMMANDS = {
-    "qwen2": """--report_to tensorboard --per_device_eval_batch_size 4 --per_device_train_batch_size 8
-        --gradient_accumulation_steps 8""",
-    "phi-3": """--student_model_as_bitnet True --per_device_train_batch_size 1 --per_device_eval_batch_size 1
-        --eval_strategy steps --eval_steps 2000 --logging_steps 4 --num_train_epochs 1
-        --lr_scheduler_type cosine --learning_rate 5e-5 --max_grad_norm 64.0 --gradient_checkpointing True
-        --optim paged_adamw_32bit --save_steps 2000 --report_to tensorboard --eval_on_start True""",
-    "gpt2": """--student_model_as_bitnet False --per_device_train_batch_size 16 --eval_strategy steps
-        --eval_steps 2000 --logging_steps 4 --num_train_epochs 1 --lr_scheduler_type cosine
-        --learning_rate 5e-5 --max_grad_norm 64.0 --gradient_checkpointing True --optim paged_adamw_32bit
-        --save_steps 2000 --report_to tensorboard --eval_on_start True""",
+    "qwen2": """
+        --hub_model_id "lapp0/distily_experiments_control"
+        --push_to_hub True
+        --report_to tensorboard
+        --per_device_eval_batch_size 4
+        --per_device_train_batch_size 8
+        --gradient_accumulation_steps 8
+    """,
+    "phi3": """
+        --student_model_as_bitnet True
+        --hub_model_id "lapp0/phi-3-mini-4k-instruct_distily"
+        --per_device_train_batch_size 1
+        --per_device_eval_batch_size 1
+        --eval_strategy steps
+        --eval_steps 2000
+        --logging_steps 4
+        --num_train_epochs 1
+        --lr_scheduler_type cosine
+        --learning_rate 5e-5
+        --max_grad_norm 64.0
+        --gradient_checkpointing True
+        --optim paged_adamw_32bit
+        --save_steps 2000
+        --push_to_hub True
+        --report_to tensorboard
+        --eval_on_start True
+    """,
+    "gpt2": """
+        --student_model_as_bitnet False
+        --hub_model_id "lapp0/gpt2_bf16_distily"
+        --per_device_train_batch_size 16
+        --eval_strategy steps
+        --eval_steps 2000
+        --logging_steps 4
+        --num_train_epochs 1
+        --lr_scheduler_type cosine
+        --learning_rate 5e-5
+        --max_grad_norm 64.0
+        --gradient_checkpointing True
+        --optim paged_adamw_32bit
+        --save_steps 2000
+        --push_to_hub True
+        --report_to tensorboard
+        --eval_on_start True
+    """,
 }
 
 
-@pytest.mark.usefixtures("eager")
+def words(name: str) -> list[str]:
+    return COMMANDS[name].replace('"', "").split()
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_seeds_flags_train(name: str, train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    summary = train(tmp_path / "out", *shlex.split(COMMANDS[name]), "--max_steps", 2)
-    assert summary["steps"] == 2
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+def test_they_train_to_the_end_when_nothing_is_pushed(
+    name: str, distily_train: Run, cache: Path, tmp_path: Path
+) -> None:
+    """Without a GPU bitsandbytes runs the paged optimizer as one that is not paged."""
+    flags = (*words(name), "--push_to_hub", "False", "--eval-fraction", 0.25, "--json")
+    code, out, err = distily_train(cache, "--output_dir", tmp_path, *flags)
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["steps"] >= 1 and math.isfinite(summary["last_eval"]["eval_loss"])
+    assert (summary["sizes"]["ternary_parameters"] > 0) is (name == "phi3")
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_push_that_cannot_be_is_refused_before_anything_is_done(
+    name: str, distily_train: Run, cache: Path, tmp_path: Path
+) -> None:
+    flags = (*words(name), "--hub_token", "hf_not_a_token", "--eval-fraction", 0.25)
+    code, out, err = distily_train(cache, "--output_dir", tmp_path / "out", *flags)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and "--push-to-hub" in err and "hf auth login" in err
+    assert not (tmp_path / "out").exists()
