@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import teachers
-from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
-
+# Read when the hub's client is imported, so before anything that imports it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests import teachers
+from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="session")

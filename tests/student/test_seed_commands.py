@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,4 +92,17 @@ def test_a_push_that_cannot_be_is_refused_before_anything_is_done(
     code, out, err = distily_train(cache, "--output_dir", tmp_path / "out", *flags)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1 and "--push-to-hub" in err and "hf auth login" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_does_not_answer_refuses_a_push(cache: Path, tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads where the hub is when it is imported."""
+    away = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    flags = (*words("qwen2"), "--hub_token", "hf_not_a_token", "--output_dir", tmp_path / "out")
+    command = [sys.executable, "-m", "student.cli", "from-cache", cache, *flags]
+    done = subprocess.run(
+        [*map(str, command)], env=away, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "--push-to-hub" in done.stderr
     assert not (tmp_path / "out").exists()
