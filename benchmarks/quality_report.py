@@ -52,28 +52,38 @@ def shown(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {spread(values):.{digits}f}"
 
 
+def within(ratios: Sequence[float]) -> str:
+    """Whether the mean ratio is 1 up to BAND, and on which side it is where not."""
+    mean = statistics.mean(ratios)
+    if abs(mean - 1) <= BAND:
+        return "yes"
+    return "**no**, it is worse" if mean > 1 else "it is better by more than that"
+
+
+def yes(holds: bool) -> str:
+    return "yes" if holds else "**no**"
+
+
 def claims(curves: Mapping[str, Curve]) -> str:
     """What was claimed, what was measured, whether it holds."""
     live, labels = curves["live"], curves["labels"]
     rows = []
     for key, what in (("default", "the cached default"), ("final", "the cached `--final` tier")):
         ratios = curves[key].ratios(live)
-        holds = abs(statistics.mean(ratios) - 1) <= BAND
-        rows.append([f"{what} is within 1 % of live full KD in held-out KL", shown(ratios, 4), holds])
+        claim = f"{what} is within 1 % of live full KD in held-out KL"
+        rows.append([claim, shown(ratios, 4), within(ratios)])
     for key in ("top12", "top12_alone", "top50_alone"):
         ratios = curves[key].ratios(live)
-        rows.append(
-            [f"{curves[key].name}: visibly worse than live", shown(ratios, 4), min(ratios) > 1 + BAND]
-        )
+        claim = f"{curves[key].name}: visibly worse than live"
+        rows.append([claim, shown(ratios, 4), yes(min(ratios) > 1 + BAND)])
     for key, worse in (("top12_alone", True), ("top50_alone", False)):
         pairs = zip(curves[key].perplexities(), labels.perplexities(), strict=True)
         ratios = [own / theirs for own, theirs in pairs]
-        holds = min(ratios) > 1 if worse else max(ratios) < 1
-        claim = f"{curves[key].name}: perplexity {'worse' if worse else 'better'} than from labels alone"
-        rows.append([f"{claim} (published)", shown(ratios, 4), holds])
-    return table(
-        ["claim", "ratio, mean ± sd", "holds"], [[a, b, "yes" if c else "**no**"] for a, b, c in rows]
-    )
+        claim = (
+            f"{curves[key].name}: perplexity {'worse' if worse else 'better'} than from labels (published)"
+        )
+        rows.append([claim, shown(ratios, 4), yes(min(ratios) > 1 if worse else max(ratios) < 1)])
+    return table(["claim", "ratio, mean ± sd", "holds"], rows)
 
 
 def report(curves: Mapping[str, Curve], teacher_ce: float) -> str:
@@ -98,7 +108,9 @@ def report(curves: Mapping[str, Curve], teacher_ce: float) -> str:
             table(["", "held-out KL, nats", "of live, by seed", "held-out perplexity"], final),
             f"Mean ± standard deviation; seeds: {seeds}. The teacher's own perplexity "
             f"there is {math.exp(teacher_ce):.2f}. A ratio is taken within a seed and then averaged, so that "
-            "the order of the data, which all rows of a seed share, does not blur it.",
+            "the order of the data, which all rows of a seed share, does not blur it. The "
+            "`--final` row learns the live row's objective with other rounding: how far it lies from live is "
+            "what chance alone does to a training.",
             claims(curves),
             "Visibly worse: more than 1 % above live in every seed. Published (Sparse Logit Sampling, ACL "
             "2025; 3B to 300M, other data): LM loss 2.81 from labels, 2.87 from the top 12 and 2.80 from the "
@@ -136,6 +148,9 @@ def plot(curves: Mapping[str, Curve]) -> None:
     right.set(xlabel="tokens learned from", ylabel="above the live teacher's, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     left.legend(fontsize=8)
     figure.tight_layout()
     RESULTS.mkdir(exist_ok=True)
