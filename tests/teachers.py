@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -32,6 +33,12 @@ WORDS = (
     ".",
     ",",
 )
+
+
+def text_of(words: int, seed: int = 0) -> str:
+    """A text of so many of `WORDS`."""
+    random = np.random.default_rng(seed)
+    return " ".join(random.choice(WORDS, size=words).tolist())
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
