@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
 )
 
 
-# In a checkpoint: the manifest of the cache that it was trained on.
+# In a checkpoint: the manifest of the cache that it was trained on, and in which order, see student.resume.
 MANIFEST_FILE = "cache_manifest.json"
 
 

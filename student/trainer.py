@@ -18,6 +18,7 @@ from student.bitnet import FlipMeter, bit_linears
 from student.data import CachedDataset, CacheOrder, Collator
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective.balance import EVERY, GradientBalance, gradient_norms
+from student.resume import order_seed
 from student.saving import MANIFEST_FILE, load_student, save_student
 
 
@@ -37,7 +38,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
         self._tokenizer_dir = tokenizer_dir
-        self._train_collator = self._collator(train_dataset, pack_rows)
+        self._train_collator = self._collator(train_dataset, pack_rows, drop_idle=True)
         super().__init__(
             model=model,
             args=args,
@@ -52,13 +53,18 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._measured: int | None = None  # the step at which gradient norms were measured last
         self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
 
-    def _collator(self, dataset: CachedDataset, pack: bool) -> Collator:
-        return Collator(dataset.groups, self._pad_token, pack)
+    def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
+        return Collator(dataset.groups, self._pad_token, pack, drop_idle)
 
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return CacheOrder(train_dataset or self.train_dataset, seed)
+        return CacheOrder(
+            train_dataset or self.train_dataset,
+            order_seed(self.args),
+            self.get_total_train_batch_size(self.args),
+            lambda: int(self.state.epoch or 0),
+            self.args.dataloader_drop_last,
+        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's rule, without parameters that stand for a matrix and are not one: decay would turn an
@@ -71,7 +77,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Evaluation reads other column groups than training, so it has its own collator; it adds up by rows,
         so each holds one sample.
         """
-        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False)
+        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False, drop_idle=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -152,7 +158,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self._balance is not None:
                 self._balance.save(directory)
         torch.save(self.args, directory / "training_args.bin")
-        (directory / MANIFEST_FILE).write_text(json.dumps({"manifest": self.train_dataset.manifest_digest}))
+        record = {
+            "manifest": self.train_dataset.manifest_digest,
+            "seed": order_seed(self.args),
+            "samples": len(self.train_dataset),
+            "global_batch": self.get_total_train_batch_size(self.args),
+        }
+        (directory / MANIFEST_FILE).write_text(json.dumps(record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_student(self.model.student, Path(resume_from_checkpoint))
