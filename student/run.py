@@ -14,14 +14,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
+from student.bitnet.layout import saved_conversion
 from student.build import plan_student
+from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
 from student.options import StudentOptions
 from student.packing import check_packing
 from student.plan import load_teacher, plan_data, plan_objective
 from student.report import write_report
-from student.saving import MANIFEST_FILE
+from student.saving import MANIFEST_FILE, saved_config
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
@@ -37,25 +39,30 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     wanted = options.wanted()
     reader = CacheReader.open(request.store, _manifest(options, checkpoint))
     plan = plan_student(options, reader)
+    if checkpoint is not None:
+        _check_same_conversion(checkpoint, plan.conversion)
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     data = plan_data(objective, reader, options.eval_fraction)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
-    _check_optimizer(args)
+    _check_optimizer(args, plan.masters)
+    _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    student = plan.build()
+    student, drift = plan.build(calibration_samples(data.train))
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
     sizes = (reader.identity.vocab_size, reader.teacher_dir)
-    trainer = DistillationTrainer(model, args, data.train, data.held_out, *sizes, options.pack_rows)
+    trainer = DistillationTrainer(
+        model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
+    )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
@@ -65,7 +72,9 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return {}
-    run = Run(reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()))
+    run = Run(
+        reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()), drift
+    )
     summary = summarise(run)
     write_report(run, summary)
     return summary
@@ -106,12 +115,38 @@ def _manifest(options: StudentOptions, checkpoint: str | None) -> str | None:
     return digest
 
 
-def _check_optimizer(args: TrainingArguments) -> None:
+def _check_same_conversion(checkpoint: str, conversion: str | None) -> None:
+    """UserError when a run is resumed as another kind of student."""
+    saved = saved_conversion(saved_config(checkpoint))
+    if saved != conversion:
+        kinds = [f"--bitnet-conversion {kind}" if kind else "full precision" for kind in (conversion, saved)]
+        raise UserError(
+            f"--resume-from-checkpoint: this run is one with {kinds[0]}, but {checkpoint} is of one with "
+            f"{kinds[1]}; resume with the flags it was started with"
+        )
+
+
+def _check_optimizer(args: TrainingArguments, masters: str) -> None:
     """Trainer finds a missing optimizer library only when training begins."""
     name = str(args.optim.value)
+    if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"--bitnet-masters bf16: --optim {name} would round its updates away, so an AdamW of our own "
+            "comes with it; leave --optim out"
+        )
     if any(part in name for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
         raise UserError(
             f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
+        )
+
+
+def _check_schedule(args: TrainingArguments, two_stage: bool) -> None:
+    """A second stage multiplies a rate that is a function of the step."""
+    name = str(args.lr_scheduler_type.value)
+    if two_stage and name in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"--bitnet-two-stage: --lr-scheduler-type {name} follows the loss and not the step; use cosine "
+            "or linear"
         )
 
 

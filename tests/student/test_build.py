@@ -67,7 +67,7 @@ def test_copies_exactly_the_chosen_layers(architecture: str, shard_size: str, tm
         StudentOptions(student_model_config='{"num_hidden_layers": 2}', copy_layers="2,0"),
         CacheReader.open(store),
     )
-    student = plan.build()
+    student = plan.build()[0]
     own, theirs = dict(student.named_parameters()), dict(whole.named_parameters())
     for name, parameter in own.items():
         source = name.replace("layers.0.", "layers.X.").replace("layers.1.", "layers.0.").replace("X", "2")
@@ -80,7 +80,7 @@ def test_copies_exactly_the_chosen_layers(architecture: str, shard_size: str, tm
 
 def test_an_untied_student_of_a_tied_teacher_starts_from_the_embeddings(cache: Path) -> None:
     options = StudentOptions(student_model_config='{"tie_word_embeddings": false}', freeze_embeddings=True)
-    student = plan_student(options, CacheReader.open(cache)).build()
+    student = plan_student(options, CacheReader.open(cache)).build()[0]
     head, embeddings = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     assert head is not embeddings
     assert torch.equal(head, embeddings)
@@ -90,7 +90,7 @@ def test_an_untied_student_of_a_tied_teacher_starts_from_the_embeddings(cache: P
 
 
 def test_bitnet_spares_head_and_embeddings(cache: Path) -> None:
-    student = plan_student(StudentOptions(student_model_as_bitnet=True), CacheReader.open(cache)).build()
+    student = plan_student(StudentOptions(student_model_as_bitnet=True), CacheReader.open(cache)).build()[0]
     kinds = {name: type(module).__name__ for name, module in student.named_modules()}
     assert kinds["lm_head"] == "Linear"
     assert kinds["model.embed_tokens"] == "Embedding"
@@ -104,7 +104,7 @@ def test_random_weights_need_no_teacher_files(cache: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(CheckpointTensors, "__init__", lambda self, directory: refuse(directory))
     options = StudentOptions(student_model_config='{"hidden_size": 32, "head_dim": 16}', init="random")
-    assert plan_student(options, CacheReader.open(cache)).build().config.hidden_size == 32
+    assert plan_student(options, CacheReader.open(cache)).build()[0].config.hidden_size == 32
 
 
 def test_tokenizers_are_compared_by_their_vocabulary() -> None:
