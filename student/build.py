@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from student import bitnet
 from student.bitnet import layout
 from student.errors import UserError
 from student.init import copy_from_teacher, resolve_teacher
+from student.narrow import NO_NARROWING, Narrowing, plan_narrowing
 from student.options import StudentOptions
 from student.saving import (
     attention,
@@ -34,8 +35,9 @@ class StudentPlan:
     """Everything that building needs.
 
     checkpoint: load this one; None makes a new model of `config`. layers: teacher layer of each student
-    layer. teacher: files to copy from; None leaves random weights. conversion: of `bitnet.CONVERSIONS`, None
-    for a student in full precision. converted: whether the checkpoint has gone through it already.
+    layer. teacher: files to copy from, of which `narrowing` keeps a part; None leaves random weights.
+    conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
+    checkpoint has gone through it already.
     """
 
     config: Any
@@ -46,6 +48,7 @@ class StudentPlan:
     converted: bool
     masters: str
     freeze_embeddings: bool
+    narrowing: Narrowing = NO_NARROWING
 
     def build(self, samples: Sequence[Tensor] = ()) -> tuple[Any, bitnet.Drift | None]:
         """The student, converted to BitNet when asked for, and how far a conversion moved it; its seed must
@@ -73,7 +76,7 @@ class StudentPlan:
         if self.checkpoint is None:
             student = new_student(self.config)
             if self.teacher is not None:
-                copy_from_teacher(student, self.layers, self.teacher)
+                copy_from_teacher(student, self.layers, self.teacher, self.narrowing)
             return student
         if self.converted:
             return restore(self.config, self.conversion, local_checkpoint(self.checkpoint))
@@ -97,7 +100,10 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
         directory = resolve_teacher(options.teacher, reader.identity.name)
         teacher = CheckpointTensors(directory)
         _check_teacher(directory, teacher_config, reader)
-    return _planned(options, config, None, layers, teacher)
+    plan = _planned(options, config, None, layers, teacher)
+    if teacher is None:
+        return plan
+    return replace(plan, narrowing=plan_narrowing(teacher_config.get_text_config(), config.get_text_config()))
 
 
 def _plan_checkpoint(
@@ -126,7 +132,7 @@ def _planned(
     """The plan, once its conversion is known to be possible; before: that of the checkpoint."""
     conversion = _conversion(options, before)
     options.check_ternary(conversion)
-    if conversion is not None and before is None:
+    if conversion == "subln" and before is None:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):

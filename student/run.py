@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from featurestore.reader import CacheReader
 from student.arguments import Request
 from student.bitnet.layout import saved_conversion
-from student.build import plan_student
+from student.build import StudentPlan, plan_student
 from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
@@ -26,6 +26,7 @@ from student.report import write_report
 from student.saving import MANIFEST_FILE, saved_config
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
+from student.weights import CheckpointTensors
 
 
 def train_from_cache(request: Request) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     reader = CacheReader.open(request.store, _manifest(options, checkpoint))
     plan = plan_student(options, reader)
     if checkpoint is not None:
-        _check_same_conversion(checkpoint, plan.conversion)
+        _check_resumed(checkpoint, plan)
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
@@ -115,15 +116,21 @@ def _manifest(options: StudentOptions, checkpoint: str | None) -> str | None:
     return digest
 
 
-def _check_same_conversion(checkpoint: str, conversion: str | None) -> None:
-    """UserError when a run is resumed as another kind of student."""
-    saved = saved_conversion(saved_config(checkpoint))
-    if saved != conversion:
-        kinds = [f"--bitnet-conversion {kind}" if kind else "full precision" for kind in (conversion, saved)]
+def _check_resumed(checkpoint: str, plan: StudentPlan) -> None:
+    """UserError when a run is resumed as another kind of student; its checkpoints tell which it was."""
+    masters = "bf16" if "BF16" in CheckpointTensors(Path(checkpoint)).dtypes() else "fp32"
+    was = (saved_conversion(saved_config(checkpoint)), masters)
+    if was != (plan.conversion, plan.masters):
         raise UserError(
-            f"--resume-from-checkpoint: this run is one with {kinds[0]}, but {checkpoint} is of one with "
-            f"{kinds[1]}; resume with the flags it was started with"
+            f"--resume-from-checkpoint: this run would go on with {_kind(plan.conversion, plan.masters)}, "
+            f"but {checkpoint} is of a run with {_kind(*was)}; resume with the flags that it was started with"
         )
+
+
+def _kind(conversion: str | None, masters: str) -> str:
+    if conversion is None:
+        return "full precision"
+    return f"--bitnet-conversion {conversion} --bitnet-masters {masters}"
 
 
 def _check_optimizer(args: TrainingArguments, masters: str) -> None:

@@ -1,10 +1,11 @@
 """What conversion does to the function of a student before it is trained: weights of new norms that keep it
 nearly as it was, and how far it moved.
 
-The norm divides a token's activations by their root mean square, so its weights have to give the usual size
-back. Over the tokens of some samples, weight c minimises the squared difference between activation and normed
-activation of channel c: sum(x n) / sum(n^2), n = x / sqrt(mean x^2 + eps). That is a mean over tokens of the
-root mean squares, in which tokens count by how much channel c stands out in them.
+The norm divides a token's activations x by r = sqrt(mean x^2 + eps), so its weights have to give the usual
+size back. Weight c is the geometric mean of r over the tokens of some samples, each weighted by |n_c|, where
+n = x / r. Channels that few tokens use, such as those of attention sinks, thus get the size that they have in
+these tokens, and large tokens do not raise the weights of all other channels, as they would in an arithmetic
+mean. benchmarks/step0_drift.py compares other choices.
 
 Shape letters: T positions, D hidden size, I input features of a projection.
 """
@@ -34,62 +35,65 @@ class Drift:
     quantised: float
 
 
-class _Products:
-    """Sums over tokens, float32 [I]: of x n, and of n^2."""
+class _Sizes:
+    """Sums over tokens, float32 [I]: of |n| log r, and of |n|."""
 
-    def __init__(self, eps: float) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         self._eps = eps
-        self.cross: Tensor | float = 0.0
-        self.square: Tensor | float = 0.0
+        self._logs, self._shares = torch.zeros(2, size)
 
     def add(self, x: Tensor) -> None:
-        x_TI = x.detach().float().flatten(0, -2)
-        n_TI = x_TI * torch.rsqrt(x_TI.square().mean(-1, keepdim=True) + self._eps)
-        self.cross = self.cross + (x_TI * n_TI).sum(0)
-        self.square = self.square + n_TI.square().sum(0)
+        x_TI = x.detach().float().cpu().flatten(0, -2)
+        r_T1 = (x_TI.square().mean(-1, keepdim=True) + self._eps).sqrt()
+        n_TI = x_TI.abs() / r_T1
+        self._logs += (n_TI * r_T1.log()).sum(0)
+        self._shares += n_TI.sum(0)
 
     def weight(self) -> Tensor:
-        """Channels that were never active get the scale of the others."""
-        cross, square = torch.as_tensor(self.cross), torch.as_tensor(self.square)
-        common = cross.sum() / square.sum().clamp(min=torch.finfo(square.dtype).tiny)
-        return torch.where(square > 0, cross / square.clamp(min=torch.finfo(square.dtype).tiny), common)
+        """Channels that were never active get the size of all others together."""
+        common = self._logs.sum() / self._shares.sum()
+        return torch.where(self._shares > 0, self._logs / self._shares, common).exp()
 
 
 @torch.no_grad()
 def convert_calibrated(student: Any, conversion: str, samples: Sequence[Tensor]) -> Drift:
-    """Convert the decoder layers of a full-precision student, with norms calibrated on `samples`.
+    """Convert the decoder layers of a full-precision student, with norms calibrated on every other sample and
+    the drift measured on the rest.
 
-    samples: token ids, int64 [T] each. The student stays in the mode it is in.
+    samples: token ids, int64 [T] each; a single one serves for both. The student stays in the mode it is in.
     """
+    measured = samples[1::2] or samples
     layers, eps = student.get_decoder().layers, norm_epsilon(student.config)
     names, training = normed(layers, conversion), student.training
     student.eval()
-    products = {name: _Products(eps) for name in names}
+    sizes = {name: _Sizes(layers.get_submodule(name).in_features, eps) for name in names}
     handles = [
-        layers.get_submodule(name).register_forward_pre_hook(_adder(sums)) for name, sums in products.items()
+        layers.get_submodule(name).register_forward_pre_hook(_adder(sums)) for name, sums in sizes.items()
     ]
-    before = _final_states(student, samples)
+    final_states(student, samples[::2])
     for handle in handles:
         handle.remove()
+    before = final_states(student, measured)
     convert_student(student, conversion)
-    for name, sums in products.items():
+    for name, sums in sizes.items():
         layers.get_submodule(name).rms_norm.weight.copy_(sums.weight())
     drift = Drift(
-        norms=_distance(before, _final_states(student, samples, Strengths(0, 0, 1))) if names else None,
-        quantised=_distance(before, _final_states(student, samples)),
+        norms=distance(before, final_states(student, measured, Strengths(0, 0, 1))) if names else None,
+        quantised=distance(before, final_states(student, measured)),
     )
     student.train(training)
     return drift
 
 
-def _adder(sums: _Products) -> Any:
+def _adder(sums: _Sizes) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         sums.add(args[0])
 
     return hook
 
 
-def _final_states(student: Any, samples: Collection[Tensor], strengths: Strengths = FULL) -> list[Tensor]:
+@torch.no_grad()
+def final_states(student: Any, samples: Collection[Tensor], strengths: Strengths = FULL) -> list[Tensor]:
     """Behind the final norm, float32 [T, D] per sample; BitLinear layers with these strengths."""
     set_strengths(student, strengths)
     for _, layer in bit_linears(student):
@@ -104,6 +108,7 @@ def _final_states(student: Any, samples: Collection[Tensor], strengths: Strength
     return states
 
 
-def _distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """||after - before|| / ||before|| over all tokens of all samples."""
     difference = sum(float((one - other).square().sum()) for one, other in zip(before, after, strict=True))
     return math.sqrt(difference / sum(float(one.square().sum()) for one in before))

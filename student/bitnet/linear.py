@@ -84,7 +84,7 @@ class BitLinear(nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         weights, activations, norms = self.strengths if self.training else FULL
         x = input
-        if self.rms_norm is not None and norms > 0:
+        if self.rms_norm is not None:  # at strength 0, too: DDP wants a gradient for every parameter
             x = self.rms_norm(x) if norms == 1 else torch.lerp(x.float(), self.rms_norm(x), norms)
         if weights == activations == 1:
             ternary_OI, scale = self.quantized()

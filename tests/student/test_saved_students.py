@@ -29,11 +29,13 @@ def saved(kind: str, conversion: str, directory: Path, **settings: Any) -> Any:
 
 
 def assert_same_function(one: Any, other: Any) -> None:
-    """Both quantise alike; float32 rounding before a quantiser may move an activation by one of its steps."""
+    """Both quantise alike. Rounding before a quantiser may move an activation by one of its 127 steps, and
+    with it all that comes later; the first position, which sees itself alone, is spared here.
+    """
     with torch.no_grad():
-        ours, theirs = (model(samples()[1][None]).logits for model in (one, other))
+        ours, theirs = (model(samples()[1][None]).logits[0] for model in (one, other))
+    assert (ours[0] - theirs[0]).norm() <= 1e-5 * ours[0].norm()
     assert (ours - theirs).norm() <= 1e-2 * ours.norm()
-    assert (ours - theirs).abs().median() <= 1e-4 * ours.abs().median()
 
 
 @pytest.mark.parametrize(

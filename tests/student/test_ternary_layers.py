@@ -117,7 +117,7 @@ def test_strengths_blend_each_part_and_pass_gradients_straight_through(
     y.backward(direction)
     torch.testing.assert_close(layer.weight.grad.double(), direction.double().T @ a, rtol=1e-5, atol=1e-5)
     assert x.grad is not None and bool(x.grad.any())
-    assert (layer.rms_norm.weight.grad is not None) == (norms > 0)
+    assert bool(layer.rms_norm.weight.grad.any()) == (norms > 0)
 
 
 def test_strengths_rise_with_the_share_of_the_steps() -> None:

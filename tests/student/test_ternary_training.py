@@ -50,11 +50,15 @@ def test_a_resumed_run_keeps_strength_stage_and_rounding(train: Train, run: Run,
     assert "calibrated norms alone" in (tmp_path / "straight" / "report.html").read_text()
     latent = [t for name, t in straight.items() if name.endswith("_proj.weight")]
     assert {tensor.dtype for tensor in latent} == {torch.bfloat16}
-    other = (*BITNET, *flags[len(WARMUP) :], "--resume_from_checkpoint", checkpoint)
-    code, out, err = run(tmp_path / "other", *other)
-    assert code == 2, out
-    assert "this run is one with --bitnet-conversion none" in err
-    assert "is of one with --bitnet-conversion subln" in err
+    for other, kind in (
+        ((*BITNET, *flags[len(WARMUP) :]), "--bitnet-conversion none --bitnet-masters bf16"),
+        ((*SUBLN, *flags, "--bitnet-masters", "fp32"), "--bitnet-conversion subln --bitnet-masters fp32"),
+        (flags[-10:], "full precision"),
+    ):
+        code, _, err = run(tmp_path / "other", *other, "--resume_from_checkpoint", checkpoint)
+        assert code == 2
+        assert f"this run would go on with {kind}, but" in err
+        assert "is of a run with --bitnet-conversion subln --bitnet-masters bf16" in err
 
 
 @pytest.fixture
