@@ -89,7 +89,9 @@ def variants(plain: Any, conversion: str, calibration: list[Tensor]) -> dict[str
         return {"-": ours}
     activations = inputs(plain, bitnet.normed(plain.get_decoder().layers, conversion), calibration)
     others = {
-        name: with_weights(plain, conversion, activations, weights) for name, weights in ALTERNATIVES.items()
+        name: with_weights(plain, conversion, activations, weights)
+        for name, weights in ALTERNATIVES.items()
+        if name == "1" or conversion == "subln"
     }
     return {**others, "**per channel: geometric mean r weighted by \\|n\\|** (what the command does)": ours}
 

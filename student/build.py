@@ -50,14 +50,16 @@ class StudentPlan:
     freeze_embeddings: bool
     narrowing: Narrowing = NO_NARROWING
 
-    def build(self, samples: Sequence[Tensor] = ()) -> tuple[Any, bitnet.Drift | None]:
-        """The student, converted to BitNet when asked for, and how far a conversion moved it; its seed must
-        be set by the caller.
+    def build(
+        self, samples: Sequence[Tensor] = (), device: torch.device | str = "cpu"
+    ) -> tuple[Any, bitnet.Drift | None]:
+        """The student on a device, converted to BitNet when asked for, and how far a conversion moved it; its
+        seed must be set by the caller.
 
         samples: token ids, int64 [T] each, by which norms are calibrated and the drift is measured; without
         them norms start as ones. Weights are float32, but for latent ones with bf16 masters.
         """
-        student, drift = self._start(), None
+        student, drift = self._start().to(device), None
         if self.conversion is not None and not self.converted:
             if samples:
                 drift = bitnet.convert_calibrated(student, self.conversion, samples)

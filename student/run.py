@@ -56,7 +56,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    student, drift = plan.build(calibration_samples(data.train))
+    student, drift = plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
