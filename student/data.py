@@ -26,6 +26,7 @@ from student.packing import pack, position_ids
 Array = npt.NDArray[Any]
 
 IGNORE = -100  # label of a position that is not learned, the value that Trainer leaves out of its count
+CALIBRATION_SAMPLES, CALIBRATION_LENGTH = 8, 256  # at most
 
 
 class CachedDataset(torch.utils.data.Dataset[CodedSample]):
@@ -56,6 +57,13 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
         """Sample `index`; for ~index the same one with nothing to learn."""
         sample = self._reader.read_codes(self._indices[max(index, ~index)], self.groups)
         return sample if index >= 0 else replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+
+
+def calibration_samples(dataset: CachedDataset) -> list[Tensor]:
+    """The beginnings of the first samples, int64 [t] each: always the same, and none that is held out."""
+    count = min(CALIBRATION_SAMPLES, len(dataset))
+    tokens = [dataset[index].tokens[:CALIBRATION_LENGTH] for index in range(count)]
+    return [torch.from_numpy(one.astype(np.int64)) for one in tokens]
 
 
 class CacheOrder(torch.utils.data.Sampler[int]):

@@ -13,8 +13,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from student.bitnet.layout import saved_conversion
+from student.build import StudentPlan
 from student.errors import UserError
-from student.saving import MANIFEST_FILE
+from student.saving import MANIFEST_FILE, saved_config
+from student.weights import CheckpointTensors
 
 _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint
 
@@ -83,6 +86,23 @@ def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) 
             f"{record['global_batch']} samples per step, and {factors[0]} x {factors[1]} processes x "
             f"{factors[2]} accumulated are {batch}; make them {record['global_batch']}"
         )
+
+
+def check_kind(checkpoint: Path, plan: StudentPlan) -> None:
+    """UserError when a run is resumed as another kind of student; its checkpoints tell which it was."""
+    masters = "bf16" if "BF16" in CheckpointTensors(checkpoint).dtypes() else "fp32"
+    was = (saved_conversion(saved_config(str(checkpoint))), masters)
+    if was != (plan.conversion, plan.masters):
+        raise UserError(
+            f"--resume-from-checkpoint: this run would go on with {_kind(plan.conversion, plan.masters)}, "
+            f"but {checkpoint} is of a run with {_kind(*was)}; resume with the flags that it was started with"
+        )
+
+
+def _kind(conversion: str | None, masters: str) -> str:
+    if conversion is None:
+        return "full precision"
+    return f"--bitnet-conversion {conversion} --bitnet-masters {masters}"
 
 
 def _record(checkpoint: Path | None) -> dict[str, Any]:

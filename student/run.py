@@ -13,12 +13,13 @@ from transformers import TrainingArguments, set_seed
 from featurestore.reader import CacheReader
 from student.arguments import Request
 from student.build import plan_student
+from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
 from student.packing import check_packing
 from student.plan import load_teacher, plan_data, plan_objective
 from student.report import write_report
-from student.resume import check_order, find_checkpoint, manifest_to_read
+from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
@@ -34,6 +35,8 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     wanted = options.wanted()
     reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
     plan = plan_student(options, reader)
+    if checkpoint is not None:
+        check_kind(checkpoint, plan)
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
@@ -41,19 +44,22 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
-    _check_optimizer(args)
+    _check_optimizer(args, plan.masters)
+    _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    student = plan.build()
+    student, drift = plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
     sizes = (reader.identity.vocab_size, reader.teacher_dir)
-    trainer = DistillationTrainer(model, args, data.train, data.held_out, *sizes, options.pack_rows)
+    trainer = DistillationTrainer(
+        model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
+    )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -63,7 +69,9 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return {}
-    run = Run(reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()))
+    run = Run(
+        reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()), drift
+    )
     summary = summarise(run)
     write_report(run, summary)
     return summary
@@ -74,12 +82,27 @@ def _evaluated_last_step(trainer: DistillationTrainer) -> bool:
     return bool(evaluated) and evaluated[-1] == trainer.state.global_step
 
 
-def _check_optimizer(args: TrainingArguments) -> None:
+def _check_optimizer(args: TrainingArguments, masters: str) -> None:
     """Trainer finds a missing optimizer library only when training begins."""
     name = str(args.optim.value)
+    if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"--bitnet-masters bf16: --optim {name} would round its updates away, so an AdamW of our own "
+            "comes with it; leave --optim out"
+        )
     if any(part in name for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
         raise UserError(
             f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
+        )
+
+
+def _check_schedule(args: TrainingArguments, two_stage: bool) -> None:
+    """A second stage multiplies a rate that is a function of the step."""
+    name = str(args.lr_scheduler_type.value)
+    if two_stage and name in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"--bitnet-two-stage: --lr-scheduler-type {name} follows the loss and not the step; use cosine "
+            "or linear"
         )
 
 
