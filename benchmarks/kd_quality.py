@@ -155,7 +155,7 @@ def train(key: str, seed: int) -> None:
     shape = json.dumps({"num_hidden_layers": LAYERS})
     options = StudentOptions(student_model_config=shape, freeze_embeddings=True)
     torch.manual_seed(seed)
-    student = plan_student(options, reader).build()
+    student, _ = plan_student(options, reader).build()
     if row.term is None:
         model = LiveTeacher(student)
     else:

@@ -53,7 +53,9 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def llama(directory: Path, vocab_size: int = 199, layers: int = 3, seed: int = 0) -> Path:
+def llama(
+    directory: Path, vocab_size: int = 199, layers: int = 3, seed: int = 0, positions: int = 256
+) -> Path:
     """Llama with a tied head, D=64."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -62,7 +64,7 @@ def llama(directory: Path, vocab_size: int = 199, layers: int = 3, seed: int = 0
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
