@@ -47,9 +47,9 @@ from student.split import split_samples
 from student.trainer import DistillationTrainer
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "200")), range(int(os.environ.get("SEEDS", "3")))
-BATCH, LENGTH, RATE, LAYERS = 1, 256, 1e-3, 4
+BATCH, LENGTH, RATE, LAYERS = 1, 256, 2e-3, 4
 POINTS = 5  # how often the held-out samples are measured
-HELD_OUT, MEASURED = 0.05, 12  # share of the samples that nobody learns from; how many of them are measured
+HELD_OUT, MEASURED = 0.05, 8  # share of the samples that nobody learns from; how many of them are measured
 JOBS = 2  # trainings at a time, of one thread each
 DEPTH = 30  # the demo teacher's layers
 WORK = RUN / "quality"

@@ -7,7 +7,7 @@ transformers' own model. Reading and decoding the features is part of the step. 
 default distribution, one hidden layer and the final state, both in int8; "dense reconstruction" learns the KL
 over the whole vocabulary from that state and the teacher's head.
 
-The second table is the loss alone at a vocabulary of 262,144 and 2,048 positions (D=256): what the peak rises
+The last table is the loss alone at a vocabulary of 262,144 and 2,048 positions (D=256): what the peak rises
 by, against full float32 logits and their log-softmax, as a plain implementation holds them.
 """
 
