@@ -94,6 +94,7 @@ ROWS = {
     "final": Row("cache, `--final`: full KL", FULL, HiddenSpec(DEPTH)),
     "top50": Row("top-50, one bucket for the rest", term("kl"), LogitsSpec(50)),
     "top12": Row("top-12, one bucket for the rest", term("kl"), LogitsSpec(12)),
+    "top50_alone": Row("top-50 and nothing else", ALONE, LogitsSpec(50)),
     "top12_alone": Row("top-12 and nothing else", ALONE, LogitsSpec(12)),
     "labels": Row("labels alone (CE)", term("ce")),
 }
