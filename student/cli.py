@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -66,6 +68,40 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
         typer.echo(json.dumps(rows()))
     else:
         show()
+
+
+@app.command("export")
+def export_(
+    directory: Annotated[Path, typer.Argument(help="A BitNet student: the --output-dir of a training.")],
+    format: Annotated[str, typer.Option(help="hf-bitnet, gguf, compressed-tensors or bitblas.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of embeddings, head, norms and biases: bfloat16, float16 or float32."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New directory; DIR-FORMAT when left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write a BitNet student in a format that others read, and compare it with the student."""
+    from student.export.command import export
+    from student.export.formats import ExportRequest
+    from student.export.report import lines
+
+    with _exit_codes():
+        report = export(ExportRequest(directory, format, out, dtype))
+    typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Errors of the student's own as one line and an exit code."""
+    from student.errors import StudentError, UserError
+
+    try:
+        yield
+    except UserError as error:
+        _fail(error, 2)
+    except StudentError as error:
+        _fail(error, 1)
 
 
 def _run(argv: list[str]) -> None:

@@ -1,0 +1,119 @@
+"""Packed 1.58-bit safetensors for transformers' offline `BitLinear`.
+
+`weight_scale` is the inverse of the matrix's scale: `bitlinear` divides by it, while transformers'
+`autobitlinear` multiplies. A file with the other label loads without a word, so the export is read back.
+
+SubLN students of Llama's shape become transformers' own `bitnet` architecture, which has both norms; norms on
+every projection are `use_rms_norm`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from student.errors import UserError
+from student.export.norms import norm_epsilons, norm_mode
+from student.export.packing import PER_BYTE
+from student.export.reference import integer_linears
+from student.export.shapes import require_multiple
+from student.export.source import Source
+from student.weights import WEIGHTS
+
+_SUBLN_NAMES = {
+    ".self_attn.o_proj.rms_norm.": ".self_attn.attn_sub_norm.",
+    ".mlp.down_proj.rms_norm.": ".mlp.ffn_sub_norm.",
+}
+
+
+def check(source: Source) -> None:
+    """UserError for what transformers' packed layers cannot hold."""
+    require_multiple(
+        source,
+        axis=0,
+        multiple=PER_BYTE,
+        what="a byte holds one column of four rows",
+        mend="choose sizes that are multiples of 4 in --student-model-config",
+    )
+    mode, config = norm_mode(source), source.config
+    if mode == "other" or len(norm_epsilons(source)) > 1:
+        raise UserError(f"{source.directory}: transformers has no packed layers with norms placed like this")
+    if mode == "subln" and not _llama_shaped(config, norm_epsilons(source)):
+        raise UserError(
+            f"{source.directory}: transformers has SubLN only in its own bitnet architecture, of Llama's "
+            f"shape with one epsilon and heads as wide as the model; this student is {config['model_type']}; "
+            "train it without SubLN for this format"
+        )
+
+
+def _llama_shaped(config: dict[str, Any], epsilons: set[float]) -> bool:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    return (
+        config["model_type"] == "llama"
+        and not config.get("mlp_bias")
+        and (config.get("head_dim") or width // heads) * heads == width
+        and epsilons == {config["rms_norm_eps"]}
+    )
+
+
+def write(source: Source, out: Path, dtype: torch.dtype) -> None:
+    """model.safetensors, config.json and the tokenizer; ternary scales stay float32, the rest is `dtype`."""
+    save_file(packed_state(source, dtype), out / WEIGHTS, metadata={"format": "pt"})
+    config = packed_config(source, dtype)
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    source.copy_tokenizer(out)
+
+
+def packed_state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of the file by name; tied ones once."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in source.model.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        keep = tensor.dtype == torch.uint8 or name.endswith(".weight_scale")
+        state[_renamed(name, source)] = (tensor if keep else tensor.to(dtype)).contiguous()
+    return state
+
+
+def _renamed(name: str, source: Source) -> str:
+    if norm_mode(source) == "subln":
+        for ours, theirs in _SUBLN_NAMES.items():
+            name = name.replace(ours, theirs)
+    return name
+
+
+def packed_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of the export."""
+    kept = [name for name, module in source.model.named_modules() if type(module) is nn.Linear]
+    quantization: dict[str, Any] = {
+        "quant_method": "bitnet",
+        "linear_class": "bitlinear",
+        "quantization_mode": "offline",
+        "modules_to_not_convert": kept,
+    }
+    config = {**source.config, "dtype": str(dtype).removeprefix("torch.")}
+    mode = norm_mode(source)
+    if mode == "per-projection":
+        quantization |= {"use_rms_norm": True, "rms_norm_eps": norm_epsilons(source).pop()}
+    if mode == "subln":
+        config |= {"model_type": "bitnet", "architectures": ["BitNetForCausalLM"]}
+    return {**config, "quantization_config": quantization}
+
+
+def read(out: Path) -> Any:
+    """The export as transformers loads it, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+
+
+def ternary_bytes(source: Source) -> int:
+    """Bytes that the packed matrices and their scales take."""
+    return sum(layer.weight.numel() + 4 for _, layer in integer_linears(source.model))
