@@ -37,8 +37,8 @@ def export(request: ExportRequest) -> dict[str, Any]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         chosen.write(source, partial, dtype)
-        agreement = verify.compare(verify.logits_of(chosen.read(partial), ids_BT), reference)
-        verify.require(agreement, chosen.reader)
+        agreement = verify.compare(verify.logits_of(chosen.read(partial, source), ids_BT), reference)
+        verify.require(agreement, chosen.reader(source))
         rounding = verify.compare(reference, before)
         report = build(request, source, partial, chosen, dtype, agreement, rounding)
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -63,52 +63,63 @@ def _llama_shaped(config: dict[str, Any], epsilons: set[float]) -> bool:
 
 def write(source: Source, out: Path, dtype: torch.dtype) -> None:
     """model.safetensors, config.json and the tokenizer; ternary scales stay float32, the rest is `dtype`."""
-    save_file(packed_state(source, dtype), out / WEIGHTS, metadata={"format": "pt"})
-    config = packed_config(source, dtype)
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    source.copy_tokenizer(out)
-
-
-def packed_state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of the file by name; tied ones once."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in source.model.state_dict().items():
-        if tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        keep = tensor.dtype == torch.uint8 or name.endswith(".weight_scale")
-        state[_renamed(name, source)] = (tensor if keep else tensor.to(dtype)).contiguous()
-    return state
-
-
-def _renamed(name: str, source: Source) -> str:
-    if norm_mode(source) == "subln":
-        for ours, theirs in _SUBLN_NAMES.items():
-            name = name.replace(ours, theirs)
-    return name
-
-
-def packed_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the export."""
-    kept = [name for name, module in source.model.named_modules() if type(module) is nn.Linear]
+    subln = norm_mode(source) == "subln"
+    state = plain_state(source, dtype)
+    if subln:
+        state = {_subln_name(name): tensor for name, tensor in state.items()}
+    save_file(state, out / WEIGHTS, metadata={"format": "pt"})
     quantization: dict[str, Any] = {
         "quant_method": "bitnet",
         "linear_class": "bitlinear",
         "quantization_mode": "offline",
-        "modules_to_not_convert": kept,
+        "modules_to_not_convert": kept_linears(source),
     }
-    config = {**source.config, "dtype": str(dtype).removeprefix("torch.")}
-    mode = norm_mode(source)
-    if mode == "per-projection":
+    if norm_mode(source) == "per-projection":
         quantization |= {"use_rms_norm": True, "rms_norm_eps": norm_epsilons(source).pop()}
-    if mode == "subln":
-        config |= {"model_type": "bitnet", "architectures": ["BitNetForCausalLM"]}
-    return {**config, "quantization_config": quantization}
+    architecture = {"model_type": "bitnet", "architectures": ["BitNetForCausalLM"]} if subln else {}
+    write_config(source, out, dtype, quantization, architecture)
 
 
-def read(out: Path) -> Any:
+def plain_state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors by name, tied ones once; packed weights and their scales as they are."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in source.model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            keep = tensor.dtype == torch.uint8 or name.endswith(".weight_scale")
+            state[name] = (tensor if keep else tensor.to(dtype)).contiguous()
+    return state
+
+
+def _subln_name(name: str) -> str:
+    for ours, theirs in _SUBLN_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def kept_linears(source: Source) -> list[str]:
+    """Names of the linear layers that are not ternary."""
+    return [name for name, module in source.model.named_modules() if type(module) is nn.Linear]
+
+
+def write_config(
+    source: Source,
+    out: Path,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+    changes: dict[str, Any] | None = None,
+) -> None:
+    """config.json with that `quantization_config`, and the tokenizer's files."""
+    config = {**source.config, **(changes or {}), "dtype": str(dtype).removeprefix("torch.")}
+    config["quantization_config"] = quantization
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    source.copy_tokenizer(out)
+
+
+def read(out: Path, source: Source) -> Any:
     """The export as transformers loads it, in float32."""
+    del source
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()

@@ -51,11 +51,15 @@ class IntegerLinear(nn.Module):
         """The matrix, int8 [O, I] in {-1, 0, 1}."""
         return unpack(self.weight, self.out_features)
 
+    def product(self, ints_NI: Tensor) -> Tensor:
+        """The exact sums of products, float32 [N, O]."""
+        return integer_product(ints_NI, self.ternary())
+
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., I] of any float dtype; output [..., O] of the same."""
         x = input if self.rms_norm is None else self.rms_norm(input)
         ints_NI, inverse_N1 = _quantize(x.reshape(-1, self.in_features))
-        sums_NO = integer_product(ints_NI, self.ternary())
+        sums_NO = self.product(ints_NI)
         y_NO = sums_NO / (inverse_N1 * self.weight_scale)
         if self.bias is not None:
             y_NO += self.bias

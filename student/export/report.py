@@ -38,7 +38,7 @@ def build(
         "ternary_layers": len(source.shapes),
         "ternary_weights": weights,
         "bits_per_ternary_weight": 8 * packed / weights,
-        "verification": {"reader": chosen.reader, "tolerance": TOLERANCE, **asdict(agreement)},
+        "verification": {"reader": chosen.reader(source), "tolerance": TOLERANCE, **asdict(agreement)},
         "rounding": asdict(rounding),
     }
 

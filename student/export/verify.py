@@ -46,8 +46,8 @@ def logits_of(model: Any, ids_BT: Tensor) -> Tensor:
     transformers' own BitNet layers run uncompiled: compiling them takes longer than all the probes.
     """
     with torch.compiler.set_stance("force_eager"):
-        logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-    return logits.float()
+        logits: Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+    return logits.float().cpu()
 
 
 def compare(logits_BTV: Tensor, reference_BTV: Tensor) -> Agreement:
