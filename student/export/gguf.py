@@ -53,7 +53,9 @@ def write(source: Source, out: Path, dtype: torch.dtype, kind: BlockType) -> Non
     name = architectures.architecture(source)
     gguf.GGML_QUANT_SIZES.setdefault(kind.number, (kind.columns, kind.block_bytes))  # Q2_0, where it is new
     writer = gguf.GGUFWriter(file_in(out, kind), name)
-    writer.add_name(source.config["model_type"])
+    writer.add_name(
+        f"{source.config['model_type']} student"
+    )  # alone, transformers takes "mistral" for an architecture
     writer.add_file_type(kind.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     architectures.add_settings(writer, source, name)

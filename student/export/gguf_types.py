@@ -53,7 +53,8 @@ def to_blocks(ternary_OI: npt.NDArray[np.int8], scale: float, kind: BlockType) -
         quants = whole[:, :-2]
     scales = np.broadcast_to(np.array([half]).view(np.uint8), (len(ternary_NC), 2))
     parts = [scales, quants] if kind.scale_first else [quants, scales]
-    return np.concatenate(parts, axis=1).reshape(len(ternary_OI), -1)
+    blocks: Bytes = np.concatenate(parts, axis=1).reshape(len(ternary_OI), -1)
+    return blocks
 
 
 def _four_to_a_byte(ternary_NC: npt.NDArray[np.int8]) -> Bytes:
