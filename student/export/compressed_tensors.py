@@ -31,7 +31,7 @@ def check(source: Source) -> None:
             f"{source.directory}: compressed-tensors has no norms before projections; --format hf-bitnet has"
         )
     try:
-        import compressed_tensors  # type: ignore[import-untyped]  # noqa: F401
+        import compressed_tensors  # noqa: F401
     except ImportError as error:
         raise UserError(
             "--format compressed-tensors needs the package compressed-tensors; pip install compressed-tensors"
@@ -40,7 +40,7 @@ def check(source: Source) -> None:
 
 def write(source: Source, out: Path, dtype: torch.dtype) -> None:
     """model.safetensors, config.json and the tokenizer; scales stay float32, the rest is `dtype`."""
-    from compressed_tensors.compressors.pack_quantized.helpers import (  # type: ignore[import-untyped]
+    from compressed_tensors.compressors.pack_quantized.helpers import (
         pack_to_int32,
     )
 
