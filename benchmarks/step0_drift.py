@@ -29,8 +29,8 @@ ALTERNATIVES: dict[str, Weights] = {
     "one number: median r": lambda x, r, n: r.median().expand(x.shape[1]),
     "one number: geometric mean r": lambda x, r, n: r.log().mean().exp().expand(x.shape[1]),
     "per channel: least squares": lambda x, r, n: (x * n).sum(0) / n.square().sum(0),
-    "per channel: geometric mean r weighted by n²": lambda x, r, n: (
-        (n * n * r.log()).sum(0) / (n * n).sum(0)
+    "per channel: geometric mean r weighted by \\|n\\|": lambda x, r, n: (
+        (n.abs() * r.log()).sum(0) / n.abs().sum(0)
     ).exp(),
 }
 
@@ -93,7 +93,7 @@ def variants(plain: Any, conversion: str, calibration: list[Tensor]) -> dict[str
         for name, weights in ALTERNATIVES.items()
         if name == "1" or conversion == "subln"
     }
-    return {**others, "**per channel: geometric mean r weighted by \\|n\\|** (what the command does)": ours}
+    return {**others, "**per channel: geometric mean r weighted by n²** (what the command does)": ours}
 
 
 def main() -> None:

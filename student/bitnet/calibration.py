@@ -2,7 +2,7 @@
 nearly as it was, and how far it moved.
 
 The norm divides a token's activations x by r = sqrt(mean x^2 + eps), so its weights have to give the usual
-size back. Weight c is the geometric mean of r over the tokens of some samples, each weighted by |n_c|, where
+size back. Weight c is the geometric mean of r over the tokens of some samples, each weighted by n_c^2, where
 n = x / r. Channels that few tokens use, such as those of attention sinks, thus get the size that they have in
 these tokens, and large tokens do not raise the weights of all other channels, as they would in an arithmetic
 mean. benchmarks/step0_drift.py compares other choices.
@@ -36,7 +36,7 @@ class Drift:
 
 
 class _Sizes:
-    """Sums over tokens, float32 [I]: of |n| log r, and of |n|."""
+    """Sums over tokens, float32 [I]: of n^2 log r, and of n^2."""
 
     def __init__(self, size: int, eps: float) -> None:
         self._eps = eps
@@ -45,9 +45,9 @@ class _Sizes:
     def add(self, x: Tensor) -> None:
         x_TI = x.detach().float().cpu().flatten(0, -2)
         r_T1 = (x_TI.square().mean(-1, keepdim=True) + self._eps).sqrt()
-        n_TI = x_TI.abs() / r_T1
-        self._logs += (n_TI * r_T1.log()).sum(0)
-        self._shares += n_TI.sum(0)
+        share_TI = (x_TI / r_T1).square()
+        self._logs += (share_TI * r_T1.log()).sum(0)
+        self._shares += share_TI.sum(0)
 
     def weight(self) -> Tensor:
         """Channels that were never active get the size of all others together."""
