@@ -17,6 +17,7 @@ from student.errors import UserError
 from student.export.hf_bitnet import kept_linears, plain_state, write_config
 from student.export.norms import norm_mode
 from student.export.reading import matrices_to_integers
+from student.export.packages import require_package
 from student.export.reference import integer_linears
 from student.export.source import Source
 from student.weights import WEIGHTS
@@ -30,12 +31,7 @@ def check(source: Source) -> None:
         raise UserError(
             f"{source.directory}: compressed-tensors has no norms before projections; --format hf-bitnet has"
         )
-    try:
-        import compressed_tensors  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "--format compressed-tensors needs the package compressed-tensors; pip install compressed-tensors"
-        ) from error
+    require_package("compressed-tensors", "compressed_tensors")
 
 
 def write(source: Source, out: Path, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from student.errors import UserError
 from student.export import gguf_architectures as architectures
 from student.export.gguf_tokenizer import add_tokenizer
 from student.export.gguf_types import TYPES, BlockType, to_blocks
+from student.export.packages import require_package
 from student.export.reference import integer_linears
 from student.export.shapes import require_multiple
 from student.export.source import Source
@@ -27,6 +28,7 @@ _GGML_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 
 def check(source: Source, kind: BlockType) -> None:
     """UserError for what the file cannot hold or llama.cpp would not compute."""
+    require_package("gguf", "gguf")
     architectures.architecture(source)
     smaller = [one for one in TYPES.values() if one.columns < kind.columns]
     others = [f"or --gguf-type {one.name}, whose blocks have {one.columns}" for one in smaller]
