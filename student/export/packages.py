@@ -12,5 +12,6 @@ def require_package(format: str, name: str) -> None:
     if find_spec(name) is None:
         package = name.replace("_", "-")
         raise UserError(
-            f"--format {format} needs the package {package}; install the extra [export] (pip install {package})"
+            f"--format {format} needs the package {package}; install the extra [export], or pip install "
+            f"{package}"
         )
