@@ -34,29 +34,8 @@ _PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opt
 )
 def from_cache(context: typer.Context) -> None:
     """Everything after the command's name goes to `student.arguments`."""
-    from featurestore.errors import (
-        FeatureStoreError,
-        MissingFeatureError,
-        SpecMismatchError,
-        StoreAccessError,
-        StoreFormatError,
-        StoreNotFoundError,
-    )
-    from student.errors import StudentError, UserError
-
-    try:
+    with _exit_codes():
         _run(context.args)
-    except (
-        UserError,
-        MissingFeatureError,
-        SpecMismatchError,
-        StoreAccessError,
-        StoreFormatError,
-        StoreNotFoundError,
-    ) as error:
-        _fail(error, 2)
-    except (StudentError, FeatureStoreError) as error:
-        _fail(error, 1)
 
 
 @app.command("objectives")
@@ -127,14 +106,15 @@ def generate_(
 
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Errors of the student's own as one line and an exit code."""
+    """Known errors become one line on stderr and an exit code; bugs keep their traceback."""
+    from featurestore.errors import BAD_REQUESTS, FeatureStoreError
     from student.errors import StudentError, UserError
 
     try:
         yield
-    except UserError as error:
+    except (UserError, *BAD_REQUESTS) as error:
         _fail(error, 2)
-    except StudentError as error:
+    except (StudentError, FeatureStoreError) as error:
         _fail(error, 1)
 
 

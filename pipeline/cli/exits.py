@@ -12,24 +12,9 @@ from typing import NoReturn
 
 import typer
 
-from featurestore.errors import (
-    FeatureStoreError,
-    MissingFeatureError,
-    SpecMismatchError,
-    StoreAccessError,
-    StoreFormatError,
-    StoreNotFoundError,
-)
+from featurestore.errors import BAD_REQUESTS, FeatureStoreError
 from pipeline.errors import PipelineError, RequestError
 
-_USER_ERRORS = (
-    RequestError,
-    SpecMismatchError,
-    StoreNotFoundError,
-    StoreFormatError,
-    StoreAccessError,
-    MissingFeatureError,
-)
 _GOES_ON = "the same command goes on where this one stopped"
 
 
@@ -47,7 +32,7 @@ def exit_codes(verbose: bool = False) -> Iterator[None]:
     """Known errors become one line on stderr and the exit code of the contract; bugs keep their traceback."""
     try:
         yield
-    except _USER_ERRORS as error:
+    except (RequestError, *BAD_REQUESTS) as error:
         _fail(str(error), 2)
     except (PipelineError, FeatureStoreError) as error:
         if verbose:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,39 +49,26 @@ class ExportRequest:
         return self.out or self.directory.with_name(f"{self.directory.resolve().name}-{self.format}")
 
 
-def _hf_bitnet() -> Format:
+def _of_transformers(module: Any) -> Format:
+    """A format that transformers reads, from the module that has its functions."""
     return Format(
         reader=lambda source: "transformers",
         scale_dtype=torch.float32,
         dtype="bfloat16",
-        check=hf_bitnet.check,
-        write=hf_bitnet.write,
-        read=hf_bitnet.read,
-        ternary_bytes=hf_bitnet.ternary_bytes,
-    )
-
-
-def _compressed_tensors() -> Format:
-    return Format(
-        reader=lambda source: "transformers",
-        scale_dtype=torch.float32,
-        dtype="bfloat16",
-        check=compressed_tensors.check,
-        write=compressed_tensors.write,
-        read=compressed_tensors.read,
-        ternary_bytes=compressed_tensors.ternary_bytes,
+        check=module.check,
+        write=module.write,
+        read=module.read,
+        ternary_bytes=module.ternary_bytes,
     )
 
 
 def _bitblas() -> Format:
-    return Format(
+    """The files of hf-bitnet, multiplied by another kernel."""
+    return replace(
+        _of_transformers(hf_bitnet),
         reader=lambda source: "BitBLAS",
-        scale_dtype=torch.float32,
-        dtype="bfloat16",
         check=bitblas.check,
-        write=hf_bitnet.write,
         read=bitblas.read,
-        ternary_bytes=hf_bitnet.ternary_bytes,
     )
 
 
@@ -120,5 +107,8 @@ def choose(request: ExportRequest) -> Format:
         raise UserError(f"--gguf-type means nothing with --format {request.format}; leave it out")
     if request.format == "gguf":
         return _gguf(request.gguf_type or "TQ2_0")
-    made = {"hf-bitnet": _hf_bitnet, "compressed-tensors": _compressed_tensors, "bitblas": _bitblas}
-    return made[request.format]()
+    if request.format == "bitblas":
+        return _bitblas()
+    return _of_transformers(
+        {"hf-bitnet": hf_bitnet, "compressed-tensors": compressed_tensors}[request.format]
+    )
