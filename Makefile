@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
 RUN ?= run
+# Test files that run side by side; each may start a vLLM of its own.
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 
 # Threads that spin at barriers slow each other down many times over on a shared machine.
@@ -17,7 +19,7 @@ quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
 test: $(VENV)/.ready
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 ci: lint types test
 

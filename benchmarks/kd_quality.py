@@ -46,10 +46,10 @@ from student.plan import load_teacher
 from student.split import split_samples
 from student.trainer import DistillationTrainer
 
-STEPS, SEEDS = int(os.environ.get("STEPS", "200")), range(int(os.environ.get("SEEDS", "3")))
+STEPS, SEEDS = int(os.environ.get("STEPS", "150")), range(int(os.environ.get("SEEDS", "3")))
 BATCH, LENGTH, RATE, LAYERS = 1, 256, 2e-3, 4
-POINTS = 5  # how often the held-out samples are measured
-HELD_OUT, MEASURED = 0.05, 8  # share of the samples that nobody learns from; how many of them are measured
+POINTS = 4  # how often the held-out samples are measured
+HELD_OUT, MEASURED = 0.08, 10  # share of the samples that nobody learns from; how many of them are measured
 JOBS = 2  # trainings at a time, of one thread each
 DEPTH = 30  # the demo teacher's layers
 WORK = RUN / "quality"
@@ -154,7 +154,7 @@ def train(key: str, seed: int) -> None:
     shape = json.dumps({"num_hidden_layers": LAYERS})
     options = StudentOptions(student_model_config=shape, freeze_embeddings=True)
     torch.manual_seed(seed)
-    student = plan_student(options, reader).build()
+    student, _ = plan_student(options, reader).build()
     if row.term is None:
         model = LiveTeacher(student)
     else:
@@ -220,6 +220,7 @@ def prepare() -> float:
     base = [
         *(BIN / "distily-cache", "generate", RUN / "teacher", RUN / "topics.jsonl", "--out", WORK / "cache"),
         *("--engine", "transformers", "--pack", "--max-seq-len", str(LENGTH)),
+        *("--num-samples", str(MEASURED + round(STEPS * BATCH / (1 - HELD_OUT)) + 20)),
     ]
     for flags in (["--final"], ["--top-k", "50"]):
         subprocess.run([*base, *flags], check=True)

@@ -35,3 +35,13 @@ class StoreWriteError(FeatureStoreError, OSError):
 
 class StoreAccessError(FeatureStoreError, OSError):
     """The object store cannot be reached, has no such bucket, or refuses us."""
+
+
+# Exit code 2 of the command lines: the request names the wrong store, or one that cannot serve it.
+BAD_REQUESTS = (
+    MissingFeatureError,
+    SpecMismatchError,
+    StoreAccessError,
+    StoreFormatError,
+    StoreNotFoundError,
+)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, one_line
 
 Message = dict[str, str]
 # Half-open ranges of characters, or of tokens.
@@ -118,8 +118,7 @@ class ChatFormat:
         except TemplateSyntaxError as error:
             raise RequestError(f"{self._flag}: line {error.lineno} is no Jinja: {error.message}") from error
         except Exception as error:  # a template may raise anything, also by what it does with the messages
-            cause = " ".join(str(error).split())[:200] or type(error).__name__
-            raise RequestError(f"DATASET {where}: the chat template refuses it: {cause}") from error
+            raise RequestError(f"DATASET {where}: the chat template refuses it: {one_line(error)}") from error
         return texts[0], spans[0] if marked else []
 
 

@@ -10,22 +10,20 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
 
-from featurestore.directory import SPEC_FILE
-from featurestore.errors import StoreWriteError
-from featurestore.plan import GenerationPlan, Task, Work, plan_generation
-from featurestore.root import root_of
+from featurestore.plan import GenerationPlan, Task, Work
 from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.sidecar import part_file
 from featurestore.store import FeatureStore
 from pipeline import provenance
 from pipeline.commit import Committer
-from pipeline.engines.base import Engine, EngineConfig
+from pipeline.engines.base import Engine
 from pipeline.errors import RequestError
 from pipeline.progress import Reporter
-from pipeline.request import GenerateRequest, check_against_teacher, check_store_directory, identity_of
+from pipeline.request import GenerateRequest, check_against_teacher, engine_config, identity_of
 from pipeline.samples import LeftOut
 from pipeline.selection import select
 from pipeline.sidecar import PlannedPart, plan_sidecar
+from pipeline.target import check_store_directory, create_store, existing_store, plan_missing
 from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files, without_padding
 from pipeline.writing.plan import WritingPlan
 from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
@@ -87,7 +85,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     check_against_teacher(request, teacher)
     writer = find_writer(request, teacher) if request.writing else None
     identity = identity_of(request, teacher, engine_version(request))
-    store = _existing(request, identity)
+    store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
     selection = select(request, teacher, tokenizer, report.stage)
     samples, writing = {sample.id: sample for sample in selection.samples}, None
@@ -100,7 +98,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         teacher=teacher,
         identity=identity,
         samples=samples,
-        plan=_plan(request, teacher, store, wanted),
+        plan=plan_missing(store, wanted, request.groups(teacher), request.shard_tokens),
         store=store,
         sidecar=_lacking(store, sidecar),
         left_out=selection.left_out,
@@ -116,10 +114,7 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
     A kill at any point leaves a store that the same command completes.
     """
     request, left_out = prepared.request, prepared.left_out
-    try:
-        store = FeatureStore.create(request.out, prepared.identity)
-    except StoreWriteError as error:
-        raise RequestError(f"--out {request.out}: {error}") from error
+    store = create_store(request.out, prepared.identity)
     began = datetime.now(UTC)
     prepared, written = _write(prepared, store, verbose, report)
     plan = prepared.plan
@@ -181,22 +176,9 @@ def start_engine(
 ) -> Engine:
     """Load the teacher in the engine asked for, set to capture `groups`."""
     request, teacher = prepared.request, prepared.teacher
-    config = EngineConfig(
-        model=teacher.path,
-        architecture=teacher.architecture,
-        groups=groups,
-        dtype=request.torch_dtype(teacher),
-        max_seq_len=request.sequence_length(teacher),
-        vocab_size=teacher.vocab_size,
-        hidden_size=teacher.hidden_size,
-        num_layers=teacher.num_layers,
-        quantize_to=request.quantize_to(teacher),
-        tensor_parallel_size=request.tensor_parallel_size,
-        max_num_batched_tokens=request.max_num_batched_tokens,
-        trust_remote_code=request.trust_remote_code,
-        seed=request.seed,
-    )
-    report.stage(f"starting {request.engine} with {teacher.architecture} in {config.dtype}")
+    dtype, quantize_to = request.torch_dtype(teacher), request.quantize_to(teacher)
+    config = engine_config(request, teacher, dtype, groups, quantize_to)
+    report.stage(f"starting {request.engine} with {teacher.architecture} in {dtype}")
     if request.engine == "vllm":
         from pipeline.engines.vllm_engine import VllmEngine
 
@@ -204,21 +186,6 @@ def start_engine(
     from pipeline.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(config)
-
-
-def _plan(
-    request: GenerateRequest, teacher: Teacher, store: FeatureStore | None, wanted: Sequence[tuple[str, int]]
-) -> GenerationPlan:
-    """What the store lacks of the samples `wanted`, (id, length) each."""
-    commits = store.commits() if store else {}
-    return plan_generation(
-        known_tasks=store.known_tasks() if store else {},
-        committed={group: set(tasks) for group, tasks in commits.items()},
-        committed_specs=store.group_specs() if store else {},
-        wanted=wanted,
-        groups=request.groups(teacher),
-        shard_tokens=request.shard_tokens,
-    )
 
 
 def _write(
@@ -234,13 +201,8 @@ def _write(
 
     start = partial(start_writer, request, model, texts.spec, verbose, report)
     texts, written = write_missing(texts, store.root, model.name, start, report)
-    plan = _plan(request, prepared.teacher, store, texts.extents())
+    plan = plan_missing(store, texts.extents(), request.groups(prepared.teacher), request.shard_tokens)
     return replace(prepared, samples=texts.samples_by_id(), plan=plan, store=store, writing=texts), written
-
-
-def _existing(request: GenerateRequest, identity: TeacherIdentity) -> FeatureStore | None:
-    """The store at --out when there is one."""
-    return FeatureStore.create(request.out, identity) if root_of(request.out).exists(SPEC_FILE) else None
 
 
 def _lacking(store: FeatureStore | None, parts: Sequence[PlannedPart]) -> tuple[PlannedPart, ...]:

@@ -14,10 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from featurestore.directory import SPEC_FILE
-from featurestore.errors import StoreWriteError
-from featurestore.plan import GenerationPlan, plan_generation
-from featurestore.root import root_of
+from featurestore.plan import GenerationPlan
 from featurestore.schema import GroupFeatures, GroupSpec, LogitsSpec, TeacherIdentity
 from featurestore.store import FeatureStore
 from pipeline import provenance
@@ -25,8 +22,8 @@ from pipeline.errors import RequestError
 from pipeline.layouts.axolotl import Axolotl
 from pipeline.layouts.base import Document, Imported, Layout, to_imported
 from pipeline.layouts.distillkit import CONFIG_FILE, DistillKit
-from pipeline.request import check_store_directory
 from pipeline.samples import MIN_TOKENS
+from pipeline.target import check_store_directory, create_store, existing_store, plan_missing
 from pipeline.teacher import Teacher, load_teacher, teacher_files
 from pipeline.texts import load_table
 
@@ -112,24 +109,13 @@ def import_dataset(request: ImportRequest, progress: Progress | None = None) -> 
     check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code, with_weights=False)
     identity = identity_of_import(request, teacher)
-    if root_of(request.out).exists(SPEC_FILE):
-        FeatureStore.create(request.out, identity)
+    existing_store(request.out, identity)  # a store of another teacher is refused before the data are read
     rows = _Rows(request, teacher)
     survey = _survey(rows, request)
     began = datetime.now(UTC)
-    try:
-        store = FeatureStore.create(request.out, identity)
-    except StoreWriteError as error:
-        raise RequestError(f"--out {request.out}: {error}") from error
-    spec = LogitsSpec(survey.top_k, partial=True)
-    plan = plan_generation(
-        known_tasks=store.known_tasks(),
-        committed={group: set(tasks) for group, tasks in store.commits().items()},
-        committed_specs=store.group_specs(),
-        wanted=list(survey.lengths.items()),
-        groups=[spec],
-        shard_tokens=request.shard_tokens,
-    )
+    store = create_store(request.out, identity)
+    groups = [LogitsSpec(survey.top_k, partial=True)]
+    plan = plan_missing(store, list(survey.lengths.items()), groups, request.shard_tokens)
     store.put_teacher_files(teacher_files(teacher))
     store.add_plan(plan.new_tasks)
     written, size = _write(store, rows, survey, plan, progress)
@@ -152,15 +138,7 @@ def import_dataset(request: ImportRequest, progress: Progress | None = None) -> 
 
 def identity_of_import(request: ImportRequest, teacher: Teacher) -> TeacherIdentity:
     """Who is said to have computed the rows: the digest is of the config alone, the engine the layout."""
-    return TeacherIdentity(
-        name=teacher.name if not Path(teacher.name).is_dir() else str(teacher.path),
-        architecture=teacher.architecture,
-        digest=teacher.digest,
-        tokenizer_digest=teacher.tokenizer_digest,
-        vocab_size=teacher.vocab_size,
-        hidden_size=teacher.hidden_size,
-        num_layers=teacher.num_layers,
-        max_position=teacher.max_position,
+    return teacher.identity(
         engine=f"import:{request.layout}",
         engine_version="unknown",
         dtype=teacher.config_dtype,

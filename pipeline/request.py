@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from featurestore.errors import StoreAccessError, StoreFormatError
-from featurestore.root import is_url, root_of
+from featurestore.errors import StoreFormatError
 from featurestore.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
+from pipeline.engines.base import EngineConfig
 from pipeline.errors import RequestError
 from pipeline.quantization import loading_quantization
 from pipeline.teacher import Teacher
@@ -203,15 +201,7 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
 
 def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str) -> TeacherIdentity:
     """What the store will say of the numbers in it; RequestError when the teacher cannot be loaded so."""
-    return TeacherIdentity(
-        name=teacher.name if not Path(teacher.name).is_dir() else str(teacher.path),
-        architecture=teacher.architecture,
-        digest=teacher.digest,
-        tokenizer_digest=teacher.tokenizer_digest,
-        vocab_size=teacher.vocab_size,
-        hidden_size=teacher.hidden_size,
-        num_layers=teacher.num_layers,
-        max_position=teacher.max_position,
+    return teacher.identity(
         engine=request.engine,
         engine_version=engine_version,
         dtype=request.torch_dtype(teacher),
@@ -219,25 +209,26 @@ def identity_of(request: GenerateRequest, teacher: Teacher, engine_version: str)
     )
 
 
-def check_store_directory(place: str) -> None:
-    """Refuse a store that cannot be created or written, or a place that is in use for something else. Of an
-    object store, that it can be listed is all that is known before the first write.
-
-    Raises:
-        RequestError: it is a file, holds other files, the nearest existing directory above it is not
-            writable, or the object store does not answer.
-    """
-    if is_url(place):
-        try:
-            root_of(place).probe()
-        except (StoreAccessError, StoreFormatError) as error:
-            raise RequestError(f"--out {error}") from error
-        return
-    out = Path(place)
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"--out {out}: exists and is not a directory")
-    nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RequestError(f"--out {out}: {nearest} is not writable")
-    if out.is_dir() and not (out / "SPEC.json").exists() and any(out.iterdir()):
-        raise RequestError(f"--out {out}: not empty and not a feature store; choose another directory")
+def engine_config(
+    request: GenerateRequest,
+    model: Teacher,
+    dtype: str,
+    groups: tuple[GroupSpec, ...] = (),
+    quantize_to: str | None = None,
+) -> EngineConfig:
+    """How to load `model`, the teacher or the student that writes, for this request."""
+    return EngineConfig(
+        model=model.path,
+        architecture=model.architecture,
+        groups=groups,
+        dtype=dtype,
+        max_seq_len=request.sequence_length(model),
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        quantize_to=quantize_to,
+        tensor_parallel_size=request.tensor_parallel_size,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        trust_remote_code=request.trust_remote_code,
+        seed=request.seed,
+    )

@@ -12,7 +12,8 @@ from typing import Any
 from blake3 import blake3
 
 from featurestore.identity import canonical_json
-from pipeline.errors import RequestError
+from featurestore.schema import TeacherIdentity
+from pipeline.errors import RequestError, one_line
 
 # Everything a tokenizer may be made of; whichever exist are hashed and kept beside the features.
 TOKENIZER_FILES = (
@@ -50,6 +51,23 @@ class Teacher:
     quantization: str
     digest: str
     tokenizer_digest: str
+
+    def identity(self, engine: str, engine_version: str, dtype: str, quantization: str) -> TeacherIdentity:
+        """What a store says of the teacher whose numbers, computed so, are in it."""
+        return TeacherIdentity(
+            name=self.name if not Path(self.name).is_dir() else str(self.path),
+            architecture=self.architecture,
+            digest=self.digest,
+            tokenizer_digest=self.tokenizer_digest,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            max_position=self.max_position,
+            engine=engine,
+            engine_version=engine_version,
+            dtype=dtype,
+            quantization=quantization,
+        )
 
 
 def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool = True) -> Teacher:
@@ -122,7 +140,7 @@ def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(teacher.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise whatever their backend raises
         raise RequestError(
-            f"TEACHER {teacher.name}: its tokenizer does not load: {_one_line(error)}"
+            f"TEACHER {teacher.name}: its tokenizer does not load: {one_line(error)}"
         ) from error
 
 
@@ -157,7 +175,7 @@ def _download(name: str, with_weights: bool) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, authentication and naming errors share no base class
         raise RequestError(
-            f"TEACHER {name}: neither a local directory nor a model that the hub gives us: {_one_line(error)}"
+            f"TEACHER {name}: neither a local directory nor a model that the hub gives us: {one_line(error)}"
         ) from error
 
 
@@ -170,7 +188,7 @@ def read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
     except Exception as error:  # a broken config raises anything from KeyError to OSError
         hint = "" if trust_remote_code else " (a model with code of its own needs --trust-remote-code)"
         raise RequestError(
-            f"TEACHER {name}: not a model that transformers knows: {_one_line(error)}{hint}"
+            f"TEACHER {name}: not a model that transformers knows: {one_line(error)}{hint}"
         ) from error
 
 
@@ -202,8 +220,3 @@ def _files_digest(files: dict[str, bytes]) -> str:
     for name in sorted(files):
         digest.update(blake3(name.encode()).digest() + blake3(files[name]).digest())
     return str(digest.hexdigest())
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"

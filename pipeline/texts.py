@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, one_line
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _TEXT = (".txt", ".md", ".rst")
@@ -147,7 +147,7 @@ def _guard(dataset: str, load: Any) -> Any:
     try:
         return load()
     except Exception as error:  # builders raise ValueError, OSError, ArrowInvalid, DatasetGenerationError, …
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        cause = one_line(error.__cause__ or error)
         raise RequestError(f"DATASET {dataset}: cannot be loaded: {cause}") from error
 
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from featurestore.reader import CacheReader
 from student import bitnet
+from student.bitnet import layout
 from student.errors import UserError
 from student.init import copy_from_teacher, resolve_teacher
+from student.narrow import NO_NARROWING, Narrowing, plan_narrowing
 from student.options import StudentOptions
+from student.saving import (
+    attention,
+    check_latent,
+    new_student,
+    restore,
+    saved_config,
+    student_config,
+)
 from student.shape import changed_config, check_positions, check_vocabulary, tokenizers_differ
 from student.weights import CheckpointTensors
 
@@ -23,34 +35,56 @@ class StudentPlan:
     """Everything that building needs.
 
     checkpoint: load this one; None makes a new model of `config`. layers: teacher layer of each student
-    layer. teacher: files to copy from; None leaves random weights.
+    layer. teacher: files to copy from, of which `narrowing` keeps a part; None leaves random weights.
+    conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
+    checkpoint has gone through it already.
     """
 
     config: Any
     checkpoint: str | None
     layers: list[int]
     teacher: CheckpointTensors | None
-    as_bitnet: bool
+    conversion: str | None
+    converted: bool
+    masters: str
     freeze_embeddings: bool
+    narrowing: Narrowing = NO_NARROWING
 
-    def build(self) -> Any:
-        """The student in float32, converted to BitNet when asked for; its seed must be set by the caller."""
+    def build(
+        self, samples: Sequence[Tensor] = (), device: torch.device | str = "cpu"
+    ) -> tuple[Any, bitnet.Drift | None]:
+        """The student on a device, converted to BitNet when asked for, and how far a conversion moved it; its
+        seed must be set by the caller.
+
+        samples: token ids, int64 [T] each, by which norms are calibrated and the drift is measured; without
+        them norms start as ones. Weights are float32, but for latent ones with bf16 masters.
+        """
+        student, drift = self._start().to(device), None
+        if self.conversion is not None and not self.converted:
+            if samples:
+                drift = bitnet.convert_calibrated(student, self.conversion, samples)
+            else:
+                bitnet.convert_student(student, self.conversion)
+        if self.masters == "bf16":
+            bitnet.halve_masters(student)
+        if self.freeze_embeddings:
+            for module in (student.get_input_embeddings(), student.get_output_embeddings()):
+                module.requires_grad_(False)
+        return student, drift
+
+    def _start(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        if self.checkpoint is not None:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.checkpoint, config=self.config, dtype=torch.float32
-            )
-        else:
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        if self.teacher is not None:
-            copy_from_teacher(model, self.layers, self.teacher)
-        if self.as_bitnet:
-            bitnet.convert(model.get_decoder().layers)
-        if self.freeze_embeddings:
-            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-                module.requires_grad_(False)
-        return model
+        if self.checkpoint is None:
+            student = new_student(self.config)
+            if self.teacher is not None:
+                copy_from_teacher(student, self.layers, self.teacher, self.narrowing)
+            return student
+        if self.converted:
+            return restore(self.config, self.conversion, local_checkpoint(self.checkpoint))
+        return AutoModelForCausalLM.from_pretrained(
+            self.checkpoint, config=self.config, dtype=torch.float32, **attention(self.config)
+        )
 
 
 def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
@@ -68,23 +102,67 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
         directory = resolve_teacher(options.teacher, reader.identity.name)
         teacher = CheckpointTensors(directory)
         _check_teacher(directory, teacher_config, reader)
-    as_bitnet = bool(options.student_model_as_bitnet)
-    return StudentPlan(config, None, layers, teacher, as_bitnet, options.freeze_embeddings)
+    plan = _planned(options, config, None, layers, teacher)
+    if teacher is None:
+        return plan
+    return replace(plan, narrowing=plan_narrowing(teacher_config.get_text_config(), config.get_text_config()))
 
 
 def _plan_checkpoint(
     options: StudentOptions, reader: CacheReader, checkpoint: str, longest: int
 ) -> StudentPlan:
     flag = f"--student {checkpoint}"
-    config = load_config(checkpoint, "--student")
+    saved = saved_config(checkpoint)
+    check_latent(saved, flag)
+    before = layout.saved_conversion(saved)
+    config = load_config(checkpoint, "--student") if before is None else student_config(saved)
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
     same = _same_tokenizer(Path(checkpoint), reader.teacher_dir, flag)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, same)
     check_positions(config, longest, flag)
-    as_bitnet = _drop_bitnet(config, flag)
-    if options.student_model_as_bitnet is not None:
-        as_bitnet = options.student_model_as_bitnet
-    return StudentPlan(config, checkpoint, [], None, as_bitnet, options.freeze_embeddings)
+    return _planned(options, config, checkpoint, [], None, before)
+
+
+def _planned(
+    options: StudentOptions,
+    config: Any,
+    checkpoint: str | None,
+    layers: list[int],
+    teacher: CheckpointTensors | None,
+    before: str | None = None,
+) -> StudentPlan:
+    """The plan, once its conversion is known to be possible; before: that of the checkpoint."""
+    conversion = _conversion(options, before)
+    options.check_ternary(conversion)
+    if conversion == "subln" and before is None:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            bitnet.normed(AutoModelForCausalLM.from_config(config).get_decoder().layers, conversion)
+    converted, masters = before is not None and conversion is not None, options.bitnet_masters
+    return StudentPlan(
+        config, checkpoint, layers, teacher, conversion, converted, masters, options.freeze_embeddings
+    )
+
+
+def _conversion(options: StudentOptions, before: str | None) -> str | None:
+    """What the student becomes; UserError for what a converted checkpoint cannot become."""
+    as_bitnet, wanted = options.student_model_as_bitnet, options.bitnet_conversion
+    if before is None:
+        return (wanted or "none") if as_bitnet else None
+    if as_bitnet is False and before == "none":
+        return None  # latent weights are weights
+    if as_bitnet is False:
+        raise UserError(
+            f"--student-model-as-bitnet False: {options.student} has norms that only a BitNet student has "
+            f"({before}); leave the flag out"
+        )
+    if wanted not in (None, before):
+        raise UserError(
+            f"--bitnet-conversion {wanted}: {options.student} was trained with {before}; leave the flag out, "
+            "or start from the full-precision checkpoint"
+        )
+    return before
 
 
 def load_config(source: str, what: str) -> Any:
@@ -98,20 +176,13 @@ def load_config(source: str, what: str) -> Any:
         raise UserError(f"{what}: {source} is not a model that transformers can load ({reason})") from error
 
 
-def _drop_bitnet(config: Any, flag: str) -> bool:
-    """Remove our own BitNet entry, so that the latent weights load as plain ones; whether there was one."""
-    entry = getattr(config, "quantization_config", None)
-    if entry is None:
-        return False
-    entry = entry if isinstance(entry, dict) else entry.to_dict()
-    if (entry.get("quant_method"), entry.get("quantization_mode")) != ("bitnet", "online"):
-        raise UserError(
-            f"{flag}: a checkpoint quantised with {entry.get('quant_method')!r} has no latent weights to "
-            "train; "
-            "give the full-precision one"
-        )
-    del config.quantization_config
-    return True
+def local_checkpoint(source: str) -> Path:
+    """Directory of a checkpoint; one of the hub is downloaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) -> None:

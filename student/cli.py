@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,29 +34,8 @@ _PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opt
 )
 def from_cache(context: typer.Context) -> None:
     """Everything after the command's name goes to `student.arguments`."""
-    from featurestore.errors import (
-        FeatureStoreError,
-        MissingFeatureError,
-        SpecMismatchError,
-        StoreAccessError,
-        StoreFormatError,
-        StoreNotFoundError,
-    )
-    from student.errors import StudentError, UserError
-
-    try:
+    with _exit_codes():
         _run(context.args)
-    except (
-        UserError,
-        MissingFeatureError,
-        SpecMismatchError,
-        StoreAccessError,
-        StoreFormatError,
-        StoreNotFoundError,
-    ) as error:
-        _fail(error, 2)
-    except (StudentError, FeatureStoreError) as error:
-        _fail(error, 1)
 
 
 @app.command("objectives")
@@ -66,6 +47,75 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
         typer.echo(json.dumps(rows()))
     else:
         show()
+
+
+@app.command("export")
+def export_(
+    directory: Annotated[Path, typer.Argument(help="A BitNet student: the --output-dir of a training.")],
+    format: Annotated[str, typer.Option(help="hf-bitnet, gguf, compressed-tensors or bitblas.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of embeddings, head, norms and biases: bfloat16, float16 or float32."),
+    ] = None,
+    gguf_type: Annotated[
+        str | None, typer.Option(help="Blocks of --format gguf: TQ2_0 (default), TQ1_0 or Q2_0.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New directory; DIR-FORMAT when left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write a BitNet student in a format that others read, and compare it with the student."""
+    from student.export.command import export
+    from student.export.formats import ExportRequest
+    from student.export.report import lines
+
+    with _exit_codes():
+        report = export(ExportRequest(directory, format, out, dtype, gguf_type))
+    typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+
+
+@app.command("generate")
+def generate_(
+    directory: Annotated[Path, typer.Argument(help="A student: --output-dir of a training, or hf-bitnet.")],
+    prompt: Annotated[str, typer.Option(help="What the student reads.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the best token; above, tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, where it has one.")
+    ] = True,
+    kernel: Annotated[str, typer.Option(help="torch, or bitblas on an NVIDIA GPU.")] = "torch",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Let a student go on with a prompt, with its speed and memory."""
+    from student.generation import GenerateRequest, generate
+
+    with _exit_codes():
+        result = generate(GenerateRequest(directory, prompt, max_new_tokens, temperature, chat, kernel, seed))
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(result["text"])
+    typer.echo(
+        f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, weights "
+        f"{result['weight_bytes'] / 1e6:.1f} MB in memory, peak {result['peak_memory_bytes'] / 1e6:.0f} MB",
+        err=True,
+    )
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Known errors become one line on stderr and an exit code; bugs keep their traceback."""
+    from featurestore.errors import BAD_REQUESTS, FeatureStoreError
+    from student.errors import StudentError, UserError
+
+    try:
+        yield
+    except (UserError, *BAD_REQUESTS) as error:
+        _fail(error, 2)
+    except (StudentError, FeatureStoreError) as error:
+        _fail(error, 1)
 
 
 def _run(argv: list[str]) -> None:

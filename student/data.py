@@ -6,7 +6,8 @@ tail draws, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from student.packing import pack, position_ids
 Array = npt.NDArray[Any]
 
 IGNORE = -100  # label of a position that is not learned, the value that Trainer leaves out of its count
+CALIBRATION_SAMPLES, CALIBRATION_LENGTH = 8, 256  # at most
 
 
 class CachedDataset(torch.utils.data.Dataset[CodedSample]):
@@ -52,7 +54,16 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> CodedSample:
-        return self._reader.read_codes(self._indices[index], self.groups)
+        """Sample `index`; for ~index the same one with nothing to learn."""
+        sample = self._reader.read_codes(self._indices[max(index, ~index)], self.groups)
+        return sample if index >= 0 else replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+
+
+def calibration_samples(dataset: CachedDataset) -> list[Tensor]:
+    """The beginnings of the first samples, int64 [t] each: always the same, and none that is held out."""
+    count = min(CALIBRATION_SAMPLES, len(dataset))
+    tokens = [dataset[index].tokens[:CALIBRATION_LENGTH] for index in range(count)]
+    return [torch.from_numpy(one.astype(np.int64)) for one in tokens]
 
 
 class CacheOrder(torch.utils.data.Sampler[int]):
@@ -60,23 +71,35 @@ class CacheOrder(torch.utils.data.Sampler[int]):
 
     The order depends on manifest, seed and epoch alone, so a resumed run reads what is left, with any number
     of processes that keeps the global batch. Shards that come next are fetched and verified by a thread
-    meanwhile. `set_epoch` is called by Trainer.
+    meanwhile.
+
+    global_batch: samples of one optimizer step, of all processes. An epoch is whole steps: what its last step
+    lacks is filled up with repeats that teach nothing (accelerate would fill it with samples that count
+    twice, and only where there are several processes), or with drop_last the step is left out. epoch: asked
+    at the start of each iteration. accelerate's set_epoch does not reach the sampler of several processes in
+    the epoch in which a run is resumed, so there is none.
     """
 
-    def __init__(self, dataset: CachedDataset, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: CachedDataset,
+        seed: int,
+        global_batch: int,
+        epoch: Callable[[], int],
+        drop_last: bool = False,
+    ) -> None:
         self._dataset, self._digest, self._shards = dataset, dataset.manifest_digest, dataset.shards()
-        self._length, self._seed, self.epoch = len(dataset), seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration has."""
-        self.epoch = epoch
+        self._seed, self._epoch = seed, epoch
+        steps = len(dataset) // global_batch if drop_last else -(-len(dataset) // global_batch)
+        self._length = steps * global_batch
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self._digest, self._seed, self.epoch, self._shards).tolist()
+        order = epoch_order(self._digest, self._seed, self._epoch(), self._shards)[: self._length].tolist()
         yield from prefetched(order, self._shards, self._dataset.warm)
+        yield from [~last for last in order[-1:]] * (self._length - len(order))
 
 
 class Collator:
@@ -86,17 +109,22 @@ class Collator:
     t (already shifted), IGNORE where nothing is learned; with a `logits` group coded_head, see `pad_logits`;
     with hidden groups coded_hidden {teacher layer: see `pad_hidden`}. Features stay coded as in the store:
     `student.decoding` decodes them on the model's device. With `pack` a row holds several samples and
-    position_ids int64 [B, T] begin anew with each of them, see `student.packing`.
+    position_ids int64 [B, T] begin anew with each of them, see `student.packing`. With `drop_idle` samples of
+    which nothing is learned are left out, but for one where there is no other.
     """
 
-    def __init__(self, groups: Sequence[GroupSpec], pad_token: int, pack: bool = False) -> None:
+    def __init__(
+        self, groups: Sequence[GroupSpec], pad_token: int, pack: bool = False, drop_idle: bool = False
+    ) -> None:
         self._logits = next((group for group in groups if isinstance(group, LogitsSpec)), None)
         self._lse = [group for group in groups if isinstance(group, LseSpec)]
         self._hidden = [group for group in groups if isinstance(group, HiddenSpec)]
         self._pad_token = pad_token
-        self._pack = pack
+        self._pack, self._drop_idle = pack, drop_idle
 
     def __call__(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
+        if self._drop_idle:
+            samples = [sample for sample in samples if sample.loss_mask.any()] or samples[:1]
         if not self._pack:
             return self._padded(samples)
         rows, lengths = pack(samples)

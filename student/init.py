@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from student.errors import UserError
+from student.narrow import Narrowing
 from student.weights import CheckpointTensors
 
 
@@ -43,25 +44,30 @@ def source_names(model: Any, layers: Sequence[int], available: CheckpointTensors
 
 
 @torch.no_grad()
-def copy_from_teacher(model: nn.Module, layers: Sequence[int], teacher: CheckpointTensors) -> None:
-    """Fill every parameter of `model` from the teacher's files; names and shapes are all checked before any
-    copy.
+def copy_from_teacher(
+    model: nn.Module, layers: Sequence[int], teacher: CheckpointTensors, narrowing: Narrowing
+) -> None:
+    """Fill every parameter of `model` from the teacher's files, of which `narrowing` keeps a part; names and
+    shapes are all checked before any copy.
 
-    UserError when the checkpoint lacks a tensor or a shape differs (the student's width was changed).
+    UserError when the checkpoint lacks a tensor or a shape differs.
     """
     names = source_names(model, layers, teacher)
     parameters = dict(model.named_parameters())
-    _check(names, parameters, teacher)
+    _check(names, parameters, teacher, narrowing)
     wanted: dict[str, list[str]] = {}
     for name, source in names.items():
         wanted.setdefault(source, []).append(name)
     for source, tensor in teacher.read(wanted):
         for name in wanted[source]:
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(narrowing(name, tensor))
 
 
 def _check(
-    names: Mapping[str, str], parameters: Mapping[str, nn.Parameter], teacher: CheckpointTensors
+    names: Mapping[str, str],
+    parameters: Mapping[str, nn.Parameter],
+    teacher: CheckpointTensors,
+    narrowing: Narrowing,
 ) -> None:
     missing = [source for source in names.values() if source not in teacher]
     if missing:
@@ -72,12 +78,11 @@ def _check(
         )
     shapes = teacher.shapes(names.values())
     for name, source in names.items():
-        own, theirs = tuple(parameters[name].shape), shapes[source]
+        own, theirs = tuple(parameters[name].shape), narrowing.shape(name, shapes[source])
         if own != theirs:
             raise UserError(
-                f"--init teacher: {name} is {_times(own)} in the student but {_times(theirs)} in the "
-                "teacher; only the "
-                "number of layers may change when weights are copied, use --init random for another width"
+                f"--init teacher: {name} is {_times(own)} in the student but {_times(shapes[source])} in the "
+                "teacher; of this tensor it is not known which part to copy, use --init random"
             )
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from student.bitnet import CONVERSIONS, TernaryPlan, Warmup
 from student.errors import UserError
 from student.mapping import check_mapper, parse_layer_map, parse_layers
 from student.objective.catalogue import Loss, catalogue, suggest
@@ -24,6 +25,7 @@ OBJECTIVE_FLAGS = (
     "mapper",
     "projector",
 )
+_WARMUPS = ("bitnet_warmup_weights", "bitnet_warmup_activations", "bitnet_warmup_norms")
 
 
 def _flag(default: Any, help_text: str) -> Any:
@@ -50,6 +52,31 @@ class StudentOptions:
         "Train a BitNet b1.58 student: ternary weights and int8 activations in all linear layers of the "
         "decoder; "
         "embeddings, norms and LM head stay full precision. Default: what --student is, else False.",
+    )
+    bitnet_conversion: str | None = _flag(
+        None,
+        "Norms in front of ternary layers, calibrated so that they change little at first. none: nowhere; "
+        "subln: before the attention's output and the MLP's last projection; per-projection: before all. "
+        "Default: that of --student, else none.",
+    )
+    bitnet_warmup_weights: float = _flag(
+        0.0, "Share of the steps in which weights go linearly from full precision to ternary."
+    )
+    bitnet_warmup_activations: float = _flag(
+        0.0, "Share of the steps in which activations go from full precision to int8."
+    )
+    bitnet_warmup_norms: float = _flag(
+        0.0, "Share of the steps in which the norms of --bitnet-conversion go from none to full."
+    )
+    bitnet_masters: Literal["fp32", "bf16"] = _flag(
+        "fp32",
+        "What latent weights are kept in. bf16 takes 4 bytes less per weight, gradients included, and comes "
+        "with an AdamW that rounds its updates stochastically.",
+    )
+    bitnet_two_stage: bool = _flag(
+        False,
+        "In the second half of the steps, 2/3 of the learning rate that the schedule says and no weight "
+        "decay.",
     )
     init: Literal["teacher", "random"] = _flag(
         "teacher",
@@ -131,6 +158,13 @@ class StudentOptions:
                 raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
         if not 0 <= self.eval_fraction < 1:
             raise UserError("--eval-fraction must be at least 0 and below 1")
+        if self.bitnet_conversion not in (None, *CONVERSIONS):
+            raise UserError(
+                f"--bitnet-conversion {self.bitnet_conversion} is unknown; choose {', '.join(CONVERSIONS)}"
+            )
+        for flag in _WARMUPS:
+            if not 0 <= getattr(self, flag) <= 1:
+                raise UserError(f"--{flag.replace('_', '-')} is a share of the steps, 0 to 1")
         names = ("hidden_layers", "layer_map", "mapper", "projector")
         given = [name for name in names if getattr(self, name) != getattr(StudentOptions, name)]
         if self.hidden_loss == "none" and given:
@@ -140,6 +174,25 @@ class StudentOptions:
         if self.layer_map and (self.hidden_layers or self.mapper != "all"):
             flag = "--hidden-layers" if self.hidden_layers else "--mapper"
             raise UserError(f"{flag} and --layer-map exclude each other; keep one")
+
+    def check_ternary(self, conversion: str | None) -> None:
+        """UserError for a flag that has no effect on a student of this conversion; None: full precision."""
+        flags = ("bitnet_conversion", *_WARMUPS, "bitnet_masters", "bitnet_two_stage")
+        given = [name for name in flags if getattr(self, name) != getattr(StudentOptions, name)]
+        if conversion is None and given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} has no effect on a student in full precision; add "
+                "--student-model-as-bitnet"
+            )
+        if conversion == "none" and self.bitnet_warmup_norms:
+            raise UserError(
+                "--bitnet-warmup-norms has no effect without norms; add --bitnet-conversion subln"
+            )
+
+    def ternary(self) -> TernaryPlan:
+        """How a BitNet student is trained."""
+        warmup = Warmup(self.bitnet_warmup_weights, self.bitnet_warmup_activations, self.bitnet_warmup_norms)
+        return TernaryPlan(warmup, self.bitnet_masters, self.bitnet_two_stage)
 
     def wanted(self) -> ObjectiveRequest:
         """The terms that --objective or the flags in its place ask for; UserError when there are none."""

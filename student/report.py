@@ -61,7 +61,18 @@ def _losses(run: Run) -> str:
     ternary = (
         f"<h3>Ternary weights that moved</h3>{line_chart([flips], 'step', 'share')}" if flips.points else ""
     )
+    ternary += _drift(run)
     return f"<h2>Training loss</h2><p>{terms}</p>{line_chart(lines, 'step', 'nats per token')}{ternary}"
+
+
+def _drift(run: Run) -> str:
+    if run.drift is None:
+        return ""
+    rows = [("norms and quantisation", f"{run.drift.quantised:.3f}")]
+    if run.drift.norms is not None:
+        rows.insert(0, ("calibrated norms alone", f"{run.drift.norms:.3f}"))
+    header = ("what conversion changed before the first step", "relative change of final hidden states")
+    return _table(header, rows)
 
 
 def _held_out(run: Run, summary: Mapping[str, Any]) -> str:

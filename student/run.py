@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from importlib.util import find_spec
@@ -10,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
 from student.build import plan_student
+from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
-from student.options import StudentOptions
 from student.packing import check_packing
 from student.plan import load_teacher, plan_data, plan_objective
 from student.report import write_report
-from student.saving import MANIFEST_FILE
+from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
@@ -33,31 +31,37 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     """
     options, args = request.options, request.training
     output_dir = Path(args.output_dir)
-    checkpoint = _checkpoint(args, output_dir)
+    checkpoint = find_checkpoint(args)
     wanted = options.wanted()
-    reader = CacheReader.open(request.store, _manifest(options, checkpoint))
+    reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
     plan = plan_student(options, reader)
+    if checkpoint is not None:
+        check_kind(checkpoint, plan)
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     data = plan_data(objective, reader, options.eval_fraction)
+    check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
-    _check_optimizer(args)
+    _check_optimizer(args, plan.masters)
+    _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    student = plan.build()
+    student, drift = plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
     sizes = (reader.identity.vocab_size, reader.teacher_dir)
-    trainer = DistillationTrainer(model, args, data.train, data.held_out, *sizes, options.pack_rows)
+    trainer = DistillationTrainer(
+        model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
+    )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if data.held_out is not None and not _evaluated_last_step(trainer):
         trainer.evaluate()
@@ -65,7 +69,9 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return {}
-    run = Run(reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()))
+    run = Run(
+        reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()), drift
+    )
     summary = summarise(run)
     write_report(run, summary)
     return summary
@@ -76,42 +82,27 @@ def _evaluated_last_step(trainer: DistillationTrainer) -> bool:
     return bool(evaluated) and evaluated[-1] == trainer.state.global_step
 
 
-def _checkpoint(args: TrainingArguments, output_dir: Path) -> str | None:
-    """The checkpoint that --resume_from_checkpoint means: a directory, or the last one for `True`."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
-        return str(wanted)
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if last is None:
-        raise UserError(
-            f"--resume-from-checkpoint: no checkpoint in {output_dir}; leave the flag out to start anew"
-        )
-    return str(last)
-
-
-def _manifest(options: StudentOptions, checkpoint: str | None) -> str | None:
-    """What to read: a run that goes on reads on where it was, however the cache has grown meanwhile."""
-    if checkpoint is None or not (Path(checkpoint) / MANIFEST_FILE).is_file():
-        return options.manifest
-    digest = str(json.loads((Path(checkpoint) / MANIFEST_FILE).read_text())["manifest"])
-    if options.manifest and not digest.startswith(options.manifest):
-        raise UserError(
-            f"--manifest {options.manifest}: {checkpoint} was trained on manifest {digest}; leave the flag "
-            "out to go on with it"
-        )
-    return digest
-
-
-def _check_optimizer(args: TrainingArguments) -> None:
+def _check_optimizer(args: TrainingArguments, masters: str) -> None:
     """Trainer finds a missing optimizer library only when training begins."""
     name = str(args.optim.value)
+    if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"--bitnet-masters bf16: --optim {name} would round its updates away, so an AdamW of our own "
+            "comes with it; leave --optim out"
+        )
     if any(part in name for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
         raise UserError(
             f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
+        )
+
+
+def _check_schedule(args: TrainingArguments, two_stage: bool) -> None:
+    """A second stage multiplies a rate that is a function of the step."""
+    name = str(args.lr_scheduler_type.value)
+    if two_stage and name in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"--bitnet-two-stage: --lr-scheduler-type {name} follows the loss and not the step; use cosine "
+            "or linear"
         )
 
 

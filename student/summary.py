@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from featurestore.info import store_info
 from featurestore.reader import CacheReader
-from student.bitnet import bit_linears
+from student.bitnet import Drift, bit_linears, conversion_of
 from student.model import DistillationModel
 
 
@@ -29,6 +29,7 @@ class Run:
     seconds: float
     train_samples: int
     held_out_samples: int
+    drift: Drift | None = None  # of the student when it was converted
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
@@ -63,6 +64,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "objective": {term.label: term.weight.to_json() for term in run.model.objective.terms},
+        "bitnet_conversion": conversion_of(run.model.student),
+        "step0_drift": asdict(run.drift) if run.drift else None,
         "sizes": _sizes(run),
         "cache_cost": cache_cost(run.reader),
     }

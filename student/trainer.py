@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from student.bitnet import FlipMeter, bit_linears
+from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data import CachedDataset, CacheOrder, Collator
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective.balance import EVERY, GradientBalance, gradient_norms
+from student.resume import order_seed
 from student.saving import MANIFEST_FILE, load_student, save_student
 
 
@@ -33,11 +35,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         vocab_size: int,
         tokenizer_dir: Path,
         pack_rows: bool = False,
+        ternary: TernaryPlan | None = None,
+        drift: Drift | None = None,
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
         self._tokenizer_dir = tokenizer_dir
-        self._train_collator = self._collator(train_dataset, pack_rows)
+        self._train_collator = self._collator(train_dataset, pack_rows, drop_idle=True)
         super().__init__(
             model=model,
             args=args,
@@ -45,20 +49,31 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=eval_dataset,
             data_collator=self._train_collator,
             compute_metrics=held_out_metrics,
+            optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
         )
         self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
         self._term_start: int | None = None  # the step after which _term_sums began to add up
         self._balance = GradientBalance(len(model.objective.terms)) if model.objective.balanced else None
         self._measured: int | None = None  # the step at which gradient norms were measured last
-        self._flips = FlipMeter(model.student) if any(True for _ in bit_linears(model.student)) else None
+        self._ternary: TernaryCallback | None = None
+        self._drift = drift
+        self._two_stage = ternary is not None and ternary.two_stage
+        if conversion_of(model.student) is not None:
+            self._ternary = TernaryCallback(model.student, ternary or TernaryPlan())
+            self.add_callback(self._ternary)
 
-    def _collator(self, dataset: CachedDataset, pack: bool) -> Collator:
-        return Collator(dataset.groups, self._pad_token, pack)
+    def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
+        return Collator(dataset.groups, self._pad_token, pack, drop_idle)
 
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return CacheOrder(train_dataset or self.train_dataset, seed)
+        return CacheOrder(
+            train_dataset or self.train_dataset,
+            order_seed(self.args),
+            self.get_total_train_batch_size(self.args),
+            lambda: int(self.state.epoch or 0),
+            self.args.dataloader_drop_last,
+        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's rule, without parameters that stand for a matrix and are not one: decay would turn an
@@ -67,11 +82,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         names = super().get_decay_parameter_names(model)
         return [name for name in names if ".parametrizations." not in name]
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's own, with a second stage where there is to be one."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if self._two_stage:
+            staged(schedule, num_training_steps)
+            self._two_stage = False
+        return schedule
+
     def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
         """Evaluation reads other column groups than training, so it has its own collator; it adds up by rows,
         so each holds one sample.
         """
-        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False)
+        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False, drop_idle=False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -123,9 +146,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self.model.objective.weights_move:
                 names = [f"weight_{label}" for label in self.model.objective.labels]
                 logs |= dict(zip(names, self.model.weights, strict=True))
+            if self._drift is not None and self._term_start == 0:
+                drifts = asdict(self._drift).items()
+                logs |= {f"step0_drift_{what}": value for what, value in drifts if value is not None}
+                self._drift = None
             self._term_sums.zero_()
             self._term_start = None
-            logs |= self._flips.measure() if self._flips else {}
+            logs |= self._ternary.measure(self.args.learning_rate) if self._ternary else {}
         super().log(logs, start_time)
 
     def prediction_step(
@@ -152,7 +179,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self._balance is not None:
                 self._balance.save(directory)
         torch.save(self.args, directory / "training_args.bin")
-        (directory / MANIFEST_FILE).write_text(json.dumps({"manifest": self.train_dataset.manifest_digest}))
+        record = {
+            "manifest": self.train_dataset.manifest_digest,
+            "seed": order_seed(self.args),
+            "samples": len(self.train_dataset),
+            "global_batch": self.get_total_train_batch_size(self.args),
+        }
+        (directory / MANIFEST_FILE).write_text(json.dumps(record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_student(self.model.student, Path(resume_from_checkpoint))
@@ -162,6 +195,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _rounding(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    betas = (args.adam_beta1, args.adam_beta2)
+    return RoundingAdamW, {
+        "lr": args.learning_rate,
+        "betas": betas,
+        "eps": args.adam_epsilon,
+        "seed": args.seed,
+    }
 
 
 def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:

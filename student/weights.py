@@ -41,6 +41,14 @@ class CheckpointTensors:
                 shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in members})
         return shapes
 
+    def dtypes(self) -> set[str]:
+        """Of all tensors, in the words of safetensors' headers: F32, BF16, ..."""
+        found = set()
+        for file, members in self._by_file(self._file_of).items():
+            with safe_open(self.directory / file, framework="pt") as opened:
+                found |= {opened.get_slice(name).get_dtype() for name in members}
+        return found
+
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:
         by_file: dict[str, list[str]] = {}
         for name in names:

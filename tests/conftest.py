@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Read when the hub's client is imported, so before anything that imports it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,8 +21,12 @@ from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the demo teacher (`teacher/`) and its text (`topics.jsonl`)."""
-    directory = tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, "-m", "pipeline.demo", str(directory)], check=True, timeout=300)
+    base = tmp_path_factory.getbasetemp()
+    # Of several workers the first one makes it; their directories lie side by side.
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(f"{directory}.lock"):
+        if not directory.is_dir():
+            subprocess.run([sys.executable, "-m", "pipeline.demo", str(directory)], check=True, timeout=300)
     return directory
 
 

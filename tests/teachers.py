@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -34,6 +35,12 @@ WORDS = (
 )
 
 
+def text_of(words: int, seed: int = 0) -> str:
+    """A text of so many of `WORDS`."""
+    random = np.random.default_rng(seed)
+    return " ".join(random.choice(WORDS, size=words).tolist())
+
+
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over `WORDS` and words that no text holds; other words are unknown."""
     names = ["<unk>", "<s>", "</s>", *WORDS]
@@ -46,7 +53,9 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def llama(directory: Path, vocab_size: int = 199, layers: int = 3, seed: int = 0) -> Path:
+def llama(
+    directory: Path, vocab_size: int = 199, layers: int = 3, seed: int = 0, positions: int = 256
+) -> Path:
     """Llama with a tied head, D=64."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -55,7 +64,7 @@ def llama(directory: Path, vocab_size: int = 199, layers: int = 3, seed: int = 0
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import teachers
-from tests.pipeline.test_generate_cli import text_of
+from tests.teachers import text_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,8 @@ import pytest
 
 from featurestore.reader import CacheReader
 from featurestore.schema import HiddenSpec, LogitsSpec
-from tests.pipeline.test_generate_cli import text_of
-
-BIN = Path(sys.executable).parent
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(BIN / str(arguments[0])), *map(str, arguments[1:])],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+from tests.command import call, spawn
+from tests.teachers import text_of
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +49,7 @@ def train(store: Path, out: Path, manifest: str) -> tuple[str, list[dict[str, An
         "--report-to",
         "none",
     )
-    run("distily-train", "from-cache", store, *flags, *quick, "--student-model-as-bitnet")
+    spawn("distily-train", "from-cache", store, *flags, *quick, "--student-model-as-bitnet")
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     kept = [{k: v for k, v in entry.items() if not re.search("runtime|per_second", k)} for entry in log]
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(), kept
@@ -79,8 +64,8 @@ def test_a_store_grows_by_what_is_missing_and_old_runs_reproduce(
     def generate(*flags: object) -> tuple[dict[str, Any], str, set[str]]:
         """Outcome, log, and the new files; no file that was there may change."""
         before = hashes(store) if store.exists() else {}
-        forecast = json.loads(run("distily-cache", "plan", *base, *flags, "--json").stdout)
-        done = run("distily-cache", "generate", *base, *flags, "--json")
+        forecast = json.loads(call("distily-cache", "plan", *base, *flags, "--json").stdout)
+        done = call("distily-cache", "generate", *base, *flags, "--json")
         after = hashes(store)
         assert {name: after[name] for name in before} == before
         outcome = json.loads(done.stdout)

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from featurestore.reader import CacheReader
-from tests.pipeline.test_generate_cli import text_of
+from tests.command import call as run
 from tests.s3 import Bucket, free_port
-
-BIN = Path(sys.executable).parent
-
-
-def run(program: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+from tests.teachers import text_of
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,8 @@ from featurestore.codec import ROW_ERROR
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsFeatures, LogitsSpec
 from tests import architectures
-from tests.pipeline.test_generate_cli import run, text_of
+from tests.command import call
+from tests.teachers import text_of
 
 PADDED = architectures.VOCAB + 21
 SPEC = LogitsSpec(12, tail=8)
@@ -34,7 +33,7 @@ def cache(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": text_of(50, seed)}) for seed in range(12)))
     flags = ("--engine", "transformers", "--top-k", 12, "--tail", 8)
-    run("generate", teacher, corpus, "--out", folder / "store", *flags)
+    call("distily-cache", "generate", teacher, corpus, "--out", folder / "store", *flags)
     return folder / "store"
 
 
@@ -63,15 +62,7 @@ def test_students_padded_otherwise_learn_from_it(
     source: tuple[object, ...] = ("--student-model-config", '{"num_hidden_layers": 2}', "--teacher", teacher)
     if padded != PADDED:
         source = ("--student", architectures.make("llama", tmp_path / "student", seed=1, vocab_size=padded))
-    command = ("from-cache", cache, "--output-dir", tmp_path / "out", *source, "--max-steps", 3, "--json")
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "distily-train"), *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    call("distily-train", "from-cache", cache, "--output-dir", tmp_path / "out", *source, "--max-steps", 3)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert trained.config.vocab_size == padded
     assert all(weight.isfinite().all() for weight in trained.parameters())
@@ -79,13 +70,6 @@ def test_students_padded_otherwise_learn_from_it(
 
 def test_a_student_without_all_the_tokens_is_refused(cache: Path, tmp_path: Path) -> None:
     student = architectures.make("llama", tmp_path / "student", vocab_size=architectures.VOCAB - 1)
-    command = ("from-cache", cache, "--output-dir", tmp_path / "out", "--student", student)
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "distily-train"), *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 2
+    flags = ("--output-dir", tmp_path / "out", "--student", student)
+    done = call("distily-train", "from-cache", cache, *flags, code=2)
     assert f"{architectures.VOCAB - 1} tokens" in done.stderr

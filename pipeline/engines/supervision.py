@@ -21,7 +21,8 @@ from typing import TypeVar
 
 import psutil  # vLLM requires it
 
-from pipeline.errors import EngineError
+from pipeline.engines.memory import OUT_OF_MEMORY
+from pipeline.errors import EngineError, one_line
 
 T = TypeVar("T")
 
@@ -29,6 +30,8 @@ _POLL_SECONDS = 0.5
 # vLLM may notice a death by itself and know more of it than we do; and what it ends takes a moment.
 _NOTICE_SECONDS = 2.0
 _LOG_TAIL = 2**20
+# Characters of a cause in an error line.
+_LONG = 300
 _GOES_ON = "what was committed is kept and the same command goes on from there"
 _SHOW_LOG = "--verbose shows vLLM's own log"
 _LESS_MEMORY = (
@@ -37,9 +40,6 @@ _LESS_MEMORY = (
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
 # vLLM repeats a failure in every process above the one that failed, pointing downwards.
 _POINTS_ELSEWHERE = re.compile(r"root cause|stack trace|: cancelled$|EngineDeadError", re.I)
-_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|MemoryError|Cannot allocate", re.I
-)
 _WORKER_DIED = re.compile(r"died unexpectedly")
 
 
@@ -52,19 +52,13 @@ def failure_cause(exit_codes: Sequence[int], log: str) -> str:
             return f"the vLLM worker died: signal {-code} ({name}){memory}"
     errors = [line for line in _ERROR_LINE.findall(log) if not _POINTS_ELSEWHERE.search(line)]
     for line in errors:
-        if _MEMORY.search(line):
-            return f"the vLLM worker ran out of memory ({shorten(line)}); {_LESS_MEMORY}"
+        if OUT_OF_MEMORY.search(line):
+            return f"the vLLM worker ran out of memory ({one_line(line, _LONG)}); {_LESS_MEMORY}"
     if _WORKER_DIED.search(log):
         return "a vLLM worker died: killed, perhaps by the system when memory ran out"
     if errors:
-        return f"the vLLM worker failed: {shorten(errors[0])}"
+        return f"the vLLM worker failed: {one_line(errors[0], _LONG)}"
     return f"the vLLM worker ended with exit code {', '.join(map(str, exit_codes)) or 'unknown'}"
-
-
-def shorten(text: str, limit: int = 300) -> str:
-    """`text` in one line of at most `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 class EngineProcesses:
@@ -96,7 +90,7 @@ class EngineProcesses:
             if _POINTS_ELSEWHERE.search(text):
                 cause = self._cause()
             else:
-                cause = shorten(text) + (f"; {_LESS_MEMORY}" if _MEMORY.search(text) else "")
+                cause = one_line(error, _LONG) + (f"; {_LESS_MEMORY}" if OUT_OF_MEMORY.search(text) else "")
             raise EngineError(f"vLLM did not start: {cause} ({_SHOW_LOG})") from error
 
     def call(self, function: Callable[[], T]) -> T:

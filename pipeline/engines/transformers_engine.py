@@ -6,58 +6,48 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from featurestore.schema import GroupFeatures, GroupSpec
 from featurestore.tail import row_shifts
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
 from pipeline.engines.base import EngineConfig
-from pipeline.quantization import bitsandbytes_config
+from pipeline.engines.loading import load_causal_lm
+from pipeline.engines.memory import memory_for
 
 _CHUNK_ROWS = 512
+_NEW_STORE = "each needs a new store, --out"
+_FEWER_BITS = (
+    "use --engine vllm, or give the teacher fewer bits: --dtype bfloat16, --teacher-load-in-8bit or "
+    f"--teacher-load-in-4bit ({_NEW_STORE})"
+)
+_SHORTER = f"lower --max-seq-len, or use --engine vllm or --teacher-load-in-8bit ({_NEW_STORE})"
 
 
 class TransformersEngine:
-    """One `AutoModelForCausalLM` in evaluation mode, a sample at a time: T x V logits are held at most."""
+    """One `AutoModelForCausalLM` in evaluation mode, a sample at a time: T x V logits are held at most.
+
+    Raises:
+        EngineError: memory ran out, while the teacher was loaded or at a sample.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self._torch = torch
         self._spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
         self._layout = RowLayout.of(self._spec, config.hidden_size)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        # The default one of transformers' attention kernels leaves out soft-capping without a word (Gemma 2).
-        capped = getattr(given.get_text_config(), "attn_logit_softcapping", None) is not None
-        dtype = getattr(torch, config.dtype)
-        how: dict[str, Any] = {}
-        if config.quantize_to:
-            # Loaded where it will stay: an 8-bit model cannot be moved.
-            quantization = bitsandbytes_config(config.quantize_to, dtype)
-            how = {"quantization_config": quantization, "device_map": {"": self._device}}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            config=given,
-            attn_implementation="eager" if capped else None,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            **how,
-        )
-        self._model = model.eval() if config.quantize_to else model.eval().to(self._device)
+        with memory_for(f"loading the teacher in {config.quantize_to or config.dtype}", _FEWER_BITS):
+            self._model = load_causal_lm(config)
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
         for tokens in prompts:
-            with self._torch.inference_mode():
+            running = f"running the teacher over a sample of {len(tokens):,} tokens"
+            with memory_for(running, _SHORTER), torch.inference_mode():
                 rows = self._capture_one(tokens).cpu().numpy()
             yield to_features(self._layout.unpack(rows), self.groups)
 
     def _capture_one(self, tokens: np.ndarray) -> Any:
-        torch = self._torch
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self._model.device)
         out = self._model(
             input_ids=ids[None],
             output_hidden_states=bool(self._spec.layers),
@@ -66,7 +56,7 @@ class TransformersEngine:
         )
         labels = torch.cat([ids[1:], ids.new_full((1,), -1)])
         spec = self._spec
-        shifts = torch.from_numpy(row_shifts(tokens, 0, len(tokens), spec.seed)).to(self._device)
+        shifts = torch.from_numpy(row_shifts(tokens, 0, len(tokens), spec.seed)).to(self._model.device)
         parts = []
         for start in range(0, len(ids), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)

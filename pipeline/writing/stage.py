@@ -8,20 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featurestore.root import Root
 from featurestore.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
-from pipeline.engines.base import EngineConfig
 from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter
+from pipeline.request import GenerateRequest, engine_config
+from pipeline.selection import Selection
 from pipeline.teacher import Teacher, load_teacher, load_tokenizer, without_padding
 from pipeline.writing.base import Writer
 from pipeline.writing.plan import Array, Job, WritingPlan, jobs_of, prompts_of
-
-if TYPE_CHECKING:
-    from pipeline.request import GenerateRequest
-    from pipeline.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -86,20 +83,7 @@ def start_writer(
     request: GenerateRequest, model: Teacher, spec: WriterSpec, verbose: bool, report: Reporter
 ) -> Writer:
     """Load the checkpoint `model` in the engine that `spec` names."""
-    config = EngineConfig(
-        model=model.path,
-        architecture=model.architecture,
-        groups=(),
-        dtype=spec.dtype,
-        max_seq_len=request.sequence_length(model),
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        tensor_parallel_size=request.tensor_parallel_size,
-        max_num_batched_tokens=request.max_num_batched_tokens,
-        trust_remote_code=request.trust_remote_code,
-        seed=request.seed,
-    )
+    config = engine_config(request, model, spec.dtype)
     report.stage(f"starting {spec.engine} with {model.architecture} in {spec.dtype}, to write")
     if spec.engine == "vllm":
         from pipeline.writing.vllm_writer import VllmWriter

@@ -12,29 +12,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from featurestore.written import WriterSpec
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.loading import load_causal_lm
+from pipeline.engines.memory import memory_for
 from pipeline.writing.base import Wrote
 from pipeline.writing.plan import Array, Job, cut_at_end, seed_of
 from pipeline.writing.sampling import draw, uniforms
 
+_SMALLER = "let a smaller checkpoint write, or one that is saved in fewer bits (--from-student)"
+_FEWER = "lower --max-num-batched-tokens, or --continuation-max-tokens"
+
 
 class TransformersWriter:
-    """One `AutoModelForCausalLM`; batches, padded on the left, hold `max_num_batched_tokens` at most."""
+    """One `AutoModelForCausalLM`; batches, padded on the left, hold `max_num_batched_tokens` at most.
+
+    Raises:
+        EngineError: memory ran out, while it was loaded or at a batch.
+    """
 
     def __init__(self, config: EngineConfig, spec: WriterSpec) -> None:
         self._spec, self._limit = spec, config.max_num_batched_tokens
         self._vocab_size = config.vocab_size
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        )
-        with _eager():
+        with memory_for(f"loading {config.model} in {config.dtype}, to write", _SMALLER), _eager():
+            model = load_causal_lm(config)
             _settle_ternary(model)
         # The checkpoint's own wishes (a repetition penalty, say) would bend the distribution.
         model.generation_config = GenerationConfig(
@@ -43,12 +46,13 @@ class TransformersWriter:
             eos_token_id=list(spec.ends) or None,
             pad_token_id=spec.ends[0] if spec.ends else 0,
         )
-        self._model = model.eval().to(self._device)
+        self._model = model
 
     def write(self, jobs: Sequence[Job], wrote: Wrote) -> list[Array]:
         texts: dict[int, Array] = {}
         for places in _batches([len(job.prompt) for job in jobs], self._spec.max_tokens, self._limit):
-            batch = self._write_batch([jobs[place] for place in places])
+            with memory_for(f"writing {len(places):,} texts together", _FEWER):
+                batch = self._write_batch([jobs[place] for place in places])
             texts |= zip(places, batch, strict=True)
             wrote(len(batch), sum(map(len, batch)))
         return [texts[place] for place in range(len(jobs))]
@@ -61,11 +65,11 @@ class TransformersWriter:
             ids_BP[row, width - len(job.prompt) :] = job.prompt
             mask_BP[row, width - len(job.prompt) :] = 1
         uniform_BS = np.stack([uniforms(seed_of(spec.seed, job.key), spec.max_tokens) for job in jobs])
-        drawn = _Drawn(torch.from_numpy(uniform_BS).to(self._device), width, spec, self._vocab_size)
+        drawn = _Drawn(torch.from_numpy(uniform_BS).to(self._model.device), width, spec, self._vocab_size)
         with torch.inference_mode(), _eager():
             out_BT = self._model.generate(
-                input_ids=torch.from_numpy(ids_BP).to(self._device),
-                attention_mask=torch.from_numpy(mask_BP).to(self._device),
+                input_ids=torch.from_numpy(ids_BP).to(self._model.device),
+                attention_mask=torch.from_numpy(mask_BP).to(self._model.device),
                 logits_processor=[drawn],
             )
         return [cut_at_end(row, spec.ends) for row in out_BT[:, width:].tolist()]
@@ -73,7 +77,7 @@ class TransformersWriter:
     def close(self) -> None:
         del self._model
         gc.collect()
-        if self._device == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 

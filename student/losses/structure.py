@@ -54,7 +54,12 @@ def angle(student_ND: Tensor, teacher_ND: Tensor, lengths: Sequence[int]) -> Ten
     this one; the mean over TRIPLES pairs, which depend on the sequence's length alone, where the paper takes
     all. 0 for sequences of fewer than three positions.
     """
-    return _per_sequence(_angle, student_ND, teacher_ND, lengths)
+    with _exact(student_ND):
+        states = widened(student_ND), widened(teacher_ND)
+        total_N = states[0].sum(-1) * 0.0
+        for places_2N in _triples(lengths):
+            total_N = total_N + _recomputed(_angle_loss, *places_2N.to(total_N.device), *states)
+        return total_N / TRIPLES
 
 
 def fsp(
@@ -109,20 +114,24 @@ def _distances(states_TD: Tensor, start: int, stop: int) -> Tensor:
     return torch.cdist(states_TD[start:stop], states_TD, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _angle(student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
-    length = len(student_TD)
-    total_T = student_TD.sum(-1) * 0.0
-    for first, second in _offsets(length):
-        total_T = total_T + _recomputed(_angle_loss, first, second, student_TD, teacher_TD)
-    return total_T / TRIPLES
+def _angle_loss(first_N: Tensor, second_N: Tensor, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    def cosine(x_ND: Tensor) -> Tensor:
+        one_ND, other_ND = (F.normalize(x_ND[place_N] - x_ND, dim=-1) for place_N in (first_N, second_N))
+        return (one_ND * other_ND).sum(-1)
+
+    return F.smooth_l1_loss(cosine(student_ND), cosine(teacher_ND), reduction="none")
 
 
-def _angle_loss(first: int, second: int, student_TD: Tensor, teacher_TD: Tensor) -> Tensor:
-    def cosine(x_TD: Tensor) -> Tensor:
-        one_TD, other_TD = (F.normalize(x_TD.roll(-k, 0) - x_TD, dim=-1) for k in (first, second))
-        return (one_TD * other_TD).sum(-1)
-
-    return F.smooth_l1_loss(cosine(student_TD), cosine(teacher_TD), reduction="none")
+def _triples(lengths: Sequence[int]) -> Tensor:
+    """The two others of each position, TRIPLES times: int64 [TRIPLES, 2, N]. Where a sequence is too short a
+    position is its own, and spans nothing.
+    """
+    places, start = [torch.empty(TRIPLES, 2, 0, dtype=torch.int64)], 0
+    for length in lengths:
+        distances = torch.tensor(_offsets(length) or [(0, 0)] * TRIPLES)
+        places.append(start + (torch.arange(length) + distances[:, :, None]) % max(length, 1))
+        start += length
+    return torch.cat(places, dim=-1)
 
 
 def _offsets(length: int) -> list[tuple[int, int]]:

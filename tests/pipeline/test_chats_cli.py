@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from featurestore.reader import CacheReader
 from tests import teachers
-from tests.pipeline.test_generate_cli import generate, run
+from tests.command import call, generate
 from tests.pipeline.writing import teacher
+
+run = partial(call, "distily-cache")
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
 
@@ -78,8 +81,8 @@ def test_chats_are_continued_from_before_the_assistants_last_turn(chats: Path, t
         (("--prompt-tokens", 8), "--prompt-tokens 8: a chat is not cut"),
         (("--continuation-max-tokens", 64), "--continuation-max-tokens 64: leaves nothing"),
     ):
-        refused = run(*plan, "--chat-template", template, "--continuations", 1, *more, check=False)
-        assert refused.returncode == 2 and expected in refused.stderr
+        refused = run(*plan, "--chat-template", template, "--continuations", 1, *more, code=2)
+        assert expected in refused.stderr
 
 
 def test_packed_chats_keep_their_masks(tiny_teacher: Path, chats: Path, tmp_path: Path) -> None:

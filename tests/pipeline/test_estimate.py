@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from pipeline.estimate import bytes_of, row_bytes, stored_row_bytes
 from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
 from pipeline.render import duration
 from pipeline.teacher import count_parameters, load_teacher
-from tests.pipeline.test_generate_cli import generate, run, text_of
+from tests.command import call, generate
+from tests.teachers import text_of
+
+run = partial(call, "distily-cache")
 
 
 def record(tokens: Any, seconds: Any, engine: str = "vllm") -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -14,26 +12,9 @@ import pytest
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsSpec
 from featurestore.store import FeatureStore
-from pipeline.cli import main
+from tests.command import cli
 from tests.featurestore.conftest import SPECS, Filled, fill
 from tests.featurestore.helpers import identity
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `distily-cache ARGS` in this process; (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distily-cache", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +22,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     return fill(tmp_path_factory.mktemp("filled") / "store", SPECS)
 
 
-def test_merge(cli: Cli, filled: Filled, tmp_path: Path) -> None:
+def test_merge(filled: Filled, tmp_path: Path) -> None:
     code, out, err = cli("merge", tmp_path / "all", filled.path, "--json")
     assert code == 0, err
     told = json.loads(out)
@@ -49,7 +30,7 @@ def test_merge(cli: Cli, filled: Filled, tmp_path: Path) -> None:
     assert CacheReader.open(tmp_path / "all").manifest_digest == told["manifest"]
 
 
-def test_merge_refuses(cli: Cli, filled: Filled, tmp_path: Path) -> None:
+def test_merge_refuses(filled: Filled, tmp_path: Path) -> None:
     other = FeatureStore.create(tmp_path / "other", identity(dtype="bfloat16")).path
     for source, what in ((other, "dtype"), (tmp_path / "none", "no store at")):
         code, _, err = cli("merge", tmp_path / "all", filled.path, source)
@@ -58,7 +39,7 @@ def test_merge_refuses(cli: Cli, filled: Filled, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["parquet", "folder"])
-def test_exported_parquet_opens_in_datasets(cli: Cli, filled: Filled, tmp_path: Path, by: str) -> None:
+def test_exported_parquet_opens_in_datasets(filled: Filled, tmp_path: Path, by: str) -> None:
     code, out, err = cli("export", filled.path, tmp_path / "rows", "--json")
     assert code == 0, err
     told = json.loads(out)
@@ -70,7 +51,7 @@ def test_exported_parquet_opens_in_datasets(cli: Cli, filled: Filled, tmp_path: 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_exported_dataset_opens(cli: Cli, filled: Filled, tmp_path: Path) -> None:
+def test_exported_dataset_opens(filled: Filled, tmp_path: Path) -> None:
     code, _, err = cli("export", filled.path, tmp_path / "rows", "--format", "datasets", "--groups", "logits")
     assert code == 0, err
     rows = datasets.load_from_disk(str(tmp_path / "rows"))
@@ -94,7 +75,7 @@ def check(rows: datasets.Dataset, filled: Filled, specs: list[object]) -> None:
             np.testing.assert_array_equal(np.asarray(row["hidden_L2"], np.float32), hidden)
 
 
-def test_export_refuses(cli: Cli, filled: Filled, tmp_path: Path) -> None:
+def test_export_refuses(filled: Filled, tmp_path: Path) -> None:
     used = tmp_path / "used"
     used.mkdir()
     (used / "file").write_text("mine")
@@ -111,7 +92,7 @@ def test_export_refuses(cli: Cli, filled: Filled, tmp_path: Path) -> None:
     assert (used / "file").read_text() == "mine"
 
 
-def test_export_of_a_damaged_store_leaves_nothing(cli: Cli, tmp_path: Path) -> None:
+def test_export_of_a_damaged_store_leaves_nothing(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", [LogitsSpec(4)])
     shard = next((store.path / "parts").glob("*/logits-*/lse/c/0"))
     shard.write_bytes(shard.read_bytes()[:-1])

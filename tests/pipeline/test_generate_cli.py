@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,8 @@ from featurestore.directory import read_manifest
 from featurestore.reader import CacheReader
 from featurestore.root import root_of
 from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
-from tests import teachers
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-CLI = Path(sys.executable).parent / "distily-cache"
-
-
-def text_of(words: int, seed: int = 0) -> str:
-    random = np.random.default_rng(seed)
-    return " ".join(random.choice(teachers.WORDS, size=words).tolist())
+from tests.command import call, command, generate
+from tests.teachers import text_of
 
 
 @pytest.fixture
@@ -40,22 +32,7 @@ def corpus(tmp_path: Path) -> Path:
     return file
 
 
-def command(*arguments: object) -> list[str]:
-    return [str(CLI), *map(str, arguments)]
-
-
-def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
-
-
-def generate(teacher: Path, corpus: Path, out: Path, *more: object, check: bool = True) -> dict[str, object]:
-    base = ("generate", teacher, corpus, "--out", out, "--engine", "transformers", "--max-seq-len", 64)
-    done = run(*base, "--shard-tokens", 256, "--json", *more, check=check)
-    result: dict[str, object] = json.loads(done.stdout)
-    return result
+run = partial(call, "distily-cache")
 
 
 def files_of(store: Path) -> dict[str, tuple[int, int]]:
@@ -131,7 +108,9 @@ def test_killed_and_started_again_it_goes_on(tiny_teacher: Path, corpus: Path, t
     options = ("--shard-tokens", 128, "--top-k", 8)
     run(*arguments, *options, "--out", undisturbed)
     process = subprocess.Popen(
-        command(*arguments, *options, "--out", store), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        command("distily-cache", *arguments, *options, "--out", store),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while len(list(store.glob("commit/logits-*/*.json"))) < 2 and time.monotonic() < deadline:
@@ -160,7 +139,7 @@ def test_stopped_it_says_so_and_goes_on(
     arguments = ("generate", tiny_teacher, corpus, "--engine", "transformers", "--max-seq-len", 64)
     options = ("--shard-tokens", 128, "--top-k", 8, "--out", store)
     process = subprocess.Popen(
-        command(*arguments, *options),
+        command("distily-cache", *arguments, *options),
         stderr=subprocess.PIPE,
         text=True,
         # Whoever runs the tests in the background may have it ignored, and a command would inherit that.
@@ -206,8 +185,7 @@ def test_info_and_verify(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> No
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 4
     victim.write_bytes(data)
-    damaged = run("verify", store, "--deep", check=False)
-    assert damaged.returncode == 1
+    damaged = run("verify", store, "--deep", code=1)
     assert "head_index" in damaged.stdout
 
 
@@ -310,4 +288,4 @@ def test_ls_and_gc(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
     assert [o["removable"] for o in found["orphans"]] == [True] and orphan.exists()
     assert "removed" in run("gc", store, "--min-age", 0, "--delete").stdout and not orphan.exists()
     assert run("verify", store, "--deep").returncode == 0
-    assert run("gc", tmp_path, check=False).returncode == 2
+    run("gc", tmp_path, code=2)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,9 @@ from featurestore.reader import CacheReader
 from featurestore.schema import LogitsFeatures, LogitsSpec
 from featurestore.store import FeatureStore
 from featurestore.verify import verify_store
-from pipeline.cli import main
+from tests.command import cli
 from tests.pipeline.peers import texts_and_heads, write_axolotl, write_distillkit
 
-Cli = Callable[..., tuple[int, str, str]]
 VOCAB = 199
 # Not smooth enough for a polynomial: some rows sum to more than one, as real ones do.
 CONFIG = {
@@ -32,21 +29,6 @@ CONFIG = {
     "polynomial_terms": [0, 1],
     "residual_bins": [{"scale_dtype": "float16", "element_bits": 4, "num_elements": 6}],
 }
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Runs `distily-cache ARGS` in this process; (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distily-cache", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture
@@ -93,7 +75,7 @@ def check(store: Path, texts: list[list[int]], heads: list[list[dict[int, float]
     return closed
 
 
-def test_distillkit(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+def test_distillkit(teacher: Path, tmp_path: Path) -> None:
     texts, heads = texts_and_heads(12, VOCAB, 8)
     told = write_distillkit(tmp_path / "captured", texts, heads, CONFIG)
     command = ["import", tmp_path / "captured", "--out", tmp_path / "store", "--teacher", teacher]
@@ -121,7 +103,7 @@ def test_distillkit(cli: Cli, teacher: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", ["next", "own"])
-def test_axolotl(cli: Cli, teacher: Path, tmp_path: Path, targets: str) -> None:
+def test_axolotl(teacher: Path, tmp_path: Path, targets: str) -> None:
     texts, heads = texts_and_heads(8, VOCAB, 5)
     write_axolotl(tmp_path / "rows.parquet", texts, heads, prompt=4, own=targets == "own")
     base = ["import", tmp_path / "rows.parquet", "--out", tmp_path / "store", "--teacher", teacher]
@@ -135,9 +117,7 @@ def test_axolotl(cli: Cli, teacher: Path, tmp_path: Path, targets: str) -> None:
     assert check(tmp_path / "store", texts, heads, prompt=4) == 0
 
 
-def test_rows_that_are_of_earlier_tokens_are_refused_unless_said_so(
-    cli: Cli, teacher: Path, tmp_path: Path
-) -> None:
+def test_rows_that_are_of_earlier_tokens_are_refused_unless_said_so(teacher: Path, tmp_path: Path) -> None:
     texts, heads = texts_and_heads(8, VOCAB, 8)
     moved = [[rows[0], *rows[:-1]] for rows in heads]
     write_distillkit(tmp_path / "captured", texts, moved, CONFIG)
@@ -148,7 +128,7 @@ def test_rows_that_are_of_earlier_tokens_are_refused_unless_said_so(
     assert cli(*base, "--targets", "next")[0] == 0
 
 
-def test_weights_do_not_matter(cli: Cli, teacher: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_weights_do_not_matter(teacher: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """The same store from the whole checkpoint and from its config and tokenizer."""
     texts, heads = texts_and_heads(3, VOCAB, 5)
     write_axolotl(tmp_path / "rows.parquet", texts, heads, prompt=0, own=False)
@@ -158,9 +138,7 @@ def test_weights_do_not_matter(cli: Cli, teacher: Path, tiny_teacher: Path, tmp_
         assert code == 0, err
 
 
-def test_killed_and_completed(
-    cli: Cli, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_completed(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, heads = texts_and_heads(8, VOCAB, 5)
     write_axolotl(tmp_path / "rows.parquet", texts, heads, prompt=0, own=False)
     base = ["import", tmp_path / "rows.parquet", "--out", tmp_path / "store", "--teacher", teacher]
@@ -184,7 +162,7 @@ def test_killed_and_completed(
     check(tmp_path / "store", texts, heads)
 
 
-def test_samples_in_a_shard_of_another_data_set_stay(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+def test_samples_in_a_shard_of_another_data_set_stay(teacher: Path, tmp_path: Path) -> None:
     """A shard is completed whole or not at all: the second data set has half of the first one's samples."""
     texts, heads = texts_and_heads(6, VOCAB, 5)
     wide = [[{**row, **{i: -9.0 for i in range(3) if i not in row}} for row in rows] for rows in heads]
@@ -202,7 +180,7 @@ def test_samples_in_a_shard_of_another_data_set_stay(cli: Cli, teacher: Path, tm
     assert len(reader) == 6 and reader.find("logits") == LogitsSpec(5, partial=True)
 
 
-def test_packed_rows_become_documents(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+def test_packed_rows_become_documents(teacher: Path, tmp_path: Path) -> None:
     texts, heads = texts_and_heads(5, VOCAB, 6)
     rows = [head for text_rows in heads for head in text_rows]
     table = pa.table(
@@ -222,7 +200,7 @@ def test_packed_rows_become_documents(cli: Cli, teacher: Path, tmp_path: Path) -
     assert {tuple(reader.read(i).tokens.tolist()) for i in range(5)} == {tuple(text[:-1]) for text in texts}
 
 
-def test_refusals(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+def test_refusals(teacher: Path, tmp_path: Path) -> None:
     texts, heads = texts_and_heads(3, VOCAB, 8)
     write_distillkit(tmp_path / "captured", texts, heads, CONFIG)
     data, out = tmp_path / "captured" / "data_0.parquet", tmp_path / "store"
@@ -247,7 +225,7 @@ def test_refusals(cli: Cli, teacher: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_another_layout_is_another_store(cli: Cli, teacher: Path, tmp_path: Path) -> None:
+def test_another_layout_is_another_store(teacher: Path, tmp_path: Path) -> None:
     texts, heads = texts_and_heads(3, VOCAB, 8)
     write_distillkit(tmp_path / "captured", texts, heads, CONFIG)
     write_axolotl(tmp_path / "rows.parquet", texts, heads, prompt=0, own=False)

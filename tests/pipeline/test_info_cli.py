@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from featurestore.inspect import RowView, SampleView
 from featurestore.reader import CacheReader
 from pipeline.inside import bar, render_sample, sample_json
 from pipeline.pieces import load_pieces
-from tests.pipeline.test_generate_cli import generate, run, text_of
+from tests.command import call, generate
+from tests.teachers import text_of
+
+run = partial(call, "distily-cache")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,8 @@ def test_a_sample_is_shown_as_the_teacher_saw_it(store: Path, tiny_teacher: Path
 
 @pytest.mark.parametrize("sample", ["5", "-1", "99999999999"])
 def test_a_sample_that_is_not_there(store: Path, sample: str) -> None:
-    done = run("info", store, "--sample", sample, check=False)
-    assert done.returncode == 2 and done.stdout == ""
+    done = run("info", store, "--sample", sample, code=2)
+    assert done.stdout == ""
     assert done.stderr == f"distily-cache: --sample {sample}: {store} has 5 samples, 0 to 4\n"
 
 
@@ -78,7 +82,7 @@ def test_a_damaged_shard_is_named_and_the_rest_is_shown(store: Path, tmp_path: P
     found = json.loads(done.stdout)
     assert found["mass_by_rank"] is None and found["samples"] == 5
     assert done.stderr.count("\n") == 1 and "left out" in done.stderr and "head_gaps" in done.stderr
-    assert run("info", copy, "--sample", 0, check=False).returncode == 1
+    run("info", copy, "--sample", 0, code=1)
 
 
 def test_ids_are_shown_where_there_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

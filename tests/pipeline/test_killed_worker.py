@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 
 from featurestore.reader import CacheReader
 from tests import teachers
-from tests.pipeline.test_generate_cli import command, run, text_of
+from tests.command import call, command, spawn
+from tests.teachers import text_of
 
 SAMPLES, LENGTH = 160, 250
 # Wide enough a vocabulary to take a few seconds, so that the kill finds it at work.
@@ -21,16 +21,25 @@ VOCABULARY = 32_000
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker"])
-def test_a_kill_is_reported_and_the_same_command_completes(victim: str, tmp_path: Path) -> None:
+def test_kills_are_reported_and_the_same_command_completes(tmp_path: Path) -> None:
+    """One process of vLLM is killed, at the next start the other; the third start completes."""
     teacher, store = teachers.llama(tmp_path / "teacher", vocab_size=VOCABULARY), tmp_path / "store"
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": text_of(LENGTH, seed)}) for seed in range(SAMPLES)))
     arguments = ("generate", teacher, corpus, "--out", store, "--max-seq-len", 256, "--shard-tokens", 2000)
-    log = tmp_path / "stderr.txt"
+    for victim in ("VLLM::EngineCore", "VLLM::Worker"):
+        kill_at_work(victim, arguments, store, tmp_path / "stderr.txt")
+    done = json.loads(spawn("distily-cache", *arguments, "--json").stdout)
+    assert 0 < done["tokens"] < SAMPLES * LENGTH == int(sum(CacheReader.open(store).lengths))
+    call("distily-cache", "verify", store, "--deep")
+
+
+def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: Path) -> None:
+    """Starts the command, kills that process of it after its first commit, and checks how it ends."""
+    before = committed(store)
     with log.open("w") as stderr:
-        process = subprocess.Popen(command(*arguments), stderr=stderr, env=os.environ)
-        while process.poll() is None and not list(store.glob("commit/logits-*/*.json")):
+        process = subprocess.Popen(command("distily-cache", *arguments), stderr=stderr)
+        while process.poll() is None and committed(store) == before:
             time.sleep(0.05)
         tree = psutil.Process(process.pid).children(recursive=True)
         next(one for one in tree if victim in " ".join(one.cmdline())).kill()
@@ -41,6 +50,7 @@ def test_a_kill_is_reported_and_the_same_command_completes(victim: str, tmp_path
     assert not any("Traceback" in line for line in lines)
     # multiprocessing's own resource tracker notices last that its master is gone.
     assert not psutil.wait_procs(tree, timeout=30)[1]
-    done = json.loads(run(*arguments, "--json").stdout)
-    assert 0 < done["tokens"] < SAMPLES * LENGTH == int(sum(CacheReader.open(store).lengths))
-    run("verify", store, "--deep")
+
+
+def committed(store: Path) -> int:
+    return len(list(store.glob("commit/logits-*/*.json")))

@@ -23,7 +23,8 @@ from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.errors import RequestError
 from pipeline.quantization import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, loading_quantization
 from pipeline.teacher import load_teacher
-from tests.pipeline.test_generate_cli import generate, run, text_of
+from tests.command import call, generate, spawn
+from tests.teachers import text_of
 
 LAYERS = (1, 2, 3)
 BLOCK = 64
@@ -164,7 +165,7 @@ def test_vllm_rounds_as_much_as_the_format_does(
     teacher = tiny_teacher if in_8_bit else int8_checkpoint(tiny_teacher, tmp_path / "w8a8")
     layers = ("--top-k", 0, "--hidden-layers", "1,2,3", "--hidden-dtype", "f32", "--dtype", "bfloat16")
     flags = (*layers, "--max-seq-len", 64, *(("--teacher-load-in-8bit",) if in_8_bit else ()))
-    run("generate", teacher, corpus, "--out", store, *flags)
+    spawn("distily-cache", "generate", teacher, corpus, "--out", store, *flags)
     assert read_spec(root_of(store))[0].quantization == kind
     rounding = fp8_rows if in_8_bit else int8_rows
     sample = CacheReader.open(store).read(0)
@@ -187,12 +188,12 @@ def test_a_store_knows_its_teachers_bits(
     made = generate(tiny_teacher, corpus, store, f"--teacher_load_in_{bits}bit", "True")
     assert made["tokens"]
     assert read_spec(root_of(store))[0].quantization == f"bitsandbytes-{bits}bit"
-    assert f"bitsandbytes-{bits}bit" in run("info", store).stdout
-    base = ("generate", tiny_teacher, corpus, "--out", store, "--engine", "transformers", "--max-seq-len", 64)
+    assert f"bitsandbytes-{bits}bit" in call("distily-cache", "info", store).stdout
+    base = ("distily-cache", "generate", tiny_teacher, corpus, "--out", store)
+    base += ("--engine", "transformers", "--max-seq-len", 64)
     for flags in ((), (f"--teacher-load-in-{12 - bits}bit",), (f"--teacher_load_in_{bits}bit", "False")):
-        refused = run(*base, *flags, check=False)
-        assert refused.returncode == 2 and "quantization" in refused.stderr
-    same = run(*base, f"--teacher-load-in-{bits}bit", "--json")
+        assert "quantization" in call(*base, *flags, code=2).stderr
+    same = call(*base, f"--teacher-load-in-{bits}bit", "--json")
     assert json.loads(same.stdout)["tokens"] == 0
 
 

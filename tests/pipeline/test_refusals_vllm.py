@@ -12,7 +12,8 @@ from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.errors import RequestError
 from tests import architectures
-from tests.pipeline.test_generate_cli import run, text_of
+from tests.command import spawn
+from tests.teachers import text_of
 
 
 def engine(teacher: Path, architecture: str) -> None:
@@ -56,8 +57,7 @@ def test_a_line_from_the_worker_is_the_commands_last(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": text_of(30)}))
     store = tmp_path / "store"
-    done = run("generate", teacher, corpus, "--out", store, "--hidden-layers", 1, check=False)
-    assert done.returncode == 2, done.stderr
+    done = spawn("distily-cache", "generate", teacher, corpus, "--out", store, "--hidden-layers", 1, code=2)
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert "--hidden-layers" in last and "--engine transformers" in last and "[4, 30, 64]" in last

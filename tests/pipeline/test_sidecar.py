@@ -42,7 +42,7 @@ from pipeline.sidecar import MODEL_TYPES, plan_sidecar
 from pipeline.teacher import load_teacher
 from tests import teachers
 from tests.pipeline.sidecar_reference import attention, logits, projections
-from tests.pipeline.test_generate_cli import text_of
+from tests.teachers import text_of
 
 LAYERS, LENGTH = 4, 40
 PLAIN: dict[str, Any] = {

@@ -14,6 +14,7 @@ import torch
 from featurestore.schema import HiddenSpec, LogitsSpec
 from student.cli import main
 from tests.student.caches import random_samples, save_teacher, write_cache
+from tests.student.exports import Export, Students, save
 
 SPECS = [LogitsSpec(16), HiddenSpec(1, "bf16"), HiddenSpec(3, "f32")]
 
@@ -40,14 +41,28 @@ def eager() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def students(tmp_path_factory: pytest.TempPathFactory) -> Students:
+    """A saved BitNet student of a model type with changes of its configuration; made once."""
+    made: dict[str, Path] = {}
+
+    def get(model_type: str, **changes: Any) -> Path:
+        key = repr((model_type, sorted(changes.items())))
+        if key not in made:
+            made[key] = save(tmp_path_factory.mktemp("student"), model_type, **changes)
+        return made[key]
+
+    return get
+
+
 @pytest.fixture
-def distily_train(
+def distily(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs `distily-train from-cache ARGS` in this process; (exit code, stdout, stderr)."""
+    """Runs `distily-train ARGS` in this process; (exit code, stdout, stderr)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distily-train", "from-cache", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["distily-train", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()
@@ -55,6 +70,44 @@ def distily_train(
         return int(stop.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def export(distily: Callable[..., tuple[int, str, str]], tmp_path: Path) -> Export:
+    """Runs a successful `distily-train export`; its report."""
+
+    def run(student: Path, format: str, *arguments: object) -> dict[str, Any]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        code, printed, err = distily(
+            "export", student, "--format", format, "--out", out, "--json", *arguments
+        )
+        assert code == 0, err
+        report: dict[str, Any] = json.loads(printed)
+        return report
+
+    return run
+
+
+@pytest.fixture
+def refused(distily: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Runs a request that has to be refused with exit code 2; its one line on standard error."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = distily(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("distily-train: ")]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def distily_train(
+    distily: Callable[..., tuple[int, str, str]],
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `distily-train from-cache ARGS` in this process; (exit code, stdout, stderr)."""
+
+    return lambda *arguments: distily("from-cache", *arguments)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_conversion_shares_the_parameters_and_leaves_everything_else() -> None:
     assert type(block["norm"]) is nn.LayerNorm
 
 
-def test_the_flip_meter_counts_changes_since_the_last_look() -> None:
+def test_the_meter_tells_what_changed_since_the_last_look() -> None:
     block = nn.Sequential(layer(4, 4, bias=False))
     with torch.no_grad():
         block[0].weight.fill_(1.0)
@@ -93,5 +93,18 @@ def test_the_flip_meter_counts_changes_since_the_last_look() -> None:
     with torch.no_grad():
         block[0].weight[0, :3] = -1.0
         block[0].weight[1, 0] = 0.0
-    assert meter.measure() == {"bitnet_flip_rate": 4 / 16, "bitnet_zero_share": 1 / 16}
-    assert meter.measure() == {"bitnet_flip_rate": 0.0, "bitnet_zero_share": 1 / 16}
+        block[0].weight[2] = torch.tensor([2.0, 0.97, 1.03, 0.0])
+    assert meter.measure() == pytest.approx(
+        {
+            "bitnet_flip_rate": 5 / 16,
+            "bitnet_zero_share": 2 / 16,
+            "bitnet_edge_share": 0.0,
+            "bitnet_moved_share": 8 / 16,
+            "bitnet_scale_drift": 1 / 16,  # the mean of magnitudes was 1 and is 15 / 16
+        }
+    )
+    with torch.no_grad():
+        block[0].weight[3, 3] = 0.48  # still 1, and nearly not: half the scale is 0.45
+    again = meter.measure()
+    assert (again["bitnet_flip_rate"], again["bitnet_moved_share"]) == (0.0, 1 / 16)
+    assert again["bitnet_edge_share"] == 1 / 16

@@ -14,6 +14,7 @@ from featurestore.reader import CacheReader
 from featurestore.schema import LogitsSpec
 from student.build import plan_student
 from student.errors import UserError
+from student.narrow import plan_narrowing
 from student.options import StudentOptions
 from student.shape import changed_config, choose_layers, tokenizers_differ
 from student.weights import CheckpointTensors
@@ -67,7 +68,7 @@ def test_copies_exactly_the_chosen_layers(architecture: str, shard_size: str, tm
         StudentOptions(student_model_config='{"num_hidden_layers": 2}', copy_layers="2,0"),
         CacheReader.open(store),
     )
-    student = plan.build()
+    student = plan.build()[0]
     own, theirs = dict(student.named_parameters()), dict(whole.named_parameters())
     for name, parameter in own.items():
         source = name.replace("layers.0.", "layers.X.").replace("layers.1.", "layers.0.").replace("X", "2")
@@ -80,7 +81,7 @@ def test_copies_exactly_the_chosen_layers(architecture: str, shard_size: str, tm
 
 def test_an_untied_student_of_a_tied_teacher_starts_from_the_embeddings(cache: Path) -> None:
     options = StudentOptions(student_model_config='{"tie_word_embeddings": false}', freeze_embeddings=True)
-    student = plan_student(options, CacheReader.open(cache)).build()
+    student = plan_student(options, CacheReader.open(cache)).build()[0]
     head, embeddings = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     assert head is not embeddings
     assert torch.equal(head, embeddings)
@@ -90,7 +91,7 @@ def test_an_untied_student_of_a_tied_teacher_starts_from_the_embeddings(cache: P
 
 
 def test_bitnet_spares_head_and_embeddings(cache: Path) -> None:
-    student = plan_student(StudentOptions(student_model_as_bitnet=True), CacheReader.open(cache)).build()
+    student = plan_student(StudentOptions(student_model_as_bitnet=True), CacheReader.open(cache)).build()[0]
     kinds = {name: type(module).__name__ for name, module in student.named_modules()}
     assert kinds["lm_head"] == "Linear"
     assert kinds["model.embed_tokens"] == "Embedding"
@@ -104,10 +105,67 @@ def test_random_weights_need_no_teacher_files(cache: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(CheckpointTensors, "__init__", lambda self, directory: refuse(directory))
     options = StudentOptions(student_model_config='{"hidden_size": 32, "head_dim": 16}', init="random")
-    assert plan_student(options, CacheReader.open(cache)).build().config.hidden_size == 32
+    assert plan_student(options, CacheReader.open(cache)).build()[0].config.hidden_size == 32
 
 
 def test_tokenizers_are_compared_by_their_vocabulary() -> None:
     one = {"model": {"vocab": {"a": 0, "b": 1}}}
     assert not tokenizers_differ(one, {"model": {"vocab": {"b": 1, "a": 0}}, "version": "1.0"})
     assert tokenizers_differ(one, {"model": {"vocab": {"a": 1, "b": 0}}})
+
+
+NARROW = '{"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 2}'
+
+
+def test_a_narrower_student_keeps_the_same_channels_everywhere(cache: Path, teacher: Path) -> None:
+    """Of 64 residual channels three in four, of 128 inner ones too, of two heads of 32 the first."""
+    student, _ = plan_student(StudentOptions(student_model_config=NARROW), CacheReader.open(cache)).build()
+    wide = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    hidden = [index for index in range(64) if index % 4 != 3]
+    inner = [index for index in range(128) if index % 4 != 3]
+    head = list(range(32))
+    own = student.state_dict()
+    for name, rows, columns in (
+        ("self_attn.q_proj", head, hidden),
+        ("self_attn.k_proj", head, hidden),
+        ("self_attn.v_proj", head, hidden),
+        ("self_attn.o_proj", hidden, head),
+        ("mlp.gate_proj", inner, hidden),
+        ("mlp.up_proj", inner, hidden),
+        ("mlp.down_proj", hidden, inner),
+    ):
+        theirs = wide[f"model.layers.2.{name}.weight"][rows][:, columns]
+        assert torch.equal(own[f"model.layers.1.{name}.weight"], theirs), name
+    assert torch.equal(own["model.embed_tokens.weight"], wide["model.embed_tokens.weight"][:, hidden])
+    norm = "post_attention_layernorm.weight"
+    assert torch.equal(own[f"model.layers.1.{norm}"], wide[f"model.layers.2.{norm}"][hidden])
+    assert torch.equal(own["model.norm.weight"], wide["model.norm.weight"][hidden])
+
+
+def test_query_heads_stay_with_the_key_head_that_they_share(tmp_path: Path) -> None:
+    """Of 8 query heads on 4 key heads a student with 3 on 3 keeps the first of each pair it keeps."""
+    kinds = [
+        AutoConfig.for_model(
+            "qwen3", hidden_size=64, head_dim=16, num_attention_heads=heads, num_key_value_heads=groups
+        )
+        for heads, groups in ((8, 4), (3, 3))
+    ]
+    kept = plan_narrowing(*kinds).kept
+    assert kept.keys() == {"query", "key"}
+    assert [int(row) // 16 for row in kept["key"][::16]] == [0, 1, 2]
+    assert [int(row) // 16 for row in kept["query"][::16]] == [0, 2, 4]
+    assert kept["query"][:16].tolist() == list(range(16))
+    assert plan_narrowing(*kinds)("model.layers.0.self_attn.q_norm.weight", torch.ones(16)).shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ('{"hidden_size": 96}', "hidden_size 96 is more than the teacher's 64"),
+        ('{"hidden_size": 32, "head_dim": 16}', "the student's heads are 16 wide, the teacher's 32"),
+        ('{"num_attention_heads": 4}', "query heads per key and value head 4 is more than the teacher's 2"),
+    ],
+)
+def test_widths_that_cannot_be_copied_are_refused(cache: Path, shape: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        plan_student(StudentOptions(student_model_config=shape), CacheReader.open(cache))

@@ -81,15 +81,32 @@ def test_a_batch_holds_what_the_store_holds(cache: Path) -> None:
 def test_training_reads_in_the_caches_order(cache: Path) -> None:
     reader = CacheReader.open(cache)
     indices = list(range(1, len(reader), 2))
-    order = CacheOrder(CachedDataset(reader, indices, SPECS), seed=3)
+    epochs: list[list[int]] = []
+    order = CacheOrder(CachedDataset(reader, indices, SPECS), 3, 6, lambda: (0, 1, 0)[len(epochs)])
     assert len(reader.shards()) > 2
     assert sorted(i for s in reader.shards() for i in s) == list(range(len(reader)))
-    epochs = []
-    for epoch in (0, 1, 0):
-        order.set_epoch(epoch)
+    for _ in range(3):
         epochs.append(list(order))
     assert epochs[0] == epochs[2] != epochs[1]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(indices))) and len(order) == len(indices)
     own = [[(i - 1) // 2 for i in shard if i % 2] for shard in reader.shards()]
     wanted = epoch_order(reader.manifest_digest, 3, 1, [shard for shard in own if shard])
     assert epochs[1] == wanted.tolist()
+
+
+@pytest.mark.parametrize(("batch", "steps", "whole"), [(7, 3, 2), (6, 3, 3), (18, 1, 1), (50, 1, 0)])
+def test_an_epoch_is_whole_steps(cache: Path, batch: int, steps: int, whole: int) -> None:
+    """What the last step lacks is filled up with samples that teach nothing, or the step is left out."""
+    dataset = CachedDataset(CacheReader.open(cache), range(18), SPECS)
+    filled = CacheOrder(dataset, 3, batch, lambda: 0)
+    cut = CacheOrder(dataset, 3, batch, lambda: 0, drop_last=True)
+    order = list(filled)
+    assert (len(order), len(list(cut))) == (len(filled), len(cut)) == (steps * batch, whole * batch)
+    assert sorted(order[:18]) == list(range(18)) and set(order[18:]) <= {~order[17]}
+    assert list(cut) == order[: whole * batch]
+    last, *fillers = (dataset[index] for index in order[17:])
+    assert last.loss_mask.any() and {one.id for one in fillers} <= {last.id}
+    assert not any(one.loss_mask.any() for one in fillers)
+    collate = Collator(SPECS, 2, drop_idle=True)
+    assert len(collate([last, *fillers])["labels"]) == 1
+    assert all((collate(fillers[:n])["labels"] == IGNORE).all() for n in range(1, len(fillers)))

@@ -92,3 +92,16 @@ def test_a_ternary_student_learns_everything_at_once(learn: Callable[..., list[d
     assert sum(key.startswith("loss_") for key in entries[0]) >= len(terms)
     assert all(np.isfinite(list(entry.values())).all() for entry in entries)
     assert entries[-1]["loss_kl"] < entries[0]["loss_kl"]
+
+
+def test_a_batch_with_nothing_to_learn_changes_no_loss(learn: Callable[..., list[dict[str, Any]]]) -> None:
+    """32 samples three times for 64 are filled up with 32 that teach nothing."""
+    request = {"terms": [{"loss": name} for name in catalogue()]}
+    once = learn(request, "--max_steps", 1)[0]
+    filled = ("--per-device-train-batch-size", 32, "--gradient-accumulation-steps", 3)
+    thrice = learn(request, "--max_steps", 1, *filled)[0]
+    # A sum over the tokens of a batch rounds by at most their number times eps.
+    bound = once["num_input_tokens_seen"] * float(np.finfo(np.float32).eps)
+    losses = [key for key in once if "loss" in key or key == "grad_norm"]
+    assert len(losses) > len(catalogue())
+    assert [thrice[key] for key in losses] == pytest.approx([once[key] for key in losses], rel=bound)

@@ -130,6 +130,7 @@ def test_a_run_does_not_go_on_with_other_projectors(
     arguments = (*NARROW, "--hidden-loss", "mse", "--max_steps", 2, "--save_steps", 1, "--projector")
     train(tmp_path / "one", *arguments, "linear")
     on = ("--resume_from_checkpoint", tmp_path / "one" / "checkpoint-1", "--report-to", "none")
+    on += ("--eval-fraction", 0.25, "--per-device-train-batch-size", 4)
     code, _, err = distily_train(cache, "--output-dir", tmp_path / "two", *arguments, "mlp", *on)
     assert code == 2, err
     assert "--resume-from-checkpoint" in err.splitlines()[-1] and "linear" in err.splitlines()[-1]

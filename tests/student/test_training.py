@@ -66,7 +66,7 @@ def test_the_saved_bitnet_student_computes_the_same_in_transformers(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     kinds = [type(module).__name__ for module in theirs.modules()]
     assert kinds.count("AutoBitLinear") == 14
-    own = plan_student(StudentOptions(student=str(tmp_path)), CacheReader.open(cache)).build().eval()
+    own = plan_student(StudentOptions(student=str(tmp_path)), CacheReader.open(cache)).build()[0].eval()
     assert len(list(bitnet.bit_linears(own))) == 14
     ids = torch.arange(3, 17)[None]
     with torch.no_grad():

@@ -1,0 +1,41 @@
+"""`distily-cache`: parse, call one function, map errors to exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+from pipeline.cli.exchange import export, import_command, merge
+from pipeline.cli.exits import terminated
+from pipeline.cli.generating import generate, plan
+from pipeline.cli.stores import gc, info, list_command, verify
+from pipeline.spelling import spelled
+
+app = typer.Typer(
+    name="distily-cache",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run a teacher once over a data set and keep what a student learns from: "
+    "per token the top of its distribution and chosen hidden states, in a feature store.",
+)
+# In the order of `--help`.
+for _name, _command in (
+    ("generate", generate),
+    ("plan", plan),
+    ("info", info),
+    ("verify", verify),
+    ("ls", list_command),
+    ("gc", gc),
+    ("merge", merge),
+    ("export", export),
+    ("import", import_command),
+):
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, terminated)
+    app(spelled(sys.argv[1:], typer.main.get_command(app)))

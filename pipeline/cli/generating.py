@@ -1,0 +1,99 @@
+"""Commands that run a teacher, or say what that would take: generate and plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline.cli.exits import exit_codes
+from pipeline.cli.options import JsonOption
+from pipeline.cli.output import print_json, say
+from pipeline.cli.request_flags import RequestFlags, takes_request
+
+
+@takes_request()
+def generate(
+    flags: RequestFlags,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own log.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run TEACHER over DATASET and store its features; computes only what STORE lacks.
+
+    Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
+    covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
+    the log-probability of the actual next token, the entropy, and the temperatures and hidden layers
+    asked for. With --continuations the samples are texts that the teacher, or a student, writes first.
+
+    Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
+    """
+    from pipeline.generate import execute, prepare
+
+    with exit_codes(verbose):
+        request = flags.request()
+        with _reporter() as report:
+            prepared = prepare(request, report)
+            outcome = execute(prepared, report, verbose)
+        _print_outcome(request.out, outcome, as_json)
+
+
+@takes_request(without=("tensor_parallel_size", "max_num_batched_tokens"))
+def plan(
+    flags: RequestFlags,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the same `generate` would compute, in about how many bytes and how much time.
+
+    Starts and writes nothing. The time is that of earlier runs of the store, else a rough one.
+    """
+    from pipeline.estimate import estimate
+    from pipeline.generate import prepare
+    from pipeline.render import render_plan
+
+    with exit_codes():
+        with _reporter() as report:
+            prepared = prepare(flags.request(), report)
+        forecast = estimate(prepared)
+        if as_json:
+            print_json(forecast.to_json())
+        else:
+            render_plan(Console(), forecast)
+
+
+def _reporter() -> Any:
+    from pipeline.progress import ConsoleReporter
+
+    return ConsoleReporter(Console(stderr=True))
+
+
+def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
+    if as_json:
+        print_json({"store": out, **asdict(outcome)})
+        return
+    if str(outcome.left_out):
+        say(f"left out: {outcome.left_out}")
+    if outcome.writing:
+        say(_written_line(outcome.writing))
+    if not outcome.tokens:
+        weights = f"{outcome.sidecar_size:,} bytes of the teacher's weights added; " * bool(
+            outcome.sidecar_size
+        )
+        say(f"{weights}nothing to generate: {out} already holds all {outcome.samples:,} samples")
+        return
+    rate = outcome.tokens / max(outcome.capture_seconds, 1e-9)
+    say(
+        f"{out}: {outcome.tokens:,} tokens captured in {outcome.capture_seconds:,.1f} s ({rate:,.0f} tok/s, "
+        f"engine start {outcome.engine_seconds:,.1f} s), {outcome.size / outcome.tokens:,.1f} bytes/token"
+    )
+
+
+def _written_line(written: Any) -> str:
+    rate = written.tokens / max(written.seconds, 1e-9)
+    return (
+        f"{written.new:,} of {written.texts:,} texts written by {written.by}: {written.tokens:,} tokens in "
+        f"{written.seconds:,.1f} s ({rate:,.0f} tok/s)"
+        if written.new
+        else f"all {written.texts:,} texts of {written.by} were written before"
+    )

@@ -1,0 +1,24 @@
+"""The flags that commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Feature store: a directory, s3://bucket/prefix or gs://...")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+OutOption = Annotated[
+    str,
+    typer.Option(
+        "--out", help="Feature store to create or to extend: a directory, s3://bucket/prefix or gs://..."
+    ),
+]
+ShardOption = Annotated[
+    int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow the teacher's own Python code to run.")
+]

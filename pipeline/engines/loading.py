@@ -1,0 +1,35 @@
+"""A checkpoint in plain transformers, to capture from or to write with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.engines.base import EngineConfig
+from pipeline.quantization import bitsandbytes_config
+
+
+def load_causal_lm(config: EngineConfig) -> Any:
+    """The checkpoint in evaluation mode, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    # The default one of transformers' attention kernels leaves out soft-capping without a word (Gemma 2).
+    capped = getattr(given.get_text_config(), "attn_logit_softcapping", None) is not None
+    dtype = getattr(torch, config.dtype)
+    how: dict[str, Any] = {}
+    if config.quantize_to:
+        # Loaded where it will stay: an 8-bit model cannot be moved.
+        quantization = bitsandbytes_config(config.quantize_to, dtype)
+        how = {"quantization_config": quantization, "device_map": {"": device}}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        config=given,
+        attn_implementation="eager" if capped else None,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        **how,
+    )
+    return model.eval() if config.quantize_to else model.eval().to(device)

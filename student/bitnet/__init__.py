@@ -1,0 +1,59 @@
+"""The BitNet b1.58 student: quantisers, the linear layer, conversion, and what training needs of them."""
+
+from student.bitnet.calibration import Drift, convert_calibrated
+from student.bitnet.convert import (
+    CONVERSIONS,
+    conversion_of,
+    convert,
+    convert_student,
+    norm_epsilon,
+    normed,
+    quantization_config,
+)
+from student.bitnet.linear import (
+    FULL,
+    BitLinear,
+    RMSNorm,
+    Strengths,
+    bit_linears,
+    quantize_always,
+    quantize_once,
+    set_strengths,
+)
+from student.bitnet.masters import MASTERS, RoundingAdamW, halve_masters
+from student.bitnet.meter import FlipMeter
+from student.bitnet.quantizers import EPSILON, LEVELS, quantize_activation, quantize_weight
+from student.bitnet.training import TernaryCallback, TernaryPlan, staged
+from student.bitnet.warmup import Warmup
+
+__all__ = [
+    "CONVERSIONS",
+    "EPSILON",
+    "FULL",
+    "LEVELS",
+    "MASTERS",
+    "BitLinear",
+    "Drift",
+    "FlipMeter",
+    "RMSNorm",
+    "RoundingAdamW",
+    "Strengths",
+    "TernaryCallback",
+    "TernaryPlan",
+    "Warmup",
+    "bit_linears",
+    "conversion_of",
+    "convert",
+    "convert_calibrated",
+    "convert_student",
+    "halve_masters",
+    "norm_epsilon",
+    "normed",
+    "quantization_config",
+    "quantize_activation",
+    "quantize_always",
+    "quantize_once",
+    "quantize_weight",
+    "set_strengths",
+    "staged",
+]

@@ -1,0 +1,114 @@
+"""What conversion does to the function of a student before it is trained: weights of new norms that keep it
+nearly as it was, and how far it moved.
+
+The norm divides a token's activations x by r = sqrt(mean x^2 + eps), so its weights have to give the usual
+size back. Weight c is the geometric mean of r over the tokens of some samples, each weighted by n_c^2, where
+n = x / r. Channels that few tokens use, such as those of attention sinks, thus get the size that they have in
+these tokens, and large tokens do not raise the weights of all other channels, as they would in an arithmetic
+mean. benchmarks/step0_drift.py compares other choices.
+
+Shape letters: T positions, D hidden size, I input features of a projection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student.bitnet.convert import convert_student, norm_epsilon, normed
+from student.bitnet.linear import FULL, Strengths, bit_linears, set_strengths
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Relative differences ||after - before|| / ||before|| of final hidden states over all tokens.
+
+    norms: of the added norms alone, None where there are none. quantised: of norms and quantisation.
+    """
+
+    norms: float | None
+    quantised: float
+
+
+class _Sizes:
+    """Sums over tokens, float32 [I]: of n^2 log r, and of n^2."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        self._eps = eps
+        self._logs, self._shares = torch.zeros(2, size)
+
+    def add(self, x: Tensor) -> None:
+        x_TI = x.detach().float().cpu().flatten(0, -2)
+        r_T1 = (x_TI.square().mean(-1, keepdim=True) + self._eps).sqrt()
+        share_TI = (x_TI / r_T1).square()
+        self._logs += (share_TI * r_T1.log()).sum(0)
+        self._shares += share_TI.sum(0)
+
+    def weight(self) -> Tensor:
+        """Channels that were never active get the size of all others together."""
+        common = self._logs.sum() / self._shares.sum()
+        return torch.where(self._shares > 0, self._logs / self._shares, common).exp()
+
+
+@torch.no_grad()
+def convert_calibrated(student: Any, conversion: str, samples: Sequence[Tensor]) -> Drift:
+    """Convert the decoder layers of a full-precision student, with norms calibrated on every other sample and
+    the drift measured on the rest.
+
+    samples: token ids, int64 [T] each; a single one serves for both. The student stays in the mode it is in.
+    """
+    measured = samples[1::2] or samples
+    layers, eps = student.get_decoder().layers, norm_epsilon(student.config)
+    names, training = normed(layers, conversion), student.training
+    student.eval()
+    sizes = {name: _Sizes(layers.get_submodule(name).in_features, eps) for name in names}
+    handles = [
+        layers.get_submodule(name).register_forward_pre_hook(_adder(sums)) for name, sums in sizes.items()
+    ]
+    final_states(student, samples[::2])
+    for handle in handles:
+        handle.remove()
+    before = final_states(student, measured)
+    convert_student(student, conversion)
+    for name, sums in sizes.items():
+        layers.get_submodule(name).rms_norm.weight.copy_(sums.weight())
+    drift = Drift(
+        norms=distance(before, final_states(student, measured, Strengths(0, 0, 1))) if names else None,
+        quantised=distance(before, final_states(student, measured)),
+    )
+    student.train(training)
+    return drift
+
+
+def _adder(sums: _Sizes) -> Any:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sums.add(args[0])
+
+    return hook
+
+
+@torch.no_grad()
+def final_states(student: Any, samples: Collection[Tensor], strengths: Strengths = FULL) -> list[Tensor]:
+    """Behind the final norm, float32 [T, D] per sample; BitLinear layers with these strengths."""
+    set_strengths(student, strengths)
+    for _, layer in bit_linears(student):
+        layer.train()  # in eval mode they are always fully quantised
+    states = [
+        student.get_decoder()(input_ids=tokens_T[None].to(student.device), use_cache=False)
+        .last_hidden_state[0]
+        .float()
+        for tokens_T in samples
+    ]
+    set_strengths(student, FULL)
+    return states
+
+
+def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """||after - before|| / ||before|| over all tokens of all samples."""
+    difference = sum(float((one - other).square().sum()) for one, other in zip(before, after, strict=True))
+    return math.sqrt(difference / sum(float(one.square().sum()) for one in before))

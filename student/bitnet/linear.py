@@ -1,0 +1,201 @@
+"""BitNet b1.58 linear layers (Ma et al. 2024, arXiv:2402.17764) for training with full-precision latent
+weights.
+
+Weights become {-1, 0, 1} times one scale per tensor (mean absolute value), activations become int8 with one
+scale per token (absolute maximum); gradients pass straight through both. While training, each quantiser and
+the norm before them can be blended in: x + strength * (Q(x) - x).
+
+Shape letters: N tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from student.bitnet.quantizers import quantize_activation, quantize_weight
+
+
+class Strengths(NamedTuple):
+    """How far a layer is on its way from full precision (0) to BitNet (1)."""
+
+    weights: float = 1.0
+    activations: float = 1.0
+    norms: float = 1.0
+
+
+FULL = Strengths()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight over the last dimension, in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] of any float dtype -> float32 [..., I]."""
+        return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
+class _Kept(NamedTuple):
+    """A quantised weight with what it was made of. The alias holds the memory of the weight, so that no other
+    can come to lie at its address.
+    """
+
+    alias: Tensor
+    version: int
+    ternary: Tensor
+    scale: Tensor
+
+    def is_of(self, weight: Tensor) -> bool:
+        same_place = self.alias.data_ptr() == weight.data_ptr() and self.alias.device == weight.device
+        return same_place and self.version == weight._version
+
+
+class BitLinear(nn.Linear):
+    """A linear layer that multiplies int8 activations with ternary weights; `weight` is the latent master.
+
+    rms_norm: applied to the input before it is quantised, where there is one. strengths: of training; in eval
+    mode the layer is always fully quantised.
+    """
+
+    rms_norm: RMSNorm | None
+    _kept: _Kept | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.rms_norm = None
+        self.strengths = FULL
+        self.keeping = False  # see `quantize_once`
+        self._kept = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [..., I] of any float dtype; output [..., O] in autocast's dtype when it is on, else in the
+        input's.
+        """
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        weights, activations, norms = self.strengths if self.training else FULL
+        x = input
+        if self.rms_norm is not None:  # at strength 0, too: DDP wants a gradient for every parameter
+            x = self.rms_norm(x) if norms == 1 else torch.lerp(x.float(), self.rms_norm(x), norms)
+        if weights == activations == 1:
+            ternary_OI, scale = self.quantized()
+            output: Tensor = _BitLinearFunction.apply(  # type: ignore[no-untyped-call]
+                x, self.weight, ternary_OI, scale, self.bias, dtype
+            )
+            return output
+        if weights > 0:
+            ternary_OI, scale = self.quantized()
+            weight_OI = blend(self.weight, ternary_OI * scale, weights)
+        else:
+            weight_OI = self.weight
+        if activations > 0:
+            ints, scales = quantize_activation(x.detach())
+            x = blend(x, ints * scales, activations)
+        bias_O = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight_OI.to(dtype), bias_O)
+
+    @torch.no_grad()
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        """The weight's ternary form and scale, see `quantize_weight`; kept where `quantize_once` said so."""
+        if not self.keeping or torch.compiler.is_compiling() or self.weight.is_inference():
+            return quantize_weight(self.weight)
+        if self._kept is None or not self._kept.is_of(self.weight):
+            alias = self.weight.detach()
+            self._kept = _Kept(alias, self.weight._version, *quantize_weight(alias))
+        return self._kept.ternary, self._kept.scale
+
+    def forget(self) -> None:
+        """Quantise the weight anew when it is needed next."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles quantise for themselves."""
+        return self.__dict__ | {"_kept": None}
+
+
+def blend(full: Tensor, quantised: Tensor, strength: float) -> Tensor:
+    """full + strength * (quantised - full), with the gradient of `full` (straight through)."""
+    return full + (strength * (quantised - full.detach())).to(full.dtype)
+
+
+class _BitLinearFunction(torch.autograd.Function):
+    """Exact integer product forward, scales after it; int8 operands are all that is kept for the backward
+    pass.
+
+    Integers up to 128 are exact in bfloat16, so only the accumulated sum is ever rounded.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        ternary_OI: Tensor,
+        weight_scale: Tensor,
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ints_NI, scale_N1 = quantize_activation(x.detach().reshape(-1, x.shape[-1]))
+        sums_NO = torch.mm(ints_NI.to(dtype), ternary_OI.to(dtype).t())
+        y_NO = sums_NO * (scale_N1 * weight_scale)
+        if bias_O is not None:
+            y_NO += bias_O.detach()
+        ctx.save_for_backward(ints_NI, ternary_OI, scale_N1, weight_scale)
+        ctx.x_like, ctx.weight_dtype = (x.shape, x.dtype), weight_OI.dtype
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        return y_NO.to(dtype).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ints_NI, ternary_OI, scale_N1, weight_scale = ctx.saved_tensors
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            shape, dtype = ctx.x_like
+            grad_x = (torch.mm(grad_NO, ternary_OI.to(grad.dtype)) * weight_scale).to(dtype).reshape(shape)
+        if ctx.needs_input_grad[1]:
+            scaled_ON = (grad_NO * scale_N1).to(grad.dtype).t()
+            grad_weight = torch.mm(scaled_ON, ints_NI.to(grad.dtype)).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_weight, None, None, grad_bias, None
+
+
+def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """All BitLinear layers of a model with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BitLinear))
+
+
+def set_strengths(model: nn.Module, strengths: Strengths) -> None:
+    """Of all BitLinear layers, for training."""
+    for _, layer in bit_linears(model):
+        layer.strengths = strengths
+
+
+def quantize_once(model: nn.Module) -> None:
+    """From here on every weight is quantised once and then kept, until the next call.
+
+    To be called after every change of the weights. Changes that autograd counts are noticed without it, but
+    optimizers need not make such: torch's fused AdamW, bitsandbytes, and whatever writes through `.data`
+    leave no trace on the tensor. Hence nothing is kept until somebody promises to call this.
+    """
+    for _, layer in bit_linears(model):
+        layer.keeping = True
+        layer.forget()
+
+
+def quantize_always(model: nn.Module) -> None:
+    """Takes `quantize_once` back: weights are quantised whenever they are multiplied."""
+    for _, layer in bit_linears(model):
+        layer.keeping = False
+        layer.forget()

@@ -1,0 +1,64 @@
+"""What latent weights do between two looks: flips, zeros, weights near a threshold, scales, standstill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from student.bitnet.linear import BitLinear, bit_linears
+
+EDGE = 0.05  # how near to a rounding threshold counts as its edge, in units of the scale
+_SAMPLE = 4096  # weights per layer, evenly spread, that are looked at for movement
+
+
+class FlipMeter:
+    """How the ternary weights move, and what they are made of. Costs one int8 copy of the weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = dict(bit_linears(model))
+        self._first_scales = {name: layer.quantized()[1] for name, layer in self._layers.items()}
+        self.look()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Compare with the weights as they are now, next time."""
+        self._last = {name: layer.quantized()[0] for name, layer in self._layers.items()}
+        self._sample = {name: _spread(layer) for name, layer in self._layers.items()}
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Shares in [0, 1] of all ternary weights, and the drift of scales; the next call compares with this.
+
+        bitnet_flip_rate: changed since the last look. bitnet_zero_share: in the dead zone, |w| < scale / 2,
+        which rounds to 0. bitnet_edge_share: latent weights within EDGE * scale of a threshold at
+        +-scale / 2, those that a small update can flip. bitnet_moved_share: latent weights, of an even
+        sample, that changed at all since the last look. bitnet_scale_drift: mean over layers of
+        |scale / first scale - 1|.
+        """
+        size = sum(layer.weight.numel() for layer in self._layers.values())
+        flips = zeros = edge = moved = sampled = 0
+        drift = 0.0
+        for name, layer in self._layers.items():
+            ternary, scale = layer.quantized()
+            flips += int((ternary != self._last[name]).sum())
+            zeros += int((ternary == 0).sum())
+            distance = (layer.weight.float().abs() - scale / 2).abs_()
+            edge += int((distance < EDGE * scale).sum())
+            now = _spread(layer)
+            moved += int((now != self._sample[name]).sum())
+            sampled += now.numel()
+            drift += float((scale / self._first_scales[name] - 1).abs())
+        self.look()
+        return {
+            "bitnet_flip_rate": flips / size,
+            "bitnet_zero_share": zeros / size,
+            "bitnet_edge_share": edge / size,
+            "bitnet_moved_share": moved / sampled,
+            "bitnet_scale_drift": drift / len(self._layers),
+        }
+
+
+def _spread(layer: BitLinear) -> Tensor:
+    """A copy of at most 2 * _SAMPLE weights, evenly spread."""
+    flat = layer.weight.detach().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLE)].clone()

@@ -1,0 +1,31 @@
+"""The two quantisers of BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764), in float32 whatever they are given.
+
+The formulas are those of transformers' online `AutoBitLinear`, so that a saved student computes the same
+function there.
+
+Shape letters: N tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-5  # smallest mean or maximum that a scale is made of
+LEVELS = 127  # largest int8 activation
+
+
+def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary weights and their scale: (int8 [O, I] in {-1, 0, 1}, float32 scalar); weight ~ ternary
+    * scale.
+    """
+    weight_OI = weight_OI.float()
+    inverse = 1.0 / weight_OI.abs().mean().clamp_(min=EPSILON)
+    return (weight_OI * inverse).round_().clamp_(-1, 1).to(torch.int8), 1.0 / inverse
+
+
+def quantize_activation(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 activations and their scale per token: (int8 [..., I], float32 [..., 1]); x ~ int8 * scale."""
+    x_NI = x_NI.float()
+    inverse_N1 = LEVELS / x_NI.abs().amax(dim=-1, keepdim=True).clamp_(min=EPSILON)
+    return (x_NI * inverse_N1).round_().clamp_(-LEVELS - 1, LEVELS).to(torch.int8), 1.0 / inverse_N1

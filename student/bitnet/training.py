@@ -1,0 +1,98 @@
+"""What a BitNet student needs of the training loop, as one callback of transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from student.bitnet.linear import bit_linears, quantize_always, quantize_once, set_strengths
+from student.bitnet.meter import FlipMeter
+from student.bitnet.warmup import Warmup
+from student.errors import StudentError
+
+LATE_RATE = 2 / 3  # of the learning rate, in the second stage
+
+
+def late(step: int, max_steps: int) -> bool:
+    """Whether the step that follows `step` finished ones belongs to the second half of the run."""
+    return 2 * step >= max_steps
+
+
+@dataclass(frozen=True)
+class TernaryPlan:
+    """How a BitNet student is trained. masters: dtype of the latent weights, see `bitnet.masters`.
+
+    two_stage: in the second half of the steps weight decay is 0 and the learning rate LATE_RATE of what the
+    schedule says (after the two-stage schedule of BitNet b1.58, arXiv:2504.12285).
+    """
+
+    warmup: Warmup = field(default_factory=Warmup)
+    masters: str = "fp32"
+    two_stage: bool = False
+
+
+class TernaryCallback(TrainerCallback):  # type: ignore[misc]
+    """Strengths before a step, quantisation once per step, weight decay by stage, and what is logged."""
+
+    def __init__(self, student: nn.Module, plan: TernaryPlan) -> None:
+        self._student, self._plan = student, plan
+        self.meter = FlipMeter(student)
+        self._largest_rate = 0.0  # of steps since the last log whose gradients were not zero
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After weights were loaded or sent between processes."""
+        quantize_once(self._student)
+        self.meter.look()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Strengths and weight decay are functions of the step, so that a resumed run has the right ones."""
+        set_strengths(self._student, self._plan.warmup.at(state.global_step, state.max_steps))
+        if self._plan.two_stage and late(state.global_step, state.max_steps):
+            for group in kwargs["optimizer"].param_groups:
+                group["weight_decay"] = 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are there, and the rate that they will meet."""
+        rate = max(float(group["lr"]) for group in kwargs["optimizer"].param_groups)
+        grads = (layer.weight.grad for _, layer in bit_linears(self._student))
+        if rate > self._largest_rate and any(grad is not None and bool(grad.any()) for grad in grads):
+            self._largest_rate = rate
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights have changed, perhaps without a trace."""
+        quantize_once(self._student)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nobody promises to tell of changes any more."""
+        quantize_always(self._student)
+
+    def measure(self, peak_rate: float) -> dict[str, float]:
+        """What `FlipMeter.measure` says since the last log; StudentError when updates vanish in rounding.
+
+        That is, when no latent weight moved though some step had gradients and at least half the peak
+        learning rate: at the ends of a schedule a standstill is no fault.
+        """
+        measured = self.meter.measure()
+        rate, self._largest_rate = self._largest_rate, 0.0
+        if measured["bitnet_moved_share"] == 0 and rate > 0 and rate >= peak_rate / 2:
+            dtype = str(next(layer.weight.dtype for _, layer in bit_linears(self._student)))
+            raise StudentError(
+                f"no latent weight moved since the last log, at a learning rate of {rate:g}: its updates are "
+                f"smaller than the rounding of {dtype.removeprefix('torch.')} weights; raise --learning-rate"
+                + (" or take --bitnet-masters fp32" if dtype != "torch.float32" else "")
+            )
+        return measured
+
+
+def staged(schedule: torch.optim.lr_scheduler.LambdaLR, max_steps: int) -> None:
+    """Give a schedule its second stage."""
+
+    def with_stage(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step) * (LATE_RATE if late(step, max_steps) else 1.0)
+
+    schedule.lr_lambdas = [with_stage(rate) for rate in schedule.lr_lambdas]

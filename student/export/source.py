@@ -1,0 +1,76 @@
+"""The student that is exported: its directory, its configuration, its model with integer layers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student.bitnet import layout
+from student.errors import UserError
+from student.export.reference import integer_linears, to_integers
+from student.saving import TOKENIZER_FILES, load_saved
+
+
+@dataclass(frozen=True)
+class Source:
+    """`model` computes the integer reference; `config` is the model's own, without `quantization_config`."""
+
+    directory: Path
+    config: dict[str, Any]
+    model: Any
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name of each ternary layer -> (output features, input features)."""
+        return {name: (one.out_features, one.in_features) for name, one in integer_linears(self.model)}
+
+    def copy_tokenizer(self, out: Path) -> None:
+        """Tokenizer files, chat template and generation settings, as they are."""
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, out / name)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model's directory; UserError when there is none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} holds no config.json; give the --output-dir of a training")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def quantization_of(config: dict[str, Any]) -> str:
+    """ "none", "latent" (a BitNet student as training saves it), "packed" (an hf-bitnet export), or
+    the name of another method.
+    """
+    entry = config.get("quantization_config")
+    if entry is None:
+        return "none"
+    if entry.get("quant_method") != "bitnet":
+        return str(entry.get("quant_method"))
+    return "latent" if entry.get("quantization_mode") == "online" else "packed"
+
+
+def open_source(directory: Path) -> Source:
+    """Load a BitNet student that training saved; UserError when the directory holds anything else."""
+    config = read_config(directory)
+    kind = quantization_of(config)
+    if kind == "none":
+        raise UserError(
+            f"{directory} is a full-precision student, which has no ternary weights to export; train one "
+            "with --student-model-as-bitnet"
+        )
+    if kind != "latent":
+        raise UserError(
+            f"{directory} is quantised already ({kind}); give the --output-dir of the training, which has "
+            "the latent weights"
+        )
+    model = load_saved(directory)
+    to_integers(model)
+    own = layout.from_saved(config)
+    del own["quantization_config"]
+    return Source(directory, own, model)

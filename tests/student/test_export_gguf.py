@@ -1,0 +1,164 @@
+"""GGUF: transformers reads back what the student computes, blocks hold the matrices exactly, tokenizer and
+settings are llama.cpp's, and what it would not compute is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from student.export import gguf as exporter
+from student.export import gguf_reading, verify
+from student.export.command import round_values
+from student.export.gguf_types import TYPES, from_blocks, to_blocks
+from student.export.reference import integer_linears
+from student.export.source import Source, open_source
+from tests.student.exports import Export, Students, add_norms
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_blocks_hold_ternary_matrices_exactly(name: str) -> None:
+    kind = TYPES[name]
+    rng = np.random.default_rng(0)
+    ternary = rng.integers(-1, 2, (17, 512)).astype(np.int8)
+    ternary[3] = 0
+    ternary[5, :256] = 0
+    scale = float(np.float16(0.0123))
+    blocks = to_blocks(ternary, scale, kind)
+    assert blocks.shape == (17, 512 // kind.columns * kind.block_bytes)
+    values, scales = from_blocks(blocks, kind)
+    assert np.array_equal(values, ternary)
+    assert (scales == np.float32(scale)).all()
+    if name != "Q2_0":
+        wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(kind.number))
+        assert np.array_equal(wanted, ternary * np.float32(scale))
+
+
+def test_q2_0_is_laid_out_as_ggml_has_it() -> None:
+    """ggml's block_q2_0: half d, then 16 bytes of four neighbours each, lowest bits first, value + 1."""
+    ternary = np.zeros((1, 64), np.int8)
+    ternary[0, :6] = [-1, 0, 1, 1, 1, -1]
+    block = to_blocks(ternary, 1.0, TYPES["Q2_0"])[0]
+    assert block.tobytes() == b"\x00\x3c" + bytes([0b10100100, 0b01010010]) + b"\x55" * 14
+
+
+def floats(source: Source) -> nn.Module:
+    """The student with its ternary matrices multiplied out and activations of full precision."""
+    model = copy.deepcopy(source.model)
+    for name, layer in integer_linears(source.model):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        linear.weight.data = layer.ternary() / layer.weight_scale
+        if layer.bias is not None:
+            linear.bias.data = layer.bias
+        model.set_submodule(name, linear)
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_transformers_reads_the_student_back(students: Students, export: Export, model_type: str) -> None:
+    source = students(model_type, **SHAPE, **({"sliding_window": None} if model_type == "mistral" else {}))
+    report = export(source, "gguf", "--gguf-type", "TQ1_0" if model_type == "qwen2" else "TQ2_0")
+    assert report["verification"]["reader"] == "transformers"
+    # Its matrices, taken apart into integers again, compute the reference at stored precision exactly.
+    assert report["verification"]["relative_error"] == 0.0
+    path = next(Path(report["out"]).glob("*.gguf"))
+    opened = open_source(source)
+    ids = verify.probes(opened.model.config)
+    loaded = verify.logits_of(gguf_reading.load(path, opened), ids)
+    exact = verify.logits_of(floats(opened), ids)
+    round_values(opened.model, torch.float16, torch.float16)
+    stored = verify.logits_of(floats(opened), ids)
+    # As transformers runs it, with full-precision activations: sums of float32 in another order.
+    assert verify.compare(loaded, stored).relative_error < 1e-5
+    # Of the rest, scales, embeddings and head rounded to float16, 2^-11 each, in two layers of hot attention.
+    assert verify.compare(loaded, exact).relative_error < 16 * 2**-11
+
+
+@pytest.mark.parametrize(("name", "mode"), [("Q2_0", "none"), ("TQ2_0", "subln")])
+def test_what_transformers_does_not_read(students: Students, tmp_path: Path, name: str, mode: str) -> None:
+    source, kind = open_source(students("llama", **SHAPE)), TYPES[name]
+    add_norms(source, "subln") if mode == "subln" else None
+    for _, layer in integer_linears(source.model):
+        layer.weight_scale.copy_(1 / (1 / layer.weight_scale).half().float())
+    exporter.check(source, kind)
+    exporter.write(source, tmp_path, torch.float32, kind)
+    assert not gguf_reading.by_transformers(source, kind)
+    path = exporter.file_in(tmp_path, kind)
+    ids = verify.probes(source.model.config)
+    loaded = gguf_reading.read(path, source, kind)
+    assert torch.equal(verify.logits_of(loaded, ids), verify.logits_of(source.model, ids))
+    if mode == "subln":
+        reader = gguf.GGUFReader(path)
+        assert reader.fields["general.architecture"].contents() == "bitnet"
+        names = {tensor.name for tensor in reader.tensors}
+        assert {"blk.0.attn_sub_norm.weight", "blk.1.ffn_sub_norm.weight", "output_norm.weight"} <= names
+
+
+def test_own_parser_agrees_with_the_package(students: Students, export: Export) -> None:
+    path = next(Path(export(students("llama", **SHAPE), "gguf")["out"]).glob("*.gguf"))
+    parsed = gguf_reading.parse(path)
+    tensors = gguf.GGUFReader(path).tensors
+    assert len(tensors) == len(parsed)
+    for tensor in tensors:
+        own = parsed[tensor.name]
+        assert own.shape == tuple(int(size) for size in tensor.shape[::-1])
+        assert own.number == tensor.tensor_type
+        assert np.array_equal(own.data[: tensor.n_bytes], tensor.data.reshape(-1).view(np.uint8))
+
+
+def byte_level(vocab: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with two merges, digits apart, as SmolLM has it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "th", "the"]
+    tokenizer = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(tokens)}, [("t", "h"), ("th", "e")])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    assert len(tokens) < vocab
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=tokens[1], eos_token=tokens[2])
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return fast
+
+
+def test_a_byte_level_tokenizer_travels_along(students: Students, export: Export, tmp_path: Path) -> None:
+    source = students("llama", **SHAPE, vocab_size=300)
+    own = byte_level(300)
+    own.save_pretrained(source)
+    path = next(Path(export(source, "gguf")["out"]).glob("*.gguf"))
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "smollm"
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert (len(tokens), tokens[299]) == (300, "[PAD299]")
+    assert reader.fields["tokenizer.chat_template"].contents() == own.chat_template
+    read = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "the other thé\n<|im_end|> <x>"
+    assert read(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
+
+
+def test_refusals(students: Students, refused: Callable[..., str]) -> None:
+    small = students("llama")
+    line = refused("export", small, "--format", "gguf")
+    assert "q_proj has 64 columns, not a multiple of 256" in line
+    assert "or --gguf-type Q2_0, whose blocks have 64" in line
+    assert "choose one of TQ2_0, TQ1_0, Q2_0" in refused(
+        "export", small, "--format", "gguf", "--gguf-type", "Q4"
+    )
+    assert "leave it out" in refused("export", small, "--format", "hf-bitnet", "--gguf-type", "TQ2_0")
+    gemma = students("gemma2", **SHAPE)
+    assert "no GGUF export for gemma2 students" in refused("export", gemma, "--format", "gguf")
+    window = students("mistral", **SHAPE)
+    assert "no sliding window" in refused("export", window, "--format", "gguf")

@@ -1,0 +1,192 @@
+"""BitNet trainings through the command line: warm-up, stages, masters, resuming, one quantisation per
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from student import bitnet
+from student.bitnet import linear
+from student.bitnet.masters import RoundingAdamW, round_stochastically
+from tests.student.test_training import BITNET, logs, weights
+
+Train = Callable[..., dict[str, Any]]
+Run = Callable[..., tuple[int, str, str]]
+SUBLN = (*BITNET, "--bitnet-conversion", "subln")
+WARMUP = ("--bitnet-warmup-weights", 0.9, "--bitnet-warmup-activations", 0.5, "--bitnet-warmup-norms", 0.7)
+
+
+def test_a_resumed_run_keeps_strength_stage_and_rounding(train: Train, run: Run, tmp_path: Path) -> None:
+    """The checkpoint is from after the half, with weights still on their way."""
+    flags = (*WARMUP, "--bitnet-two-stage", "--weight-decay", 0.5, "--bitnet-masters", "bf16", "--bf16")
+    flags += ("--max_steps", 6, "--save_steps", 4, "--logging_steps", 1, "--save_total_limit", 5)
+    flags += ("--lr_scheduler_type", "constant", "--learning-rate", 0.01)
+    summary = train(tmp_path / "straight", *SUBLN, *flags)
+    checkpoint = tmp_path / "straight" / "checkpoint-4"
+    train(tmp_path / "resumed", *SUBLN, *flags, "--resume_from_checkpoint", checkpoint)
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    entries = [log for log in logs(tmp_path / "straight") if "loss" in log]
+    again = [log for log in logs(tmp_path / "resumed") if "loss" in log]
+    watched = ("loss", "learning_rate", "bitnet_flip_rate", "bitnet_scale_drift")
+    assert [[log[name] for name in watched] for log in entries] == [
+        [log[name] for name in watched] for log in again
+    ]
+    assert [log["learning_rate"] for log in entries] == pytest.approx([0.01] * 3 + [0.01 * 2 / 3] * 3)
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.0, 0.0]
+    assert {part["exp_avg_sq"].dtype for part in state["state"].values()} == {torch.float32}
+    drift = summary["step0_drift"]
+    assert 0 < drift["norms"] < drift["quantised"]
+    assert entries[0]["step0_drift_quantised"] == drift["quantised"]
+    assert summary["bitnet_conversion"] == "subln"
+    assert "calibrated norms alone" in (tmp_path / "straight" / "report.html").read_text()
+    latent = [t for name, t in straight.items() if name.endswith("_proj.weight")]
+    assert {tensor.dtype for tensor in latent} == {torch.bfloat16}
+    for other, kind in (
+        ((*BITNET, *flags[len(WARMUP) :]), "--bitnet-conversion none --bitnet-masters bf16"),
+        ((*SUBLN, *flags, "--bitnet-masters", "fp32"), "--bitnet-conversion subln --bitnet-masters fp32"),
+        (flags[-10:], "full precision"),
+    ):
+        code, _, err = run(tmp_path / "other", *other, "--resume_from_checkpoint", checkpoint)
+        assert code == 2
+        assert f"this run would go on with {kind}, but" in err
+        assert "is of a run with --bitnet-conversion subln --bitnet-masters bf16" in err
+
+
+@pytest.fixture
+def run(distily_train: Run, cache: Path) -> Run:
+    """Like `train`, for commands that end in an error."""
+    quick = ("--per-device-train-batch-size", 4, "--eval-fraction", 0.25, "--report-to", "none", "--json")
+    return lambda directory, *rest: distily_train(cache, "--output-dir", directory, *quick, *rest)
+
+
+@pytest.mark.parametrize("masters", ["bf16", "fp32"])
+def test_updates_that_vanish_in_rounding_are_an_error(run: Run, tmp_path: Path, masters: str) -> None:
+    flags = ("--max_steps", 3, "--logging_steps", 1, "--warmup_steps", 0, "--learning-rate", "1e-20")
+    code, _, err = run(tmp_path, *BITNET, *flags, "--bitnet-masters", masters)
+    assert code == 1
+    line = err.strip().splitlines()[-1]
+    assert "distily-train: no latent weight moved since the last log, at a learning rate of 1e-20" in line
+    assert ("--bitnet-masters fp32" in line) == (masters == "bf16")
+
+
+def test_weights_are_quantised_once_per_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the accumulation, and with the very weights that come of quantising always; Trainer's default
+    optimizer changes weights without a trace.
+    """
+    flags = (*SUBLN, "--max_steps", 4, "--eval-fraction", 0, "--logging_steps", 4, "--gradient_checkpointing")
+    flags += ("--gradient-accumulation-steps", 3, "--per-device-train-batch-size", 2)
+    calls = 0
+    quantize = linear.quantize_weight
+
+    def counting(weight: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return quantize(weight)
+
+    monkeypatch.setattr(linear, "quantize_weight", counting)
+    train(tmp_path / "once", *flags)
+    # Drift, meter, 4 steps, and one that the last log leaves behind; there are 14 layers.
+    assert calls <= 14 * (8 + 4 + 4)
+    once, calls = calls, 0
+    monkeypatch.setattr("student.bitnet.training.quantize_once", lambda _student: None)
+    train(tmp_path / "always", *flags)
+    assert calls > once + 14 * 4 * (2 * 3 - 1) - 14
+    one, other = weights(tmp_path / "once"), weights(tmp_path / "always")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--bitnet-conversion", "sub"), "--bitnet-conversion sub is unknown; choose none, subln"),
+        (("--bitnet-warmup-weights", 1.5), "--bitnet-warmup-weights is a share of the steps"),
+        (("--bitnet-warmup-norms", 0.1), "--bitnet-warmup-norms has no effect without norms"),
+        (
+            ("--student-model-as-bitnet", "False", "--bitnet-masters", "bf16"),
+            "--bitnet-masters has no effect",
+        ),
+        (("--bitnet-masters", "bf16", "--optim", "sgd"), "--optim sgd would round its updates away"),
+        (("--bitnet-two-stage", "--lr_scheduler_type", "greedy"), "greedy follows the loss"),
+    ],
+)
+def test_flags_that_do_not_fit(run: Run, tmp_path: Path, flags: tuple[object, ...], reason: str) -> None:
+    code, _, err = run(tmp_path, "--student-model-as-bitnet", *flags)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert reason in err
+
+
+def test_rounding_is_stochastic_and_right_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ulp = 2.0**-8  # of bfloat16 in [1, 2) it is 2^-7; of [0.5, 1) this
+    values = torch.full((100_000,), -(0.5 + 0.3 * ulp))
+    rounded = round_stochastically(values, generator).float()
+    assert set(rounded.tolist()) == {-0.5, -(0.5 + ulp)}
+    # The share of the farther one is 0.3, and its deviation sqrt(0.21 / 100000) = 0.00145.
+    assert (rounded != -0.5).float().mean().item() == pytest.approx(0.3, abs=5 * 0.00145)
+    special = torch.tensor([0.0, -0.0, 1.5, torch.inf, -torch.inf, torch.nan])
+    same = round_stochastically(special, generator).float()
+    assert torch.equal(same.nan_to_num(7.0), special.nan_to_num(7.0))
+
+
+def test_the_rounding_optimizer_is_adamw() -> None:
+    """In float32 the same as torch's; in bfloat16 right on average, where rounding to nearest stands
+    still.
+    """
+    torch.manual_seed(0)
+    start, gradients = torch.randn(300, 100), torch.randn(5, 300, 100)
+    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
+
+    def trained(kind: Any, dtype: torch.dtype, **more: Any) -> Tensor:
+        parameter = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = kind([parameter], **{**settings, **more})
+        for gradient in gradients:
+            parameter.grad = gradient.to(dtype)
+            optimizer.step()
+        return parameter.detach().float()
+
+    torch.testing.assert_close(
+        trained(RoundingAdamW, torch.float32), trained(torch.optim.AdamW, torch.float32), rtol=1e-5, atol=1e-6
+    )
+    rate = 1e-5
+    wanted = trained(torch.optim.AdamW, torch.float32, lr=rate) - start
+    halved = start.bfloat16().float()
+    stuck = trained(torch.optim.AdamW, torch.bfloat16, lr=rate) - halved
+    moved = trained(RoundingAdamW, torch.bfloat16, lr=rate) - halved
+    assert (stuck == 0).float().mean() > 0.9
+    # Per weight the noise of a rounding is far larger than the update; over all of them it averages out.
+    slope = (moved * wanted).sum() / wanted.square().sum()
+    noise = (moved.var() / wanted.square().sum()) ** 0.5
+    assert abs(slope - 1) < 5 * noise < 0.5
+
+
+def test_all_processes_round_alike() -> None:
+    def step(seed: int) -> Tensor:
+        parameter = torch.nn.Parameter(torch.ones(64, 64).bfloat16())
+        parameter.grad = torch.ones_like(parameter)
+        torch.manual_seed(torch.randint(1000, ()).item())
+        RoundingAdamW([parameter], lr=1e-3, seed=seed).step()
+        return parameter.detach()
+
+    assert torch.equal(step(1), step(1))
+    assert not torch.equal(step(1), step(2))
+
+
+def test_masters_are_really_bfloat16() -> None:
+    model = torch.nn.Sequential(bitnet.BitLinear(8, 4))
+    bitnet.halve_masters(model)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[0].bias.dtype == torch.float32
+    model(torch.randn(2, 8)).sum().backward()
+    assert model[0].weight.grad.dtype == torch.bfloat16
