@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, table, write_result
+from common import RUN, table, write_result
 from torch import Tensor
 
 from student.export.command import export, round_values
@@ -29,8 +29,7 @@ from student.export.reference import IntegerLinear, integer_linears
 from student.export.source import open_source
 from student.export.verify import compare, logits_of
 
-TEXT = ROOT / "README.md"
-SAMPLES, LENGTH = 8, 128
+SAMPLES, LENGTH = 8, 64
 
 
 class BlockedLinear(IntegerLinear):
@@ -59,24 +58,22 @@ class BlockedLinear(IntegerLinear):
 def samples(directory: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(directory)(TEXT.read_text()).input_ids
-    return [ids[index * LENGTH : (index + 1) * LENGTH] for index in range(SAMPLES)]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    lines = (RUN / "topics.jsonl").read_text(encoding="utf-8").splitlines()[:SAMPLES]
+    return [tokenizer(json.loads(line)["text"]).input_ids[:LENGTH] for line in lines]
 
 
-def run_llama(path: Path, tokens: list[list[int]], folder: Path) -> tuple[Tensor, dict[str, Any]]:
-    (folder / "tokens.json").write_text(json.dumps(tokens))
-    logits = folder / "logits.npy"
+def run_llama(path: Path, tokens: list[list[int]], mode: str) -> dict[str, Any]:
+    """What the worker prints; with mode "logits" they are under that key, [N, V]."""
     worker = Path(__file__).with_name("llama_cpp_worker.py")
-    command = [
-        os.environ["LLAMA_PYTHON"],
-        "-P",
-        str(worker),
-        str(path),
-        str(folder / "tokens.json"),
-        str(logits),
-    ]
+    given = path.with_name("tokens.json")
+    given.write_text(json.dumps(tokens))
+    command = [os.environ["LLAMA_PYTHON"], "-P", str(worker), mode, str(path), str(given)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return torch.from_numpy(np.load(logits)), json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
+    if mode == "logits":
+        result["logits"] = torch.from_numpy(np.load(given.with_suffix(".npy")))
+    return result
 
 
 def emulated(directory: Path, kind: str, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,19 +88,19 @@ def emulated(directory: Path, kind: str, ids_BT: Tensor) -> tuple[Tensor, Tensor
 
 
 def study(directory: Path, kind: str) -> tuple[list[str], list[str], dict[str, Any]]:
+    tokens = samples(directory)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        request = ExportRequest(directory, "gguf", folder / "out", "float32", kind)
-        report = export(request)
-        path = next((folder / "out").glob("*.gguf"))
-        tokens = samples(directory)
-        got, run = run_llama(path, tokens, folder)
+        exact, half = Path(name) / "exact", Path(name) / "half"
+        report = export(ExportRequest(directory, "gguf", exact, "float32", kind))
+        got = run_llama(next(exact.glob("*.gguf")), tokens, "logits")["logits"]
+        export(ExportRequest(directory, "gguf", half, "float16", kind))
+        run = run_llama(next(half.glob("*.gguf")), tokens, "speed")
     reference, blocked = emulated(directory, kind, torch.tensor(tokens))
     near, far = compare(got, blocked), compare(got, reference)
     blocking = compare(blocked, reference)
     config = json.loads((directory / "config.json").read_text())
     shape = f"{config['num_hidden_layers']} layers of {config['hidden_size']}/{config['intermediate_size']}"
-    exact = [
+    agreement = [
         kind,
         shape,
         f"{near.positions:,}",
@@ -123,9 +120,10 @@ def study(directory: Path, kind: str) -> tuple[list[str], list[str], dict[str, A
         f"{run['rate'] / run['f16_rate']:.2f}",
     ]
     first = [reference.argmax(-1), blocked.argmax(-1), got.argmax(-1)]
+    run["distinct"] = len(set(got.argmax(-1).tolist()))
     run["tokens"] = [one[-12:].tolist() for one in first]
     run["own_tokens"] = own_tokens(directory)
-    return exact, fast, run
+    return agreement, fast, run
 
 
 def own_tokens(directory: Path) -> list[int]:
@@ -158,13 +156,15 @@ def main() -> None:
     runs = [one[2] for one in results]
     tokens = "\n".join(
         f"- {one[0][0]}: reference {one[2]['tokens'][0]}, emulation {one[2]['tokens'][1]}, llama.cpp "
-        f"{one[2]['tokens'][2]}; a sentence is split as by transformers: "
+        f"{one[2]['tokens'][2]}; {one[2]['distinct']} different tokens in all; "
+        f"a sentence is split as by transformers: "
         f"{one[2]['tokenized'] == one[2]['own_tokens']}"
         for one in results
     )
     body = (
-        f"llama-cpp-python {runs[0]['version']}, one thread; embeddings and head are in float32, in the F16 "
-        f"file in float16. The text is the README.\n\n{exact}\n\n{fast}\n\nThe best next tokens at the last "
+        f"llama-cpp-python {runs[0]['version']}, one thread. Logits are compared with embeddings and head in "
+        f"float32, sizes and speeds are with float16. The text is the demo's.\n\n{exact}\n\n{fast}\n\n"
+        f"The best next tokens at the last "
         f"12 positions:\n\n{tokens}\n\nllama.cpp: {runs[0]['system'].strip()}"
     )
     write_result("llama_cpp", "GGUF exports in llama.cpp", body)

@@ -1,7 +1,7 @@
 """Runs in a Python that has llama-cpp-python: logits of given tokens, and the speed of generating.
 
-`python -P llama_cpp_worker.py MODEL.gguf TOKENS.json LOGITS.npy` prints a JSON object. `-P` keeps this
-directory, with its llama_cpp.py, off the import path.
+`python -P llama_cpp_worker.py logits|speed MODEL.gguf TOKENS.json` prints a JSON object; `logits` writes
+TOKENS.npy. `-P` keeps this directory, with its llama_cpp.py, off the import path.
 """
 
 import json
@@ -38,7 +38,7 @@ def open_model(path: Path) -> llama_cpp.Llama:
     )
 
 
-def speed(model: llama_cpp.Llama, prompt: list[int], count: int = 128) -> float:
+def speed(model: llama_cpp.Llama, prompt: list[int], count: int = 64) -> float:
     """New tokens per second, best of three."""
     best = 0.0
     for _ in range(3):
@@ -51,25 +51,32 @@ def speed(model: llama_cpp.Llama, prompt: list[int], count: int = 128) -> float:
     return best
 
 
-def main() -> None:
-    path, tokens, logits = (Path(one) for one in sys.argv[1:])
-    samples = json.loads(tokens.read_text())
+def logits(path: Path, samples: list[list[int]]) -> np.ndarray:
+    """Float32 [positions of all samples, vocabulary]."""
     model, rows = open_model(path), []
     for ids in samples:
         model.reset()
         model.eval(ids)
         rows.append(np.array(model.scores[: len(ids)], np.float32))
-    np.save(logits, np.concatenate(rows))
-    half = to_f16(path)
+    return np.concatenate(rows)
+
+
+def main() -> None:
+    mode, (path, tokens) = sys.argv[1], map(Path, sys.argv[2:])
+    samples = json.loads(tokens.read_text())
     result = {
         "system": llama_cpp.llama_print_system_info().decode(),
         "version": llama_cpp.__version__,
-        "rate": speed(model, samples[0]),
-        "f16_rate": speed(open_model(half), samples[0]),
-        "bytes": path.stat().st_size,
-        "f16_bytes": half.stat().st_size,
-        "tokenized": model.tokenize(b"The capital of France is Paris in 1789.", add_bos=False),
     }
+    if mode == "logits":
+        np.save(tokens.with_suffix(".npy"), logits(path, samples))
+    else:
+        half = to_f16(path)
+        models = [open_model(path), open_model(half)]
+        rates = [speed(model, samples[0]) for model in models]
+        result |= {"rate": rates[0], "f16_rate": rates[1]}
+        result |= {"bytes": path.stat().st_size, "f16_bytes": half.stat().st_size}
+        result["tokenized"] = models[0].tokenize(b"The capital of France is Paris in 1789.", add_bos=False)
     print(json.dumps(result))
 
 
