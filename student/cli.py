@@ -127,9 +127,12 @@ def generate_(
 
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
-    """Errors of the student's own as one line and an exit code."""
+    """Errors of the student's own as one line and an exit code; no progress bars of loading models."""
+    from transformers.utils.logging import disable_progress_bar
+
     from student.errors import StudentError, UserError
 
+    disable_progress_bar()
     try:
         yield
     except UserError as error:
