@@ -117,7 +117,7 @@ def _plan_checkpoint(
     before = layout.saved_conversion(saved)
     config = load_config(checkpoint, "--student") if before is None else student_config(saved)
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
-    same = _same_tokenizer(Path(checkpoint), reader.teacher_dir, flag)
+    same = same_tokenizer(Path(checkpoint), reader.teacher_dir, flag)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, same)
     check_positions(config, longest, flag)
     return _planned(options, config, checkpoint, [], None, before)
@@ -202,7 +202,7 @@ def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) ->
             )
 
 
-def _same_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> bool:
+def same_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> bool:
     """Whether the student is known to have the teacher's tokenizer; UserError when it has another."""
     files = [checkpoint / "tokenizer.json", teacher_dir / "tokenizer.json"]
     if not all(file.is_file() for file in files):

@@ -104,6 +104,96 @@ def generate_(
     )
 
 
+@app.command("eval")
+def eval_(
+    directory: Annotated[
+        Path, typer.Argument(help="A student: the --output-dir of a training, or hf-bitnet.")
+    ],
+    cache: Annotated[
+        str | None, typer.Option(help="Measure against this cache. Default: the one that summary.json names.")
+    ] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help="Of the cache. Default: the training's, with --cache the fullest.")
+    ] = None,
+    eval_fraction: Annotated[
+        float | None, typer.Option(help="Share of the cache that is held out. Default: as in the training.")
+    ] = None,
+    all_samples: Annotated[
+        bool, typer.Option("--all-samples", help="Every sample of the cache, not only held-out ones.")
+    ] = False,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .txt, .jsonl or .parquet file, a hub data set as NAME or NAME:CONFIG, or an entry of "
+            "suites.yaml such as wikipedia-de. Can be repeated."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the hub data sets in --text; train.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Of the rows in --text; text.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Leave out rows of --text of an earlier day, e.g. 2024-06-30.")
+    ] = None,
+    date_column: Annotated[str, typer.Option(help="What --since looks at.")] = "date",
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a window of --text; 1024, or what the models take.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks or groups of lm-evaluation-harness, and ours: squad,glue,...")
+    ] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="seed (tasks) or wikipedia (texts).")] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Records of the tasks as files: DIR/<data set>/[<config>/]<split>.jsonl."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in front of a record. Default: the task's.")
+    ] = None,
+    max_gen_toks: Annotated[
+        int | None, typer.Option(help="Tokens that a task generates at most. Default: the task's.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Directory or hub name of a model to put beside, on texts and tasks.")
+    ] = None,
+    teacher_dtype: Annotated[str, typer.Option(help="auto: its own; float32, bfloat16, float16.")] = "auto",
+    engine: Annotated[str, typer.Option(help="Of the tasks: transformers or vllm.")] = "transformers",
+    batch_size: Annotated[int, typer.Option(help="Samples of the cache, and requests of a task.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(help="So many samples, windows of a text and records of a task at most.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print eval.json.")] = False,
+) -> None:
+    """Measure a student, and its teacher beside it, on the cache, texts and tasks; writes DIR/eval.json."""
+    with _exit_codes(), _quiet(as_json):
+        from student.evaluation.command import evaluate
+        from student.evaluation.request import CacheOptions, EvalRequest, TaskOptions, TextOptions
+
+        record = evaluate(
+            EvalRequest(
+                directory,
+                CacheOptions(cache, manifest, eval_fraction, all_samples),
+                TextOptions(tuple(text or ()), split, text_column, since, date_column, max_seq_len),
+                TaskOptions(
+                    tuple(filter(None, (tasks or "").split(","))), task_data, num_fewshot, max_gen_toks
+                ),
+                tuple(suite or ()),
+                teacher,
+                teacher_dtype,
+                engine,
+                batch_size,
+                limit,
+                ("distily-train", *sys.argv[1:]),
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    from rich.console import Console
+
+    from student.evaluation.show import show
+
+    show(record, Console())
+
+
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     """Known errors become one line on stderr and an exit code; bugs keep their traceback."""
@@ -123,12 +213,15 @@ def _run(argv: list[str]) -> None:
     from student.run import train_from_cache
 
     request = parse(argv)
-    # Trainer writes its log to standard output; with --json that belongs to the summary alone.
-    quiet = contextlib.redirect_stdout(sys.stderr) if request.options.json else contextlib.nullcontext()
-    with quiet:
+    with _quiet(request.options.json):
         summary = train_from_cache(request)
     if summary:  # of several processes, the first one's
         typer.echo(json.dumps(summary) if request.options.json else summary["report"])
+
+
+def _quiet(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """Libraries write their logs to standard output; with --json that belongs to the result alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -41,7 +41,7 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     parameters and buffers as they lie in memory, `peak_memory_bytes` of the process or the GPU.
     """
     _check(request)
-    tokenizer = _tokenizer(request.directory)
+    tokenizer = load_tokenizer(request.directory)
     model = load(request.directory)
     if request.kernel == "bitblas":
         if not any(True for _ in integer_linears(model)):
@@ -99,7 +99,8 @@ def _check(request: GenerateRequest) -> None:
         raise UserError("--temperature must not be negative; 0 takes the best token")
 
 
-def _tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """Of a student's directory; UserError when there is none."""
     from transformers import AutoTokenizer
 
     read_config(directory)

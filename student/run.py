@@ -69,9 +69,8 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return {}
-    run = Run(
-        reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()), drift
-    )
+    counts = len(data.train), len(data.held_out or ()), options.eval_fraction
+    run = Run(reader, model, trainer.state, output_dir, seconds, *counts, drift)
     summary = summarise(run)
     write_report(run, summary)
     return summary

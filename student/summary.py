@@ -29,6 +29,7 @@ class Run:
     seconds: float
     train_samples: int
     held_out_samples: int
+    eval_fraction: float
     drift: Drift | None = None  # of the student when it was converted
 
     @property
@@ -56,6 +57,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "steps": run.state.global_step,
         "train_samples": run.train_samples,
         "held_out_samples": run.held_out_samples,
+        "eval_fraction": run.eval_fraction,
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,
         "seconds": round(run.seconds, 3),

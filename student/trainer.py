@@ -17,6 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data import CachedDataset, CacheOrder, Collator
+from student.evaluation.measures import perplexity
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective.balance import EVERY, GradientBalance, gradient_norms
 from student.resume import order_seed
@@ -220,7 +221,7 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     metrics = {
         "loss": sums["loss"] / count,
         "ce": sums["ce"] / count,
-        "perplexity": _perplexity(sums["ce"] / count),
+        "perplexity": perplexity(sums["ce"] / count),
     }
     if known:
         metrics |= {
@@ -229,9 +230,5 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
         }
         # NaN when the cache does not know it of every label, as one that was imported.
         if math.isfinite(sums["teacher_nll"]):
-            metrics["teacher_perplexity"] = _perplexity(sums["teacher_nll"] / known)
+            metrics["teacher_perplexity"] = perplexity(sums["teacher_nll"] / known)
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from featurestore import sidecar
 from featurestore.plan import split_tasks
 from featurestore.schema import (
     GroupFeatures,
@@ -23,6 +24,7 @@ from featurestore.schema import (
     Sample,
     TeacherIdentity,
 )
+from featurestore.sidecar import HeadSpec
 from featurestore.store import FeatureStore
 from tests.teachers import word_tokenizer
 
@@ -103,6 +105,17 @@ def write_cache(
     store.add_provenance({"tokens": sum(map(len, samples)), "capture_seconds": 2.0, "engine_seconds": 1.0})
     store.publish_manifest()
     return path
+
+
+def put_head(path: Path, teacher: Path) -> None:
+    """Add the teacher's LM head to a store, as `generate --final` does."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    spec = HeadSpec(model.config.vocab_size, model.config.hidden_size, model.config.rms_norm_eps)
+    weights = {"weight": model.lm_head.weight, "norm.weight": model.get_decoder().norm.weight}
+    stored = {name: sidecar.Tensor("f32", w.detach().numpy()) for name, w in weights.items()}
+    writer = FeatureStore.open(path)
+    writer.put_teacher_files(dict([sidecar.part_file(spec, stored)]))
+    writer.publish_manifest()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 
 from featurestore.schema import HiddenSpec, LogitsSpec
 from student.cli import main
+from tests.command import call
 from tests.student.caches import random_samples, save_teacher, write_cache
 from tests.student.exports import Export, Students, save
 
@@ -53,6 +54,16 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Students:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The output of one training step on `cache`, with a quarter held out; not to be written to."""
+    path = tmp_path_factory.mktemp("trained") / "student"
+    shape = ["--student-model-config", '{"num_hidden_layers": 1}']
+    flags = [*shape, "--eval-fraction", 0.25, "--max-steps", 1, "--report-to", "none", "--json"]
+    call("distily-train", "from-cache", cache, "--output-dir", path, *flags)
+    return path
 
 
 @pytest.fixture

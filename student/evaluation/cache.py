@@ -1,0 +1,189 @@
+"""A student against the teacher that a cache holds; the teacher's model is not needed.
+
+Shape letters: B batch, T positions, N measured positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featurestore.codec import decode_entropy
+from featurestore.codes import LogitsCodes
+from featurestore.reader import CacheReader, CodedSample
+from featurestore.schema import GroupSpec, LogitsSpec
+from student.data import IGNORE, CachedDataset, Collator, pad
+from student.decoding import decode_hidden, decode_labels, decode_targets
+from student.evaluation.measures import (
+    calibration_error,
+    mean,
+    means_by,
+    perplexity,
+    power_edges,
+    quantile_edges,
+)
+from student.losses import divergences, full
+from student.losses.dense import DenseTargets, TeacherHead, dense_head_loss
+from student.losses.fused import sparse_head_loss
+from student.losses.head import HeadTransform
+from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, cross_entropy, forward_kl
+from student.model import select
+from student.sidecar import load_parts
+
+Array = npt.NDArray[Any]
+ENTROPY_BUCKETS = 8
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Samples `indices` of a cache. final: the group of the teacher's final states, where the cache gives the
+    full distribution.
+    """
+
+    reader: CacheReader
+    indices: list[int]
+    logits: LogitsSpec
+    final: GroupSpec | None
+
+    @property
+    def exactness(self) -> dict[str, str]:
+        """What the KL and the reverse KL are: exact (up to the rounding of the final states), an unbiased
+        estimate, or a lower bound.
+        """
+        if self.final is not None:
+            return {"kl": "exact", "reverse_kl": "exact"}
+        return {"kl": "estimate" if self.logits.tail else "lower bound", "reverse_kl": "lower bound"}
+
+
+def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:
+    """The `cache` section of eval.json, but for the command. Kept in memory: ten numbers per position."""
+    parts = list(_batches(student, plan, batch_size))
+    return summarise({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, plan)
+
+
+def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
+    """Means over all positions and by bucket; columns: what `_batches` gives, joined."""
+    ce, teacher_ce = mean(columns["ce"]), mean(columns["teacher_ce"])
+    assert ce is not None
+    shown = {name: columns[name] for name in ("kl", "ce", "teacher_ce")}
+    entropy, known = columns["entropy"], np.isfinite(columns["entropy"])
+    edges = quantile_edges(entropy[known], ENTROPY_BUCKETS) if known.any() else [0.0, 0.0]
+    return {
+        "path": str(plan.reader.path),
+        "manifest": plan.reader.manifest_digest,
+        "samples": len(plan.indices),
+        "positions": len(entropy),
+        "exactness": plan.exactness,
+        "student": {
+            "ce": ce,
+            "perplexity": perplexity(ce),
+            "kl": mean(columns["kl"]),
+            "reverse_kl": mean(columns["reverse_kl"]),
+            "top1_agreement": mean(columns["agree"]),
+            "calibration_error": calibration_error(columns["confidence"], columns["right"]),
+        },
+        "teacher": {
+            "ce": teacher_ce,
+            "perplexity": None if teacher_ce is None else perplexity(teacher_ce),
+            "calibration_error": calibration_error(columns["teacher_confidence"], columns["teacher_right"]),
+        },
+        "by_position": means_by(columns["position"], power_edges(int(columns["position"].max())), shown),
+        "by_entropy": means_by(entropy[known], edges, {n: c[known] for n, c in shown.items()}),
+    }
+
+
+def _batches(student: Any, plan: CachePlan, batch_size: int) -> Iterator[dict[str, Array]]:
+    groups: list[GroupSpec] = [plan.logits, *([plan.final] if plan.final else [])]
+    dataset, collate = CachedDataset(plan.reader, plan.indices, groups), Collator(groups, 0)
+    head = load_parts(plan.reader, plan.final is not None, ()).to(student.device).head
+    for start in range(0, len(dataset), batch_size):
+        samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = collate(samples) | {"entropy": _entropies(samples, plan.logits)}
+        if bool((batch["labels"] != IGNORE).any()):
+            columns = measure_batch(student, batch, head)
+            yield {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def _entropies(samples: list[CodedSample], group: LogitsSpec) -> Tensor:
+    """Of the teacher, float32 [B, T] in nats; NaN where it is not known."""
+    codes = [sample.features[group] for sample in samples]
+    rows = [decode_entropy(one.entropy) for one in codes if isinstance(one, LogitsCodes)]
+    return pad(rows, max(map(len, rows)), np.float32)
+
+
+@torch.no_grad()
+def measure_batch(student: Any, batch: dict[str, Any], head: TeacherHead | None) -> dict[str, Tensor]:
+    """What is measured at each position that has a label, [N] each; head: the teacher's, where the batch
+    carries its final states.
+    """
+    labels_BT = batch["labels"].to(student.device)
+    states_BTD = student.get_decoder()(
+        input_ids=batch["input_ids"].to(student.device), use_cache=False
+    ).last_hidden_state
+    place_N = (labels_BT.flatten() != IGNORE).nonzero().squeeze(1)
+
+    def at(part_BT: Tensor) -> Tensor:
+        return select(part_BT.to(student.device), place_N)
+
+    coded = {name: at(part) for name, part in batch["coded_head"].items()}
+    targets, states_ND = decode_targets(coded, at(labels_BT)), select(states_BTD, place_N)
+    columns = _own(student, states_ND, targets)
+    if head is not None:
+        (hidden,) = batch["coded_hidden"].values()
+        teacher_ND = decode_hidden({name: at(part) for name, part in hidden.items()}).float()
+        exact = _exact(student, states_ND, DenseTargets(head, teacher_ND))
+        columns |= dict(zip(("kl", "reverse_kl"), exact, strict=True))
+    return columns | {
+        "teacher_ce": -decode_labels(coded["label_logprob"]),
+        "teacher_confidence": targets.logprob_NK[:, 0].exp(),
+        "teacher_right": targets.ids_NK[:, 0] == targets.label_N,
+        "entropy": at(batch["entropy"]),
+        "position": place_N % labels_BT.shape[1],
+    }
+
+
+def _own(student: Any, states_ND: Tensor, targets: SparseTargets) -> dict[str, Tensor]:
+    """What the student's logits and the sparse head give, chunk by chunk."""
+    functions = {
+        "kl": forward_kl,
+        "reverse_kl": divergences.reverse_kl,
+        "ce": cross_entropy,
+        "confidence": _confidence,
+        "right": _right,
+    }
+    output = student.get_output_embeddings()
+    result = sparse_head_loss(
+        states_ND,
+        output.weight,
+        output.bias,
+        targets,
+        [(function, 0.0) for function in functions.values()],
+        HeadTransform.from_config(student.config),
+        reduction=Reduction(ranked=True),
+    )
+    return dict(zip(functions, result.terms_SN, strict=True)) | {"agree": result.agree_N}
+
+
+def _exact(student: Any, states_ND: Tensor, targets: DenseTargets) -> Tensor:
+    """KL and reverse KL over the whole vocabulary, [2, N]."""
+    output, terms = student.get_output_embeddings(), [(full.forward_kl, 0.0), (full.reverse_kl, 0.0)]
+    transform = HeadTransform.from_config(student.config)
+    return dense_head_loss(states_ND, output.weight, output.bias, targets, terms, transform)[1]
+
+
+def _confidence(student: ReducedLogits, _teacher: SparseTargets) -> Tensor:
+    """The student's probability of its most likely token, [N]."""
+    assert student.top_NK is not None
+    return (student.top_NK[:, 0] - student.lse()).exp()
+
+
+def _right(student: ReducedLogits, _teacher: SparseTargets) -> Tensor:
+    """1 where no token is likelier than the label, [N]."""
+    assert student.top_NK is not None
+    return (student.label_N >= student.top_NK[:, 0]).to(student.label_N.dtype)

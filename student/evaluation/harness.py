@@ -1,0 +1,180 @@
+"""Tasks of lm-evaluation-harness, through its own API, on a model that is loaded already."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from student.errors import UserError
+from student.evaluation.models import Side
+from student.evaluation.request import EvalRequest, TaskOptions
+from student.evaluation.suites import suite_members
+from student.evaluation.task_data import config_of, leaves, use_local
+from student.objective.catalogue import suggest
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+_DEFAULT_GEN_TOKS = 256  # the harness's
+_BOOTSTRAP = 1000  # for standard errors of metrics that are no means
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """tasks: the harness's objects with their records. names: what was asked for, by leaf task. datasets: by
+    leaf task. suites: by what was asked for.
+    """
+
+    manager: Any
+    tasks: list[Any]
+    names: dict[str, str]
+    datasets: dict[str, str]
+    suites: dict[str, str]
+    options: TaskOptions
+
+
+def load_tasks(request: EvalRequest, sides: Sequence[Side]) -> LoadedTasks | None:
+    """The tasks of --tasks and --suite with their records; None when there are none.
+
+    UserError for an unknown task, one that runs code that models write, one whose records are not to be had,
+    and one that generates more tokens than a model takes.
+    """
+    suites = {member: suite for suite, member in suite_members(tuple(request.suites), "tasks")}
+    names = list(dict.fromkeys([*request.tasks.names, *suites]))
+    if not names:
+        return None
+    require("lm_eval", "--tasks")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(OWN_TASKS))
+    index = manager.task_index
+    for name in names:
+        if name not in index:
+            raise UserError(f"--tasks {name} is unknown{suggest(name, index)}")
+    asked: dict[str, str] = {}
+    datasets = {}
+    for name in names:
+        for leaf in leaves(index, [name]):
+            asked.setdefault(leaf, name)
+            datasets[leaf] = _prepare(index, leaf, request.tasks)
+    tasks = [task for name in names for task in _load(manager, name)]
+    loaded = LoadedTasks(manager, tasks, asked, datasets, suites, request.tasks)
+    _check_lengths(loaded, sides)
+    return loaded
+
+
+def require(package: str, flag: str) -> None:
+    """UserError where a package of the extra [eval] is not installed."""
+    if find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise UserError(f"{flag} needs the package {name}; install the extra [eval], or pip install {name}")
+
+
+def language_model(model: Any, side: Side, batch_size: int) -> Any:
+    """The harness's view of a model in memory."""
+    from lm_eval.models.huggingface import HFLM
+
+    length = side.positions
+    return HFLM(
+        pretrained=model, tokenizer=side.tokenizer, backend="causal", batch_size=batch_size, max_length=length
+    )
+
+
+def vllm_model(side: Side, batch_size: int) -> Any:
+    """The same model in vLLM."""
+    from lm_eval.api.registry import get_model
+
+    arguments = {"pretrained": side.source, "max_model_len": side.positions, "batch_size": batch_size}
+    return get_model("vllm")(**arguments)
+
+
+def run(model: Any, loaded: LoadedTasks, limit: int | None) -> list[dict[str, Any]]:
+    """One entry for each metric of each task and group: {task, dataset, metric, filter, samples, value,
+    stderr}.
+    """
+    import lm_eval
+
+    options = loaded.options
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=loaded.tasks,
+        task_manager=loaded.manager,
+        num_fewshot=options.num_fewshot,
+        limit=limit,
+        bootstrap_iters=_BOOTSTRAP,
+        log_samples=False,
+        gen_kwargs={"max_gen_toks": options.max_gen_toks} if options.max_gen_toks else None,
+    )
+    entries = []
+    for task, values in (results["results"] | results.get("groups", {})).items():
+        members = _leaves_of(task, results.get("group_subtasks", {}))
+        samples = sum(results["n-samples"][leaf]["effective"] for leaf in members)
+        where = {"task": task, "dataset": ", ".join(dict.fromkeys(loaded.datasets[m] for m in members))}
+        entries += [where | {"samples": samples} | entry for entry in _entries(values)]
+    return entries
+
+
+def _entries(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of one task, which the harness names `metric,filter` and `metric_stderr,filter`."""
+    entries = []
+    for key, value in values.items():
+        metric, comma, chosen = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            error = values.get(f"{metric}_stderr,{chosen}")
+            error = float(error) if isinstance(error, (int, float)) else None
+            entries.append({"metric": metric, "filter": chosen, "value": float(value), "stderr": error})
+    return entries
+
+
+def _leaves_of(name: str, groups: dict[str, list[str]]) -> list[str]:
+    members = groups.get(name) or []
+    return [leaf for member in members for leaf in _leaves_of(member, groups)] if members else [name]
+
+
+def _prepare(index: dict[str, Any], leaf: str, options: TaskOptions) -> str:
+    """Name of a task's data set; with --task-data its records will come from there."""
+    config = config_of(index[leaf])
+    if config.get("unsafe_code"):
+        raise UserError(f"--tasks {leaf}: it runs code that a model wrote, which is not offered")
+    if options.data is not None:
+        use_local(index, leaf, options.data)
+    return ":".join(filter(None, (config.get("dataset_path", leaf), config.get("dataset_name"))))
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """Tasks, or groups that hold theirs, with their records."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        found = manager.load(name)
+    except UserError:
+        raise
+    except Exception as error:  # data sets and tasks raise whatever their libraries do
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"--tasks {name}: it cannot be loaded ({reason})") from error
+    groups, children = found.get("groups", {}), found.get("group_map", {})
+    inner = {member for members in children.values() for member in members}
+    tops = [*groups.values(), *found["tasks"].values()]
+    return [one for one, key in zip(tops, [*groups, *found["tasks"]], strict=True) if key not in inner]
+
+
+def _check_lengths(loaded: LoadedTasks, sides: Sequence[Side]) -> None:
+    limit = min((side.positions for side in sides if side.positions is not None), default=None)
+    if limit is None:
+        return
+    for top in loaded.tasks:
+        for task in top.get_all_tasks() if hasattr(top, "get_all_tasks") else [top]:
+            if task.OUTPUT_TYPE != "generate_until":
+                continue
+            given = task.config.generation_kwargs or {}
+            tokens = loaded.options.max_gen_toks or given.get("max_gen_toks", _DEFAULT_GEN_TOKS)
+            if tokens >= limit:
+                raise UserError(
+                    f"--tasks {task.config.task}: it generates up to {tokens} tokens, a model takes {limit} "
+                    "in all; give a smaller --max-gen-toks"
+                )

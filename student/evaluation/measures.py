@@ -1,0 +1,70 @@
+"""Plain numbers about arrays of positions: calibration, perplexity, means by bucket.
+
+Shape letters: N positions, C bins.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+CALIBRATION_BINS = 15
+
+
+def perplexity(nats: float) -> float:
+    """exp of a mean in nats, finite."""
+    return math.exp(min(nats, 700.0))
+
+
+def calibration_error(confidence_N: Array, right_N: Array, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error: mean over bins of equal width of |share right - mean confidence|, each bin
+    weighted by its positions (Guo et al. 2017, arXiv:1706.04599).
+
+    confidence: probabilities of the most likely token, in [0, 1]; right: whether it was the next one.
+    """
+    bin_N = np.minimum((confidence_N * bins).astype(np.int64), bins - 1)
+    gap_N = right_N.astype(np.float64) - confidence_N.astype(np.float64)
+    return float(np.abs(np.bincount(bin_N, gap_N, bins)).sum() / len(confidence_N))
+
+
+def power_edges(longest: int) -> list[float]:
+    """0, 1, 2, 4, ... beyond `longest`: the edges of half-open buckets of positions."""
+    edges = [0.0, 1.0]
+    while edges[-1] <= longest:
+        edges.append(edges[-1] * 2)
+    return edges
+
+
+def quantile_edges(values_N: Array, count: int) -> list[float]:
+    """Edges of at most `count` half-open buckets of about equally many values; equal values share one."""
+    inner = np.unique(np.quantile(values_N, np.arange(count) / count, method="lower"))
+    return [*inner.tolist(), float(np.nextafter(values_N.max(), np.inf, dtype=np.float64))]
+
+
+def means_by(
+    values_N: Array, edges: Sequence[float], columns: Mapping[str, Array]
+) -> list[dict[str, float | int | None]]:
+    """For each bucket edges[i] <= value < edges[i + 1] that is not empty: from, to, positions, and the mean
+    of every column (None where it is not known at all of them).
+    """
+    bucket_N = np.searchsorted(np.asarray(edges), values_N, side="right") - 1
+    rows: list[dict[str, float | int | None]] = []
+    for index, (low, high) in enumerate(itertools.pairwise(edges)):
+        chosen_N = bucket_N == index
+        if chosen_N.any():
+            means = {name: mean(column_N[chosen_N]) for name, column_N in columns.items()}
+            rows.append({"from": low, "to": high, "positions": int(chosen_N.sum()), **means})
+    return rows
+
+
+def mean(values_N: Array) -> float | None:
+    """In float64; None where a value is not known (NaN)."""
+    value = float(values_N.mean(dtype=np.float64))
+    return value if math.isfinite(value) else None

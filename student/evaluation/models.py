@@ -1,0 +1,76 @@
+"""The models of an evaluation, one at a time in memory."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from student.build import load_config
+from student.errors import UserError
+from student.generation import load, load_tokenizer
+from student.saving import attention, saved_config
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that is evaluated: where it lies, its tokenizer, and the positions that it takes (None: no
+    limit known). dtype: of a teacher's weights, None for a student.
+    """
+
+    source: str
+    tokenizer: Any
+    positions: int | None
+    dtype: str | None = None
+
+    def load(self) -> Any:
+        """In evaluation mode, on the GPU where there is one. A student is in float32, its ternary matrices
+        packed.
+        """
+        model = load(Path(self.source)) if self.dtype is None else _teacher(self.source, self.dtype)
+        return model.cuda() if torch.cuda.is_available() else model
+
+
+def student_side(directory: Path) -> Side:
+    """UserError for what is no student."""
+    tokenizer = load_tokenizer(directory)
+    return Side(str(directory), tokenizer, _positions(saved_config(str(directory))))
+
+
+def teacher_side(source: str, dtype: str) -> Side:
+    """UserError for what transformers cannot load as a causal language model with a tokenizer."""
+    from transformers import AutoTokenizer
+
+    load_config(source, "--teacher")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--teacher {source} has no tokenizer that transformers can load") from error
+    return Side(source, tokenizer, _positions(saved_config(source)), dtype)
+
+
+def free_memory() -> None:
+    """After the last name of a model is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _teacher(source: str, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source, "--teacher")
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention(config)).eval()
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--teacher {source}: cannot be loaded ({reason})") from error
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config") or config
+    positions: int | None = text.get("max_position_embeddings")
+    return positions

@@ -1,0 +1,86 @@
+"""Which samples of which cache a student is measured on: checked before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from featurestore.errors import StoreNotFoundError
+from featurestore.reader import CacheReader
+from featurestore.schema import GroupSpec, LogitsSpec
+from student.build import load_config, same_tokenizer
+from student.errors import UserError
+from student.evaluation.cache import CachePlan
+from student.evaluation.request import EvalRequest
+from student.saving import saved_config, student_config
+from student.shape import check_positions, check_vocabulary
+from student.split import split_samples
+
+
+def plan_cache(request: EvalRequest) -> CachePlan:
+    """UserError where the cache is gone, is of another tokenizer, or has no samples for this."""
+    summary = _summary(request.directory)
+    reader = _open(request, summary)
+    _check_student(request.directory, reader)
+    logits = reader.find("logits")
+    assert isinstance(logits, LogitsSpec)
+    indices = _indices(request, summary, reader)
+    return CachePlan(reader, indices[: request.limit], logits, _final(reader))
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """summary.json of a training's output; empty where there is none."""
+    path = directory / "summary.json"
+    if not path.is_file():
+        return {}
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheReader:
+    if request.cache.store is not None:
+        return CacheReader.open(request.cache.store, request.cache.manifest)
+    if "cache" not in summary:
+        raise UserError(
+            f"{request.directory} has no summary.json that names a cache; give one with --cache, or evaluate "
+            "on --text or --tasks"
+        )
+    try:
+        return CacheReader.open(summary["cache"], request.cache.manifest or summary["manifest"])
+    except StoreNotFoundError as error:
+        raise UserError(
+            f"the cache of {request.directory} is gone ({summary['cache']}); say with --cache where it is, "
+            "or evaluate on --text or --tasks"
+        ) from error
+
+
+def _check_student(directory: Path, reader: CacheReader) -> None:
+    config = student_config(saved_config(str(directory)))
+    teacher = load_config(str(reader.teacher_dir), "the cache's teacher/")
+    same = same_tokenizer(directory, reader.teacher_dir, str(directory))
+    check_vocabulary(config, teacher, reader.identity.vocab_size, str(directory), same)
+    check_positions(config, int(reader.lengths.max()), str(directory))
+
+
+def _indices(request: EvalRequest, summary: dict[str, Any], reader: CacheReader) -> list[int]:
+    if request.cache.all_samples:
+        return list(range(len(reader)))
+    fraction = request.cache.fraction
+    if fraction is None:
+        fraction = summary.get("eval_fraction")
+    if not fraction:
+        why = "did not hold out samples" if fraction == 0 else "does not say which samples it held out"
+        raise UserError(
+            f"the training of {request.directory} {why}; name their share with --eval-fraction, or take "
+            "--all-samples"
+        )
+    return split_samples(reader.sample_ids, fraction)[1]
+
+
+def _final(reader: CacheReader) -> GroupSpec | None:
+    """The teacher's final states, where the cache has them and its LM head."""
+    kind = f"hidden.L{reader.identity.num_layers}"
+    if "head" not in reader.sidecar().parts or all(g.kind != kind for g in reader.complete_groups()):
+        return None
+    return reader.find(kind)

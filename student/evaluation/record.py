@@ -1,0 +1,65 @@
+"""eval.json: what all evaluations of a student have found; a later one replaces what it measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+VERSION = 1
+FILE = "eval.json"
+Section = dict[str, Any]
+
+
+def weights_digest(directory: Path) -> str:
+    """blake3 of a student's safetensors files: figures of other weights do not belong beside its own."""
+    digest = blake3()
+    for file in sorted(directory.glob("*.safetensors")):
+        digest.update_mmap(file)
+    return str(digest.hexdigest())
+
+
+def read_record(directory: Path) -> Section:
+    """What is recorded so far; empty where there is nothing, or of another version."""
+    try:
+        found: Section = json.loads((directory / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("version") == VERSION else {}
+
+
+def merged(old: Section, new: Section) -> Section:
+    """`new` with what `old` has beside: a text is replaced by the one of its name, a metric of a task by the
+    same, the cache as a whole. Nothing is kept of other weights; of another teacher no figure is.
+    """
+    if old.get("weights") != new["weights"]:
+        old = {}
+    teacher = new["teacher"] or old.get("teacher")
+    changed = old.get("teacher") not in (None, teacher)
+    texts, tasks = old.get("texts", []), old.get("tasks", [])
+    if changed:
+        texts = [text | {"teacher": None} for text in texts]
+        tasks = [task | {"teacher": None, "teacher_stderr": None} for task in tasks]
+    return new | {
+        "teacher": teacher,
+        "teacher_dtype": new["teacher_dtype"] if new["teacher"] else old.get("teacher_dtype"),
+        "cache": new["cache"] or old.get("cache"),
+        "texts": _replaced(texts, new["texts"], lambda text: text["name"]),
+        "tasks": _replaced(tasks, new["tasks"], lambda task: (task["task"], task["metric"], task["filter"])),
+    }
+
+
+def write_record(directory: Path, record: Section) -> None:
+    """All of it or nothing."""
+    private = directory / f"{FILE}.{os.getpid()}"
+    private.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    private.replace(directory / FILE)
+
+
+def _replaced(old: list[Section], new: list[Section], key: Callable[[Section], Any]) -> list[Section]:
+    fresh = {key(entry) for entry in new}
+    return [*(entry for entry in old if key(entry) not in fresh), *new]

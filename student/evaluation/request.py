@@ -1,0 +1,103 @@
+"""What `distily-train eval` is asked for, and what can be wrong with that whatever the models are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+from student.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """store: None takes the one that summary.json names. fraction: None takes the training's."""
+
+    store: str | None = None
+    manifest: str | None = None
+    fraction: float | None = None
+    all_samples: bool = False
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """names: files, hub data sets `name:config`, or entries of suites.yaml. split and column: of all."""
+
+    names: Sequence[str] = ()
+    split: str | None = None
+    column: str | None = None
+    since: str | None = None
+    date_column: str = "date"
+    max_seq_len: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """names: tasks, groups and tags of lm-evaluation-harness, or of student/evaluation/tasks."""
+
+    names: Sequence[str] = ()
+    data: Path | None = None
+    num_fewshot: int | None = None
+    max_gen_toks: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """directory: a student. teacher: of texts and tasks; the cache needs none. limit: at most so many
+    samples of the cache, windows of each text and records of each task. command: the words it was made
+    with, for the record.
+    """
+
+    directory: Path
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    texts: TextOptions = field(default_factory=TextOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
+    suites: Sequence[str] = ()
+    teacher: str | None = None
+    teacher_dtype: str = "auto"
+    engine: str = "transformers"
+    batch_size: int = 8
+    limit: int | None = None
+    command: Sequence[str] = ()
+
+    @property
+    def wants_cache(self) -> bool:
+        """The cache is measured where it is named, and where nothing else is asked for."""
+        return self.cache != CacheOptions() or not (self.texts.names or self.tasks.names or self.suites)
+
+    def check(self) -> None:
+        """UserError for the first flag that cannot be served."""
+        for flag, value in (
+            ("--batch-size", self.batch_size),
+            ("--limit", self.limit),
+            ("--max-gen-toks", self.tasks.max_gen_toks),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"{flag} must be at least 1")
+        if self.tasks.num_fewshot is not None and self.tasks.num_fewshot < 0:
+            raise UserError("--num-fewshot must not be negative")
+        if self.texts.max_seq_len is not None and self.texts.max_seq_len < 4:
+            raise UserError("--max-seq-len must be at least 4")
+        if self.cache.fraction is not None and not 0 < self.cache.fraction < 1:
+            raise UserError("--eval-fraction must be between 0 and 1; for every sample, --all-samples")
+        if self.cache.all_samples and self.cache.fraction is not None:
+            raise UserError("--all-samples and --eval-fraction exclude each other; keep one")
+        for flag, chosen, known in (
+            ("--teacher-dtype", self.teacher_dtype, DTYPES),
+            ("--engine", self.engine, ENGINES),
+        ):
+            if chosen not in known:
+                raise UserError(f"{flag} {chosen}: choose one of {', '.join(known)}")
+        if self.texts.since is not None:
+            _check_date(self.texts.since)
+
+
+def _check_date(since: str) -> None:
+    try:
+        date.fromisoformat(since)
+    except ValueError:
+        raise UserError(f"--since {since}: no date; write it like 2024-06-30") from None

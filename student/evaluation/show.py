@@ -1,0 +1,82 @@
+"""eval.json as tables: the student and its teacher side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_CACHE_ROWS = (
+    ("cross-entropy, nats", "ce"),
+    ("perplexity", "perplexity"),
+    ("KL(teacher | student), nats", "kl"),
+    ("KL(student | teacher), nats", "reverse_kl"),
+    ("top-1 agreement", "top1_agreement"),
+    ("calibration error", "calibration_error"),
+)
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """Print every section that there is."""
+    if record["cache"]:
+        _show_cache(record["cache"], console)
+    if record["texts"]:
+        _show_texts(record["texts"], console)
+    if record["tasks"]:
+        _show_tasks(record["tasks"], console)
+
+
+def _show_cache(cache: dict[str, Any], console: Console) -> None:
+    title = f"cache {cache['path']}: {cache['positions']:,} positions of {cache['samples']:,} samples"
+    table = _table(title, "", "student", "teacher")
+    for label, name in _CACHE_ROWS:
+        kind = cache["exactness"].get(name, "exact")
+        what = label if kind == "exact" else f"{label} ({kind})"
+        table.add_row(what, _number(cache["student"][name]), _number(cache["teacher"].get(name)))
+    console.print(table)
+    for title, rows, whole in (
+        ("by position in the sample", cache["by_position"], True),
+        ("by entropy of the teacher, nats", cache["by_entropy"], False),
+    ):
+        table = _table(title, "from", "below", "positions", "KL", "student CE", "teacher CE")
+        for row in rows:
+            ends = [f"{row[end]:.0f}" if whole else f"{row[end]:.3f}" for end in ("from", "to")]
+            values = [_number(row[name]) for name in ("kl", "ce", "teacher_ce")]
+            table.add_row(*ends, f"{row['positions']:,}", *values)
+        console.print(table)
+
+
+def _show_texts(texts: list[dict[str, Any]], console: Console) -> None:
+    columns = ("tokens", "student ppl", "teacher ppl", "student bits/byte", "teacher bits/byte")
+    table = _table("texts", "text", *columns)
+    for text in texts:
+        sides = [text["student"], text["teacher"] or {}]
+        values = [_number(side.get(name)) for name in ("perplexity", "bits_per_byte") for side in sides]
+        table.add_row(text["name"], f"{text['tokens']:,}", *values)
+    console.print(table)
+
+
+def _show_tasks(tasks: list[dict[str, Any]], console: Console) -> None:
+    table = _table("tasks", "task", "metric", "records", "student", "teacher")
+    for task in tasks:
+        metric = task["metric"] if task["filter"] == "none" else f"{task['metric']} ({task['filter']})"
+        sides = [_with_error(task[side], task[f"{side}_stderr"]) for side in ("student", "teacher")]
+        table.add_row(task["task"], metric, f"{task['samples']:,}", *sides)
+    console.print(table)
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _number(value) if error is None else f"{_number(value)} ± {error:.2g}"
