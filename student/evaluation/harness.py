@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -55,12 +56,13 @@ def load_tasks(request: EvalRequest, sides: Sequence[Side]) -> LoadedTasks | Non
         if name not in index:
             raise UserError(f"--tasks {name} is unknown{suggest(name, index)}")
     asked: dict[str, str] = {}
-    datasets = {}
     for name in names:
-        for leaf in leaves(index, [name]):
-            asked.setdefault(leaf, name)
-            datasets[leaf] = _prepare(index, leaf, request.tasks)
-    tasks = [task for name in names for task in _load(manager, name)]
+        asked |= {leaf: name for leaf in leaves(index, [name]) if leaf not in asked}
+    datasets = {leaf: _dataset(index, leaf) for leaf in asked}
+    with tempfile.TemporaryDirectory() as overrides:
+        for leaf in asked if request.tasks.data is not None else ():
+            use_local(index, leaf, request.tasks.data, Path(overrides))
+        tasks = [task for name in names for task in _load(manager, name)]
     loaded = LoadedTasks(manager, tasks, asked, datasets, suites, request.tasks)
     _check_lengths(loaded, sides)
     return loaded
@@ -134,13 +136,11 @@ def _leaves_of(name: str, groups: dict[str, list[str]]) -> list[str]:
     return [leaf for member in members for leaf in _leaves_of(member, groups)] if members else [name]
 
 
-def _prepare(index: dict[str, Any], leaf: str, options: TaskOptions) -> str:
-    """Name of a task's data set; with --task-data its records will come from there."""
+def _dataset(index: dict[str, Any], leaf: str) -> str:
+    """Name of a task's data set; UserError for a task that is not offered."""
     config = config_of(index[leaf])
     if config.get("unsafe_code"):
         raise UserError(f"--tasks {leaf}: it runs code that a model wrote, which is not offered")
-    if options.data is not None:
-        use_local(index, leaf, options.data)
     return ":".join(filter(None, (config.get("dataset_path", leaf), config.get("dataset_name"))))
 
 

@@ -94,6 +94,18 @@ class EvalRequest:
                 raise UserError(f"{flag} {chosen}: choose one of {', '.join(known)}")
         if self.texts.since is not None:
             _check_date(self.texts.since)
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        texts, tasks = bool(self.texts.names or self.suites), bool(self.tasks.names or self.suites)
+        for flag, given, used, mend in (
+            ("--teacher", self.teacher, texts or tasks, "--text, --tasks or --suite (the cache has its own)"),
+            ("--task-data", self.tasks.data, tasks, "--tasks or --suite"),
+            ("--text-column", self.texts.column, texts, "--text or --suite"),
+            ("--since", self.texts.since, texts, "--text or --suite"),
+        ):
+            if given is not None and not used:
+                raise UserError(f"{flag} has no effect without {mend}")
 
 
 def _check_date(since: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from student.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
@@ -26,19 +28,15 @@ def leaves(index: dict[str, Any], names: Iterable[str]) -> Iterator[str]:
 
 def config_of(entry: Any) -> dict[str, Any]:
     """What a task's or group's file says, its includes as well; no code of a task is imported for it."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if entry.yaml_path is None:
-        return dict(entry.cfg or {})
-    found: dict[str, Any] = load_yaml(entry.yaml_path, resolve_func=False)
-    return found
+    return dict(entry.cfg or {})
 
 
-def use_local(index: dict[str, Any], name: str, data: Path) -> None:
-    """Let a task of the index read its records under `data`; UserError where the files are not there."""
-    from lm_eval.tasks._yaml_loader import load_yaml
+def use_local(index: dict[str, Any], name: str, data: Path, overrides: Path) -> None:
+    """Let a task of the index read its records under `data`; UserError where the files are not there.
 
-    entry, config = index[name], config_of(index[name])
+    The task's file is replaced by one in `overrides` that includes it, so that nothing but the data differs.
+    """
+    config = config_of(index[name])
     if "dataset_path" not in config:
         raise UserError(f"--task-data: {name} loads its records with code of its own; leave this task out")
     folder = data / config["dataset_path"] / (config.get("dataset_name") or "")
@@ -50,15 +48,14 @@ def use_local(index: dict[str, Any], name: str, data: Path) -> None:
     if missing or len({file.suffix for file in files.values()}) != 1:
         split = missing[0] if missing else needed[0]
         raise UserError(f"--task-data: {name} needs {folder / str(split)}.jsonl (or all splits as .parquet)")
-    full = load_yaml(entry.yaml_path) if entry.yaml_path else dict(entry.cfg)
-    builder = _BUILDERS[next(iter(files.values())).suffix]
-    local = {split: str(file) for split, file in files.items()}
-    entry.cfg = full | {
-        "dataset_path": builder,
+    override = {
+        "include": str(index[name].yaml_path),
+        "dataset_path": _BUILDERS[next(iter(files.values())).suffix],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": local},
+        "dataset_kwargs": {"data_files": {split: str(file.resolve()) for split, file in files.items()}},
     }
-    entry.yaml_path = None
+    index[name].yaml_path = overrides / f"{name}.yaml"
+    index[name].yaml_path.write_text(yaml.safe_dump(override), encoding="utf-8")
 
 
 def _members(config: dict[str, Any]) -> Iterator[str]:

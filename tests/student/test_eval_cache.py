@@ -163,6 +163,8 @@ def test_bad_requests(refused: Refused, student: Path, teacher: Path, cache: Pat
     assert "--all-samples" in refused("eval", student, "--eval-fraction", 1.5)
     assert "--all-samples" in refused("eval", student, "--eval-fraction", 0.5, "--all-samples")
     assert "no/such" in refused("eval", student, "--cache", "no/such")
+    assert "--text, --tasks" in refused("eval", student, "--teacher", teacher)
+    assert "--tasks" in refused("eval", student, "--task-data", tmp_path)
     assert "did you mean seed?" in refused("eval", student, "--suite", "sed")
     other = teachers.llama(tmp_path / "other", vocab_size=200)
     assert "tokenizer" in refused("eval", other, "--cache", cache, "--all-samples")
