@@ -68,7 +68,7 @@ def export_(
     from student.export.formats import ExportRequest
     from student.export.report import lines
 
-    with _exit_codes():
+    with _exit_codes(), _no_bars():
         report = export(ExportRequest(directory, format, out, dtype, gguf_type))
     typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
 
@@ -91,7 +91,7 @@ def generate_(
     """Let a student go on with a prompt, with its speed and memory."""
     from student.generation import GenerateRequest, generate
 
-    with _exit_codes():
+    with _exit_codes(), _no_bars():
         result = generate(GenerateRequest(directory, prompt, max_new_tokens, temperature, chat, kernel, seed))
     if as_json:
         typer.echo(json.dumps(result))
@@ -116,6 +116,18 @@ def _exit_codes() -> Iterator[None]:
         _fail(error, 2)
     except (StudentError, FeatureStoreError) as error:
         _fail(error, 1)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Of loading and writing a model, which takes seconds."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _run(argv: list[str]) -> None:

@@ -17,6 +17,7 @@ from student.export import bitblas
 from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
+from student.saving import student_config
 
 KERNELS = ("torch", "bitblas")
 
@@ -102,10 +103,10 @@ def _check(request: GenerateRequest) -> None:
 def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
-    read_config(directory)
+    config = student_config(read_config(directory))  # transformers would warn of a model type that is ours
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"{directory} holds no tokenizer; copy the teacher's tokenizer files there")
-    return AutoTokenizer.from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory, config=config)
 
 
 def _prompt_ids(tokenizer: Any, request: GenerateRequest) -> Tensor:
