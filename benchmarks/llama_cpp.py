@@ -229,11 +229,11 @@ def report(directories: list[Path]) -> None:
         for name, one in kinds.items()
     )
     summary = json.loads((first / "summary.json").read_text())
+    perplexity = summary["last_eval"]["eval_perplexity"]
     body = f"""\
-llama-cpp-python {found["version"]}. The student has {shape_of(first)} and learned from the demo's
-cache until its held-out perplexity was {summary["last_eval"]["eval_perplexity"]:.0f}; the text is the demo's,
-{SAMPLES} samples of {LENGTH} tokens. Logits are compared with embeddings, head, keys and values in
-float32.
+llama-cpp-python {found["version"]}. The student has {shape_of(first)} and learned from the demo's cache until
+its held-out perplexity was {perplexity:.0f}. The text is the demo's, {SAMPLES} samples of {LENGTH} tokens,
+most of which it was trained on. Logits are compared with embeddings, head, keys and values in float32.
 
 {agreement_table(kinds)}
 
@@ -247,7 +247,7 @@ Files, embeddings and head (one and the same tensor) in float16:
 
 {sizes}
 
-Speed on this CPU, rounds of both files in turn, a prompt of 256 tokens and 48 more one by one, medians of 5
+Speed on this CPU, rounds of both files in turn, a prompt of 256 tokens and 48 more one by one, medians of 3
 rounds. The wider student is random. Embeddings and head are float16 in both.
 
 {speeds}

@@ -33,7 +33,7 @@ class BlockedLinear(IntegerLinear):
             scale = 1 / inverse
         else:
             inverse = 127 / peak_NG1.abs()
-            scale = (1 / inverse).half().float()
+            scale = (peak_NG1.abs() / 127).half().float()
         ints_NGC = (x_NGC * torch.where(peak_NG1 == 0, 0, inverse)).round().clamp(max=127)
         ternary_OGC = self.ternary().float().view(self.out_features, -1, self.columns)
         sums_NGO = torch.einsum("ngc,ogc->ngo", ints_NGC, ternary_OGC)

@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 
 F32, F16_FILE = 0, 1
-ROUNDS, PROMPT, NEW = 5, 256, 48
+ROUNDS, PROMPT, NEW = 3, 256, 48
 
 
 def to_half(path: Path) -> None:
