@@ -31,12 +31,18 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         if not (Path(wanted) / _STATE).is_file():
             raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
         return Path(wanted)
-    found = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-[0-9]*/{_STATE}")]
-    if not found:
+    found = last_checkpoint(Path(args.output_dir))
+    if found is None:
         raise UserError(
             f"--resume-from-checkpoint: no checkpoint in {args.output_dir}; leave the flag out to start anew"
         )
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return found
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The last whole checkpoint of a training there."""
+    found = [path.parent for path in output_dir.glob(f"checkpoint-[0-9]*/{_STATE}")]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def manifest_to_read(wanted: str | None, checkpoint: Path | None) -> str | None:
