@@ -51,6 +51,7 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
             _go_on(stage, record)
             prepared = prepare(stage.request, before)
         before, manifest = prepared.plan, prepared.reader.manifest_digest
+        stage.request.options.manifest = manifest
     summary: dict[str, Any] = {}
     for number, stage in enumerate(stages[done:], done + 1):
         _tell(stage.request, f"stage {stage.name}: {number} of {len(stages)}, in {_folder(stage)}")

@@ -75,7 +75,7 @@ def test_bitdistill_goes_on_after_a_kill_as_if_there_had_been_none(
     assert terms(first) == {"ce"}
     assert terms(straight) == {"kl", "ce", "qkv_relation_L1_to_L1"}
     assert (straight / "report.html").is_file()
-    assert "step0_drift_norms" in logs(first)[1] and summary["step0_drift"] is None
+    assert any("step0_drift_norms" in entry for entry in logs(first)) and summary["step0_drift"] is None
     # The second stage began with the very student of the first.
     left = json.loads((first / "summary.json").read_text())["last_eval"]
     assert (left["eval_ce"], left["eval_kl"]) == tuple(
