@@ -28,8 +28,8 @@ NEVER = ("--save_strategy", "no")
             ("--logging_steps", 6, *NEVER),
             "steps 2 to 6: the loss is not finite (kl, ce); lower --learning-rate",
         ),
-        (("--logging_steps", 12, "--save_steps", 1), "step 3: weights are not finite (student."),
-        (("--logging_steps", 12, "--max_steps", 3, *NEVER), "step 3: weights are not finite (student."),
+        (("--logging_steps", 12, "--save_steps", 1), "step 3: the weights are not finite (student."),
+        (("--logging_steps", 12, "--max_steps", 3, *NEVER), "step 3: the weights are not finite (student."),
     ],
 )
 def test_one_line_says_when_what_and_the_mends(
@@ -62,4 +62,4 @@ def test_a_token_whose_embedding_is_zero_under_many_norms(distily_train: Run, tm
     flags += ("--ce-weight", "1", "--max_steps", "4", "--eval-fraction", "0.25", "--report-to", "none")
     code, _, err = distily_train(tmp_path / "cache", "--output-dir", tmp_path / "out", *flags)
     assert code == 1
-    assert err.splitlines()[-1].startswith("distily-train: step 1: weights are not finite (student.")
+    assert err.splitlines()[-1].startswith("distily-train: step 1: the weights are not finite (student.")

@@ -122,8 +122,10 @@ def test_what_is_wrong_in_a_later_stage_is_found_before_the_first(
         assert code == 2 and said in err.splitlines()[-1], err
         assert len(err.splitlines()) == 1
         assert not list(tmp_path.rglob("*.safetensors"))
-    (tmp_path / "out" / "pretrain" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "out" / "pretrain" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    for number, state in ((1, "{}"), (2, "")):  # whoever wrote the second one was killed at it
+        checkpoint = tmp_path / "out" / "pretrain" / f"checkpoint-{number}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(state)
     code, _, err = distily_train(relations, *words)
     assert code == 2 and "checkpoint-1 is of another training" in err
 
