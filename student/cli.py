@@ -132,15 +132,19 @@ def _no_bars() -> Iterator[None]:
 
 def _run(argv: list[str]) -> None:
     from student.arguments import parse
+    from student.recipe import requests, take_recipe
     from student.run import train_from_cache
+    from student.stages import train_stages
 
-    request = parse(argv)
+    recipe, argv = take_recipe(argv)
+    asked = parse(argv) if recipe is None else requests(recipe, argv)
+    as_json = (asked[-1].request if isinstance(asked, list) else asked).options.json
     # Trainer writes its log to standard output; with --json that belongs to the summary alone.
-    quiet = contextlib.redirect_stdout(sys.stderr) if request.options.json else contextlib.nullcontext()
+    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     with quiet:
-        summary = train_from_cache(request)
+        summary = train_stages(asked) if isinstance(asked, list) else train_from_cache(asked)
     if summary:  # of several processes, the first one's
-        typer.echo(json.dumps(summary) if request.options.json else summary["report"])
+        typer.echo(json.dumps(summary) if as_json else summary["report"])
 
 
 def _fail(error: Exception, code: int) -> None:

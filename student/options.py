@@ -38,6 +38,11 @@ class StudentOptions:
 
     _argument_group_name: ClassVar[str] = "student and objective"
 
+    recipe: str | None = _flag(
+        None,
+        "YAML file of flags of this command, perhaps of several stages that follow each other; flags on the "
+        "command line win. docs/recipes.md, examples/recipes/.",
+    )
     student_model_config: str | None = _flag(
         None,
         "Changes to the teacher's configuration that make the student, as JSON: "
@@ -95,7 +100,8 @@ class StudentOptions:
     freeze_embeddings: bool = _flag(False, "Do not train the input embeddings and the LM head.")
     objective: str | None = _flag(
         None,
-        "YAML file of terms, instead of the five flags that follow and --hidden-layers, --layer-map; "
+        "YAML file of terms, or what stands in one as a JSON object, instead of the five flags that follow "
+        "and --hidden-layers, --layer-map; "
         "`distily-train objectives` lists the losses.",
     )
     logits_loss: str = _flag(
@@ -148,6 +154,8 @@ class StudentOptions:
 
     def check(self) -> None:
         """UserError for the first flag that cannot be served whatever the cache holds."""
+        if self.recipe is not None:
+            raise UserError("--recipe: is read from the command line alone; write the recipe's own flags")
         if self.student is not None and self.student_model_config is not None:
             raise UserError(
                 "--student and --student-model-config exclude each other: a checkpoint brings its own "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,44 @@ from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
-from student.build import plan_student
+from student.build import StudentPlan, plan_following, plan_student
 from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
+from student.objective.terms import Objective
 from student.packing import check_packing
-from student.plan import load_teacher, plan_data, plan_objective
+from student.plan import DataPlan, load_teacher, plan_data, plan_objective
 from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
 
-def train_from_cache(request: Request) -> dict[str, Any]:
-    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, and what follows from it and the cache.
 
-    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    checkpoint: where it goes on; None: at the start.
+    """
+
+    request: Request
+    reader: CacheReader
+    checkpoint: Path | None
+    plan: StudentPlan
+    objective: Objective
+    data: DataPlan
+
+
+def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
+    """Find everything that can be wrong with a request, before any student is built.
+
+    before: the student that this one starts from, where a stage before has yet to save it.
     """
     options, args = request.options, request.training
-    output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
     reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
-    plan = plan_student(options, reader)
+    plan = plan_student(options, reader) if before is None else plan_following(options, before)
     if checkpoint is not None:
         check_kind(checkpoint, plan)
     objective = plan_objective(wanted, reader, plan.config)
@@ -49,10 +65,20 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
-    _check_writable(output_dir)
+    _check_writable(Path(args.output_dir))
+    return Prepared(request, reader, checkpoint, plan, objective, data)
 
+
+def train_from_cache(request: Request) -> dict[str, Any]:
+    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+
+    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    """
+    prepared = prepare(request)
+    options, args, reader = request.options, request.training, prepared.reader
+    checkpoint, objective, data = prepared.checkpoint, prepared.objective, prepared.data
     set_seed(args.seed)
-    student, drift = plan.build(calibration_samples(data.train), args.device)
+    student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
@@ -70,7 +96,14 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     if not trainer.is_world_process_zero():
         return {}
     run = Run(
-        reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()), drift
+        reader,
+        model,
+        trainer.state,
+        Path(args.output_dir),
+        seconds,
+        len(data.train),
+        len(data.held_out or ()),
+        drift,
     )
     summary = summarise(run)
     write_report(run, summary)
