@@ -111,12 +111,11 @@ def histogram(
 
 @dataclass(frozen=True)
 class Bar:
-    """text: the value as it is written beside the bar. inner: a part of the bar above it."""
+    """text: the value as it is written beside the bar."""
 
     label: str
     value: float
     text: str
-    inner: bool = False
 
 
 def bar_chart(title: str, bars: Iterable[Bar], remark: str = "") -> Html:
@@ -126,8 +125,7 @@ def bar_chart(title: str, bars: Iterable[Bar], remark: str = "") -> Html:
         return Html("")
     most = max(0.0, *(bar.value for bar in kept)) or 1.0
     items = "".join(
-        f"<li{' class=inner' if bar.inner else ''}><span>{html(bar.label)}</span>"
-        f"<span>{html(bar.text)}</span>"
+        f"<li><span>{html(bar.label)}</span><span>{html(bar.text)}</span>"
         f'<i class="c0" style="width:{100 * max(bar.value, 0) / most:.1f}%"></i></li>'
         for bar in kept
     )

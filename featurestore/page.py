@@ -1,14 +1,16 @@
 """The frame of every report: one HTML page that needs no network, no script and no other file.
 
-Pure functions, data in and text out. What is not `Html` already is escaped, wherever it comes from. Charts
-are in featurestore.chart.
+Pure functions, data in and text out, but for `why_not`. What is not `Html` already is escaped, wherever it
+comes from. Charts are in featurestore.chart.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 from featurestore.amounts import number
 from featurestore.style import STYLE
@@ -38,6 +40,18 @@ def page(title: str, *parts: Html) -> str:
         "style-src 'unsafe-inline'\">"
         f"<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{html(title)}</h1>\n"
         f"{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def why_not(file: Path) -> str:
+    """Why a page cannot be written to `file`, "" where nothing speaks against it."""
+    if file.is_dir():
+        return "is a directory; name a file in it"
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        return f"lies in {folder}, which is no directory; make it first"
+    return (
+        "" if os.access(file if file.exists() else folder, os.W_OK) else "cannot be written; choose another"
     )
 
 
@@ -93,18 +107,23 @@ def table(
         f'<th scope="col"{_side(flag)}>{html(cell)}</th>' for cell, flag in zip(header, right, strict=True)
     )
     body = "".join(f"<tr>{_cells(cells, right)}</tr>\n" for cells in texts)
-    label = escape(caption or ", ".join(filter(None, header)))
+    top = f"<thead><tr>{head}</tr></thead>"
+    return _framed("", caption, ", ".join(header), f"{top}<tbody>{body}</tbody>", tall)
+
+
+def facts(rows: Iterable[tuple[str, Cell]], caption: str) -> Html:
+    """A table of (name, value) that wraps rather than scrolls; those without a value are left out."""
+    texts = [(html(name), html(value)) for name, value in rows if value is not None]
+    body = "".join(f"<tr>{_cells(cells, (False, False))}</tr>" for cells in texts)
+    return _framed("facts", caption, caption, f"<tbody>{body}</tbody>") if texts else Html("")
+
+
+def _framed(style: str, caption: str, label: str, body: str, tall: bool = False) -> Html:
     title = f"<caption>{html(caption)}</caption>" if caption else ""
-    top = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
     return Html(
-        f'<div class="scroll{" tall" if tall else ""}" role="region" tabindex="0" aria-label="{label}">'
-        f"<table>{title}{top}<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll{" tall" if tall else ""}" role="region" tabindex="0" '
+        f'aria-label="{html(caption or label)}"><table class="{style}">{title}{body}</table></div>'
     )
-
-
-def facts(rows: Iterable[tuple[str, Cell]], caption: str = "") -> Html:
-    """A table of (name, value); those without a value are left out."""
-    return table(("", ""), [(name, value) for name, value in rows if value is not None], caption)
 
 
 def _cells(cells: Sequence[Html], right: Sequence[bool]) -> str:

@@ -15,15 +15,28 @@ PALETTE = (
 )
 PAPER = ("#ffffff", "#1b1e23")
 
+# Backgrounds of words, from what was expected to what was a surprise; ink stays legible on each.
+HEAT = (
+    ("#e6f4ea", "#12301d"),
+    ("#fdf3d0", "#3a3212"),
+    ("#fcd9a8", "#553a10"),
+    ("#f7b58a", "#7a3b14"),
+    ("#f08f8f", "#8c2626"),
+)
+INK = ("#1b1f24", "#e8eaed")
+
 _COLOURS = "".join(
     f".c{index} {{ --c: light-dark({light}, {dark}); }}\n" for index, (light, dark) in enumerate(PALETTE)
+) + "".join(
+    f".h{index} {{ background: light-dark({light}, {dark}); }}\n" for index, (light, dark) in enumerate(HEAT)
 )
 STYLE = (
     """
 :root { color-scheme: light dark;
-  --ink: light-dark(#1b1f24, #e8eaed); --soft: light-dark(#5b6470, #a9b1bb);
+  --soft: light-dark(#5b6470, #a9b1bb);
   --rule: light-dark(#e1e4e8, #363b43); --back: light-dark(#f5f6f8, #111316);
 """
+    f"  --ink: light-dark({INK[0]}, {INK[1]});\n"
     f"  --paper: light-dark({PAPER[0]}, {PAPER[1]}); }}\n{_COLOURS}"
     """
 * { box-sizing: border-box; }
@@ -34,11 +47,11 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anyw
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
 p { max-width: 48rem; margin: .4rem 0; overflow-wrap: anywhere; }
 .note { color: var(--soft); font-size: .9rem; }
-.cards > div, figure, .scroll, pre { background: var(--paper); border: 1px solid var(--rule);
+.cards > div, figure, .scroll, pre, .words { background: var(--paper); border: 1px solid var(--rule);
   border-radius: .5rem; }
 
 .cards, .row { display: grid; gap: .8rem; margin: .8rem 0; }
-.cards { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.cards { grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
 .cards > div { padding: .6rem .8rem; }
 .cards b { display: block; font-size: 1.3rem; line-height: 1.3; overflow-wrap: anywhere; }
 .cards span { color: var(--soft); font-size: .85rem; }
@@ -51,7 +64,10 @@ figure .note { margin: .3rem 0 0; }
 .row > .scroll { margin: 0; width: auto; }
 .tall { max-height: 26rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.row table { width: 100%; }
+.scroll table { min-width: max-content; }
+.scroll .facts { min-width: 0; width: 100%; }
+.facts td { overflow-wrap: anywhere; }
+.facts th { white-space: nowrap; }
 caption { text-align: left; font-weight: 600; padding: .6rem .8rem .2rem; font-size: 1rem; }
 td, th { padding: .35rem .8rem; border-top: 1px solid var(--rule); text-align: left; vertical-align: top;
   max-width: 24rem; overflow-wrap: break-word; }
@@ -60,6 +76,12 @@ tbody th { font-weight: 500; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 pre { padding: .7rem .8rem; margin: .3rem 0 .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre, code { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+
+.words { padding: .7rem .8rem; margin: .5rem 0; line-height: 1.9; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .95rem; }
+.words span, .words + .note span { padding: .1rem 0; border-radius: 3px; }
+.words + .note span { display: inline-block; padding: 0 .4rem; color: var(--ink); }
+.words .h4 { text-decoration: underline dotted; text-underline-offset: 3px; }
 
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 12.5px; fill: var(--soft); }
@@ -74,7 +96,5 @@ svg text { font-size: 12.5px; fill: var(--soft); }
 .bars li { display: grid; grid-template-columns: 1fr auto; gap: 0 .8rem; margin-top: .4rem; }
 .bars span { overflow-wrap: anywhere; }
 .bars i { grid-column: 1 / -1; height: .6rem; border-radius: 2px; background: var(--c); min-width: 2px; }
-.bars .inner { padding-left: 1rem; }
-.bars .inner i { opacity: .75; height: .4rem; }
 """
 )

@@ -18,15 +18,16 @@ def test_every_part_escapes_what_it_is_given() -> None:
         code(EVIL),
         cards([(EVIL, EVIL)]),
         row(table((EVIL, EVIL), [(EVIL, EVIL)], EVIL)),
-        facts([(EVIL, EVIL)]),
+        facts([(EVIL, EVIL)], EVIL),
     )
     found = reading.page(page(EVIL, section(EVIL, *parts)))
-    assert found.texts["h1"] == found.texts["h2"] == found.texts["caption"] == [EVIL]
+    assert found.texts["h1"] == found.texts["h2"] == [EVIL]
+    assert found.texts["caption"] == [EVIL, EVIL]
     assert found.texts["pre"] == found.texts["b"] == [EVIL]
 
 
 def test_a_part_without_contents_is_left_out() -> None:
-    assert table(("a", "b"), []) == cards([("a", None)]) == facts([("a", None)]) == ""
+    assert table(("a", "b"), []) == cards([("a", None)]) == facts([("a", None)], "b") == ""
     assert section("Empty", row(table(("a",), [])), cards([])) == ""
 
 
