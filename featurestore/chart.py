@@ -17,7 +17,7 @@ from featurestore.style import PALETTE
 
 _WIDTH, _HEIGHT = 380, 240
 _TOP, _BOTTOM = 28, 40
-_LETTER = 7.2  # width of a digit at the charts' font size
+_LETTER = 8.0  # width of a digit at the charts' font size
 _MARKS = 7  # shapes drawn along one line at most
 # Round (0, 0): circle, square, triangle, diamond, upside-down triangle, plus, bar.
 _SHAPES = (
@@ -154,8 +154,8 @@ def _drawable(point: tuple[float, float], log_x: bool, log_y: bool) -> bool:
 
 def _axes(x_axis: Axis, y_axis: Axis) -> tuple[Axis, Axis]:
     """The axes with their pixels: room on the left for the longest mark, on the right for half the last."""
-    left = 10 + _LETTER * max(len(short(tick)) for tick in y_axis.ticks)
-    right = _WIDTH - max(10.0, _LETTER * len(short(x_axis.ticks[-1])) / 2)
+    left = 8 + _LETTER * max(len(short(tick)) for tick in y_axis.ticks)
+    right = _WIDTH - max(10.0, _LETTER * len(short(x_axis.ticks[-1])) / 2 + 1)
     return x_axis.between(left, right), y_axis.between(_HEIGHT - _BOTTOM, _TOP)
 
 

@@ -53,7 +53,7 @@ p { max-width: 48rem; margin: .4rem 0; overflow-wrap: anywhere; }
 .cards, .row { display: grid; gap: .8rem; margin: .8rem 0; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
 .cards > div { padding: .6rem .8rem; }
-.cards b { display: block; font-size: 1.3rem; line-height: 1.3; overflow-wrap: anywhere; }
+.cards b { display: block; font-size: 1.25rem; line-height: 1.3; overflow-wrap: anywhere; }
 .cards span { color: var(--soft); font-size: .85rem; }
 .row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 figure { margin: 0; padding: .7rem .8rem; min-width: 0; }
@@ -65,7 +65,7 @@ figure .note { margin: .3rem 0 0; }
 .tall { max-height: 26rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .scroll table { min-width: max-content; }
-.scroll .facts { min-width: 0; width: 100%; }
+.row .scroll table { min-width: 0; width: 100%; }
 .facts td { overflow-wrap: anywhere; }
 .facts th { white-space: nowrap; }
 caption { text-align: left; font-weight: 600; padding: .6rem .8rem .2rem; font-size: 1rem; }

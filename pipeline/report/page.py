@@ -11,7 +11,7 @@ from featurestore.amounts import duration, size
 from featurestore.chart import Bar, Series, bar_chart, histogram, line_chart
 from featurestore.info import GroupInfo, StoreInfo
 from featurestore.listing import Shard
-from featurestore.page import Html, cards, facts, note, page, paragraph, row, section, table
+from featurestore.page import Cell, Html, cards, facts, note, page, paragraph, row, section, table
 from pipeline.pace import earlier_pace
 from pipeline.report.costs import further
 from pipeline.report.facts import StoreFacts
@@ -70,14 +70,14 @@ def _identity(info: StoreInfo, lengths: list[int]) -> Html:
     teacher = info.identity
     quantised = "" if teacher.quantization == "none" else f", {teacher.quantization}"
     weights = ", ".join(f"{part} {size(count)}" for part, count in info.sidecar.items())
-    shape = [
+    shape: list[tuple[str, Cell]] = [
         ("name", teacher.name),
         ("architecture", teacher.architecture),
         ("vocabulary", f"{teacher.vocab_size:,}"),
         ("hidden size", f"{teacher.hidden_size:,}"),
         ("layers", teacher.num_layers),
     ]
-    captured = [
+    captured: list[tuple[str, Cell]] = [
         ("engine", f"{teacher.engine} {teacher.engine_version}, {teacher.dtype}{quantised}"),
         ("teacher's weights", teacher.digest),
         ("tokenizer", teacher.tokenizer_digest),
@@ -90,7 +90,7 @@ def _identity(info: StoreInfo, lengths: list[int]) -> Html:
 def _lengths(info: StoreInfo, lengths: list[int]) -> Html:
     if not lengths:
         return Html("")
-    known = [
+    known: list[tuple[str, Cell]] = [
         ("complete", f"{info.samples:,} of {info.samples_planned:,} samples"),
         ("shortest", f"{min(lengths):,} tokens"),
         ("median", f"{np.median(lengths):,.0f}"),
