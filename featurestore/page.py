@@ -137,4 +137,4 @@ def _side(right: bool) -> str:
 
 
 def _is_amount(cell: str) -> bool:
-    return re.fullmatch(r"–?|[-−+]?[\d.,]+([e:/%×x ].{0,12})?", cell) is not None
+    return re.fullmatch(r"–?|[-−+]?[\d.,]+([eGMk:/%×x ].{0,12})?", cell) is not None

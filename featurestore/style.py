@@ -33,7 +33,7 @@ _COLOURS = "".join(
 STYLE = (
     """
 :root { color-scheme: light dark;
-  --soft: light-dark(#5b6470, #a9b1bb);
+  --soft: light-dark(#5b6470, #a9b1bb); --shade: light-dark(#c3c9d1, #000000);
   --rule: light-dark(#e1e4e8, #363b43); --back: light-dark(#f5f6f8, #111316);
 """
     f"  --ink: light-dark({INK[0]}, {INK[1]});\n"
@@ -60,7 +60,10 @@ figure { margin: 0; padding: .7rem .8rem; min-width: 0; }
 figcaption { font-weight: 600; margin-bottom: .3rem; }
 figure .note { margin: .3rem 0 0; }
 
-.scroll { overflow-x: auto; max-width: 100%; width: fit-content; margin: .8rem 0; }
+.scroll { overflow-x: auto; max-width: 100%; width: fit-content; margin: .8rem 0;
+  /* A shade at the side where there is more; the paper that covers it scrolls along. */
+  background: linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / .7rem 100% no-repeat scroll, var(--paper); }
 .row > .scroll { margin: 0; width: auto; }
 .tall { max-height: 26rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -69,10 +72,12 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 .facts td { overflow-wrap: anywhere; }
 .facts th { white-space: nowrap; }
 caption { text-align: left; font-weight: 600; padding: .6rem .8rem .2rem; font-size: 1rem; }
-td, th { padding: .35rem .8rem; border-top: 1px solid var(--rule); text-align: left; vertical-align: top;
+td, th { padding: .35rem .5rem; border-top: 1px solid var(--rule); text-align: left; vertical-align: top;
   max-width: 24rem; overflow-wrap: break-word; }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; max-width: min(24rem, 42vw); }
+th:first-child, td:first-child { padding-left: .8rem; }
+thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
 td.n, th.n { text-align: right; white-space: nowrap; }
 pre { padding: .7rem .8rem; margin: .3rem 0 .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre, code { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }

@@ -13,6 +13,9 @@ mkdir -p "$img"
 distily-cache report "$store" --out "$work/store.html"
 distily-train report "$@" --out "$work/train.html"
 
+# Nobody needs the paths of this machine.
+sed -i "s#$(dirname "$(realpath "$store")")/##g" "$work"/*.html
+
 shoot() { # page, picture, width, height, pixels per unit, colour scheme of Blink's settings (0 dark, 1 light)
   "${CHROMIUM:-chromium}" --headless=new --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$work/profile" \
     --force-device-scale-factor="$5" --blink-settings="preferredColorScheme=$6" \
@@ -25,8 +28,8 @@ shoot() { # page, picture, width, height, pixels per unit, colour scheme of Blin
 
 shoot store report-store 1280 1500 1 1
 shoot store report-store-dark 1280 1500 1 0
-shoot store report-store-phone 390 1500 1.5 1
+shoot store report-store-phone 390 2400 1 1
 shoot train report-train 1280 1500 1 1
 shoot train report-train-dark 1280 1500 1 0
-shoot train report-train-phone 390 1500 1.5 1
+shoot train report-train-phone 390 2400 1 1
 ls -l "$img"/report-*.png

@@ -32,13 +32,13 @@ def further(info: StoreInfo, pace: Pace | None) -> list[Cost]:
     hidden, rows = info.identity.hidden_size, info.rows
     layer = info.identity.num_layers // 2
     wanted: list[tuple[str, GroupSpec]] = [
-        ("one more hidden layer, --hidden-dtype int8", HiddenSpec(layer, "int8")),
-        ("one more hidden layer, --hidden-dtype bf16", HiddenSpec(layer, "bf16")),
-        ("heads of up to 64 with 16 draws, --top-k 64 --top-p 1 --tail 16", LogitsSpec(64, tail=16)),
+        ("a further hidden layer, int8", HiddenSpec(layer, "int8")),
+        ("a further hidden layer, bf16", HiddenSpec(layer, "bf16")),
+        ("the top 64 of every row, 16 draws", LogitsSpec(64, tail=16)),
     ]
     costs = [Cost(what, rows * row_bytes(spec, hidden), _seconds(pace, rows)) for what, spec in wanted]
     share = _MORE_SAMPLES / info.samples
-    more = f"{_MORE_SAMPLES:,} more samples of this length, with all column groups"
+    more = f"{_MORE_SAMPLES:,} more samples like these"
     return [*costs, Cost(more, share * info.bytes, _seconds(pace, round(share * rows)))]
 
 

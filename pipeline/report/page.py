@@ -228,7 +228,7 @@ def _costs(info: StoreInfo) -> Html:
     timed = f"Time is {pace.source}, at {pace.tokens_per_second:,.0f} tokens/s." if pace else ""
     remark = (
         "Layers and heads are for the tokens that are there; asked for together they cost one pass of the "
-        f"teacher. Sizes are estimates, those of heads upper bounds. {timed}"
+        f"teacher. More samples come with all column groups. Sizes are estimates. {timed}"
     )
     return (
         section("What more would cost", table(("more", "bytes", "teacher"), rows), note(remark))

@@ -37,7 +37,7 @@ def sample_section(view: SampleView | None, pieces: Pieces | None) -> Html:
         note(f"Sample {view.index} ({view.id}): {len(view.rows):,} of {view.length:,} tokens."),
         text,
         legend,
-        table(header, rows, "What the teacher expected after each token", tall=True),
+        table(header, rows, "After each token", tall=True),
     )
 
 

@@ -9,8 +9,17 @@ from featurestore.amounts import duration, number, short, size
 from featurestore.page import Cell, Html, cards, facts, row, section, table
 from student.report.files import RunFiles, number_in
 
-# So many of the columns are key figures.
-_CARDS = 8
+# Columns that are key figures of a run, and what they are called there.
+_CARDS = {
+    "held-out KL": "nats of held-out KL",
+    "perplexity": "held-out perplexity",
+    "teacher's": "the teacher's",
+    "agreement": "agree with the teacher",
+    "steps": "steps",
+    "tokens": "tokens",
+    "training": "of training",
+    "memory": "peak memory",
+}
 # Flags that tell runs apart on disk only.
 _PLACES = ("output-dir", "json", "run-name", "logging-dir")
 _METRICS = {
@@ -24,16 +33,19 @@ _METRICS = {
 
 def key_figures(run: RunFiles) -> Html:
     """Cards of one run."""
-    return cards([(name, get(run)) for name, get in list(_COLUMNS.items())[:_CARDS]])
+    return cards(
+        [(_CARDS[name], get(run)) for name, get in (_RESULTS | _RESOURCES).items() if name in _CARDS]
+    )
 
 
 def comparison(runs: Sequence[RunFiles]) -> Html:
     """A row for each run: the flags in which they differ, then what every run has."""
     flags = differing_flags([run.flags for run in runs])
     columns: dict[str, Callable[[RunFiles], Cell]] = {
+        **_RESULTS,
         **{f"--{flag}": _flag(flag) for flag in flags},
         "objective": objective,
-        **_COLUMNS,
+        **_RESOURCES,
     }
     known = {name: get for name, get in columns.items() if any(get(run) is not None for run in runs)}
     rows = [(run.name, *(get(run) for get in known.values())) for run in runs]
@@ -115,7 +127,7 @@ def _time(run: RunFiles) -> str | None:
     return None if seconds is None else duration(seconds)
 
 
-def _share(run: RunFiles) -> str | None:
+def _agreement(run: RunFiles) -> str | None:
     share = run.number("last_eval", "eval_top1_agreement")
     return None if share is None else f"{share:.1%}"
 
@@ -125,15 +137,17 @@ def _parameters(run: RunFiles) -> str | None:
     return None if count is None else short(float(f"{count:.3g}"))
 
 
-_COLUMNS: dict[str, Callable[[RunFiles], Cell]] = {
-    "steps": lambda run: run.number("steps"),
-    "tokens": lambda run: run.number("tokens"),
+_RESULTS: dict[str, Callable[[RunFiles], Cell]] = {
     "held-out KL": lambda run: run.number("last_eval", "eval_kl"),
     "perplexity": lambda run: run.number("last_eval", "eval_perplexity"),
-    "teacher's perplexity": lambda run: run.number("last_eval", "eval_teacher_perplexity"),
-    "agreement": _share,
+    "teacher's": lambda run: run.number("last_eval", "eval_teacher_perplexity"),
+    "agreement": _agreement,
+}
+_RESOURCES: dict[str, Callable[[RunFiles], Cell]] = {
+    "steps": lambda run: run.number("steps"),
+    "tokens": lambda run: run.number("tokens"),
     "training": _time,
-    "peak memory": lambda run: _size(run.number("peak_rss_bytes")),
+    "memory": lambda run: _size(run.number("peak_rss_bytes")),
     "parameters": _parameters,
     "on disk": lambda run: _size(run.number("sizes", "checkpoint_bytes")),
 }

@@ -10,6 +10,7 @@ from student.report.files import RunFiles
 
 # A factor between the largest and the smallest value.
 _WIDE = 5
+_BOUND = "The KL takes what is outside the stored head as one bucket: it is a lower bound."
 _SHARE = "share"
 _TERNARY = {
     "bitnet_flip_rate": ("Ternary weights that flipped since the last point", _SHARE),
@@ -40,6 +41,7 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
     perplexity = [Series(_name(run, runs), run.series("eval_perplexity")) for run in runs]
     return section(
         "Held-out samples",
+        note(_BOUND) if any(run.series("eval_kl") for run in runs) else Html(""),
         row(
             _chart(runs, "eval_kl", "KL(teacher ‖ student)", "nats per token"),
             _lines("Perplexity", [*perplexity, *_teachers(runs)], "perplexity"),

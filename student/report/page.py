@@ -62,11 +62,17 @@ def _lead(run: RunFiles) -> str:
 
 
 def _commands(runs: Sequence[RunFiles]) -> Html:
-    """The command lines that made the runs, where they are recorded."""
+    """The command lines that made the runs, and on what they ran, where that is recorded."""
     parts = []
     for run in runs:
         words = run.summary.get("command")
         if isinstance(words, list) and words:
             line = shlex.join([PurePath(str(words[0])).name, *map(str, words[1:])])
-            parts += [note(run.name), code(line)] if len(runs) > 1 else [code(line)]
+            parts += [code(line), note(f"{run.name}{_environment(run)}.")]
     return section("The commands", *parts)
+
+
+def _environment(run: RunFiles) -> str:
+    found = run.summary.get("environment")
+    named = found.items() if isinstance(found, dict) else ()
+    return "".join(f"; {name} {value}" for name, value in named if value is not None)

@@ -134,6 +134,7 @@ def test_a_page_of_one_run_says_all_that_its_files_do(tmp_path: Path) -> None:
     headings = ["Held-out samples", "Before and after", "Training", "Ternary weights", "Evaluation"]
     assert page.texts["h2"] == [*headings, "What the cache cost and saved", "The commands"]
     assert page.texts["pre"] == ["distily-train from-cache ./cache --output-dir tvd --learning_rate 1e-3"]
+    assert "run; python 3.11.7; device cpu; cores 2." in page.texts["p"]
     for shown in ("kl + 0→2 · tvd", "calibrated norms alone", "33.3", "0.625 ± 0.125", "glue_sst2"):
         assert shown in text
     charts = [title.split(":")[0] for title in page.texts["title"][1:] if " by " in title]
