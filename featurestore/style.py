@@ -66,7 +66,7 @@ figure .note { margin: .3rem 0 0; }
     linear-gradient(to left, var(--shade), transparent) right / .7rem 100% no-repeat scroll, var(--paper); }
 .row > .scroll { margin: 0; width: auto; }
 .tall { max-height: 26rem; overflow-y: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .scroll table { min-width: max-content; }
 .row .scroll table { min-width: 0; width: 100%; }
 .facts td { overflow-wrap: anywhere; }
@@ -75,7 +75,7 @@ caption { text-align: left; font-weight: 600; padding: .6rem .8rem .2rem; font-s
 td, th { padding: .35rem .5rem; border-top: 1px solid var(--rule); text-align: left; vertical-align: top;
   max-width: 24rem; overflow-wrap: break-word; }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 500; max-width: min(24rem, 42vw); }
+tbody th { font-weight: 500; max-width: min(24rem, 46vw); }
 th:first-child, td:first-child { padding-left: .8rem; }
 thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
 td.n, th.n { text-align: right; white-space: nowrap; }

@@ -50,8 +50,9 @@ def _on_cache(runs: Sequence[RunFiles]) -> Html:
 
 def _by(runs: Sequence[RunFiles], key: str, x_label: str, log_x: bool) -> list[Html]:
     """Two charts over the buckets of `key`: KL, and cross-entropy beside the teacher's."""
-    kl = [Series(run.name, _points(run, key, "kl")) for run in runs]
-    ce = [Series(run.name, _points(run, key, "ce")) for run in runs]
+    named = list(zip(_names(runs), runs, strict=True))
+    kl = [Series(name, _points(run, key, "kl")) for name, run in named]
+    ce = [Series(name, _points(run, key, "ce")) for name, run in named]
     teacher = next(filter(None, (_points(run, key, "teacher_ce") for run in runs)), [])
     what = key.replace("_", " ")
     return [

@@ -85,7 +85,8 @@ def _groups(run: RunFiles) -> list[tuple[str, Cell]]:
     groups = cost.get("groups") if isinstance(cost, dict) else None
     names = groups if isinstance(groups, dict) else {}
     return [
-        (f"of these {name}", run.number("cache_cost", "groups", name, "bytes_per_token")) for name in names
+        (f"{name}, bytes per token", run.number("cache_cost", "groups", name, "bytes_per_token"))
+        for name in names
     ]
 
 

@@ -66,6 +66,7 @@ def full(name: str, kl: float, seconds: float = 100.0) -> dict[str, Any]:
             "--learning_rate",
             "1e-3",
         ],
+        "environment": {"python": "3.11.7", "device": "cpu", "cores": 2, "gpu": None},
     }
 
 
