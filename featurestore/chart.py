@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from featurestore.amounts import short
 from featurestore.axis import Axis
@@ -97,7 +98,7 @@ def histogram(
     )
     bottom = y_axis.place(0)
     columns = []
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+    for (low, high), count in zip(pairwise(edges), counts, strict=True):
         left, right, top = x_axis.place(low), x_axis.place(high), y_axis.place(count)
         columns.append(
             f'<rect class="mark c0" x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 1):.1f}" '

@@ -1,7 +1,7 @@
 """The frame of every report: one HTML page that needs no network, no script and no other file.
 
-Pure functions, data in and text out, but for `why_not`. What is not `Html` already is escaped, wherever it
-comes from. Charts are in featurestore.chart.
+Pure functions, data in and text out, but for `why_not` and `write`. What is not `Html` already is escaped,
+wherever it comes from. Charts are in featurestore.chart.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ def why_not(file: Path) -> str:
     folder = file.absolute().parent
     if not folder.is_dir():
         return f"lies in {folder}, which is no directory; make it first"
-    return (
-        "" if os.access(file if file.exists() else folder, os.W_OK) else "cannot be written; choose another"
-    )
+    writable = os.access(file if file.exists() else folder, os.W_OK)
+    return "" if writable else "cannot be written; choose another"
+
+
+def write(file: Path, text: str) -> None:
+    """Write a page; what UTF-8 cannot hold (half a surrogate pair in a name) becomes a question mark."""
+    file.write_text(text, encoding="utf-8", errors="replace")
 
 
 def section(heading: str, *parts: Html) -> Html:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featurestore.page import why_not
+from featurestore.page import why_not, write
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
 from pipeline.cli.output import print_json
@@ -36,7 +36,7 @@ def report(
         found = gather(store, samples)
         if found.damage:
             sys.stderr.write(f"distily-cache: left out: {found.damage}\n")
-        file.write_text(store_page(found), encoding="utf-8")
+        write(file, store_page(found))
         if as_json:
             print_json({"report": str(file)})
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from featurestore.page import Cell, Html, cards, facts, note, page, paragraph, r
 from pipeline.pace import earlier_pace
 from pipeline.report.costs import further
 from pipeline.report.facts import StoreFacts
-from pipeline.report.runs import runs_section
+from pipeline.report.runs import number_in, runs_section
 from pipeline.report.words import sample_section
 
 _SHARDS_SHOWN = 200
@@ -23,8 +23,8 @@ _ARRAYS_SHOWN = 6
 
 
 def default_file(store: str) -> str:
-    """`<the store's last name>-report.html`."""
-    return f"{store.rstrip('/').rsplit('/', 1)[-1] or 'store'}-report.html"
+    """`NAME-report.html`, of the store's directory or prefix."""
+    return f"{_name(store)}-report.html"
 
 
 def store_page(found: StoreFacts) -> str:
@@ -33,7 +33,7 @@ def store_page(found: StoreFacts) -> str:
     state = "" if info.manifest else " It has no manifest yet: run the same `generate` again to complete it."
     lead = f"What {info.identity.name} said about {info.samples:,} samples, as stored in {info.path}.{state}"
     return page(
-        f"Feature store {info.path.rstrip('/').rsplit('/', 1)[-1]}",
+        f"Feature store {_name(info.path)}",
         paragraph(lead),
         _key_figures(info),
         note(f"Left out, because features are damaged: {found.damage}") if found.damage else Html(""),
@@ -48,9 +48,9 @@ def store_page(found: StoreFacts) -> str:
 
 
 def _key_figures(info: StoreInfo) -> Html:
-    records = [record for record in info.provenance if _seconds(record)]
-    seconds = sum(map(_seconds, records))
-    tokens = sum(float(record.get("tokens") or 0) for record in records)
+    records = [record for record in info.provenance if number_in(record, "capture_seconds")]
+    seconds = sum(number_in(record, "capture_seconds") or 0.0 for record in records)
+    tokens = sum(number_in(record, "tokens") or 0.0 for record in records)
     logits = next((group for group in info.groups.values() if group.kind == "logits"), None)
     return cards(
         [
@@ -237,10 +237,9 @@ def _costs(info: StoreInfo) -> Html:
     )
 
 
-def _seconds(record: Mapping[str, Any]) -> float:
-    value = record.get("capture_seconds")
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
 def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
+
+
+def _name(store: str) -> str:
+    return PurePosixPath(store).name or "store"

@@ -1,7 +1,8 @@
-"""Where a store's numbers come from: the commands that made it, in order."""
+"""Where a store's numbers come from: the commands that made it, in order. A record may hold anything."""
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -11,8 +12,14 @@ from featurestore.amounts import duration
 from featurestore.page import Html, code, note, section
 
 
+def number_in(record: Mapping[str, Any], name: str) -> float | None:
+    """The finite number of that name, None where there is none."""
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def runs_section(records: Iterable[Mapping[str, Any]]) -> Html:
-    """A command and what it did for each provenance record, oldest first; a record is any object."""
+    """A command and what it did for each provenance record, oldest first."""
     parts = [part for record in records for part in (code(_command(record)), note(_done(record)))]
     return section("The commands that made it", *parts)
 
@@ -26,8 +33,8 @@ def _command(record: Mapping[str, Any]) -> str:
 
 
 def _done(record: Mapping[str, Any]) -> str:
-    seconds, start = _number(record, "capture_seconds"), _number(record, "engine_seconds")
-    tokens = _number(record, "tokens")
+    seconds, start = number_in(record, "capture_seconds"), number_in(record, "engine_seconds")
+    tokens = number_in(record, "tokens")
     said = [str(record["began"])] if "began" in record else []
     if tokens is not None:
         rate = f" in {duration(seconds)}, {tokens / seconds:,.0f}/s" if seconds else ""
@@ -46,8 +53,3 @@ def _done(record: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _number(record: Mapping[str, Any], name: str) -> float | None:
-    value = record.get(name)
-    return float(value) if isinstance(value, int | float) else None

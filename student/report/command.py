@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from featurestore.page import why_not
+from featurestore.page import why_not, write
 from student.errors import UserError
 from student.report.files import read_runs
 from student.report.page import REPORT, runs_page
@@ -20,5 +20,5 @@ def report(directories: Sequence[Path], out: Path | None) -> Path:
     runs = read_runs(directories)
     if problem := why_not(file):
         raise UserError(f"--out {file} {problem}")
-    file.write_text(runs_page(runs), encoding="utf-8")
+    write(file, runs_page(runs))
     return file

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from featurestore.amounts import duration
-from featurestore.page import Html, code, note, page, paragraph, section
+from featurestore.page import Html, code, note, page, paragraph, section, write
 from student.report.comparison import comparison, details, key_figures, objective
 from student.report.curves import held_out, ternary, training
 from student.report.evaluation import evaluation
@@ -19,7 +19,7 @@ REPORT = "report.html"
 
 def write_report(directory: Path) -> None:
     """Write report.html about the training in `directory`, from its files alone."""
-    (directory / REPORT).write_text(runs_page([read_run(directory)]), encoding="utf-8")
+    write(directory / REPORT, runs_page([read_run(directory)]))
 
 
 def runs_page(runs: Sequence[RunFiles]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from featurestore.axis import Axis, log_ticks, nice_ticks
 from featurestore.chart import Bar, Series, bar_chart, histogram, line_chart, scatter
-from featurestore.style import PALETTE, PAPER
+from featurestore.style import HEAT, INK, PALETTE, PAPER
 from tests.html import parsed
 
 SPANS = [(0.0, 1.0), (3.2, 3.2), (0.0, 0.0), (-5.0, 12.0), (1e-9, 2e-9), (1e20, 1e20), (-1e150, 1e150)]
@@ -124,11 +124,17 @@ def test_names_are_escaped() -> None:
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_colours_stand_out(scheme: int) -> None:
-    paper = _luminance(PAPER[scheme])
+def test_colours_stand_out_and_text_is_legible(scheme: int) -> None:
     for pair in PALETTE:
-        light, dark = sorted((paper, _luminance(pair[scheme])), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 3, pair[scheme]
+        assert _contrast(pair[scheme], PAPER[scheme]) >= 3, pair[scheme]
+    for pair in (*HEAT, PAPER):
+        assert _contrast(INK[scheme], pair[scheme]) >= 4.5, pair[scheme]
+
+
+def _contrast(one: str, other: str) -> float:
+    """Of two colours, as WCAG 2.2 defines it: 1 to 21."""
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def _luminance(colour: str) -> float:

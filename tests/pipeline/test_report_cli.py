@@ -137,10 +137,12 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
         "writing": {"by": evil},
     }
     store.add_provenance(record)
+    store.add_provenance({"argv": ["half\ud800"], "tokens": evil, "capture_seconds": 2})
     store.add_provenance({"argv": "text", "command": evil, "hardware": evil, "capture_seconds": 0})
-    text = store_page(gather(str(filled.path), 4))
+    run("report", filled.path, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
     html.page(text)
-    assert evil not in text and "<b>store" not in text
+    assert evil not in text and "<b>store" not in text and "half?" in text
 
 
 def test_what_cannot_be_served(store: Path, tmp_path: Path) -> None:
