@@ -18,7 +18,7 @@ from featurestore.style import PALETTE
 
 _WIDTH, _HEIGHT = 380, 240
 _TOP, _BOTTOM = 28, 40
-_LETTER = 8.0  # width of a digit at the charts' font size
+_LETTER = 8.3  # width of a digit at the charts' font size
 _MARKS = 7  # shapes drawn along one line at most
 # Round (0, 0): circle, square, triangle, diamond, upside-down triangle, plus, bar.
 _SHAPES = (

@@ -89,7 +89,7 @@ pre, code { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 .words .h4 { text-decoration: underline dotted; text-underline-offset: 3px; }
 
 svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 12.5px; fill: var(--soft); }
+svg text { font-size: 13px; fill: var(--soft); }
 .grid { stroke: var(--rule); stroke-width: 1; }
 .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
 .dashed { stroke-dasharray: 6 4; }
