@@ -17,7 +17,7 @@ def number(value: float | None) -> str:
 def short(value: float) -> str:
     """A mark of an axis: 2500, 25k, 10M, 0.02, 1e-5."""
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if max(scale, 1e4) <= abs(value) < 1e15:
+        if max(scale, 1e4) <= abs(value) < 1e12:
             return f"{value / scale:.6g}{unit}"
     return _plain(f"{value:.6g}")
 

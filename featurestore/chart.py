@@ -48,20 +48,24 @@ def line_chart(
     """A figure with a line for each series; nothing when no point can be drawn.
 
     `log` makes the y axis logarithmic, `log_x` the x axis. Points that are not finite, or not positive on a
-    logarithmic axis, are left out; so is a series without points.
+    logarithmic axis, are left out; so is a series without points. A legend names the series where
+    more than one was given.
     """
-    kept = [replace(one, points=[p for p in one.points if _drawable(p, log_x, log)]) for one in series]
-    kept = [one for one in kept if one.points]
+    given = [replace(one, points=[p for p in one.points if _drawable(p, log_x, log)]) for one in series]
+    # A series looks the same in every chart of the same list, whichever others have no points there.
+    kept = [(index, one) for index, one in enumerate(given) if one.points]
     if not kept:
         return Html("")
-    xs, ys = zip(*(point for one in kept for point in one.points), strict=True)
-    tight = all(one.joined for one in kept)  # dots keep away from the edges
+    xs, ys = zip(*(point for one in given for point in one.points), strict=True)
+    tight = all(one.joined for _, one in kept)  # dots keep away from the edges
     x_axis, y_axis = _axes(Axis.around(xs, log_x, tight), Axis.around(ys, log))
-    drawn = "".join(_drawn(index, one, x_axis, y_axis) for index, one in enumerate(kept))
+    drawn = "".join(_drawn(index, one, x_axis, y_axis) for index, one in kept)
     body = _grid(x_axis, y_axis, x_label, y_label) + drawn
-    ends = "; ".join(f"{one.name}: {short(one.points[-1][1])} at {short(one.points[-1][0])}" for one in kept)
-    legend = "".join(_key(index, one) for index, one in enumerate(kept))
-    keys = f'<ul class="legend">{legend}</ul>' if len(kept) > 1 else ""
+    ends = "; ".join(
+        f"{one.name}: {short(one.points[-1][1])} at {short(one.points[-1][0])}" for _, one in kept
+    )
+    legend = "".join(_key(index, one) for index, one in kept)
+    keys = f'<ul class="legend">{legend}</ul>' if len(given) > 1 else ""
     return _figure(title, _svg(f"{title}: {y_label} by {x_label}", f"At the end {ends}.", body) + keys)
 
 

@@ -13,10 +13,9 @@ _WIDE = 5
 _BOUND = "The KL takes what is outside the stored head as one bucket: it is a lower bound."
 _SHARE = "share"
 _TERNARY = {
-    "bitnet_flip_rate": ("Ternary weights that flipped since the last point", _SHARE),
-    "bitnet_zero_share": ("Ternary weights that are zero", _SHARE),
-    "bitnet_moved_share": ("Latent weights that moved since the last point", _SHARE),
-    "bitnet_scale_drift": ("Scales of ternary layers", "relative change since the start"),
+    "bitnet_flip_rate": "Ternary weights that flipped since the last point",
+    "bitnet_zero_share": "Ternary weights that are zero",
+    "bitnet_moved_share": "Latent weights that moved since the last point",
 }
 
 
@@ -52,7 +51,7 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
 
 def ternary(runs: Sequence[RunFiles]) -> Html:
     """What the ternary weights did; nothing where no run has any."""
-    charts = (_chart(runs, name, title, label) for name, (title, label) in _TERNARY.items())
+    charts = (_chart(runs, name, title, _SHARE) for name, title in _TERNARY.items())
     return section("Ternary weights", row(*charts))
 
 

@@ -64,11 +64,20 @@ def test_a_point_lies_where_the_axes_say() -> None:
 
 def test_points_that_cannot_be_drawn_are_left_out() -> None:
     points = [(0, math.nan), (1, math.inf), (2, -1.0), (3, 0.0), (4, 7.0), (5, 1e300)]
-    figure = line_chart("t", [Series("a", points), Series("b", [(0, math.nan)])], "step", "y", log=True)
-    assert "polyline" not in figure  # one point is left, and one series
+    figure = line_chart("t", [Series("a", points)], "step", "y", log=True)
+    assert "polyline" not in figure  # one point is left
     assert figure.count('class="mark"') == 1
     assert "nan" not in figure
     assert "legend" not in figure
+
+
+def test_a_series_keeps_its_looks_and_its_name_where_others_have_no_points() -> None:
+    lines = [Series("a", [(0, math.nan)]), Series("b", [(0, 1), (1, 2)])]
+    figure = line_chart("t", lines, "step", "y")
+    both = line_chart("t", [Series("a", [(0, 1)]), lines[1]], "step", "y")
+    assert parsed(figure).texts["li"] == ["b"]
+    (key,) = re.findall(r'<li class="(c\d)">.*?class="mark" d="([^"]+)"', figure)
+    assert key == re.findall(r'<li class="(c\d)">.*?class="mark" d="([^"]+)"', both)[1]
 
 
 @pytest.mark.parametrize("series", [[], [Series("a", [])], [Series("a", [(0, math.nan)])]])
