@@ -106,7 +106,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
         drift,
     )
     summary = summarise(run)
-    write_report(run, summary)
+    write_report(output_dir)
     return summary
 
 
