@@ -106,7 +106,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
         drift,
     )
     summary = summarise(run)
-    write_report(output_dir)
+    write_report(run.output_dir)
     return summary
 
 

@@ -40,7 +40,7 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
     perplexity = [Series(_name(run, runs), run.series("eval_perplexity")) for run in runs]
     return section(
         "Held-out samples",
-        note(_BOUND) if any(run.series("eval_kl") for run in runs) else Html(""),
+        note(_BOUND) if any(run.summary.get("held_out_kl") == "lower bound" for run in runs) else Html(""),
         row(
             _chart(runs, "eval_kl", "KL(teacher ‖ student)", "nats per token"),
             _lines("Perplexity", [*perplexity, *_teachers(runs)], "perplexity"),
