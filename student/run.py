@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,31 @@ from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
+from student.bitnet import Drift
 from student.build import plan_student
 from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
 from student.packing import check_packing
-from student.plan import load_teacher, plan_data, plan_objective
+from student.plan import DataPlan, load_teacher, plan_data, plan_objective
 from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request: what is read, the student with its objective, and what trains it. checkpoint: where
+    the training goes on; drift: how far a conversion to BitNet moved the student.
+    """
+
+    reader: CacheReader
+    data: DataPlan
+    model: DistillationModel
+    trainer: DistillationTrainer
+    checkpoint: Path | None
+    drift: Drift | None
 
 
 def train_from_cache(request: Request) -> dict[str, Any]:
@@ -29,8 +45,14 @@ def train_from_cache(request: Request) -> dict[str, Any]:
 
     Returns the summary. Everything that can be wrong with the request is found before the student is built.
     """
+    return train(prepare(request))
+
+
+def prepare(request: Request) -> Prepared:
+    """Everything but the training. UserError, MissingFeatureError and the like before the student is
+    built.
+    """
     options, args = request.options, request.training
-    output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
     reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
@@ -49,7 +71,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
-    _check_writable(output_dir)
+    _check_writable(Path(args.output_dir))
 
     set_seed(args.seed)
     student, drift = plan.build(calibration_samples(data.train), args.device)
@@ -60,6 +82,14 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
     )
+    return Prepared(reader, data, model, trainer, checkpoint, drift)
+
+
+def train(prepared: Prepared) -> dict[str, Any]:
+    """Train what was prepared, save it and write its report; the summary ({} in all processes but one)."""
+    reader, data, model = prepared.reader, prepared.data, prepared.model
+    trainer, checkpoint, drift = prepared.trainer, prepared.checkpoint, prepared.drift
+    output_dir = Path(trainer.args.output_dir)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
