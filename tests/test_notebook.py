@@ -31,7 +31,7 @@ def test_the_committed_outputs_are_of_the_committed_cells() -> None:
 def test_it_runs_on_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     cache = write_cache(
-        tmp_path / "cache", teacher, random_samples(60, 199), [LogitsSpec(16), HiddenSpec(1, "bf16")]
+        tmp_path / "cache", teacher, random_samples(80, 199, seed=1), [LogitsSpec(16), HiddenSpec(1, "bf16")]
     )
     monkeypatch.setenv("DISTILY_NOTEBOOK_CACHE", str(cache))
     notebook = executed(NOTEBOOK, timeout=300)
