@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
+from student.bitnet import Drift
 from student.build import StudentPlan, plan_following, plan_student
 from student.data import calibration_samples
 from student.errors import UserError
@@ -39,6 +40,24 @@ class Prepared:
     plan: StudentPlan
     objective: Objective
     data: DataPlan
+
+
+@dataclass(frozen=True)
+class Built:
+    """The student with its objective, and what trains it. drift: how far a conversion to BitNet moved it."""
+
+    prepared: Prepared
+    model: DistillationModel
+    trainer: DistillationTrainer
+    drift: Drift | None
+
+
+def train_from_cache(request: Request) -> dict[str, Any]:
+    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+
+    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    """
+    return train(build(prepare(request)))
 
 
 def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
@@ -69,14 +88,10 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     return Prepared(request, reader, checkpoint, plan, objective, data)
 
 
-def train_from_cache(request: Request) -> dict[str, Any]:
-    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
-
-    Returns the summary. Everything that can be wrong with the request is found before the student is built.
-    """
-    prepared = prepare(request)
-    options, args, reader = request.options, request.training, prepared.reader
-    checkpoint, objective, data = prepared.checkpoint, prepared.objective, prepared.data
+def build(prepared: Prepared) -> Built:
+    """The student and its trainer, from the request's seed."""
+    options, args = prepared.request.options, prepared.request.training
+    reader, objective, data = prepared.reader, prepared.objective, prepared.data
     set_seed(args.seed)
     student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
@@ -86,6 +101,13 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
     )
+    return Built(prepared, model, trainer, drift)
+
+
+def train(built: Built) -> dict[str, Any]:
+    """Train what was built, save it and write its report; the summary ({} in all processes but the first)."""
+    trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
+    checkpoint = built.prepared.checkpoint
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -97,13 +119,13 @@ def train_from_cache(request: Request) -> dict[str, Any]:
         return {}
     run = Run(
         reader,
-        model,
+        built.model,
         trainer.state,
-        Path(args.output_dir),
+        Path(trainer.args.output_dir),
         seconds,
         len(data.train),
         len(data.held_out or ()),
-        drift,
+        built.drift,
     )
     summary = summarise(run)
     write_report(run.output_dir)
