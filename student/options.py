@@ -95,8 +95,8 @@ class StudentOptions:
     freeze_embeddings: bool = _flag(False, "Do not train the input embeddings and the LM head.")
     objective: str | None = _flag(
         None,
-        "YAML file of terms, instead of the five flags that follow and --hidden-layers, --layer-map; "
-        "`distily-train objectives` lists the losses.",
+        "YAML file of terms, or the same as JSON, instead of the five flags that follow and --hidden-layers, "
+        "--layer-map; `distily-train objectives` lists the losses.",
     )
     logits_loss: str = _flag(
         "kl",
@@ -131,6 +131,17 @@ class StudentOptions:
         "What brings the student's hidden states to the teacher's width for --hidden-loss, trained with the "
         "student; one for each pair of layers.",
     )
+    top_k: int | None = _flag(
+        None,
+        "Learn from at most the K best tokens of each position that the cache holds; a head that is cut has "
+        "no draws. Evaluation reads all that the cache holds. Default: all of it.",
+    )
+    top_p: float | None = _flag(
+        None, "Learn from the best tokens that hold this share of the mass, of those that the cache holds."
+    )
+    tail: int | None = _flag(
+        None, "Learn from the first M of the cached draws from outside the head; 0 leaves them out."
+    )
     pack_rows: bool = _flag(
         False,
         "Put several short samples of a training batch into one row, whole and without seeing each other, "
@@ -156,6 +167,12 @@ class StudentOptions:
         for flag in ("logits_weight", "ce_weight", "hidden_weight"):
             if not 0 <= getattr(self, flag) < float("inf"):
                 raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top-k {self.top_k}: give 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p:g}: give a share of the mass above 0, at most 1")
+        if self.tail is not None and self.tail < 0:
+            raise UserError(f"--tail {self.tail}: give 0 or more")
         if not 0 <= self.eval_fraction < 1:
             raise UserError("--eval-fraction must be at least 0 and below 1")
         if self.bitnet_conversion not in (None, *CONVERSIONS):

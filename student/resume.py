@@ -31,12 +31,25 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         if not (Path(wanted) / _STATE).is_file():
             raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
         return Path(wanted)
-    found = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-[0-9]*/{_STATE}")]
+    found = checkpoints(Path(args.output_dir))
     if not found:
         raise UserError(
             f"--resume-from-checkpoint: no checkpoint in {args.output_dir}; leave the flag out to start anew"
         )
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, in no order: those whose last file is not cut off."""
+    return [path.parent for path in output_dir.glob(f"checkpoint-[0-9]*/{_STATE}") if _is_json(path)]
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def manifest_to_read(wanted: str | None, checkpoint: Path | None) -> str | None:

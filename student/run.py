@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,36 @@ from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
-from student.build import plan_student
+from student.build import StudentPlan, plan_student
 from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
+from student.objective.terms import Objective
 from student.packing import check_packing
-from student.plan import load_teacher, plan_data, plan_objective
+from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
 from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
 
-def train_from_cache(request: Request) -> dict[str, Any]:
-    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+@dataclass(frozen=True)
+class RunPlan:
+    """A request that was checked against the cache. checkpoint: the one that it goes on from."""
 
-    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    reader: CacheReader
+    student: StudentPlan
+    objective: Objective
+    data: DataPlan
+    checkpoint: Path | None
+
+
+def plan_run(request: Request) -> RunPlan:
+    """What a request comes to; UserError and the like for all that can be wrong with it. Builds nothing.
+
+    Settles flags of `request.training` that follow from others.
     """
     options, args = request.options, request.training
-    output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
     reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
@@ -40,7 +52,8 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    data = plan_data(objective, reader, options.eval_fraction)
+    learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
+    data = plan_data(objective, reader, options.eval_fraction, learned)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
@@ -49,10 +62,22 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
+    return RunPlan(reader, plan, objective, data, checkpoint)
+
+
+def train_from_cache(request: Request) -> dict[str, Any]:
+    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+
+    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    """
+    options, args = request.options, request.training
+    plan = plan_run(request)
+    reader, objective, data, checkpoint = plan.reader, plan.objective, plan.data, plan.checkpoint
+    output_dir = Path(args.output_dir)
     _check_writable(output_dir)
 
     set_seed(args.seed)
-    student, drift = plan.build(calibration_samples(data.train), args.device)
+    student, drift = plan.student.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from student.errors import UserError
 from student.mapping import MAPPERS, check_mapper
 from student.objective.catalogue import Loss, find_loss, suggest
 from student.objective.weights import Weight
 from student.projectors import IDENTITY, PROJECTORS
+from student.yamlfile import parse_yaml
 
 _TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
@@ -47,19 +46,16 @@ class ObjectiveRequest:
 
 
 def read_objective(path: str) -> ObjectiveRequest:
-    """The request of an objective file (YAML); UserError, naming file and key, for whatever is wrong in
-    it.
+    """The request of an objective file (YAML), or of its content as a JSON object; UserError, naming file and
+    key, for whatever is wrong in it.
     """
-    where = f"--objective {path}"
+    inline = path.lstrip().startswith("{")
+    where = "--objective" if inline else f"--objective {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path if inline else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({error}); give a YAML file of terms") from error
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-    return parse_objective(value, where)
+    return parse_objective(parse_yaml(text, where), where)
 
 
 def parse_objective(value: object, where: str) -> ObjectiveRequest:
@@ -184,16 +180,3 @@ def _check_keys(value: Mapping[Any, Any], known: tuple[str, ...], where: str) ->
         if key not in known:
             hint = suggest(str(key), known) or f"; known are {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}{hint}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only, and a key that occurs twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
