@@ -97,6 +97,25 @@ def export_(
     typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
 
 
+@app.command("report")
+def report_(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="--output-dir of trainings, or of a sweep.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Default: DIR/report.html, of several ./report.html."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write one self-contained HTML page about one or several trainings, from the files in DIR."""
+    from student.report.command import report
+
+    with _exit_codes():
+        file = report(directories, out)
+    typer.echo(json.dumps({"report": str(file)}) if as_json else str(file))
+
+
 @app.command("generate")
 def generate_(
     directory: Annotated[Path, typer.Argument(help="A student: --output-dir of a training, or hf-bitnet.")],

@@ -98,7 +98,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
         reader, model, trainer.state, output_dir, seconds, len(data.train), len(data.held_out or ()), drift
     )
     summary = summarise(run)
-    write_report(run, summary)
+    write_report(output_dir)
     return summary
 
 
