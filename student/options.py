@@ -152,6 +152,9 @@ class StudentOptions:
         "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "
         "which repeats an earlier run exactly after the cache has grown. Default: all of the cache.",
     )
+    train_samples: int | None = _flag(
+        None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
+    )
     eval_fraction: float = _flag(
         0.1, "Share of the samples held out for evaluation, chosen by sample id; 0 holds nothing out."
     )
@@ -167,12 +170,12 @@ class StudentOptions:
         for flag in ("logits_weight", "ce_weight", "hidden_weight"):
             if not 0 <= getattr(self, flag) < float("inf"):
                 raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"--top-k {self.top_k}: give 1 or more")
+        for name, least in (("top_k", 1), ("tail", 0), ("train_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p:g}: give a share of the mass above 0, at most 1")
-        if self.tail is not None and self.tail < 0:
-            raise UserError(f"--tail {self.tail}: give 0 or more")
         if not 0 <= self.eval_fraction < 1:
             raise UserError("--eval-fraction must be at least 0 and below 1")
         if self.bitnet_conversion not in (None, *CONVERSIONS):

@@ -208,16 +208,24 @@ def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
 
 
 def plan_data(
-    objective: Objective, reader: CacheReader, fraction: float, learned: LogitsSpec | None = None
+    objective: Objective,
+    reader: CacheReader,
+    fraction: float,
+    learned: LogitsSpec | None = None,
+    samples: int | None = None,
 ) -> DataPlan:
     """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers.
+    samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs)]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
     train, held_out = split_samples(reader.sample_ids, fraction)
+    if samples is not None and samples > len(train):
+        raise UserError(f"--train-samples {samples}: the cache has {len(train)} that are not held out")
+    train = train[:samples]
     if not held_out:
         return DataPlan(CachedDataset(reader, train, trained), None)
     return DataPlan(

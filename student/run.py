@@ -53,7 +53,7 @@ def plan_run(request: Request) -> RunPlan:
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
-    data = plan_data(objective, reader, options.eval_fraction, learned)
+    data = plan_data(objective, reader, options.eval_fraction, learned, options.train_samples)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from featurestore.page import write as write_page
 from student.errors import UserError
 from student.sweep.capacity import this_machine
 from student.sweep.home import Home, write_json
@@ -58,7 +59,7 @@ class Sweep:
     def write(self) -> None:
         """sweep.json, and the page of what it holds."""
         write_json(self.home.table, self.report())
-        self.home.page.write_text(page(self.rows(), self.spec, self.store), encoding="utf-8")
+        write_page(self.home.page, page(self.rows(), self.spec, self.store))
 
     def report(self) -> dict[str, Any]:
         """The content of sweep.json."""
