@@ -21,6 +21,8 @@ from student.sweep.runs import Run
 from student.sweep.search import Searched
 from student.sweep.spec import SweepSpec, read
 
+WIDTH = 160  # of the table where it goes to a file
+
 
 @dataclass(frozen=True)
 class SweepRequest:
@@ -56,6 +58,11 @@ class Sweep:
         self._states[run.key] = (state, reason)
         self.write()
 
+    def stopped(self) -> None:
+        """What was running is not any more."""
+        self._states = {key: state for key, state in self._states.items() if state[0] != "running"}
+        self.write()
+
     def write(self) -> None:
         """sweep.json, and the page of what it holds."""
         write_json(self.home.table, self.report())
@@ -68,6 +75,7 @@ class Sweep:
     def show(self) -> None:
         """Print the table, what the cache spared, and where the page is."""
         rows, console = self.rows(), Console()
+        console.width = console.width if console.is_terminal else WIDTH
         console.print(table(rows, self.spec))
         console.print(savings(rows) or "", self.home.page, sep="\n", highlight=False, markup=False)
 
@@ -91,10 +99,11 @@ def sweep(request: SweepRequest) -> Sweep:
         source = _source(spec, manifest, home, listed)
         state = Sweep(spec, request.store, manifest, home, source)
         state.write()
-        _watch(
-            Pool(home, request.store, manifest, this_machine(), request.jobs, lambda run: needed(home, run)),
-            state,
-        )
+        machine, jobs = this_machine(), request.jobs
+        try:
+            _watch(Pool(home, request.store, manifest, machine, jobs, lambda run: needed(home, run)), state)
+        finally:
+            state.stopped()
     return state
 
 

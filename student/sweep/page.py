@@ -24,13 +24,14 @@ def page(rows: Sequence[Row], spec: SweepSpec, store: str) -> str:
         paragraph(f"Trainings from {store}, the best first by {spec.metric}."),
         _figures(rows, done, spec),
         paragraph(savings(rows) or ""),
-        section("Runs", table(columns(spec), [_cells(one, spec) for one in rows])),
+        section("Runs", table(columns(spec), [cells(one, spec) for one in rows])),
         section("What each setting did", row(*(_by_axis(axis, done, spec) for axis in _varied(done, spec)))),
         section("Time", row(_by_time(done, spec))),
         section("Failures", *(_failure(one) for one in rows if one.reason)),
         note(
-            "seconds: of the run's process; of one that was resumed, of its last process. generation saved: "
-            "the run's tokens, those of later epochs not again, at the rate at which the cache was generated."
+            "seconds: of the run's process; of one that was resumed, of its last process. saved: seconds to "
+            "generate the teacher's numbers for the run's tokens anew, without those of later epochs, at the "
+            "pace at which the cache was generated."
         ),
     )
 
@@ -45,12 +46,6 @@ def _figures(rows: Sequence[Row], done: Sequence[Row], spec: SweepSpec) -> Html:
             (f"best {spec.metric}", _value(done[0], spec) if done else None),
         ]
     )
-
-
-def _cells(one: Row, spec: SweepSpec) -> list[str]:
-    """As in the terminal, but for the reason of a failure, which has a section of its own."""
-    shown = cells(one, spec)
-    return [cell.partition(": ")[0] if one.reason else cell for cell in shown]
 
 
 def _failure(one: Row) -> Html:

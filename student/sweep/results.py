@@ -112,7 +112,7 @@ def report(rows: Sequence[Row], spec: SweepSpec, store: str, manifest: str) -> d
 
 def columns(spec: SweepSpec) -> list[str]:
     """Header of the table: what was varied, the metric, others, times."""
-    return ["run", *spec.axes, *measures(spec), "seconds", "generation saved, s"]
+    return ["run", *spec.axes, *measures(spec), "seconds", "saved, s"]
 
 
 def measures(spec: SweepSpec) -> list[str]:
@@ -121,11 +121,11 @@ def measures(spec: SweepSpec) -> list[str]:
 
 
 def cells(row: Row, spec: SweepSpec) -> list[str]:
-    """A line of the table, under `columns`; a run that is not finished says so in place of its numbers."""
+    """A line of the table, under `columns`; a run that is not finished says so in place of its metric."""
     settings = [row.run.settings.get(axis, "") for axis in spec.axes]
     numbers = [_number(row.metrics.get(name), 4) for name in measures(spec)]
     if row.state != "finished":
-        numbers[0] = f"{row.state}: {row.reason}" if row.reason else row.state
+        numbers[0] = row.state
     seconds = _number(row.seconds, 1) + " (resumed)" * row.resumed
     return [row.run.key, *settings, *numbers, seconds, _number(row.generation_seconds, 1)]
 
@@ -135,7 +135,7 @@ def table(rows: Iterable[Row], spec: SweepSpec) -> Table:
     shown = Table()
     first = 1 + len(spec.axes)
     for index, name in enumerate(columns(spec)):
-        shown.add_column(Text(name), justify="right" if index >= first else "left")
+        shown.add_column(Text(name), justify="right" if index >= first else "left", overflow="fold")
     for one in rows:
         shown.add_row(*map(Text, cells(one, spec)))
     return shown

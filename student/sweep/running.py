@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from student.sweep.home import Home
 from student.sweep.planning import arguments
 from student.sweep.runs import Run
 from student.sweep.worker import Job, work
+
+_EXCEPTION = re.compile(r"(distily-train|[A-Za-z_.]*(Error|Exception|Interrupt|Exit)): ")
 
 
 class Source(Protocol):
@@ -128,6 +131,7 @@ class Pool:
             return None
         if code is not None and code < 0:
             return f"killed by signal {-code}" + ", as when memory runs out" * (code == -9)
-        lines = self.home.log(run).read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        return said[-1].removeprefix("distily-train: ") if said else f"exit code {code}"
+        log = self.home.log(run).read_text(encoding="utf-8", errors="replace")
+        said = [line.strip() for line in log.rpartition("\n--- ")[2].split("\n") if line.strip()]
+        named = [line for line in said if _EXCEPTION.match(line)]  # its message may go on for many lines
+        return (named or said)[-1].removeprefix("distily-train: ")
