@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,13 +50,26 @@ def read_objective(path: str) -> ObjectiveRequest:
     """The request of an objective file (YAML), or of its content as a JSON object; UserError, naming file and
     key, for whatever is wrong in it.
     """
-    inline = path.lstrip().startswith("{")
-    where = "--objective" if inline else f"--objective {path}"
+    if path.lstrip().startswith("{"):
+        return parse_objective(_inline(path), "--objective")
+    where = f"--objective {path}"
     try:
-        text = path if inline else Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({error}); give a YAML file of terms") from error
     return parse_objective(parse_yaml(text, where), where)
+
+
+def _inline(text: str) -> Any:
+    """JSON, in which layers as keys are strings."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: {_key(key): value for key, value in pairs})
+    except ValueError as error:
+        raise UserError(f"--objective is not valid JSON ({error}); give a YAML file of terms") from error
+
+
+def _key(key: str) -> str | int:
+    return int(key) if key.isascii() and key.isdigit() else key
 
 
 def parse_objective(value: object, where: str) -> ObjectiveRequest:

@@ -6,7 +6,6 @@ a fork of that server, which has run nothing and touched no device.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -61,6 +60,6 @@ def work(job: Job) -> None:
 def _end_with_parent() -> None:
     """A sweep that was killed leaves no training behind, which the next one would start again beside it."""
     parent = multiprocessing.parent_process()
-    with contextlib.suppress(AttributeError):
-        parent.join()  # type: ignore[union-attr]
-        os._exit(1)
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -11,6 +11,7 @@ import pytest
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsSpec, narrowed
 from student.errors import UserError
+from student.objective.requests import read_objective
 from student.objective.terms import Objective, term
 from student.plan import plan_data
 from tests.student.caches import random_samples, write_cache
@@ -83,6 +84,10 @@ def test_what_the_cache_does_not_cover_is_refused(
 def test_an_objective_can_stand_in_the_flag_itself(
     refused: Callable[..., str], cache: Path, tmp_path: Path
 ) -> None:
+    (wanted,) = read_objective(
+        '{"terms": [{"loss": "hidden_mse", "weight": 1e-05, "layer_map": {"3": 1}}]}'
+    ).terms
+    assert (wanted.weight.start, wanted.layer_map) == (1e-5, ((3, 1),))
     inline = '{"terms": [{"loss": "k"}]}'
     assert "--objective: terms[0]" in refused(
         "from-cache", cache, "--output-dir", tmp_path / "out", "--objective", inline
