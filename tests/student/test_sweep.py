@@ -42,7 +42,7 @@ GRID = {
 def write(tmp_path: Path) -> Callable[..., Path]:
     def to_file(**content: Any) -> Path:
         file = tmp_path / "spec.yaml"
-        file.write_text(yaml.safe_dump({"base": BASE, **content}))
+        file.write_text(yaml.safe_dump({"base": BASE, **content}, sort_keys=False))
         return file
 
     return to_file

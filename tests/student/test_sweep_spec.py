@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from student.arguments import parse as parse_flags
@@ -25,11 +25,14 @@ GRIDS = st.dictionaries(
     st.sampled_from(["learning-rate", "top-k", "ce_weight", "warmup_steps"]), VALUES, min_size=1, max_size=3
 )
 
+quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 def runs(**spec: Any) -> list[Run]:
     return expand(parse(spec, "spec"))
 
 
+@quick
 @given(GRIDS, st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True))
 def test_every_combination_once(grid: dict[str, list[Any]], seeds: list[int]) -> None:
     made = runs(base={"bf16": True}, grid=grid, seeds=seeds)
@@ -41,6 +44,7 @@ def test_every_combination_once(grid: dict[str, list[Any]], seeds: list[int]) ->
     assert all("/" not in run.name and run.name.isascii() for run in made)
 
 
+@quick
 @given(GRIDS, st.integers(100, 200))
 def test_names_stay_when_a_specification_grows(grid: dict[str, list[Any]], more: int) -> None:
     before = {run.name for run in runs(base={"max-steps": 3}, grid=grid)}
@@ -49,6 +53,7 @@ def test_names_stay_when_a_specification_grows(grid: dict[str, list[Any]], more:
     assert not before & {run.name for run in runs(base={"max-steps": 4}, grid=grid)}
 
 
+@quick
 @given(GRIDS)
 def test_a_new_axis_keeps_the_keys_of_runs_that_leave_it_out(
     grid: dict[str, list[Any]],
