@@ -11,9 +11,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from student.sweep.command import Sweep
 
 app = typer.Typer(
     name="distily-train",
@@ -47,6 +50,27 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
         typer.echo(json.dumps(rows()))
     else:
         show()
+
+
+@app.command("sweep")
+def sweep_(
+    store: Annotated[str, typer.Argument(help="Cache made by `distily-cache generate`.")],
+    spec: Annotated[Path, typer.Argument(help="YAML file of what to vary: base, grid or search, seeds.")],
+    out: Annotated[Path, typer.Option(help="Directory of the sweep; the same command goes on in it.")],
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once. Default: as many as cores and memory allow.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print sweep.json instead of the table.")] = False,
+) -> None:
+    """Train many students on one cache, each in a process of its own, and compare them.
+
+    Finished runs are not run again. Exit code 1 when a run has failed.
+    """
+    with _exit_codes():
+        from student.sweep.command import SweepRequest, sweep
+
+        done = sweep(SweepRequest(store, spec, out, jobs))
+    _show_sweep(done, as_json)
 
 
 @app.command("export")
@@ -147,6 +171,16 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def _show_sweep(done: Sweep, as_json: bool) -> None:
+    """The table and where the page is; exit code 1 when a run has failed."""
+    if as_json:
+        typer.echo(json.dumps(done.report()))
+    else:
+        done.show()
+    if any(row.state == "failed" for row in done.rows()):
+        raise typer.Exit(1)
 
 
 def _run(argv: list[str]) -> None:

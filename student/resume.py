@@ -91,7 +91,7 @@ def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) 
     if record.get("samples", samples) != samples:
         raise UserError(
             f"--eval-fraction: {checkpoint} was trained on {record['samples']} samples, and this leaves "
-            f"{samples}; give the fraction of that run"
+            f"{samples}; give the fraction of that run, and its --train-samples"
         )
     factors = (args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
     batch = factors[0] * factors[1] * factors[2]

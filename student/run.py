@@ -20,7 +20,7 @@ from student.errors import UserError
 from student.model import DistillationModel
 from student.objective.terms import Objective
 from student.packing import check_packing
-from student.plan import DataPlan, load_teacher, plan_data, plan_objective
+from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
 from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
@@ -75,7 +75,8 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    data = plan_data(objective, reader, options.eval_fraction)
+    learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
+    data = plan_data(objective, reader, options.eval_fraction, learned, options.train_samples)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
@@ -84,7 +85,6 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
-    _check_writable(Path(args.output_dir))
     return Prepared(request, reader, checkpoint, plan, objective, data)
 
 
@@ -92,6 +92,7 @@ def build(prepared: Prepared) -> Built:
     """The student and its trainer, from the request's seed."""
     options, args = prepared.request.options, prepared.request.training
     reader, objective, data = prepared.reader, prepared.objective, prepared.data
+    _check_writable(Path(args.output_dir))
     set_seed(args.seed)
     student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:

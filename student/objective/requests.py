@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from student.mapping import MAPPERS, check_mapper
 from student.objective.catalogue import Loss, find_loss, suggest
 from student.objective.weights import Weight
 from student.projectors import IDENTITY, PROJECTORS
-from student.yamlfile import parse_yaml, read_yaml
+from student.yamlfile import read_yaml
 
 _TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
@@ -49,9 +50,21 @@ def read_objective(given: str) -> ObjectiveRequest:
     UserError, naming file and key, for whatever is wrong in it.
     """
     if given.lstrip().startswith("{"):
-        return parse_objective(parse_yaml(given, "--objective"), "--objective")
+        return parse_objective(_inline(given), "--objective")
     where = f"--objective {given}"
     return parse_objective(read_yaml(given, where, "a YAML file of terms"), where)
+
+
+def _inline(text: str) -> Any:
+    """JSON, in which layers as keys are strings."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: {_key(key): value for key, value in pairs})
+    except ValueError as error:
+        raise UserError(f"--objective is not valid JSON ({error}); give a YAML file of terms") from error
+
+
+def _key(key: str) -> str | int:
+    return int(key) if key.isascii() and key.isdigit() else key
 
 
 def parse_objective(value: object, where: str) -> ObjectiveRequest:
