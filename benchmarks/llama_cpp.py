@@ -1,74 +1,65 @@
 """Does llama.cpp compute an exported student, how large is it, how fast?
 
-`LLAMA_PYTHON=… python benchmarks/llama_cpp.py STUDENT:TYPE…`: a Python that has llama-cpp-python, and BitNet
-students with the GGUF type of each. llama.cpp quantises activations in blocks with a scale each (256 columns
-beside TQ2_0 and TQ1_0, 32 with float16 scales beside Q2_0), not a token at a time, so it is compared with an
-emulation of that, and the emulation with the integer reference.
+    export LLAMA_PYTHON=…                                   a Python that has llama-cpp-python
+    python benchmarks/llama_cpp.py exact STUDENT            logits of every type, sizes of files
+    python benchmarks/llama_cpp.py wide STUDENT             a random student of 2048 channels beside it
+    python benchmarks/llama_cpp.py speed STUDENT…           on a quiet machine; `wide` is the random one
+    python benchmarks/llama_cpp.py report STUDENT…          the table of all that is known
 
-Shape letters: N tokens, I input features, G blocks, C columns of a block, V vocabulary.
+llama.cpp does not quantise activations a token at a time, so it is compared with an emulation of what it does
+(llama_cpp_emulation.py), and the emulation with the integer reference.
+
+Shape letters: B samples, T positions, N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import RUN, table, write_result
+from llama_cpp_emulation import emulate
 from torch import Tensor
 
-from student.export.command import export, round_values
+from student.build import StudentPlan
+from student.export import gguf
+from student.export.command import export
 from student.export.formats import ExportRequest
-from student.export.reference import IntegerLinear, integer_linears
+from student.export.gguf_types import TYPES
 from student.export.source import open_source
 from student.export.verify import compare, logits_of
+from student.saving import load_saved, save_student
 
-SAMPLES, LENGTH = 8, 64
-
-
-class BlockedLinear(IntegerLinear):
-    """An IntegerLinear with activations in blocks, as llama.cpp's Q8_K or Q8_0."""
-
-    columns = 256
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = input if self.rms_norm is None else self.rms_norm(input)
-        x_NGC = x.reshape(-1, self.in_features // self.columns, self.columns)
-        peak = x_NGC.gather(-1, x_NGC.abs().argmax(-1, keepdim=True))
-        if self.columns == 256:
-            inverse = -127 / peak
-            scale = 1 / inverse
-        else:
-            inverse = 127 / peak.abs()
-            scale = (1 / inverse).half().float()
-        ints_NGC = (x_NGC * torch.where(peak == 0, 0, inverse)).round().clamp(max=127)
-        rounded_NI = (ints_NGC * torch.where(peak == 0, 0, scale)).reshape(-1, self.in_features)
-        y_NO = rounded_NI @ self.ternary().float().t() / self.weight_scale
-        if self.bias is not None:
-            y_NO += self.bias
-        return y_NO.reshape(*input.shape[:-1], self.out_features)
+WORK = RUN / "llama_cpp"
+SAMPLES, LENGTH = 16, 128
+RATES = ("prompt", "new")
+SENTENCE = "The capital of France is Paris in 1789."
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
 def samples(directory: Path) -> list[list[int]]:
+    """The first LENGTH tokens of the first SAMPLES texts that have as many."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    lines = (RUN / "topics.jsonl").read_text(encoding="utf-8").splitlines()[:SAMPLES]
-    return [tokenizer(json.loads(line)["text"]).input_ids[:LENGTH] for line in lines]
+    lines = (RUN / "topics.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = (tokenizer(json.loads(line)["text"]).input_ids[:LENGTH] for line in lines)
+    return list(itertools.islice((one for one in texts if len(one) == LENGTH), SAMPLES))
 
 
-def run_llama(path: Path, tokens: list[list[int]], mode: str) -> dict[str, Any]:
-    """What the worker prints; with mode "logits" they are under that key, [N, V]."""
-    worker = Path(__file__).with_name("llama_cpp_worker.py")
-    given = path.with_name("tokens.json")
+def worker(mode: str, tokens: list[list[int]], *paths: Path) -> dict[str, Any]:
+    """What llama_cpp_worker.py prints; with mode "logits" they are under that key, [N, V]."""
+    given = paths[0].with_name("tokens.json")
     given.write_text(json.dumps(tokens))
-    command = [os.environ["LLAMA_PYTHON"], "-P", str(worker), mode, str(path), str(given)]
+    script = Path(__file__).with_name("llama_cpp_worker.py")
+    command = [os.environ["LLAMA_PYTHON"], "-P", str(script), mode, str(given), *map(str, paths)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     if mode == "logits":
@@ -76,98 +67,207 @@ def run_llama(path: Path, tokens: list[list[int]], mode: str) -> dict[str, Any]:
     return result
 
 
-def emulated(directory: Path, kind: str, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] of the integer reference and of the same with blocked activations."""
+def exported(directory: Path, kind: str, dtype: str) -> Path:
+    """The GGUF file, made when it is not there."""
+    out = WORK / directory.name / f"{kind}-{dtype}"
+    if not out.is_dir():
+        export(ExportRequest(directory, "gguf", out, dtype, kind))
+    return out / f"model-{kind}.gguf"
+
+
+def half_of(path: Path) -> Path:
+    """The same model with float16 matrices."""
+    out = path.with_suffix(".f16.gguf")
+    if not out.is_file():
+        worker("half", [], path)
+    return out
+
+
+def emulated(directory: Path, kind: str, ids_BT: Tensor) -> Tensor:
+    """Logits [N, V] of the integer reference, computed in llama.cpp's way."""
     source = open_source(directory)
-    round_values(source.model, torch.float32, torch.float16)
-    reference = logits_of(source.model, ids_BT)
-    for _, layer in integer_linears(source.model):
-        layer.__class__ = BlockedLinear
-        layer.columns = 32 if kind == "Q2_0" else 256
-    return tuple(one.flatten(0, 1) for one in (reference, logits_of(source.model, ids_BT)))
+    gguf.fit(source, torch.float32)
+    emulate(source.model, 32 if kind == "Q2_0" else 256)
+    return logits_of(source.model, ids_BT).flatten(0, 1)
 
 
-def study(directory: Path, kind: str) -> tuple[list[str], list[str], dict[str, Any]]:
-    tokens = samples(directory)
-    with tempfile.TemporaryDirectory() as name:
-        exact, half = Path(name) / "exact", Path(name) / "half"
-        report = export(ExportRequest(directory, "gguf", exact, "float32", kind))
-        got = run_llama(next(exact.glob("*.gguf")), tokens, "logits")["logits"]
-        export(ExportRequest(directory, "gguf", half, "float16", kind))
-        run = run_llama(next(half.glob("*.gguf")), tokens, "speed")
-    reference, blocked = emulated(directory, kind, torch.tensor(tokens))
-    near, far = compare(got, blocked), compare(got, reference)
-    blocking = compare(blocked, reference)
-    config = json.loads((directory / "config.json").read_text())
-    shape = f"{config['num_hidden_layers']} layers of {config['hidden_size']}/{config['intermediate_size']}"
-    agreement = [
-        kind,
-        shape,
-        f"{near.positions:,}",
-        f"{near.top1_agreement:.2%}",
-        f"{near.relative_error:.1e}",
-        f"{far.top1_agreement:.2%}",
-        f"{far.relative_error:.1e}",
-        f"{blocking.relative_error:.1e}",
-    ]
-    fast = [
-        kind,
-        f"{report['bits_per_ternary_weight'] / 8:.4f}",
-        f"{run['bytes'] / 1e6:.1f}",
-        f"{run['f16_bytes'] / 1e6:.1f}",
-        f"{run['rate']:.0f}",
-        f"{run['f16_rate']:.0f}",
-        f"{run['rate'] / run['f16_rate']:.2f}",
-    ]
-    first = [reference.argmax(-1), blocked.argmax(-1), got.argmax(-1)]
-    run["distinct"] = len(set(got.argmax(-1).tolist()))
-    run["tokens"] = [one[-12:].tolist() for one in first]
-    run["own_tokens"] = own_tokens(directory)
-    return agreement, fast, run
+def gap(logits_NV: Tensor) -> float:
+    """Median distance of the best two logits."""
+    best_N2 = logits_NV.topk(2).values
+    return float((best_N2[:, 0] - best_N2[:, 1]).median())
 
 
-def own_tokens(directory: Path) -> list[int]:
+def exact(directory: Path) -> dict[str, Any]:
+    """llama.cpp, emulation and integer reference on the same text, with embeddings and head in float32; sizes
+    with float16.
+    """
     from transformers import AutoTokenizer
 
-    text = "The capital of France is Paris in 1789."
-    ids: list[int] = AutoTokenizer.from_pretrained(directory)(text, add_special_tokens=False).input_ids
-    return ids
+    tokens = samples(directory)
+    ids_BT = torch.tensor(tokens)
+    reference = logits_of(open_source(directory).model, ids_BT).flatten(0, 1)
+    kinds = {}
+    for name, kind in TYPES.items():
+        run = worker("logits", tokens, exported(directory, name, "float32"))
+        got, blocked = run.pop("logits"), emulated(directory, name, ids_BT)
+        differ = got.argmax(-1) != blocked.argmax(-1)
+        kinds[name] = {
+            "emulation": compare(got, blocked).__dict__,
+            "reference": compare(got, reference).__dict__,
+            "blocking": compare(blocked, reference).__dict__,
+            "differ": int(differ.sum()),
+            "gap": gap(blocked),
+            "gap_where_differ": gap(blocked[differ]) if differ.any() else None,
+            "tokens": [one.argmax(-1)[-12:].tolist() for one in (reference, blocked, got)],
+            "distinct": len(set(got.argmax(-1).tolist())),
+            "bytes_per_weight": kind.block_bytes / kind.columns,
+            "bytes": exported(directory, name, "float16").stat().st_size,
+        }
+    own = AutoTokenizer.from_pretrained(directory)(SENTENCE, add_special_tokens=False).input_ids
+    half = half_of(exported(directory, "TQ2_0", "float16")).stat().st_size
+    return run | {"kinds": kinds, "half_bytes": half, "same_split": run["tokenized"] == own}
+
+
+def wide(directory: Path) -> None:
+    """A random student of WIDE's shape with the tokenizer of another, at WORK/wide."""
+    torch.manual_seed(0)
+    config = load_saved(directory).config
+    config.update(WIDE | {"head_dim": 64})
+    plan = StudentPlan(config, None, [], None, "none", False, "fp32", False)
+    save_student(plan.build()[0], WORK / "wide", directory)
+    half_of(exported(WORK / "wide", "TQ2_0", "float16"))
+
+
+def speed(directory: Path) -> dict[str, Any]:
+    """Tokens per second of TQ2_0 and float16 matrices, embeddings and head in float16."""
+    ternary = exported(directory, "TQ2_0", "float16")
+    files = [ternary, half_of(ternary)]
+    return worker("speed", samples(directory), *files) | {"bytes": [one.stat().st_size for one in files]}
+
+
+def shape_of(directory: Path) -> str:
+    config = json.loads((directory / "config.json").read_text())
+    return f"{config['num_hidden_layers']} layers of {config['hidden_size']}/{config['intermediate_size']}"
+
+
+def kept(directory: Path, stage: str) -> Path:
+    return WORK / f"{directory.name}.{stage}.json"
+
+
+def agreement_table(kinds: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{one['emulation']['positions']:,}",
+            f"{one['emulation']['top1_agreement']:.2%}",
+            f"{one['emulation']['relative_error']:.1e}",
+            f"{one['gap']:.2f}, {one['gap_where_differ'] or 0:.3f}",
+            f"{one['reference']['top1_agreement']:.2%}",
+            f"{one['reference']['relative_error']:.1e}",
+            f"{one['blocking']['top1_agreement']:.2%}",
+            f"{one['blocking']['relative_error']:.1e}",
+        ]
+        for name, one in kinds.items()
+    ]
+    header = [
+        "type",
+        "positions",
+        "best token, llama.cpp = emulation",
+        "logits differ by",
+        "median distance of the best two: all, where they differ",
+        "best token, llama.cpp = integer reference",
+        "logits differ by",
+        "best token, emulation = integer reference",
+        "logits differ by",
+    ]
+    return table(header, rows)
+
+
+def speed_rows(directory: Path) -> list[list[str]]:
+    found = json.loads(kept(directory, "speed").read_text())
+    ternary, half = (
+        [one for one in found["rates"] if one["file"].endswith(".f16.gguf") == is_half]
+        for is_half in (False, True)
+    )
+    return [
+        [
+            shape_of(directory),
+            f"{found['bytes'][0] / 1e6:.1f}",
+            f"{found['bytes'][1] / 1e6:.1f}",
+            str(own["threads"]),
+            *(f"{own[what]:.0f} / {other[what]:.0f} = {own[what] / other[what]:.2f}" for what in RATES),
+            f"{max(own['spread'], other['spread']):.0%}",
+        ]
+        for own, other in zip(ternary, half, strict=True)
+    ]
+
+
+def report(directories: list[Path]) -> None:
+    first = directories[0]
+    found = json.loads(kept(first, "exact").read_text())
+    kinds = found["kinds"]
+    sizes = table(
+        ["type", "bytes per ternary weight", "file, MB"],
+        [[name, f"{one['bytes_per_weight']:.4f}", f"{one['bytes'] / 1e6:.1f}"] for name, one in kinds.items()]
+        + [["F16", "2", f"{found['half_bytes'] / 1e6:.1f}"]],
+    )
+    speeds = table(
+        [
+            "student",
+            "TQ2_0, MB",
+            "F16, MB",
+            "threads",
+            "prompt, tokens/s, TQ2_0 / F16",
+            "generated, tokens/s, TQ2_0 / F16",
+            "spread of rounds",
+        ],
+        [row for one in directories for row in speed_rows(one)],
+    )
+    tokens = "\n".join(
+        f"- {name}: reference {one['tokens'][0]}, emulation {one['tokens'][1]}, llama.cpp "
+        f"{one['tokens'][2]}; {one['distinct']} different tokens in all"
+        for name, one in kinds.items()
+    )
+    summary = json.loads((first / "summary.json").read_text())
+    perplexity = summary["last_eval"]["eval_perplexity"]
+    body = f"""\
+llama-cpp-python {found["version"]}. The student has {shape_of(first)} and learned from the demo's cache until
+its held-out perplexity was {perplexity:.0f}. The text is the demo's, {SAMPLES} samples of {LENGTH} tokens,
+most of which it was trained on. Logits are compared with embeddings, head, keys and values in float32.
+
+{agreement_table(kinds)}
+
+Best next tokens at the last 12 positions:
+
+{tokens}
+
+A sentence is split into the same tokens as by transformers: {"yes" if found["same_split"] else "no"}.
+
+Files, embeddings and head (one and the same tensor) in float16:
+
+{sizes}
+
+Speed on this CPU, rounds of both files in turn, a prompt of 256 tokens and 48 more one by one, medians of 3
+rounds. The wider student is random. Embeddings and head are float16 in both.
+
+{speeds}
+
+llama.cpp: {found["system"]}"""
+    write_result("llama_cpp", "GGUF exports in llama.cpp", body)
 
 
 def main() -> None:
-    results = [study(Path(path), kind) for path, kind in (one.rsplit(":", 1) for one in sys.argv[1:])]
-    exact = table(
-        [
-            "type",
-            "student",
-            "positions",
-            "best token, llama.cpp = emulation",
-            "logits differ by",
-            "best token, llama.cpp = integer reference",
-            "logits differ by",
-            "emulation from reference",
-        ],
-        [one[0] for one in results],
-    )
-    fast = table(
-        ["type", "bytes per ternary weight", "file, MB", "F16 file, MB", "tokens/s", "F16 tokens/s", "ratio"],
-        [one[1] for one in results],
-    )
-    runs = [one[2] for one in results]
-    tokens = "\n".join(
-        f"- {one[0][0]}: reference {one[2]['tokens'][0]}, emulation {one[2]['tokens'][1]}, llama.cpp "
-        f"{one[2]['tokens'][2]}; {one[2]['distinct']} different tokens in all; "
-        f"a sentence is split as by transformers: "
-        f"{one[2]['tokenized'] == one[2]['own_tokens']}"
-        for one in results
-    )
-    body = (
-        f"llama-cpp-python {runs[0]['version']}, one thread. Logits are compared with embeddings and head in "
-        f"float32, sizes and speeds are with float16. The text is the demo's.\n\n{exact}\n\n{fast}\n\n"
-        f"The best next tokens at the last "
-        f"12 positions:\n\n{tokens}\n\nllama.cpp: {runs[0]['system'].strip()}"
-    )
-    write_result("llama_cpp", "GGUF exports in llama.cpp", body)
+    stage, *names = sys.argv[1:]
+    directories = [WORK / "wide" if name == "wide" else Path(name) for name in names]
+    WORK.mkdir(parents=True, exist_ok=True)
+    if stage == "report":
+        report(directories)
+    elif stage == "wide":
+        wide(directories[0])
+    else:
+        for one in directories:
+            result = {"exact": exact, "speed": speed}[stage](one)
+            kept(one, stage).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Runs in a Python that has llama-cpp-python: logits of given tokens, and the speed of generating.
+"""Runs in a Python that has llama-cpp-python: logits of given tokens, float16 files, and speeds.
 
-`python -P llama_cpp_worker.py logits|speed MODEL.gguf TOKENS.json` prints a JSON object; `logits` writes
-TOKENS.npy. `-P` keeps this directory, with its llama_cpp.py, off the import path.
+`python -P llama_cpp_worker.py logits|half|speed TOKENS.json MODEL.gguf…` prints a JSON object; `logits`
+writes TOKENS.npy, `half` the model with float16 matrices beside it. `-P` keeps this directory, with its
+llama_cpp.py, off the import path.
 """
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -13,47 +15,36 @@ import llama_cpp
 import numpy as np
 
 F32, F16_FILE = 0, 1
+ROUNDS, PROMPT, NEW = 3, 256, 48
 
 
-def to_f16(path: Path) -> Path:
-    """The same model with float16 matrices."""
-    out = path.with_suffix(".f16.gguf")
+def to_half(path: Path) -> None:
+    """The same model with float16 matrices, as MODEL.f16.gguf."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = F16_FILE, True, 1
+    out = path.with_suffix(".f16.gguf")
     assert llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), params) == 0
-    return out
 
 
-def open_model(path: Path) -> llama_cpp.Llama:
+def open_model(path: Path, threads: int, logits_all: bool) -> llama_cpp.Llama:
+    """Keys and values in float32, attention without its fused kernel."""
     return llama_cpp.Llama(
         str(path),
         n_ctx=512,
         n_batch=512,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=True,
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=logits_all,
         type_k=F32,
         type_v=F32,
+        flash_attn=False,
         verbose=False,
     )
 
 
-def speed(model: llama_cpp.Llama, prompt: list[int], count: int = 64) -> float:
-    """New tokens per second, best of three."""
-    best = 0.0
-    for _ in range(3):
-        model.reset()
-        model.eval(prompt)
-        started = time.perf_counter()
-        for _ in range(count):
-            model.eval([model.sample(temp=0.0)])
-        best = max(best, count / (time.perf_counter() - started))
-    return best
-
-
 def logits(path: Path, samples: list[list[int]]) -> np.ndarray:
     """Float32 [positions of all samples, vocabulary]."""
-    model, rows = open_model(path), []
+    model, rows = open_model(path, 1, logits_all=True), []
     for ids in samples:
         model.reset()
         model.eval(ids)
@@ -61,22 +52,53 @@ def logits(path: Path, samples: list[list[int]]) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def rates(model: llama_cpp.Llama, ids: list[int]) -> tuple[float, float]:
+    """Tokens per second of the prompt, and of what follows token by token."""
+    model.reset()
+    started = time.perf_counter()
+    model.eval(ids[:PROMPT])
+    middle = time.perf_counter()
+    for token in ids[PROMPT : PROMPT + NEW]:
+        model.eval([token])
+    return PROMPT / (middle - started), NEW / (time.perf_counter() - middle)
+
+
+def speed(paths: list[Path], ids: list[int]) -> list[dict[str, float]]:
+    """Medians of interleaved rounds, for one and two threads; a round before them is not counted."""
+    results = []
+    for threads in (1, 2):
+        models = {path: open_model(path, threads, logits_all=False) for path in paths}
+        measured = [{path: rates(model, ids) for path, model in models.items()} for _ in range(ROUNDS + 1)]
+        for path in paths:
+            prompt, new = zip(*(one[path] for one in measured[1:]), strict=True)
+            results.append(
+                {
+                    "file": path.name,
+                    "threads": threads,
+                    "prompt": statistics.median(prompt),
+                    "new": statistics.median(new),
+                    "spread": (max(new) - min(new)) / statistics.median(new),
+                }
+            )
+    return results
+
+
 def main() -> None:
-    mode, (path, tokens) = sys.argv[1], map(Path, sys.argv[2:])
-    samples = json.loads(tokens.read_text())
+    mode, tokens, *names = sys.argv[1:]
+    paths = [Path(name) for name in names]
+    samples = json.loads(Path(tokens).read_text())
     result = {
-        "system": llama_cpp.llama_print_system_info().decode(),
         "version": llama_cpp.__version__,
+        "system": llama_cpp.llama_print_system_info().decode().strip(),
     }
     if mode == "logits":
-        np.save(tokens.with_suffix(".npy"), logits(path, samples))
+        np.save(Path(tokens).with_suffix(".npy"), logits(paths[0], samples))
+        model = llama_cpp.Llama(str(paths[0]), vocab_only=True, verbose=False)
+        result["tokenized"] = model.tokenize(b"The capital of France is Paris in 1789.", add_bos=False)
+    elif mode == "half":
+        to_half(paths[0])
     else:
-        half = to_f16(path)
-        models = [open_model(path), open_model(half)]
-        rates = [speed(model, samples[0]) for model in models]
-        result |= {"rate": rates[0], "f16_rate": rates[1]}
-        result |= {"bytes": path.stat().st_size, "f16_bytes": half.stat().st_size}
-        result["tokenized"] = models[0].tokenize(b"The capital of France is Paris in 1789.", add_bos=False)
+        result["rates"] = speed(paths, [token for one in samples for token in one])
     print(json.dumps(result))
 
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from featurestore.codec import head_mass, row_starts
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsFeatures
 from featurestore.tail import van_der_corput
 
-# What `mass_by_rank` reads at most: so many samples, and no further one after so many head entries (about a
+# What `survey` reads at most: so many samples, and no further one after so many head entries (about a
 # second of decoding).
 MAX_SAMPLES = 64
 MAX_ENTRIES = 2**23
@@ -39,6 +40,20 @@ class RankMass:
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the rows of some samples look like, R rows in all.
+
+    head_sizes: uint16 [R]; entropy: float32 [R], nats, NaN where unknown; label_logprob: float32 [R], nats,
+    NaN at ends of samples and where unknown.
+    """
+
+    ranks: RankMass
+    head_sizes: npt.NDArray[np.uint16]
+    entropy: npt.NDArray[np.float32]
+    label_logprob: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -74,16 +89,17 @@ class SampleView:
         return asdict(self)
 
 
-def mass_by_rank(reader: CacheReader) -> RankMass:
-    """Mean mass by rank, from up to MAX_SAMPLES samples that are spread evenly over the store.
+def survey(reader: CacheReader, limit: int = MAX_SAMPLES) -> Survey:
+    """Look at up to `limit` samples that are spread evenly over the store, as far as MAX_ENTRIES allows.
 
     Raises MissingFeatureError when not every sample has logits, CorruptionError for damaged data.
     """
     spec = reader.find("logits")
-    rows = entries = read = 0
+    parts: list[tuple[npt.NDArray[Any], ...]] = []
+    entries = 0
     mass, reached = np.zeros(0), np.zeros(0)
     # Any start of the van der Corput sequence is spread over the store, wherever the limit falls.
-    spread = (van_der_corput(MAX_SAMPLES) * len(reader)).astype(int).tolist()
+    spread = (van_der_corput(limit) * len(reader)).astype(int).tolist()
     for index in dict.fromkeys(spread):
         head = reader.read(index, [spec]).features[spec]
         assert isinstance(head, LogitsFeatures)
@@ -92,14 +108,29 @@ def mass_by_rank(reader: CacheReader) -> RankMass:
         p = np.exp(head.logits.astype(np.float64) - np.repeat(head.lse, head.counts))
         mass = _added(mass, np.bincount(rank, weights=p))
         reached = _added(reached, np.bincount(rank))
-        rows, entries, read = rows + len(head.counts), entries + len(head.logits), read + 1
+        parts.append((head.counts, head.entropy, head.label_logprob))
+        entries += len(head.logits)
         if entries >= MAX_ENTRIES:
             break
+    counts, entropy, label_logprob = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Survey(
+        _rank_mass(mass, reached, len(counts), len(parts), len(reader)), counts, entropy, label_logprob
+    )
+
+
+def mass_by_rank(reader: CacheReader) -> RankMass:
+    """Mean mass by rank, of `survey`. Raises what it raises."""
+    return survey(reader).ranks
+
+
+def _rank_mass(
+    mass: npt.NDArray[np.float64], reached: npt.NDArray[np.float64], rows: int, samples: int, of: int
+) -> RankMass:
     ranks = [*(2**i for i in range(len(mass).bit_length()) if 2**i < len(mass)), len(mass)]
     places = np.array(ranks) - 1
     return RankMass(
-        samples=read,
-        of=len(reader),
+        samples=samples,
+        of=of,
         rows=rows,
         ranks=ranks,
         probability=(mass / rows)[places].tolist(),

@@ -25,7 +25,7 @@ from featurestore.files import MAX_RECORD_BYTES
 from featurestore.plan import Task
 from featurestore.records import Manifest, commit_name, read_commit
 from featurestore.root import Root, root_of
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers
+from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers, narrowed
 from featurestore.shard import ChunkCache
 from featurestore.sidecar import Sidecar, part_of
 from featurestore.tables import read_plan
@@ -160,6 +160,27 @@ class CacheReader:
         mend = MEND if partial else f"add it with `distily-cache generate ... {flag}`"
         raise MissingFeatureError(f"{self.path}: {what}; {mend}")
 
+    def find_logits(
+        self, top_k: int | None = None, top_p: float | None = None, tail: int | None = None
+    ) -> LogitsSpec:
+        """The widest distribution that every sample has, cut to what is given; see `schema.narrowed`.
+
+        Raises MissingFeatureError, naming what there is and the generate flags, where nothing covers it.
+        """
+        widest = self.find("logits")
+        assert isinstance(widest, LogitsSpec)
+        held = [spec for spec in self.complete_groups() if isinstance(spec, LogitsSpec)] or [widest]
+        for have in sorted(held, key=_width, reverse=True):
+            if (want := narrowed(have, top_k, top_p, tail)) is not None:
+                return want
+        given = {"--top-k": top_k, "--top-p": top_p, "--tail": tail}
+        flags = " ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
+        there = "; ".join(map(_words, held))
+        raise MissingFeatureError(
+            f"{flags}: cannot be derived from {self.path}, which holds {there}; ask for a part of that, or "
+            f"add it with `distily-cache generate ... {flags}`"
+        )
+
     def complete_groups(self) -> list[GroupSpec]:
         """The specs that every sample has."""
         if self._default_groups is None:
@@ -228,6 +249,12 @@ def _width(spec: GroupSpec) -> tuple[float, ...]:
     if isinstance(spec, HiddenSpec):
         return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
     return ()
+
+
+def _words(spec: LogitsSpec) -> str:
+    """`top-k 12, top-p 0.7 and 16 draws from outside that head`."""
+    cut = "" if spec.top_p is None else f", top-p {spec.top_p:g}"
+    return f"top-k {spec.top_k}{cut}" + (f" and {spec.tail} draws from outside that head" * bool(spec.tail))
 
 
 def _flag(kind: str) -> str:

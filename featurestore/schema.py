@@ -209,6 +209,23 @@ def covers(have: GroupSpec, want: GroupSpec) -> bool:
     return have == want
 
 
+def narrowed(
+    have: LogitsSpec, top_k: int | None = None, top_p: float | None = None, tail: int | None = None
+) -> LogitsSpec | None:
+    """The part of `have` that is asked for, None where it does not cover that.
+
+    What is None is as in `have`; but draws exclude the head that they were made for, so that another head has
+    none unless `tail` asks for them, which nothing covers then.
+    """
+    head = replace(have, top_k=top_k or have.top_k, top_p=top_p or have.top_p, tail=0, seed=0)
+    if tail is None:
+        tail = have.tail if (head.top_k, head.top_p) == (have.top_k, have.top_p) else 0
+    if tail > have.tail:
+        return None
+    want = replace(head, tail=tail, seed=have.seed if tail else 0)
+    return want if covers(have, want) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One tokenised sequence, the unit of identity. tokens: int32 [T]; loss_mask: bool [T]."""

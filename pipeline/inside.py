@@ -57,11 +57,11 @@ def render_sample(console: Console, view: SampleView, pieces: Pieces | None) -> 
     # The only column that gives way where the terminal is narrow.
     table.add_column("the teacher's best")
     for row in view.rows:
-        best = "  ".join(f"{_shown(token, pieces)} {p:.2f}" for token, p in row.best)
+        best = "  ".join(f"{shown(token, pieces)} {p:.2f}" for token, p in row.best)
         numbers = (row.probability, row.head_mass, row.entropy)
         table.add_row(
             str(row.position),
-            escape(_shown(row.token, pieces)),
+            escape(shown(row.token, pieces)),
             *("" if number is None else f"{number:.3f}" for number in numbers),
             Text(best, no_wrap=True, overflow="ellipsis"),
         )
@@ -72,12 +72,12 @@ def sample_json(view: SampleView, pieces: Pieces | None) -> dict[str, Any]:
     """The view as JSON, with the text of each token (null where it is not known)."""
     rows = []
     for row in view.rows:
-        best = [{"token": token, "text": _text(token, pieces), "probability": p} for token, p in row.best]
+        best = [{"token": token, "text": text_of(token, pieces), "probability": p} for token, p in row.best]
         rows.append(
             {
                 "position": row.position,
                 "token": row.token,
-                "text": _text(row.token, pieces),
+                "text": text_of(row.token, pieces),
                 "learned": row.learned,
                 "next_token": row.next_token,
                 "probability": row.probability,
@@ -89,11 +89,12 @@ def sample_json(view: SampleView, pieces: Pieces | None) -> dict[str, Any]:
     return {"index": view.index, "id": view.id, "length": view.length, "rows": rows}
 
 
-def _text(token: int, pieces: Pieces | None) -> str | None:
+def text_of(token: int, pieces: Pieces | None) -> str | None:
+    """A token's text, None where it is not known."""
     return (pieces(token) if pieces else "") or None
 
 
-def _shown(token: int, pieces: Pieces | None) -> str:
-    """The text in quotes, control characters escaped, or the id where there is none."""
-    text = _text(token, pieces)
+def shown(token: int, pieces: Pieces | None) -> str:
+    """A token's text in quotes, control characters escaped, or the id where there is none."""
+    text = text_of(token, pieces)
     return str(token) if text is None else repr(text)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from featurestore.amounts import duration
 from featurestore.gc import Collection
 from featurestore.info import StoreInfo
 from featurestore.listing import Shard
@@ -40,14 +41,6 @@ def render_plan(console: Console, forecast: Forecast) -> None:
     beside = "the start of the engine and writing are" if forecast.texts else "the start of the engine is"
     table.add_row("", f"{beside} not counted in")
     console.print(table)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would use."""
-    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def render_info(console: Console, info: StoreInfo) -> None:

@@ -142,9 +142,14 @@ class GenerateRequest:
     def torch_dtype(self, teacher: Teacher) -> str:
         return teacher.config_dtype if self.dtype == "auto" else self.dtype
 
+    @property
+    def in_fewer_bits(self) -> bool:
+        """Whether the teacher is to be quantised while it is loaded."""
+        return self.teacher_load_in_8bit or self.teacher_load_in_4bit
+
     def quantize_to(self, teacher: Teacher) -> str | None:
         """What the weights are quantised to while they are loaded, None where they stay as saved."""
-        if not (self.teacher_load_in_8bit or self.teacher_load_in_4bit):
+        if not self.in_fewer_bits:
             return None
         if self.teacher_load_in_8bit and self.teacher_load_in_4bit:
             raise RequestError("--teacher-load-in-4bit: not together with --teacher-load-in-8bit; choose one")

@@ -26,6 +26,10 @@ summary.json.
   distily-train from-cache STORE --output-dir out --student-model-config '{"num_hidden_layers": 12}' \\
       --student-model-as-bitnet --learning_rate 4e-4 --num_train_epochs 3 --bf16
 
+A recipe is a YAML file of such flags, of one training or of stages that follow each other:
+
+  distily-train from-cache STORE --output-dir out --recipe examples/recipes/bitdistill.yaml --max-steps 1000
+
 After our own flags come all flags of transformers' TrainingArguments; dashes and underscores are the same.
 """
 
@@ -134,7 +138,7 @@ def parse(argv: Sequence[str]) -> Request:
             raise
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
     if unknown:
-        raise UserError(_unknown(parser, unknown[0]))
+        raise UserError(unknown_flag(parser, unknown[0]))
     if options.objective is not None:
         _check_alone(argv)
     options.check()
@@ -173,7 +177,8 @@ def _check_alone(argv: Sequence[str]) -> None:
             )
 
 
-def _unknown(parser: Any, word: str) -> str:
+def unknown_flag(parser: Any, word: str) -> str:
+    """What is wrong with a word that the parser does not know, and which flag may be meant."""
     flag = word.split("=", maxsplit=1)[0]
     if not flag.startswith("-"):
         return f"unexpected argument {word!r}: there is one STORE; see `distily-train from-cache --help`"

@@ -123,6 +123,11 @@ def _plan_checkpoint(
     return _planned(options, config, checkpoint, [], None, before)
 
 
+def plan_following(options: StudentOptions, before: StudentPlan) -> StudentPlan:
+    """The plan for --student, where it is what `before` has yet to become and save."""
+    return _planned(options, before.config, options.student, [], None, before.conversion)
+
+
 def _planned(
     options: StudentOptions,
     config: Any,

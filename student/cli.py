@@ -11,9 +11,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from student.sweep.command import Sweep
 
 app = typer.Typer(
     name="distily-train",
@@ -49,6 +52,27 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
         show()
 
 
+@app.command("sweep")
+def sweep_(
+    store: Annotated[str, typer.Argument(help="Cache made by `distily-cache generate`.")],
+    spec: Annotated[Path, typer.Argument(help="YAML file of what to vary: base, grid or search, seeds.")],
+    out: Annotated[Path, typer.Option(help="Directory of the sweep; the same command goes on in it.")],
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at once. Default: as many as cores and memory allow.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print sweep.json instead of the table.")] = False,
+) -> None:
+    """Train many students on one cache, each in a process of its own, and compare them.
+
+    Finished runs are not run again. Exit code 1 when a run has failed.
+    """
+    with _exit_codes():
+        from student.sweep.command import SweepRequest, sweep
+
+        done = sweep(SweepRequest(store, spec, out, jobs))
+    _show_sweep(done, as_json)
+
+
 @app.command("export")
 def export_(
     directory: Annotated[Path, typer.Argument(help="A BitNet student: the --output-dir of a training.")],
@@ -68,9 +92,28 @@ def export_(
     from student.export.formats import ExportRequest
     from student.export.report import lines
 
-    with _exit_codes():
+    with _exit_codes(), _no_bars():
         report = export(ExportRequest(directory, format, out, dtype, gguf_type))
     typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+
+
+@app.command("report")
+def report_(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="--output-dir of trainings, or of a sweep.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Default: DIR/report.html, of several ./report.html."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write one self-contained HTML page about one or several trainings, from the files in DIR."""
+    from student.report.command import report
+
+    with _exit_codes():
+        file = report(directories, out)
+    typer.echo(json.dumps({"report": str(file)}) if as_json else str(file))
 
 
 @app.command("generate")
@@ -91,7 +134,7 @@ def generate_(
     """Let a student go on with a prompt, with its speed and memory."""
     from student.generation import GenerateRequest, generate
 
-    with _exit_codes():
+    with _exit_codes(), _no_bars():
         result = generate(GenerateRequest(directory, prompt, max_new_tokens, temperature, chat, kernel, seed))
     if as_json:
         typer.echo(json.dumps(result))
@@ -208,15 +251,41 @@ def _exit_codes() -> Iterator[None]:
         _fail(error, 1)
 
 
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Of loading and writing a model, which takes seconds."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _show_sweep(done: Sweep, as_json: bool) -> None:
+    """The table and where the page is; exit code 1 when a run has failed."""
+    if as_json:
+        typer.echo(json.dumps(done.report()))
+    else:
+        done.show()
+    if any(row.state == "failed" for row in done.rows()):
+        raise typer.Exit(1)
+
+
 def _run(argv: list[str]) -> None:
     from student.arguments import parse
+    from student.recipe import requests, take_recipe
     from student.run import train_from_cache
+    from student.stages import train_stages
 
-    request = parse(argv)
-    with _quiet(request.options.json):
-        summary = train_from_cache(request)
+    recipe, argv = take_recipe(argv)
+    asked = parse(argv) if recipe is None else requests(recipe, argv)
+    as_json = (asked[-1].request if isinstance(asked, list) else asked).options.json
+    with _quiet(as_json):
+        summary = train_stages(asked) if isinstance(asked, list) else train_from_cache(asked)
     if summary:  # of several processes, the first one's
-        typer.echo(json.dumps(summary) if request.options.json else summary["report"])
+        typer.echo(json.dumps(summary) if as_json else summary["report"])
 
 
 def _quiet(as_json: bool) -> contextlib.AbstractContextManager[object]:

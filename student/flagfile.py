@@ -26,7 +26,10 @@ def command_line(flags: Mapping[str, Any], where: str) -> list[str]:
 
 def _word(value: Any, where: str) -> str:
     if isinstance(value, Mapping):
-        return json.dumps(value)
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError) as error:  # a date, or an anchor that holds itself
+            raise UserError(f"{where} cannot be the value of a flag: {error}") from error
     if isinstance(value, list) and all(isinstance(item, (int, str)) for item in value):
         return ",".join(str(item) for item in value)
     if isinstance(value, (bool, int, float, str)):

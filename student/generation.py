@@ -17,6 +17,7 @@ from student.export import bitblas
 from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
+from student.saving import attention, student_config
 
 KERNELS = ("torch", "bitblas")
 
@@ -74,9 +75,12 @@ def load(directory: Path) -> Any:
     if kind == "packed":
         return load_packed(directory)
     if kind == "none":
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        kind_of_attention = attention(AutoConfig.from_pretrained(directory))
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, **kind_of_attention
+        ).eval()
     raise UserError(
         f"{directory} is quantised with {kind}; generate reads what training saved and hf-bitnet exports"
     )
@@ -103,10 +107,10 @@ def load_tokenizer(directory: Path) -> Any:
     """Of a student's directory; UserError when there is none."""
     from transformers import AutoTokenizer
 
-    read_config(directory)
+    config = student_config(read_config(directory))  # transformers would warn of a model type that is ours
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"{directory} holds no tokenizer; copy the teacher's tokenizer files there")
-    return AutoTokenizer.from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory, config=config)
 
 
 def _prompt_ids(tokenizer: Any, request: GenerateRequest) -> Tensor:

@@ -38,6 +38,11 @@ class StudentOptions:
 
     _argument_group_name: ClassVar[str] = "student and objective"
 
+    recipe: str | None = _flag(
+        None,
+        "YAML file of flags of this command, perhaps of several stages that follow each other; flags on the "
+        "command line win. docs/recipes.md, examples/recipes/.",
+    )
     student_model_config: str | None = _flag(
         None,
         "Changes to the teacher's configuration that make the student, as JSON: "
@@ -95,7 +100,8 @@ class StudentOptions:
     freeze_embeddings: bool = _flag(False, "Do not train the input embeddings and the LM head.")
     objective: str | None = _flag(
         None,
-        "YAML file of terms, instead of the five flags that follow and --hidden-layers, --layer-map; "
+        "YAML file of terms, or what stands in one as a JSON object, instead of the five flags that follow "
+        "and --hidden-layers, --layer-map; "
         "`distily-train objectives` lists the losses.",
     )
     logits_loss: str = _flag(
@@ -131,6 +137,17 @@ class StudentOptions:
         "What brings the student's hidden states to the teacher's width for --hidden-loss, trained with the "
         "student; one for each pair of layers.",
     )
+    top_k: int | None = _flag(
+        None,
+        "Learn from at most the K best tokens of each position that the cache holds; a head that is cut has "
+        "no draws. Evaluation reads all that the cache holds. Default: all of it.",
+    )
+    top_p: float | None = _flag(
+        None, "Learn from the best tokens that hold this share of the mass, of those that the cache holds."
+    )
+    tail: int | None = _flag(
+        None, "Learn from the first M of the cached draws from outside the head; 0 leaves them out."
+    )
     pack_rows: bool = _flag(
         False,
         "Put several short samples of a training batch into one row, whole and without seeing each other, "
@@ -141,6 +158,9 @@ class StudentOptions:
         "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "
         "which repeats an earlier run exactly after the cache has grown. Default: all of the cache.",
     )
+    train_samples: int | None = _flag(
+        None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
+    )
     eval_fraction: float = _flag(
         0.1, "Share of the samples held out for evaluation, chosen by sample id; 0 holds nothing out."
     )
@@ -148,23 +168,14 @@ class StudentOptions:
 
     def check(self) -> None:
         """UserError for the first flag that cannot be served whatever the cache holds."""
+        if self.recipe is not None:
+            raise UserError("--recipe: is read from the command line alone; write the recipe's own flags")
         if self.student is not None and self.student_model_config is not None:
             raise UserError(
                 "--student and --student-model-config exclude each other: a checkpoint brings its own "
                 "configuration"
             )
-        for flag in ("logits_weight", "ce_weight", "hidden_weight"):
-            if not 0 <= getattr(self, flag) < float("inf"):
-                raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError("--eval-fraction must be at least 0 and below 1")
-        if self.bitnet_conversion not in (None, *CONVERSIONS):
-            raise UserError(
-                f"--bitnet-conversion {self.bitnet_conversion} is unknown; choose {', '.join(CONVERSIONS)}"
-            )
-        for flag in _WARMUPS:
-            if not 0 <= getattr(self, flag) <= 1:
-                raise UserError(f"--{flag.replace('_', '-')} is a share of the steps, 0 to 1")
+        self._check_numbers()
         names = ("hidden_layers", "layer_map", "mapper", "projector")
         given = [name for name in names if getattr(self, name) != getattr(StudentOptions, name)]
         if self.hidden_loss == "none" and given:
@@ -174,6 +185,27 @@ class StudentOptions:
         if self.layer_map and (self.hidden_layers or self.mapper != "all"):
             flag = "--hidden-layers" if self.hidden_layers else "--mapper"
             raise UserError(f"{flag} and --layer-map exclude each other; keep one")
+
+    def _check_numbers(self) -> None:
+        """Ranges of single flags."""
+        for flag in ("logits_weight", "ce_weight", "hidden_weight"):
+            if not 0 <= getattr(self, flag) < float("inf"):
+                raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
+        for name, least in (("top_k", 1), ("tail", 0), ("train_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p:g}: give a share of the mass above 0, at most 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError("--eval-fraction must be at least 0 and below 1")
+        if self.bitnet_conversion not in (None, *CONVERSIONS):
+            raise UserError(
+                f"--bitnet-conversion {self.bitnet_conversion} is unknown; choose {', '.join(CONVERSIONS)}"
+            )
+        for flag in _WARMUPS:
+            if not 0 <= getattr(self, flag) <= 1:
+                raise UserError(f"--{flag.replace('_', '-')} is a share of the steps, 0 to 1")
 
     def check_ternary(self, conversion: str | None) -> None:
         """UserError for a flag that has no effect on a student of this conversion; None: full precision."""

@@ -207,15 +207,48 @@ def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
     return load_parts(reader, objective.needs_head, blocks)
 
 
-def plan_data(objective: Objective, reader: CacheReader, fraction: float) -> DataPlan:
-    """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache."""
+def plan_data(
+    objective: Objective,
+    reader: CacheReader,
+    fraction: float,
+    learned: LogitsSpec | None = None,
+    samples: int | None = None,
+) -> DataPlan:
+    """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
+
+    learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
+    have the widest in any case, so that students that learned from less are measured by the same numbers.
+    samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
+    """
     groups = [reader.find(kind) for kind in sorted(objective.needs)]
+    trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
     train, held_out = split_samples(reader.sample_ids, fraction)
+    if samples is not None and samples > len(train):
+        raise UserError(f"--train-samples {samples}: the cache has {len(train)} that are not held out")
+    train = train[:samples]
     if not held_out:
-        return DataPlan(CachedDataset(reader, train, groups), None)
+        return DataPlan(CachedDataset(reader, train, trained), None)
     return DataPlan(
-        CachedDataset(reader, train, groups), CachedDataset(reader, held_out, _with_logits(groups, reader))
+        CachedDataset(reader, train, trained), CachedDataset(reader, held_out, _with_logits(groups, reader))
     )
+
+
+def plan_distribution(
+    objective: Objective, reader: CacheReader, top_k: int | None, top_p: float | None, tail: int | None
+) -> LogitsSpec | None:
+    """What --top-k, --top-p and --tail leave of the cache's distribution; None where none is given.
+
+    UserError when nothing that is learned reads it, MissingFeatureError where the cache does not cover it.
+    """
+    given = {"--top-k": top_k, "--top-p": top_p, "--tail": tail}
+    flags = [name for name, value in given.items() if value is not None]
+    if not flags:
+        return None
+    if "logits" not in objective.needs:
+        raise UserError(
+            f"{flags[0]} has no effect: no loss of this objective reads the stored distribution; leave it out"
+        )
+    return reader.find_logits(top_k, top_p, tail)
 
 
 def _with_logits(groups: list[GroupSpec], reader: CacheReader) -> list[GroupSpec]:

@@ -28,15 +28,30 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() != "true":
-        if not (Path(wanted) / _STATE).is_file():
+        if not _whole(Path(wanted)):
             raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
         return Path(wanted)
-    found = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-[0-9]*/{_STATE}")]
-    if not found:
+    found = last_checkpoint(Path(args.output_dir))
+    if found is None:
         raise UserError(
             f"--resume-from-checkpoint: no checkpoint in {args.output_dir}; leave the flag out to start anew"
         )
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return found
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The last whole checkpoint of a training there."""
+    found = [path for path in output_dir.glob("checkpoint-[0-9]*") if _whole(path)]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether nobody was killed while writing it, nor while writing what comes last."""
+    try:
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def manifest_to_read(wanted: str | None, checkpoint: Path | None) -> str | None:
@@ -76,7 +91,7 @@ def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) 
     if record.get("samples", samples) != samples:
         raise UserError(
             f"--eval-fraction: {checkpoint} was trained on {record['samples']} samples, and this leaves "
-            f"{samples}; give the fraction of that run"
+            f"{samples}; give the fraction of that run, and its --train-samples"
         )
     factors = (args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
     batch = factors[0] * factors[1] * factors[2]

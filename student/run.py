@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,43 @@ from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
-from student.build import plan_student
+from student.bitnet import Drift
+from student.build import StudentPlan, plan_following, plan_student
 from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
+from student.objective.terms import Objective
 from student.packing import check_packing
-from student.plan import load_teacher, plan_data, plan_objective
+from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
 from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, and what follows from it and the cache.
+
+    checkpoint: where it goes on; None: at the start.
+    """
+
+    request: Request
+    reader: CacheReader
+    checkpoint: Path | None
+    plan: StudentPlan
+    objective: Objective
+    data: DataPlan
+
+
+@dataclass(frozen=True)
+class Built:
+    """The student with its objective, and what trains it. drift: how far a conversion to BitNet moved it."""
+
+    prepared: Prepared
+    model: DistillationModel
+    trainer: DistillationTrainer
+    drift: Drift | None
 
 
 def train_from_cache(request: Request) -> dict[str, Any]:
@@ -29,18 +57,26 @@ def train_from_cache(request: Request) -> dict[str, Any]:
 
     Returns the summary. Everything that can be wrong with the request is found before the student is built.
     """
+    return train(build(prepare(request)))
+
+
+def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
+    """Find everything that can be wrong with a request, before any student is built.
+
+    before: the student that this one starts from, where a stage before has yet to save it.
+    """
     options, args = request.options, request.training
-    output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
     reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
-    plan = plan_student(options, reader)
+    plan = plan_student(options, reader) if before is None else plan_following(options, before)
     if checkpoint is not None:
         check_kind(checkpoint, plan)
     objective = plan_objective(wanted, reader, plan.config)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    data = plan_data(objective, reader, options.eval_fraction)
+    learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
+    data = plan_data(objective, reader, options.eval_fraction, learned, options.train_samples)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         args.eval_strategy, args.eval_on_start = "no", False
@@ -49,10 +85,16 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
-    _check_writable(output_dir)
+    return Prepared(request, reader, checkpoint, plan, objective, data)
 
+
+def build(prepared: Prepared) -> Built:
+    """The student and its trainer, from the request's seed."""
+    options, args = prepared.request.options, prepared.request.training
+    reader, objective, data = prepared.reader, prepared.objective, prepared.data
+    _check_writable(Path(args.output_dir))
     set_seed(args.seed)
-    student, drift = plan.build(calibration_samples(data.train), args.device)
+    student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
@@ -60,6 +102,13 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
     )
+    return Built(prepared, model, trainer, drift)
+
+
+def train(built: Built) -> dict[str, Any]:
+    """Train what was built, save it and write its report; the summary ({} in all processes but the first)."""
+    trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
+    checkpoint = built.prepared.checkpoint
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -69,10 +118,19 @@ def train_from_cache(request: Request) -> dict[str, Any]:
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return {}
-    counts = len(data.train), len(data.held_out or ()), options.eval_fraction
-    run = Run(reader, model, trainer.state, output_dir, seconds, *counts, drift)
+    run = Run(
+        reader,
+        built.model,
+        trainer.state,
+        Path(trainer.args.output_dir),
+        seconds,
+        len(data.train),
+        len(data.held_out or ()),
+        built.prepared.request.options.eval_fraction,
+        built.drift,
+    )
     summary = summarise(run)
-    write_report(run, summary)
+    write_report(run.output_dir)
     return summary
 
 

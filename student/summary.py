@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from featurestore.errors import MissingFeatureError
 from featurestore.info import store_info
 from featurestore.reader import CacheReader
+from featurestore.schema import LogitsSpec
 from student.bitnet import Drift, bit_linears, conversion_of
 from student.model import DistillationModel
 
@@ -58,6 +60,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "train_samples": run.train_samples,
         "held_out_samples": run.held_out_samples,
         "eval_fraction": run.eval_fraction,
+        "held_out_kl": _exactness(run.reader),
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,
         "seconds": round(run.seconds, 3),
@@ -101,6 +104,17 @@ def cache_cost(reader: CacheReader) -> dict[str, Any]:
             for group in info.groups.values()
         },
     }
+
+
+def _exactness(reader: CacheReader) -> str | None:
+    """What a held-out KL from this cache is of the full one: "unbiased" with draws from the tail, "lower
+    bound" where one bucket stands for it; None where there is no KL.
+    """
+    try:
+        logits = reader.find("logits")
+    except MissingFeatureError:
+        return None
+    return "unbiased" if isinstance(logits, LogitsSpec) and logits.tail else "lower bound"
 
 
 def _metrics(entry: Mapping[str, float]) -> dict[str, float]:

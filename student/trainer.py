@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainingArguments
 
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data import CachedDataset, CacheOrder, Collator
 from student.evaluation.measures import perplexity
+from student.finite import check_terms, check_weights
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective.balance import EVERY, GradientBalance, gradient_norms
 from student.resume import order_seed
@@ -142,8 +143,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             steps = self.state.global_step - self._term_start
             reduction = "sum" if self.args.average_tokens_across_devices else "mean"
             means = self.accelerator.reduce(self._term_sums, reduction) / steps
-            names = [f"loss_{label}" for label in self.model.objective.labels]
-            logs |= dict(zip(names, means.tolist(), strict=True))
+            terms = dict(zip(self.model.objective.labels, means.tolist(), strict=True))
+            check_terms(terms, self._term_start + 1, self.state.global_step)
+            logs |= {f"loss_{label}": mean for label, mean in terms.items()}
             if self.model.objective.weights_move:
                 names = [f"weight_{label}" for label in self.model.objective.labels]
                 logs |= dict(zip(names, self.model.weights, strict=True))
@@ -170,6 +172,21 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = model(**inputs)["sums"]
         return None, sums, sums[:, EVAL_COLUMNS.index("positions")]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; what ends it early is said on a line of its own, behind the progress bar's."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                for bar in ("prediction_bar", "training_bar"):
+                    if isinstance(callback, ProgressCallback) and (open_bar := getattr(callback, bar)):
+                        open_bar.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own, of checkpoints and of the finished student; StudentError for weights of NaNs."""
+        check_weights(self.model, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)

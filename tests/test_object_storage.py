@@ -41,6 +41,8 @@ def test_generate_look_after_and_train(
     shards = json.loads(run("distily-cache", "ls", url, "--json").stdout)
     assert len(shards) > 2 and all(shard["complete"] for shard in shards)
     assert json.loads(run("distily-cache", "verify", url, "--deep", "--json").stdout)["problems"] == []
+    run("distily-cache", "report", url, "--out", tmp_path / "page.html")
+    assert f"{found['rows']:,}" in (tmp_path / "page.html").read_text()
     bucket.write("runs/cache", f"parts/{shards[0]['task']}-feedfeedfeed/samples.parquet", b"half")
     assert "removed" in run("distily-cache", "gc", url, "--min-age", 0, "--delete").stdout
 

@@ -10,6 +10,7 @@ import typer
 from pipeline.cli.exchange import export, import_command, merge
 from pipeline.cli.exits import terminated
 from pipeline.cli.generating import generate, plan
+from pipeline.cli.reporting import report
 from pipeline.cli.stores import gc, info, list_command, verify
 from pipeline.spelling import spelled
 
@@ -28,6 +29,7 @@ for _name, _command in (
     ("info", info),
     ("verify", verify),
     ("ls", list_command),
+    ("report", report),
     ("gc", gc),
     ("merge", merge),
     ("export", export),

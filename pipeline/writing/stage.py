@@ -84,7 +84,11 @@ def start_writer(
 ) -> Writer:
     """Load the checkpoint `model` in the engine that `spec` names."""
     config = engine_config(request, model, spec.dtype)
-    report.stage(f"starting {spec.engine} with {model.architecture} in {spec.dtype}, to write")
+    report.stage(
+        f"starting {spec.engine} with {model.architecture} in {spec.dtype}, to write"
+        # The store knows writers by the digest of their saved weights, so those it is that write.
+        + "; --teacher-load-in-8bit and -4bit are of the capture only" * request.in_fewer_bits
+    )
     if spec.engine == "vllm":
         from pipeline.writing.vllm_writer import VllmWriter
 

@@ -22,7 +22,7 @@ from student.bitnet.linear import (
 )
 from student.bitnet.masters import MASTERS, RoundingAdamW, halve_masters
 from student.bitnet.meter import FlipMeter
-from student.bitnet.quantizers import EPSILON, LEVELS, quantize_activation, quantize_weight
+from student.bitnet.quantizers import EPSILON, LEVELS, quantize_activation, quantize_weight, to_int8
 from student.bitnet.training import TernaryCallback, TernaryPlan, staged
 from student.bitnet.warmup import Warmup
 
@@ -56,4 +56,5 @@ __all__ = [
     "quantize_weight",
     "set_strengths",
     "staged",
+    "to_int8",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from student.bitnet.quantizers import quantize_activation, quantize_weight
+from student.bitnet.quantizers import quantize_activation, quantize_weight, to_int8
 
 
 class Strengths(NamedTuple):
@@ -144,12 +144,14 @@ class _BitLinearFunction(torch.autograd.Function):
         bias_O: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ints_NI, scale_N1 = quantize_activation(x.detach().reshape(-1, x.shape[-1]))
+        ints_NI, inverse_N1 = to_int8(x.detach().reshape(-1, x.shape[-1]))
         sums_NO = torch.mm(ints_NI.to(dtype), ternary_OI.to(dtype).t())
-        y_NO = sums_NO * (scale_N1 * weight_scale)
+        # As transformers' packed layers do it: another rounding would move activations of later layers to the
+        # next integer.
+        y_NO = sums_NO / (inverse_N1 * (1.0 / weight_scale))
         if bias_O is not None:
             y_NO += bias_O.detach()
-        ctx.save_for_backward(ints_NI, ternary_OI, scale_N1, weight_scale)
+        ctx.save_for_backward(ints_NI, ternary_OI, 1.0 / inverse_N1, weight_scale)
         ctx.x_like, ctx.weight_dtype = (x.shape, x.dtype), weight_OI.dtype
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         return y_NO.to(dtype).reshape(*x.shape[:-1], -1)

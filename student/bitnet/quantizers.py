@@ -26,6 +26,12 @@ def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_activation(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 activations and their scale per token: (int8 [..., I], float32 [..., 1]); x ~ int8 * scale."""
+    ints_NI, inverse_N1 = to_int8(x_NI)
+    return ints_NI, 1.0 / inverse_N1
+
+
+def to_int8(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 activations and the inverse of their scale per token: (int8 [..., I], float32 [..., 1])."""
     x_NI = x_NI.float()
     inverse_N1 = LEVELS / x_NI.abs().amax(dim=-1, keepdim=True).clamp_(min=EPSILON)
-    return (x_NI * inverse_N1).round_().clamp_(-LEVELS - 1, LEVELS).to(torch.int8), 1.0 / inverse_N1
+    return (x_NI * inverse_N1).round_().clamp_(-LEVELS - 1, LEVELS).to(torch.int8), inverse_N1

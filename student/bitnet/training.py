@@ -15,7 +15,9 @@ from student.bitnet.meter import FlipMeter
 from student.bitnet.warmup import Warmup
 from student.errors import StudentError
 
-LATE_RATE = 2 / 3  # of the learning rate, in the second stage
+# Of the learning rate, in the second stage: the ratio of both stages' peaks, for all four sizes of Table 2 in
+# "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Ma, Wang and Wei 2024).
+LATE_RATE = 2 / 3
 
 
 def late(step: int, max_steps: int) -> bool:
@@ -28,7 +30,7 @@ class TernaryPlan:
     """How a BitNet student is trained. masters: dtype of the latent weights, see `bitnet.masters`.
 
     two_stage: in the second half of the steps weight decay is 0 and the learning rate LATE_RATE of what the
-    schedule says (after the two-stage schedule of BitNet b1.58, arXiv:2504.12285).
+    schedule says, as BitNet b1.58 (arXiv:2402.17764) was trained.
     """
 
     warmup: Warmup = field(default_factory=Warmup)

@@ -53,12 +53,12 @@ class CachePlan:
 
     @property
     def exactness(self) -> dict[str, str]:
-        """What the KL and the reverse KL are: exact (up to the rounding of the final states), an unbiased
-        estimate, or a lower bound.
+        """What the KL and the reverse KL are: exact (up to the rounding of the final states), unbiased,
+        or a lower bound.
         """
         if self.final is not None:
             return {"kl": "exact", "reverse_kl": "exact"}
-        return {"kl": "estimate" if self.logits.tail else "lower bound", "reverse_kl": "lower bound"}
+        return {"kl": "unbiased" if self.logits.tail else "lower bound", "reverse_kl": "lower bound"}
 
 
 def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:

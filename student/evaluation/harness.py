@@ -60,8 +60,9 @@ def load_tasks(request: EvalRequest, sides: Sequence[Side]) -> LoadedTasks | Non
         asked |= {leaf: name for leaf in leaves(index, [name]) if leaf not in asked}
     datasets = {leaf: _dataset(index, leaf) for leaf in asked}
     with tempfile.TemporaryDirectory() as overrides:
-        for leaf in asked if request.tasks.data is not None else ():
-            use_local(index, leaf, request.tasks.data, Path(overrides))
+        if request.tasks.data is not None:
+            for leaf in asked:
+                use_local(index, leaf, request.tasks.data, Path(overrides))
         tasks = [task for name in names for task in _load(manager, name)]
     loaded = LoadedTasks(manager, tasks, asked, datasets, suites, request.tasks)
     _check_lengths(loaded, sides)

@@ -125,7 +125,8 @@ class TextSource:
 def _peeked(rows: Any) -> Iterable[dict[str, Any]]:
     """The same rows; what is wrong with the first one is raised here."""
     next(iter(rows), None)
-    return iter(rows)
+    again: Iterator[dict[str, Any]] = iter(rows)
+    return again
 
 
 def _read(path: Path, source: str) -> str:
@@ -179,7 +180,7 @@ def window_nats(model: Any, context: Sequence[int], tokens: Sequence[int]) -> fl
     input_ids = torch.tensor([[*context, *tokens[:-1]]], device=model.device)
     logits_TV = model(input_ids=input_ids, use_cache=False).logits[0, len(context) - 1 :]
     labels_T = torch.tensor(tokens, device=logits_TV.device)
-    parts = zip(logits_TV.split(_ROWS), labels_T.split(_ROWS), strict=True)
+    parts = zip(torch.split(logits_TV, _ROWS), torch.split(labels_T, _ROWS), strict=True)
     return sum(
         torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
         for logits, labels in parts

@@ -8,12 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from student.errors import UserError
 from student.export import verify
 from student.export.formats import DTYPES, ExportRequest, choose
-from student.export.reference import integer_linears
 from student.export.report import REPORT, build
 from student.export.source import open_source
 
@@ -31,7 +28,7 @@ def export(request: ExportRequest) -> dict[str, Any]:
     dtype = DTYPES[request.dtype or chosen.dtype]
     ids_BT = verify.probes(source.model.config)
     before = verify.logits_of(source.model, ids_BT)
-    round_values(source.model, dtype, chosen.scale_dtype)
+    chosen.fit(source, dtype)
     reference = verify.logits_of(source.model, ids_BT)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -53,16 +50,3 @@ def export(request: ExportRequest) -> dict[str, Any]:
 def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name another directory or remove it")
-
-
-@torch.no_grad()
-def round_values(model: Any, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
-    """Round to what the format stores, so that the reference is what its readers have to compute: scales of
-    ternary matrices to `scale_dtype`, embeddings, head, norms and biases to `dtype`.
-    """
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-    for _, layer in integer_linears(model):
-        layer.weight_scale.copy_(1.0 / (1.0 / layer.weight_scale).to(scale_dtype).float())
-        if layer.bias is not None:
-            layer.bias.copy_(layer.bias.to(dtype))

@@ -17,7 +17,7 @@ from student.errors import UserError
 from student.export.hf_bitnet import kept_linears, plain_state, write_config
 from student.export.norms import norm_mode
 from student.export.packages import require_package
-from student.export.reading import matrices_to_integers
+from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
 from student.export.source import Source
 from student.weights import WEIGHTS
@@ -68,9 +68,10 @@ def read(out: Path, source: Source) -> Any:
     """The export as transformers multiplies it out, taken apart into integers again."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-    ).eval()
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+        ).eval()
     return matrices_to_integers(model, source)
 
 

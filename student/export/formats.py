@@ -21,13 +21,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class Format:
     """One format: what it refuses, how it is written, and who reads it back.
 
-    scale_dtype: how it stores the scale of a ternary matrix. dtype: of everything else by default.
+    dtype: of what is not ternary, by default. fit: make the student's numbers those that the file can hold,
+    so that it is the reference for the file's readers.
     """
 
     reader: Callable[[Source], str]
-    scale_dtype: torch.dtype
     dtype: str
     check: Callable[[Source], None]
+    fit: Callable[[Source, torch.dtype], None]
     write: Callable[[Source, Path, torch.dtype], None]
     read: Callable[[Path, Source], Any]
     ternary_bytes: Callable[[Source], int]
@@ -53,9 +54,9 @@ def _of_transformers(module: Any) -> Format:
     """A format that transformers reads, from the module that has its functions."""
     return Format(
         reader=lambda source: "transformers",
-        scale_dtype=torch.float32,
         dtype="bfloat16",
         check=module.check,
+        fit=hf_bitnet.fit,
         write=module.write,
         read=module.read,
         ternary_bytes=module.ternary_bytes,
@@ -83,9 +84,9 @@ def _gguf(name: str) -> Format:
 
     return Format(
         reader=reader,
-        scale_dtype=torch.float16,
         dtype="float16",
         check=lambda source: gguf.check(source, kind),
+        fit=gguf.fit,
         write=lambda source, out, dtype: gguf.write(source, out, dtype, kind),
         read=lambda out, source: gguf_reading.read(gguf.file_in(out, kind), source, kind),
         ternary_bytes=lambda source: sum(

@@ -1,7 +1,7 @@
 """GGUF files for llama.cpp: ternary matrices in TQ2_0, TQ1_0 or Q2_0 blocks, everything else as asked.
 
-The weights are ternarised before they are cut into blocks, so that a block holds the matrix exactly, but for
-its scale in float16.
+The weights are ternarised before they are cut into blocks, and their scales are chosen so that float16 has
+them: a block holds its part of the matrix exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from student.errors import UserError
 from student.export import gguf_architectures as architectures
+from student.export.gguf_scales import fit_scales
 from student.export.gguf_tokenizer import add_tokenizer
 from student.export.gguf_types import TYPES, BlockType, to_blocks
 from student.export.packages import require_package
@@ -46,6 +47,17 @@ def check(source: Source, kind: BlockType) -> None:
                 f"{source.directory}: the scale of {name}, {1.0 / float(layer.weight_scale):.2g}, does not "
                 "fit the float16 of GGUF's blocks; --format hf-bitnet keeps scales in float32"
             )
+
+
+@torch.no_grad()
+def fit(source: Source, dtype: torch.dtype) -> None:
+    """Round embeddings and head to `dtype` and choose scales that float16 holds; norms and biases are float32
+    in the file.
+    """
+    fit_scales(source.model)
+    for parameter in source.model.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(parameter.to(dtype))
 
 
 def write(source: Source, out: Path, dtype: torch.dtype, kind: BlockType) -> None:

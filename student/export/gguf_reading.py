@@ -20,7 +20,7 @@ from student.errors import StudentError
 from student.export import gguf_architectures as architectures
 from student.export.gguf_types import BlockType, Bytes, from_blocks
 from student.export.packing import pack
-from student.export.reading import matrices_to_integers
+from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
 from student.export.source import Source
 
@@ -48,9 +48,11 @@ def load(path: Path, source: Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = source.model.config if source.config["model_type"] in _CONFIG_NEEDED else None
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
-    ).eval()
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+        )
+    return model.eval()
 
 
 def _decode(path: Path, source: Source, kind: BlockType) -> Any:

@@ -52,6 +52,16 @@ def _llama_shaped(config: dict[str, Any], epsilons: set[float]) -> bool:
     return layout.to_saved(config, "subln")["model_type"] == "bitnet" and epsilons == {config["rms_norm_eps"]}
 
 
+@torch.no_grad()
+def fit(source: Source, dtype: torch.dtype) -> None:
+    """Round embeddings, head, norms and biases to `dtype`; scales of ternary matrices stay float32."""
+    for parameter in source.model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    for _, layer in integer_linears(source.model):
+        if layer.bias is not None:
+            layer.bias.copy_(layer.bias.to(dtype))
+
+
 def write(source: Source, out: Path, dtype: torch.dtype) -> None:
     """model.safetensors, config.json and the tokenizer; ternary scales stay float32, the rest is `dtype`."""
     saved = layout.to_saved(source.config, norm_mode(source))

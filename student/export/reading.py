@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import AbstractContextManager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,11 @@ import torch
 from student.export.packing import pack
 from student.export.reference import IntegerLinear, integer_linears
 from student.export.source import Source
+
+
+def no_bars() -> AbstractContextManager[Any]:
+    """While libraries load a model whose progress bars have no switch of their own."""
+    return redirect_stderr(io.StringIO())
 
 
 def matrices_to_integers(model: Any, source: Source) -> Any:

@@ -2,9 +2,9 @@
 
 Ternary weights times int8 activations, summed in int32, divided by both scales in float32 afterwards. Weights
 stay packed at two bits; a layer's matrix exists while the layer runs. Operation for operation this is
-transformers' offline `BitLinear` in float32, so that the two agree to the last bit: a difference of one
-rounding would move some activation to the next integer, and a few layers turn that into the noise of the
-quantisation itself.
+transformers' offline `BitLinear` in float32 and the training forward, so that they agree to the last bit: a
+difference of one rounding would move some activation to the next integer, and a few layers turn that into the
+noise of the quantisation itself.
 
 Shape letters: N tokens, I input features, O output features, R rows of packed bytes.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from student.bitnet import EPSILON, LEVELS, BitLinear, bit_linears, quantize_weight
+from student.bitnet import BitLinear, bit_linears, quantize_weight, to_int8
 from student.export.packing import pack, unpack
 
 
@@ -58,19 +58,12 @@ class IntegerLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., I] of any float dtype; output [..., O] of the same."""
         x = input if self.rms_norm is None else self.rms_norm(input)
-        ints_NI, inverse_N1 = _quantize(x.reshape(-1, self.in_features))
+        ints_NI, inverse_N1 = to_int8(x.reshape(-1, self.in_features))
         sums_NO = self.product(ints_NI)
         y_NO = sums_NO / (inverse_N1 * self.weight_scale)
         if self.bias is not None:
             y_NO += self.bias
         return y_NO.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-
-
-def _quantize(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 [N, I] and the inverse scales, float32 [N, 1]."""
-    x_NI = x_NI.float()
-    inverse_N1 = LEVELS / x_NI.abs().amax(dim=-1, keepdim=True).clamp(min=EPSILON)
-    return (x_NI * inverse_N1).round().clamp(-LEVELS - 1, LEVELS).to(torch.int8), inverse_N1
 
 
 def integer_product(ints_NI: Tensor, ternary_OI: Tensor) -> Tensor:

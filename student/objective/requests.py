@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from student.errors import UserError
 from student.mapping import MAPPERS, check_mapper
 from student.objective.catalogue import Loss, find_loss, suggest
 from student.objective.weights import Weight
 from student.projectors import IDENTITY, PROJECTORS
+from student.yamlfile import read_yaml
 
 _TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
@@ -46,20 +45,26 @@ class ObjectiveRequest:
     balanced: bool = False
 
 
-def read_objective(path: str) -> ObjectiveRequest:
-    """The request of an objective file (YAML); UserError, naming file and key, for whatever is wrong in
-    it.
+def read_objective(given: str) -> ObjectiveRequest:
+    """The request of an objective file (YAML), or of the objective itself where `given` is a JSON object;
+    UserError, naming file and key, for whatever is wrong in it.
     """
-    where = f"--objective {path}"
+    if given.lstrip().startswith("{"):
+        return parse_objective(_inline(given), "--objective")
+    where = f"--objective {given}"
+    return parse_objective(read_yaml(given, where, "a YAML file of terms"), where)
+
+
+def _inline(text: str) -> Any:
+    """JSON, in which layers as keys are strings."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read ({error}); give a YAML file of terms") from error
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-    return parse_objective(value, where)
+        return json.loads(text, object_pairs_hook=lambda pairs: {_key(key): value for key, value in pairs})
+    except ValueError as error:
+        raise UserError(f"--objective is not valid JSON ({error}); give a YAML file of terms") from error
+
+
+def _key(key: str) -> str | int:
+    return int(key) if key.isascii() and key.isdigit() else key
 
 
 def parse_objective(value: object, where: str) -> ObjectiveRequest:
@@ -160,6 +165,8 @@ def _layers(value: object, where: str) -> tuple[int, ...]:
 
 
 def _layer_map(value: object, where: str) -> tuple[tuple[int, int], ...]:
+    if isinstance(value, dict):  # in JSON keys are words
+        value = {int(key) if str(key).isdecimal() else key: own for key, own in value.items()}
     if (
         not isinstance(value, dict)
         or not value
@@ -184,16 +191,3 @@ def _check_keys(value: Mapping[Any, Any], known: tuple[str, ...], where: str) ->
         if key not in known:
             hint = suggest(str(key), known) or f"; known are {', '.join(known)}"
             raise UserError(f"{where}: unknown key {key!r}{hint}")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data only, and a key that occurs twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from featurestore.amounts import duration
 from featurestore.info import store_info
 from featurestore.plan import Task, Work
 from featurestore.records import CommitRecord
 from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
 from pipeline.estimate import bytes_of, row_bytes, stored_row_bytes
 from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
-from pipeline.render import duration
 from pipeline.teacher import count_parameters, load_teacher
 from tests.command import call, generate
 from tests.teachers import text_of

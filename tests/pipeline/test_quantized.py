@@ -197,6 +197,20 @@ def test_a_store_knows_its_teachers_bits(
     assert json.loads(same.stdout)["tokens"] == 0
 
 
+def test_a_teacher_writes_unquantised_and_the_command_says_so(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    base = ("distily-cache", "generate", tiny_teacher, corpus, "--engine", "transformers", "--num-samples", 2)
+    base += ("--continuations", 1, "--prompt-tokens", 8, "--continuation-max-tokens", 4)
+    texts = []
+    for name, flags in (("full", ()), ("quantised", ("--teacher-load-in-8bit",))):
+        done = call(*base, "--out", tmp_path / name, *flags)
+        assert ("to write; --teacher-load-in-8bit" in done.stderr) == bool(flags)
+        reader = CacheReader.open(tmp_path / name)
+        texts.append({reader.read(index).tokens.tobytes() for index in range(len(reader))})
+    assert texts[0] == texts[1]
+
+
 def test_what_cannot_be_loaded_so_is_refused() -> None:
     with pytest.raises(RequestError, match=r"--teacher-load-in-8bit: the teacher is saved as gptq"):
         loading_quantization("transformers", 8, "gptq", "bfloat16")

@@ -93,6 +93,7 @@ def export(distily: Callable[..., tuple[int, str, str]], tmp_path: Path) -> Expo
             "export", student, "--format", format, "--out", out, "--json", *arguments
         )
         assert code == 0, err
+        assert "%|" not in err  # a progress bar
         report: dict[str, Any] = json.loads(printed)
         return report
 

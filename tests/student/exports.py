@@ -1,4 +1,4 @@
-"""BitNet students for the tests of exports: random, saved as training saves them."""
+"""BitNet students for the tests of exports: random, converted and saved as training does it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from student import bitnet
-from student.export.reference import integer_linears
-from student.export.source import Source
+from student.build import StudentPlan
 from student.saving import save_student
 from tests.architectures import CONFIGS
 from tests.teachers import word_tokenizer
@@ -34,28 +32,28 @@ Students = Callable[..., Path]
 Export = Callable[..., dict[str, Any]]
 
 
-def save(directory: Path, model_type: str, **changes: Any) -> Path:
-    """A random BitNet student of that architecture, whose norms and biases are not their neutral values."""
+def save(directory: Path, model_type: str, conversion: str = "none", **changes: Any) -> Path:
+    """A random BitNet student of that architecture, converted as training does it, whose own norms and biases
+    are not their neutral values.
+    """
     config = AutoConfig.for_model(model_type, **(_SHAPE | CONFIGS[model_type] | changes))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plan = StudentPlan(
+        config,
+        checkpoint=None,
+        layers=[],
+        teacher=None,
+        conversion=conversion,
+        converted=False,
+        masters="fp32",
+        freeze_embeddings=False,
+    )
+    student, _ = plan.build([torch.randint(3, VOCAB, (24,)) for _ in range(2)])
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in student.named_parameters():
+            if parameter.dim() == 1 and "rms_norm" not in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    bitnet.convert(model.get_decoder().layers)
     tokenizer = directory / "tokenizer"
     word_tokenizer(config.vocab_size).save_pretrained(tokenizer)
-    save_student(model, directory, tokenizer)
+    save_student(student, directory, tokenizer)
     return directory
-
-
-def add_norms(source: Source, mode: str) -> None:
-    """Give ternary layers of an opened student norms of their inputs, as `subln` or `per-projection` has."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    for name, layer in integer_linears(source.model):
-        if mode == "per-projection" or name.endswith(("o_proj", "down_proj")):
-            layer.rms_norm = LlamaRMSNorm(layer.in_features, eps=source.config["rms_norm_eps"])
-            layer.rms_norm.weight.data += 0.1 * torch.randn(layer.in_features)
-            layer.rms_norm.requires_grad_(False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from student.export import hf_bitnet, verify
 from student.export.packing import pack, unpack
 from student.export.reference import IntegerLinear, integer_linears, to_integers
 from student.export.source import open_source
-from tests.student.exports import Export, Students, add_norms
+from student.saving import load_saved
+from tests.student.exports import Export, Students
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -76,8 +78,29 @@ def test_transformers_computes_the_reference(students: Students, export: Export,
     assert report["bits_per_ternary_weight"] < 2.01
 
 
-def test_it_is_the_student_that_trained(students: Students, export: Export) -> None:
-    """Against the training forward, end to end, in float32."""
+@pytest.mark.parametrize(("conversion", "norms"), [("none", 0), ("subln", 6), ("per-projection", 21)])
+def test_what_training_computes_is_what_is_exported(
+    train: Callable[..., dict[str, Any]], export: Export, tmp_path: Path, conversion: str, norms: int
+) -> None:
+    """The fake-quantised training forward, the integer reference and transformers' packed layers are one
+    function, with gradients and without.
+    """
+    trained = tmp_path / "trained"
+    train(trained, "--student-model-as-bitnet", "--bitnet-conversion", conversion, "--max-steps", 3)
+    student, reference = load_saved(trained).train(), open_source(trained).model
+    assert sum(layer.rms_norm is not None for _, layer in integer_linears(reference)) == norms
+    ids = verify.probes(student.config)
+    wanted = verify.logits_of(reference, ids)
+    forward = student(input_ids=ids, use_cache=False).logits
+    assert forward.requires_grad
+    assert verify.compare(forward.detach(), wanted).relative_error <= 1e-5
+    out = export(trained, "hf-bitnet", "--dtype", "float32")["out"]
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert verify.compare(verify.logits_of(loaded, ids), wanted).relative_error == 0.0
+
+
+def test_transformers_trains_it_on(students: Students, export: Export) -> None:
+    """Against transformers' own training layers on the latent weights, end to end, in float32."""
     source = students("llama")
     out = Path(export(source, "hf-bitnet", "--dtype", "float32")["out"])
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -116,22 +139,6 @@ def test_a_scale_in_the_wrong_direction_is_caught(
     assert code == 1
     assert "is not the student" in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("mode", ["subln", "per-projection"])
-def test_norms_before_projections(students: Students, tmp_path: Path, mode: str) -> None:
-    source = open_source(students("llama"))
-    add_norms(source, mode)
-    hf_bitnet.check(source)
-    hf_bitnet.write(source, tmp_path, torch.float32)
-    ids = verify.probes(source.model.config)
-    reference = verify.logits_of(source.model, ids)
-    assert (
-        verify.compare(verify.logits_of(hf_bitnet.read(tmp_path, source), ids), reference).relative_error
-        == 0.0
-    )
-    norms = [layer.rms_norm for _, layer in integer_linears(source.model)]
-    assert sum(norm is not None for norm in norms) == {"subln": 6, "per-projection": 21}[mode]
 
 
 def test_refusals(students: Students, refused: Callable[..., str], teacher: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -48,7 +51,11 @@ def test_bitblas_names_what_is_missing(
     """The import fails in two ways: no package, or a package whose CUDA libraries are not found."""
     student = students("llama")
 
-    def missing(name: str) -> None:
+    others = importlib.import_module
+
+    def missing(name: str, package: str | None = None) -> ModuleType:
+        if name != "bitblas":
+            return others(name, package)
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     if not torch.cuda.is_available():
@@ -84,6 +91,16 @@ def test_packed_weights_stay_packed(students: Students, export: Export) -> None:
     matrices = sum(layer.in_features * layer.out_features for _, layer in integer_linears(packed))
     # Four bytes of a latent weight against a quarter of a byte.
     assert weight_bytes(latent) - weight_bytes(packed) == pytest.approx(3.75 * matrices, rel=0.02)
+
+
+def test_a_student_of_a_type_of_ours_comes_without_a_warning(
+    students: Students, distily: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    source = students("gemma2", conversion="subln")
+    code, _, err = distily("generate", source, "--prompt", "the", "--max-new-tokens", 1)
+    assert code == 0, err
+    assert "model of type" not in caplog.text
 
 
 def test_the_chat_template_is_used_unless_told(students: Students, distily: Run) -> None:

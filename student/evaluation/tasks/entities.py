@@ -56,4 +56,4 @@ def results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, tuple[i
 def micro_f1(counts: Iterable[tuple[int, int, int]]) -> float:
     """F1 of all sentences' counts together; 0 where nothing was found."""
     right, wrote, named = (sum(column) for column in zip(*counts, strict=True))
-    return 2 * right / max(wrote + named, 1)
+    return float(2 * right / max(wrote + named, 1))

@@ -1,0 +1,98 @@
+"""For notebooks: what `distily-train from-cache` does, in parts that can be looked at.
+
+Open a store with `featurestore.reader.CacheReader.open`, look into it with `expectations` and the functions
+of `featurestore.inspect`; an `Experiment` is a training that stands still until it is told to go.
+
+    reader = CacheReader.open("run/cache")
+    expectations(reader, 0)
+    experiment = Experiment("run/cache", "out", student_model_config={"num_hidden_layers": 2}, max_steps=8)
+    batch = next(experiment.batches())
+    experiment.losses(batch)
+    experiment.train()
+
+Shape letters: B batch, T positions (padded), S terms of the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from featurestore.inspect import look_at
+from featurestore.reader import CacheReader
+from student.arguments import parse
+from student.flagfile import command_line
+from student.run import build, prepare, train
+
+
+def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3) -> list[dict[str, Any]]:
+    """The first `limit` positions of sample `index` as text, each with what the teacher expected next.
+
+    Of a position: position (int), token and next (str, None behind the last one), learned (bool: is `token`
+    learned), probability (of `next`, None where the cache does not know it), best ([(str, probability)], the
+    `best` most probable tokens, descending), head_mass (probability inside the stored head), entropy (nats,
+    None where unknown). Raises IndexError for an index outside the store, MissingFeatureError when not every
+    sample has logits.
+    """
+    from transformers import AutoTokenizer
+
+    view = look_at(reader, index, limit, best)
+    tokenizer = AutoTokenizer.from_pretrained(str(reader.teacher_dir))
+    return [
+        {
+            "position": row.position,
+            "token": tokenizer.decode([row.token]),
+            "learned": row.learned,
+            "next": None if row.next_token is None else tokenizer.decode([row.next_token]),
+            "probability": row.probability,
+            "best": [(tokenizer.decode([token]), probability) for token, probability in row.best],
+            "head_mass": row.head_mass,
+            "entropy": row.entropy,
+        }
+        for row in view.rows
+    ]
+
+
+class Experiment:
+    """`distily-train from-cache STORE --output-dir DIR`, checked and built but not yet trained.
+
+    flags: those of the command, with underscores: learning_rate=1e-3, student_model_as_bitnet=True,
+    student_model_config={"num_hidden_layers": 2}, max_steps=8. Raises UserError or MissingFeatureError where
+    the command would refuse.
+
+    reader: the store. trainer: transformers' Trainer, on the device of its `args`. model: its module,
+    `model.student` the student as transformers knows it, `model.objective` what is learned.
+    """
+
+    def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:
+        words = command_line(flags, "Experiment")
+        self._built = build(prepare(parse([str(store), "--output-dir", str(output_dir), *words])))
+        self.reader = self._built.prepared.reader
+        self.model, self.trainer = self._built.model, self._built.trainer
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The batches of the first epoch, in the order in which training reads them, on its device.
+
+        input_ids, attention_mask and labels int64 [B, T] (a label is the token that follows, -100 where
+        nothing is learned), and the teacher's features as stored: see `student.data.Collator`.
+        """
+        return iter(self.trainer.get_train_dataloader())
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What a training step would compute of a batch, scalars in float32: "loss", with its gradient, and
+        each of the S terms under its label, unweighted; all means over the learned positions.
+
+        Weights are those of the first step, where they move. The gradient adds to that of earlier calls, as
+        always in torch; `train` begins with none.
+        """
+        self.model.train()
+        with self.trainer.compute_loss_context_manager():
+            found = self.model(**batch)
+        return {"loss": found["loss"], **dict(zip(self.model.objective.labels, found["terms"], strict=True))}
+
+    def train(self) -> dict[str, Any]:
+        """Train, and write student, report.html and summary.json into the output directory; the summary."""
+        return train(self._built)

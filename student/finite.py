@@ -1,0 +1,35 @@
+"""A training whose numbers are not finite any more ends, instead of saving a student of NaNs.
+
+Trainer by itself goes on to its end, and its log hides such losses (--logging_nan_inf_filter).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from student.errors import StudentError
+
+_MENDS = (
+    "lower --learning-rate or --max-grad-norm, lengthen --warmup-steps, or train in float32 (without --bf16 "
+    "and --fp16); earlier checkpoints are whole, --resume_from_checkpoint True goes on from the last"
+)
+
+
+def check_terms(means: Mapping[str, float], first: int, last: int) -> None:
+    """StudentError where the mean of a term, over the steps `first` to `last`, is not finite."""
+    wrong = [label for label, mean in means.items() if not math.isfinite(mean)]
+    if wrong:
+        when = f"step {last}" if first == last else f"steps {first} to {last}"
+        raise StudentError(f"{when}: the loss is not finite ({', '.join(wrong)}); {_MENDS}")
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """StudentError where a parameter is not finite after `step` steps."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise StudentError(
+                f"step {step}: the weights are not finite ({name}) and are not saved; {_MENDS}"
+            )

@@ -1,0 +1,144 @@
+"""A finished training as its files tell it: summary.json, trainer_state.json, config.json, eval.json.
+
+Files of other versions may lack any key, so every look-up may find nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from student.errors import UserError
+
+SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (
+    "summary.json",
+    "trainer_state.json",
+    "eval.json",
+    "config.json",
+    "sweep.json",
+)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """name: tells the run from the others on a page. log: Trainer's log entries, oldest first.
+
+    evaluation: of `distily-train eval`, empty without one. flags: name without dashes -> value, as on the
+    command line that made the run, empty where it is not recorded.
+    """
+
+    name: str
+    directory: Path
+    summary: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    evaluation: Mapping[str, Any]
+    layers: int | None
+    flags: Mapping[str, str]
+
+    def number(self, *keys: str) -> float | None:
+        """The number at that place of the summary, None where there is none."""
+        return number_in(self.summary, *keys)
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of every log entry that has `name`."""
+        found = ((number_in(entry, "step"), number_in(entry, name)) for entry in self.log)
+        return [(step, value) for step, value in found if step is not None and value is not None]
+
+    def logged(self, prefix: str) -> list[str]:
+        """Names in the log that start with `prefix`, in the order of their first entry."""
+        return list(dict.fromkeys(name for entry in self.log for name in entry if name.startswith(prefix)))
+
+
+def read_runs(directories: Sequence[Path]) -> list[RunFiles]:
+    """The runs in those directories, named apart; a sweep's directory stands for all its finished runs.
+
+    Raises UserError, naming the directory, for one that is neither.
+    """
+    found: dict[Path, RunFiles] = {}
+    for directory in directories:
+        members = [directory]
+        if (directory / SWEEP).is_file():
+            members = sorted(file.parent for file in directory.glob(f"runs/*/{SUMMARY}"))
+            if not members:
+                raise UserError(f"{directory}: no run of this sweep has finished yet; run it first")
+        found.update((member.resolve(), read_run(member)) for member in members)
+    runs = list(found.values())
+    return [replace(run, name=name) for run, name in zip(runs, _names(list(found)), strict=True)]
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Raises UserError where `directory` is no output of a training."""
+    if not (directory / SUMMARY).is_file():
+        raise UserError(
+            f"{directory} has no {SUMMARY}; give the --output-dir of a finished `distily-train from-cache`"
+        )
+    summary = _object(directory / SUMMARY)
+    state = _object(directory / STATE) if (directory / STATE).is_file() else {}
+    log = state.get("log_history")
+    evaluation = _object(directory / EVALUATION) if (directory / EVALUATION).is_file() else {}
+    config = _object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    layers = number_in(config, "num_hidden_layers") or number_in(config, "text_config", "num_hidden_layers")
+    return RunFiles(
+        name=directory.resolve().name,
+        directory=directory,
+        summary=summary,
+        log=[entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else [],
+        evaluation=evaluation,
+        layers=None if layers is None else int(layers),
+        flags=_flags(summary.get("command")),
+    )
+
+
+def number_in(value: Any, *keys: str) -> float | None:
+    """The finite number at value[key][key]…; None where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def rows_in(value: Any, *keys: str) -> list[Mapping[str, Any]]:
+    """The objects of the list at value[key][key]…"""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error}); train or evaluate again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds no JSON object; train or evaluate again")
+    return value
+
+
+def _flags(command: Any) -> dict[str, str]:
+    """{"lr": "0.1", "json": "True"} of [..., "--lr", "0.1", "--json"]."""
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    flags: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, given, value = word[2:].partition("=")
+            name = name.replace("_", "-")
+            flags[name] = value if given else "True"
+        elif name:
+            flags[name] = word
+            name = ""
+    return flags
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, all of as many parts."""
+    for parts in range(1, max((len(path.parts) for path in directories), default=1) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in directories]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in directories]

@@ -1,0 +1,1 @@
+"""`distily-train sweep`: many trainings over one cache, each a process of its own."""

@@ -1,0 +1,60 @@
+"""Every run's flags are checked against the cache before the first run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from featurestore.errors import BAD_REQUESTS
+from featurestore.reader import CacheReader
+from featurestore.schema import LogitsSpec
+from student.arguments import parse
+from student.errors import UserError
+from student.run import prepare
+from student.sweep.home import Home, read_json
+from student.sweep.runs import Run, corners, expand
+from student.sweep.spec import SweepSpec
+
+
+def arguments(run: Run, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:
+    """The command line of a run, after `distily-train`."""
+    words = ["from-cache", store, "--output-dir", str(directory), *run.words()]
+    words += [] if "manifest" in run.flags else ["--manifest", manifest]
+    return [*words, "--resume-from-checkpoint", "True"] if resume else words
+
+
+def manifest_of(home: Home, store: str) -> str:
+    """What all runs read: what those before them read, however the cache has grown since."""
+    before = read_json(home.table)
+    if before is None:
+        return CacheReader.open(store).manifest_digest
+    try:
+        return CacheReader.open(store, before["manifest"]).manifest_digest
+    except BAD_REQUESTS as error:
+        raise UserError(
+            f"--out {home.path} has a sweep over {before['store']} at manifest {before['manifest']}, which "
+            f"{store} does not have; choose another --out"
+        ) from error
+
+
+def plan(spec: SweepSpec, store: str, manifest: str, home: Home) -> list[Run]:
+    """The runs of a grid, or none yet of a search. UserError for a flag of any run that cannot be served; of
+    a search each choice is tried by itself.
+    """
+    runs = expand(spec) if spec.search is None else []
+    _check(runs or corners(spec), spec, store, manifest, home)
+    return runs
+
+
+def _check(runs: Iterable[Run], spec: SweepSpec, store: str, manifest: str, home: Home) -> None:
+    for run in runs:
+        try:
+            request = parse(arguments(run, store, manifest, home.directory(run))[1:])
+            held_out = prepare(request).data.held_out
+        except (UserError, *BAD_REQUESTS) as error:
+            raise UserError(f"run {run.name}: {error}") from error
+        groups = held_out.groups if held_out else ()
+        known = any(isinstance(group, LogitsSpec) for group in groups)
+        if held_out is None or (spec.metric in ("eval_kl", "eval_top1_agreement") and not known):
+            mend = "take metric: eval_ce" if held_out else "give an --eval-fraction above 0"
+            raise UserError(f"run {run.name}: there will be no {spec.metric} to compare by; {mend}")

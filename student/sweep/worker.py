@@ -1,0 +1,65 @@
+"""The process of one run: `distily-train from-cache` in a process that has torch and transformers loaded.
+
+Importing this module is what makes it so: the fork server of `student.sweep.running` does, and each run is
+a fork of that server, which has run nothing and touched no device.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import student.run  # noqa: F401  (what a training needs, loaded before the fork)
+from student.cli import main
+from student.sweep.home import DONE, write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """words: after `distily-train`; threads: of torch; gpu: CUDA_VISIBLE_DEVICES of the process, or None."""
+
+    words: list[str]
+    directory: Path
+    log: Path
+    threads: int
+    gpu: str | None
+    resumed: bool
+
+
+def work(job: Job) -> None:
+    """Train; ends this process with the exit code of the command."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the sweep ends its own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with job.log.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if job.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu
+    torch.set_num_threads(job.threads)
+    sys.argv = ["distily-train", *job.words]
+    began, code = time.time(), 0
+    print(f"--- {' '.join(sys.argv)}", flush=True)  # noqa: T201
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    if code == 0:
+        record = {"seconds": round(time.time() - began, 3), "resumed": job.resumed}
+        write_json(job.directory / DONE, record)
+    sys.exit(code)
+
+
+def _end_with_parent() -> None:
+    """A sweep that was killed leaves no training behind, which the next one would start again beside it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
