@@ -206,7 +206,7 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print eval.json.")] = False,
 ) -> None:
     """Measure a student, and its teacher beside it, on the cache, texts and tasks; writes DIR/eval.json."""
-    with _exit_codes(), _quiet(as_json):
+    with _exit_codes(), _quiet(as_json), _no_bars():
         from student.evaluation.command import evaluate
         from student.evaluation.request import CacheOptions, EvalRequest, TaskOptions, TextOptions
 

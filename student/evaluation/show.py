@@ -29,27 +29,27 @@ def show(record: dict[str, Any], console: Console) -> None:
 
 def _show_cache(cache: dict[str, Any], console: Console) -> None:
     title = f"cache {cache['path']}: {cache['positions']:,} positions of {cache['samples']:,} samples"
-    table = _table(title, "", "student", "teacher")
+    table = _table("", "student", "teacher")
     for label, name in _CACHE_ROWS:
         kind = cache["exactness"].get(name, "exact")
         what = label if kind == "exact" else f"{label} ({kind})"
         table.add_row(what, _number(cache["student"][name]), _number(cache["teacher"].get(name)))
-    console.print(table)
+    console.print(title, table)
     for title, rows, whole in (
         ("by position in the sample", cache["by_position"], True),
         ("by entropy of the teacher, nats", cache["by_entropy"], False),
     ):
-        table = _table(title, "from", "below", "positions", "KL", "student CE", "teacher CE")
+        table = _table("from", "below", "positions", "KL", "student CE", "teacher CE")
         for row in rows:
             ends = [f"{row[end]:.0f}" if whole else f"{row[end]:.3f}" for end in ("from", "to")]
             values = [_number(row[name]) for name in ("kl", "ce", "teacher_ce")]
             table.add_row(*ends, f"{row['positions']:,}", *values)
-        console.print(table)
+        console.print(title, table)
 
 
 def _show_texts(texts: list[dict[str, Any]], console: Console) -> None:
     columns = ("tokens", "student ppl", "teacher ppl", "student bits/byte", "teacher bits/byte")
-    table = _table("texts", "text", *columns)
+    table = _table("text", *columns)
     for text in texts:
         sides = [text["student"], text["teacher"] or {}]
         values = [_number(side.get(name)) for name in ("perplexity", "bits_per_byte") for side in sides]
@@ -58,7 +58,7 @@ def _show_texts(texts: list[dict[str, Any]], console: Console) -> None:
 
 
 def _show_tasks(tasks: list[dict[str, Any]], console: Console) -> None:
-    table = _table("tasks", "task", "metric", "records", "student", "teacher")
+    table = _table("task", "metric", "records", "student", "teacher")
     for task in tasks:
         metric = task["metric"] if task["filter"] == "none" else f"{task['metric']} ({task['filter']})"
         sides = [_with_error(task[side], task[f"{side}_stderr"]) for side in ("student", "teacher")]
@@ -66,8 +66,8 @@ def _show_tasks(tasks: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(first: str, *others: str) -> Table:
+    table = Table()
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="left" if name == "metric" else "right")
