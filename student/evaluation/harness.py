@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,12 @@ from student.errors import UserError
 from student.evaluation.models import Side
 from student.evaluation.request import EvalRequest, TaskOptions
 from student.evaluation.suites import suite_members
-from student.evaluation.task_data import config_of, leaves, use_local
+from student.evaluation.task_data import config_of, leaves, local
 from student.objective.catalogue import suggest
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 _DEFAULT_GEN_TOKS = 256  # the harness's
-_BOOTSTRAP = 1000  # for standard errors of metrics that are no means
+_BOOTSTRAP = 200  # for standard errors of metrics that are no means
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,7 @@ def load_tasks(request: EvalRequest, sides: Sequence[Side]) -> LoadedTasks | Non
     if not names:
         return None
     require("lm_eval", "--tasks")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(OWN_TASKS))
+    manager = task_manager()
     index = manager.task_index
     for name in names:
         if name not in index:
@@ -59,14 +59,36 @@ def load_tasks(request: EvalRequest, sides: Sequence[Side]) -> LoadedTasks | Non
     for name in names:
         asked |= {leaf: name for leaf in leaves(index, [name]) if leaf not in asked}
     datasets = {leaf: _dataset(index, leaf) for leaf in asked}
-    with tempfile.TemporaryDirectory() as overrides:
-        if request.tasks.data is not None:
-            for leaf in asked:
-                use_local(index, leaf, request.tasks.data, Path(overrides))
+    with _local_records(index, list(asked), request.tasks):
         tasks = [task for name in names for task in _load(manager, name)]
     loaded = LoadedTasks(manager, tasks, asked, datasets, suites, request.tasks)
     _check_lengths(loaded, sides)
     return loaded
+
+
+@cache
+def task_manager() -> Any:
+    """The harness's index of its tasks and of ours; made once, since it reads thousands of files."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(OWN_TASKS))
+
+
+@contextmanager
+def _local_records(index: dict[str, Any], names: Sequence[str], options: TaskOptions) -> Iterator[None]:
+    """Tasks that are loaded meanwhile read the files of --task-data, where that is given."""
+    if options.data is None:
+        yield
+        return
+    own = {name: index[name] for name in names}
+    with tempfile.TemporaryDirectory() as overrides:
+        try:
+            for name, entry in own.items():
+                index[name] = local(entry, options.data, options.num_fewshot, Path(overrides))
+            yield
+        finally:
+            index.update(own)
 
 
 def require(package: str, flag: str) -> None:
@@ -101,16 +123,18 @@ def run(model: Any, loaded: LoadedTasks, limit: int | None) -> list[dict[str, An
     import lm_eval
 
     options = loaded.options
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=loaded.tasks,
-        task_manager=loaded.manager,
-        num_fewshot=options.num_fewshot,
-        limit=limit,
-        bootstrap_iters=_BOOTSTRAP,
-        log_samples=False,
-        gen_kwargs={"max_gen_toks": options.max_gen_toks} if options.max_gen_toks else None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "F-score is ill-defined")  # in a resampling without positives
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=loaded.tasks,
+            task_manager=loaded.manager,
+            num_fewshot=options.num_fewshot,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=False,
+            gen_kwargs={"max_gen_toks": options.max_gen_toks} if options.max_gen_toks else None,
+        )
     entries = []
     for task, values in (results["results"] | results.get("groups", {})).items():
         members = _leaves_of(task, results.get("group_subtasks", {}))

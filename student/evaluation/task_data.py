@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from student.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+# Where the harness looks for examples, first to last.
+_SPLITS = ("fewshot_split", "training_split", "validation_split", "test_split")
 
 
 def leaves(index: dict[str, Any], names: Iterable[str]) -> Iterator[str]:
@@ -31,31 +34,41 @@ def config_of(entry: Any) -> dict[str, Any]:
     return dict(entry.cfg or {})
 
 
-def use_local(index: dict[str, Any], name: str, data: Path, overrides: Path) -> None:
-    """Let a task of the index read its records under `data`; UserError where the files are not there.
+def local(entry: Any, data: Path, shots: int | None, overrides: Path) -> Any:
+    """The entry of a task that reads its records under `data`; UserError where the files are not there.
 
-    The task's file is replaced by one in `overrides` that includes it, so that nothing but the data differs.
+    Its file lies in `overrides` and includes the task's own, so that nothing but the data differs: splits
+    that are not used may be absent. shots: examples in front of a record, None: the task's own number.
     """
-    config = config_of(index[name])
+    name, config = entry.name, config_of(entry)
     if "dataset_path" not in config:
         raise UserError(f"--task-data: {name} loads its records with code of its own; leave this task out")
     folder = data / config["dataset_path"] / (config.get("dataset_name") or "")
     files = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in _BUILDERS}
-    needed = [config.get("test_split") or config.get("validation_split")]
-    if config.get("num_fewshot"):
-        needed.append(config.get("fewshot_split"))
-    missing = [split for split in needed if split and split not in files]
+    needed = _used_splits(config, config.get("num_fewshot") if shots is None else shots)
+    missing = [split for split in needed if split not in files]
     if missing or len({file.suffix for file in files.values()}) != 1:
-        split = missing[0] if missing else needed[0]
-        raise UserError(f"--task-data: {name} needs {folder / str(split)}.jsonl (or all splits as .parquet)")
+        split = (missing or needed)[0]
+        raise UserError(f"--task-data: {name} needs {folder / split}.jsonl (or all splits as .parquet)")
     override = {
-        "include": str(index[name].yaml_path),
+        "include": str(entry.yaml_path),
         "dataset_path": _BUILDERS[next(iter(files.values())).suffix],
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(file.resolve()) for split, file in files.items()}},
-    }
-    index[name].yaml_path = overrides / f"{name}.yaml"
-    index[name].yaml_path.write_text(yaml.safe_dump(override), encoding="utf-8")
+    } | {key: None for key in _SPLITS if config.get(key) not in files}
+    file = overrides / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(override), encoding="utf-8")
+    return replace(entry, yaml_path=file)
+
+
+def _used_splits(config: dict[str, Any], shots: int | None) -> list[str]:
+    """The split that is evaluated, and the one that examples come from, in the harness's order."""
+    by_key = {key: config[key] for key in _SPLITS if config.get(key)}
+    evaluated = by_key.get("test_split") or by_key.get("validation_split") or "test"
+    own_examples = "samples" in (config.get("fewshot_config") or {})
+    if not shots or own_examples:
+        return [evaluated]
+    return [evaluated, next(iter(by_key.values()), evaluated)]
 
 
 def _members(config: dict[str, Any]) -> Iterator[str]:

@@ -131,6 +131,7 @@ RECORDS: dict[str, Rows] = {
     "nyu-mll/glue/wnli/validation": _glue("sentence1", "sentence2", (1, 0)),
     "nyu-mll/glue/qnli/validation": _glue("question", "sentence", (0, 1)),
     "nyu-mll/glue/mnli/validation_matched": _glue("premise", "hypothesis", (0, 2, 1)),
+    "nyu-mll/glue/mnli/validation_mismatched": _glue("premise", "hypothesis", (0, 2, 1)),
 }
 # One task of each family of the suite `seed`; groups of many subjects by one of these.
 FAMILIES = (

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student.errors import UserError
 from student.evaluation.command import evaluate
-from student.evaluation.harness import LoadedTasks, load_tasks, run
+from student.evaluation.harness import LoadedTasks, load_tasks, run, task_manager
 from student.evaluation.models import student_side
 from student.evaluation.request import EvalRequest, TaskOptions
 from student.evaluation.suites import suite_members
+from student.evaluation.task_data import leaves
 from student.evaluation.tasks import answers, entities
 from tests.student.exports import Students
 from tests.student.task_records import FAMILIES, RECORDS, write_records
@@ -82,7 +83,7 @@ def test_every_family_scores_one_where_all_is_right(loaded: LoadedTasks) -> None
     found = run(Oracle(right=True), loaded, None)
     scores = {(entry["task"], entry["metric"]): entry["value"] for entry in found}
     assert set(scores.values()) == {1.0}, scores
-    glue = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli"}
+    glue = {"cola", "mnli", "mnli_mismatch", "mrpc", "qnli", "qqp", "rte", "sst2", "wnli"}
     assert {task for task, _ in scores} == {*FAMILIES, *glue} - {"glue"}
     counts = {entry["task"]: entry["samples"] for entry in found}
     assert (counts["mnli"], counts["conll2003"], counts["mmlu_pro_math"]) == (3, 3, 2)
@@ -98,12 +99,7 @@ def test_every_family_scores_nothing_where_all_is_wrong(loaded: LoadedTasks) -> 
 
 
 def test_the_suite_names_tasks_that_there_are() -> None:
-    from lm_eval.tasks import TaskManager
-
-    from student.evaluation.harness import OWN_TASKS
-    from student.evaluation.task_data import leaves
-
-    index = TaskManager(include_path=str(OWN_TASKS)).task_index
+    index = task_manager().task_index
     suite = [member for _, member in suite_members(("seed",), "tasks")]
     assert set(suite) <= set(index)
     assert set(FAMILIES) <= {*suite, *leaves(index, suite)}
@@ -159,6 +155,7 @@ def test_bad_requests(
     data = ("--task-data", records)
     assert "algebra" not in (line := refused("eval", trained, "--tasks", "mmlu_virology", *data)), line
     assert "cais/mmlu/virology/test.jsonl" in line
+    assert "sst2/train.jsonl" in refused("eval", trained, "--tasks", "sst2", "--num-fewshot", 1, *data)
     assert "--max-gen-toks" in refused("eval", trained, "--tasks", "mmlu_pro_math", *data)
     assert "--engine vllm" in refused(
         "eval", students("llama"), "--tasks", "squad", "--engine", "vllm", *data
