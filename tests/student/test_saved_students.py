@@ -14,6 +14,7 @@ from featurestore.reader import CacheReader
 from student import bitnet
 from student.build import plan_student
 from student.errors import UserError
+from student.generation import load
 from student.options import StudentOptions
 from student.saving import load_saved, new_student, save_student
 from tests.student.test_conversion import tiny
@@ -82,6 +83,14 @@ def test_load_saved_gives_the_same_student(kind: str, conversion: str, tmp_path:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.items())
     with torch.no_grad():
         assert torch.equal(student(samples()[1][None]).logits, again(samples()[1][None]).logits)
+
+
+def test_a_full_precision_student_generates_with_its_soft_cap(tmp_path: Path) -> None:
+    """transformers' SDPA would leave it out."""
+    student = new_student(tiny("gemma2", attn_logit_softcapping=0.05, initializer_range=0.5)).eval()
+    save_student(student, tmp_path, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(student(samples()[1][None]).logits, load(tmp_path)(samples()[1][None]).logits)
 
 
 def test_load_saved_refuses_what_is_no_student(tmp_path: Path) -> None:
