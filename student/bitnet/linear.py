@@ -152,7 +152,8 @@ class _BitLinearFunction(torch.autograd.Function):
         gates: Gates | None,
     ) -> Tensor:
         ints_NI, scale_N1 = quantize_activation(x.detach().reshape(-1, x.shape[-1]))
-        if is_integer(x.device.type, *ints_NI.shape, len(ternary_OI)):
+        (tokens, inputs), outputs = ints_NI.shape, len(ternary_OI)
+        if is_integer(x.device.type, tokens, inputs, outputs):
             sums_NO = int_mm(ints_NI, ternary_OI.t())
         else:
             sums_NO = torch.mm(ints_NI.to(dtype), ternary_OI.to(dtype).t())

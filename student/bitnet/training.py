@@ -29,8 +29,8 @@ class TernaryPlan:
     """How a BitNet student is trained. masters: dtype of the latent weights, see `bitnet.masters`.
 
     two_stage: in the second half of the steps weight decay is 0 and the learning rate LATE_RATE of what the
-    schedule says (after the two-stage schedule of BitNet b1.58, arXiv:2504.12285). backward: full or int8, see
-    `bitnet.backward`.
+    schedule says (after the two-stage schedule of BitNet b1.58, arXiv:2504.12285). backward: full or int8,
+    see `bitnet.backward`.
     """
 
     warmup: Warmup = field(default_factory=Warmup)
