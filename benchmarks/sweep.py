@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import BIN, ROOT, RUN, table, write_result
+from common import BIN, RUN, table, write_result
 
-WORK = ROOT / "run" / "sweep"
+WORK = RUN / "sweep"
 SPEC = {
     "base": {
         "teacher": str(RUN / "teacher"),

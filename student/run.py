@@ -92,7 +92,7 @@ def build(prepared: Prepared) -> Built:
     """The student and its trainer, from the request's seed."""
     options, args = prepared.request.options, prepared.request.training
     reader, objective, data = prepared.reader, prepared.objective, prepared.data
-    _check_writable(Path(args.output_dir))
+    check_writable(Path(args.output_dir))
     set_seed(args.seed)
     student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
@@ -189,7 +189,8 @@ def _check_checkpointing(args: TrainingArguments) -> None:
     args.gradient_checkpointing_kwargs = given
 
 
-def _check_writable(output_dir: Path) -> None:
+def check_writable(output_dir: Path) -> None:
+    """Make the directory; UserError where nothing can be written there."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):

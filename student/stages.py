@@ -19,7 +19,7 @@ from student.build import StudentPlan
 from student.errors import UserError
 from student.recipe import StageRequest
 from student.resume import last_checkpoint
-from student.run import prepare, train_from_cache
+from student.run import check_writable, prepare, train_from_cache
 
 RECORD = "stage.json"
 _ELSEWHERE = ("json", "manifest", "student")  # flags that do not say what a stage learns
@@ -50,6 +50,7 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
             stage.request.options.manifest = manifest or stage.request.options.manifest
             _go_on(stage, record)
             prepared = prepare(stage.request, before)
+            check_writable(_folder(stage))
         before, manifest = prepared.plan, prepared.reader.manifest_digest
         stage.request.options.manifest = manifest
     summary: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from student.bitnet.convert import (
     normed,
     quantization_config,
 )
+from student.bitnet.int_mm import int_mm
 from student.bitnet.linear import (
     FULL,
     BitLinear,
@@ -47,6 +48,7 @@ __all__ = [
     "convert_calibrated",
     "convert_student",
     "halve_masters",
+    "int_mm",
     "norm_epsilon",
     "normed",
     "quantization_config",

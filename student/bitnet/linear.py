@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from student.bitnet.backward import Gates, input_gradient, weight_gradient
+from student.bitnet.int_mm import int_mm, is_integer
 from student.bitnet.quantizers import quantize_activation, quantize_weight, to_int8
 
 
@@ -63,15 +65,18 @@ class BitLinear(nn.Linear):
     """A linear layer that multiplies int8 activations with ternary weights; `weight` is the latent master.
 
     rms_norm: applied to the input before it is quantised, where there is one. strengths: of training; in eval
-    mode the layer is always fully quantised.
+    mode the layer is always fully quantised. gates: what lets gradients be of int8 products where the layer
+    is fully quantised; without them they are in full precision.
     """
 
     rms_norm: RMSNorm | None
+    gates: Gates | None
     _kept: _Kept | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.rms_norm = None
+        self.gates = None
         self.strengths = FULL
         self.keeping = False  # see `quantize_once`
         self._kept = None
@@ -89,7 +94,7 @@ class BitLinear(nn.Linear):
         if weights == activations == 1:
             ternary_OI, scale = self.quantized()
             output: Tensor = _BitLinearFunction.apply(  # type: ignore[no-untyped-call]
-                x, self.weight, ternary_OI, scale, self.bias, dtype
+                x, self.weight, ternary_OI, scale, self.bias, dtype, self.gates
             )
             return output
         if weights > 0:
@@ -131,7 +136,8 @@ class _BitLinearFunction(torch.autograd.Function):
     """Exact integer product forward, scales after it; int8 operands are all that is kept for the backward
     pass.
 
-    Integers up to 128 are exact in bfloat16, so only the accumulated sum is ever rounded.
+    Where the device does not multiply integers, floating-point numbers stand for them: up to 128 they are
+    exact in bfloat16, so only the accumulated sum is ever rounded.
     """
 
     @staticmethod
@@ -143,9 +149,14 @@ class _BitLinearFunction(torch.autograd.Function):
         weight_scale: Tensor,
         bias_O: Tensor | None,
         dtype: torch.dtype,
+        gates: Gates | None,
     ) -> Tensor:
         ints_NI, inverse_N1 = to_int8(x.detach().reshape(-1, x.shape[-1]))
-        sums_NO = torch.mm(ints_NI.to(dtype), ternary_OI.to(dtype).t())
+        (tokens, inputs), outputs = ints_NI.shape, len(ternary_OI)
+        if is_integer(x.device.type, tokens, inputs, outputs):
+            sums_NO = int_mm(ints_NI, ternary_OI.t())
+        else:
+            sums_NO = torch.mm(ints_NI.to(dtype), ternary_OI.to(dtype).t())
         # As transformers' packed layers do it: another rounding would move activations of later layers to the
         # next integer.
         y_NO = sums_NO / (inverse_N1 * (1.0 / weight_scale))
@@ -154,6 +165,7 @@ class _BitLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(ints_NI, ternary_OI, 1.0 / inverse_N1, weight_scale)
         ctx.x_like, ctx.weight_dtype = (x.shape, x.dtype), weight_OI.dtype
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        ctx.gates = gates
         return y_NO.to(dtype).reshape(*x.shape[:-1], -1)
 
     @staticmethod
@@ -164,13 +176,13 @@ class _BitLinearFunction(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             shape, dtype = ctx.x_like
-            grad_x = (torch.mm(grad_NO, ternary_OI.to(grad.dtype)) * weight_scale).to(dtype).reshape(shape)
+            grad_x_NI = input_gradient(grad_NO, ternary_OI, weight_scale, ctx.gates)
+            grad_x = grad_x_NI.to(dtype).reshape(shape)
         if ctx.needs_input_grad[1]:
-            scaled_ON = (grad_NO * scale_N1).to(grad.dtype).t()
-            grad_weight = torch.mm(scaled_ON, ints_NI.to(grad.dtype)).to(ctx.weight_dtype)
+            grad_weight = weight_gradient(grad_NO, ints_NI, scale_N1, ctx.gates).to(ctx.weight_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, None, None, grad_bias, None
+        return grad_x, grad_weight, None, None, grad_bias, None, None
 
 
 def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:

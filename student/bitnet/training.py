@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from student.bitnet.backward import EVERY, Gate, Gates
 from student.bitnet.linear import bit_linears, quantize_always, quantize_once, set_strengths
 from student.bitnet.meter import FlipMeter
 from student.bitnet.warmup import Warmup
@@ -30,12 +31,14 @@ class TernaryPlan:
     """How a BitNet student is trained. masters: dtype of the latent weights, see `bitnet.masters`.
 
     two_stage: in the second half of the steps weight decay is 0 and the learning rate LATE_RATE of what the
-    schedule says, as BitNet b1.58 (arXiv:2402.17764) was trained.
+    schedule says, as BitNet b1.58 (arXiv:2402.17764) was trained. backward: full or int8, see
+    `bitnet.backward`.
     """
 
     warmup: Warmup = field(default_factory=Warmup)
     masters: str = "fp32"
     two_stage: bool = False
+    backward: str = "full"
 
 
 class TernaryCallback(TrainerCallback):  # type: ignore[misc]
@@ -50,6 +53,8 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         """After weights were loaded or sent between processes."""
         quantize_once(self._student)
         self.meter.look()
+        if self._plan.backward == "int8":
+            set_gates(self._student, Gates)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Strengths and weight decay are functions of the step, so that a resumed run has the right ones."""
@@ -57,6 +62,8 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         if self._plan.two_stage and late(state.global_step, state.max_steps):
             for group in kwargs["optimizer"].param_groups:
                 group["weight_decay"] = 0.0
+        for gate in gates(self._student):
+            gate.check(state.global_step % EVERY == 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are there, and the rate that they will meet."""
@@ -72,9 +79,11 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nobody promises to tell of changes any more."""
         quantize_always(self._student)
+        set_gates(self._student, lambda: None)
 
     def measure(self, peak_rate: float) -> dict[str, float]:
-        """What `FlipMeter.measure` says since the last log; StudentError when updates vanish in rounding.
+        """What `FlipMeter.measure` says since the last log and `gate_metrics` of the last comparison;
+        StudentError when updates vanish in rounding.
 
         That is, when no latent weight moved though some step had gradients and at least half the peak
         learning rate: at the ends of a schedule a standstill is no fault.
@@ -88,7 +97,30 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
                 f"smaller than the rounding of {dtype.removeprefix('torch.')} weights; raise --learning-rate"
                 + (" or take --bitnet-masters fp32" if dtype != "torch.float32" else "")
             )
-        return measured
+        return measured | gate_metrics(gates(self._student))
+
+
+def set_gates(model: nn.Module, make: Callable[[], Gates | None]) -> None:
+    """New ones for each BitLinear layer."""
+    for _, layer in bit_linears(model):
+        layer.gates = make()
+
+
+def gates(model: nn.Module) -> list[Gate]:
+    """All gates of a model's layers."""
+    found = (layer.gates for _, layer in bit_linears(model))
+    return [gate for both in found if both is not None for gate in (both.inputs, both.weights)]
+
+
+def gate_metrics(found: Sequence[Gate]) -> dict[str, float]:
+    """Lowest cosine of an int8 product to the full one, and how many products are not left to int8; nothing
+    before the first comparison.
+    """
+    cosines = [gate.cosine for gate in found if gate.cosine is not None]
+    if not cosines:
+        return {}
+    shut = sum(not gate.open for gate in found)
+    return {"bitnet_backward_cosine_min": min(cosines), "bitnet_backward_fallbacks": float(shut)}
 
 
 def staged(schedule: torch.optim.lr_scheduler.LambdaLR, max_steps: int) -> None:
