@@ -68,8 +68,9 @@ class Experiment:
     """
 
     def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:
-        words = command_line(flags, "Experiment")
-        self._built = build(prepare(parse([str(store), "--output-dir", str(output_dir), *words])))
+        words = [str(store), "--output-dir", str(output_dir), *command_line(flags, "Experiment")]
+        self._command = ["distily-train", "from-cache", *words]
+        self._built = build(prepare(parse(words)))
         self.reader = self._built.prepared.reader
         self.model, self.trainer = self._built.model, self._built.trainer
 
@@ -95,4 +96,4 @@ class Experiment:
 
     def train(self) -> dict[str, Any]:
         """Train, and write student, report.html and summary.json into the output directory; the summary."""
-        return train(self._built)
+        return train(self._built, self._command)

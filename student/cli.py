@@ -116,6 +116,26 @@ def report_(
     typer.echo(json.dumps({"report": str(file)}) if as_json else str(file))
 
 
+@app.command("card")
+def card_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="--output-dir of a training.")],
+    license: Annotated[
+        str | None,
+        typer.Option(help="Of the student, as the hub spells it: apache-2.0, mit, llama3.2, other."),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Of the student's text: en, de; may be given several times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write DIR/README.md, a model card in the hub's format, from the files in DIR."""
+    from student.card import card
+
+    with _exit_codes():
+        file = card(directory, license, language or [])
+    typer.echo(json.dumps({"card": str(file)}) if as_json else str(file))
+
+
 @app.command("generate")
 def generate_(
     directory: Annotated[Path, typer.Argument(help="A student: --output-dir of a training, or hf-bitnet.")],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from student.data import calibration_samples
 from student.errors import UserError
 from student.model import DistillationModel
 from student.objective.terms import Objective
+from student.origin import environment, typed
 from student.packing import check_packing
 from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
 from student.report import write_report
@@ -105,11 +108,14 @@ def build(prepared: Prepared) -> Built:
     return Built(prepared, model, trainer, drift)
 
 
-def train(built: Built) -> dict[str, Any]:
-    """Train what was built, save it and write its report; the summary ({} in all processes but the first)."""
+def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train what was built, save it and write its report; the summary ({} in all processes but the first).
+
+    command: the words that ask for this training, those of this process when left out.
+    """
     trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
     checkpoint = built.prepared.checkpoint
-    start = time.perf_counter()
+    start, started = time.perf_counter(), datetime.now(UTC)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if data.held_out is not None and not _evaluated_last_step(trainer):
@@ -127,6 +133,8 @@ def train(built: Built) -> dict[str, Any]:
         len(data.train),
         len(data.held_out or ()),
         built.prepared.request.options.eval_fraction,
+        command or typed(),
+        environment(trainer.args.device, started),
         built.drift,
     )
     summary = summarise(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,19 @@ from typing import Any
 import torch
 
 from featurestore.errors import MissingFeatureError
-from featurestore.info import store_info
+from featurestore.info import StoreInfo, store_info
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsSpec
 from student.bitnet import Drift, bit_linears, conversion_of
 from student.model import DistillationModel
+from student.origin import captures, without_secrets
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training. state: Trainer's; seconds: of training with its evaluations."""
+    """A finished training. state: Trainer's; seconds: of training with its evaluations; command: the words
+    that asked for it; environment: see `student.origin`.
+    """
 
     reader: CacheReader
     model: DistillationModel
@@ -32,6 +35,8 @@ class Run:
     train_samples: int
     held_out_samples: int
     eval_fraction: float
+    command: Sequence[str]
+    environment: Mapping[str, Any]
     drift: Drift | None = None  # of the student when it was converted
 
     @property
@@ -47,7 +52,7 @@ class Run:
 
 def summarise(run: Run) -> dict[str, Any]:
     """The summary; also written to summary.json in the output directory."""
-    evaluations = run.evaluations
+    evaluations, info = run.evaluations, store_info(run.reader.path)
     rates = [
         entry["train_tokens_per_second"] for entry in run.training_logs if "train_tokens_per_second" in entry
     ]
@@ -72,7 +77,11 @@ def summarise(run: Run) -> dict[str, Any]:
         "bitnet_conversion": conversion_of(run.model.student),
         "step0_drift": asdict(run.drift) if run.drift else None,
         "sizes": _sizes(run),
-        "cache_cost": cache_cost(run.reader),
+        "teacher": run.reader.identity.to_json(),
+        "cache_cost": cache_cost(run.reader, info),
+        "captures": captures(info.provenance),
+        "command": without_secrets(run.command),
+        "environment": dict(run.environment),
     }
     (run.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
@@ -84,9 +93,8 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def cache_cost(reader: CacheReader) -> dict[str, Any]:
+def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
     """What the cache cost: samples, tokens, bytes, and the seconds that its generation recorded."""
-    info = store_info(reader.path)
     runs = [record for record in info.provenance if "capture_seconds" in record]
     seconds = sum(float(record["capture_seconds"]) for record in runs)
     computed = sum(int(record["tokens"]) for record in runs)

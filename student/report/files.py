@@ -27,8 +27,8 @@ SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (
 class RunFiles:
     """name: tells the run from the others on a page. log: Trainer's log entries, oldest first.
 
-    evaluation: of `distily-train eval`, empty without one. flags: name without dashes -> value, as on the
-    command line that made the run, empty where it is not recorded.
+    evaluation: of `distily-train eval`, empty without one. config: config.json of the student. flags: name
+    without dashes -> value, as on the command line that made the run, empty where it is not recorded.
     """
 
     name: str
@@ -36,6 +36,7 @@ class RunFiles:
     summary: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
+    config: Mapping[str, Any]
     layers: int | None
     flags: Mapping[str, str]
 
@@ -88,6 +89,7 @@ def read_run(directory: Path) -> RunFiles:
         summary=summary,
         log=[entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else [],
         evaluation=evaluation,
+        config=config,
         layers=None if layers is None else int(layers),
         flags=_flags(summary.get("command")),
     )

@@ -124,6 +124,8 @@ def check_report(report: dict[str, Any], cache: Path) -> None:
     for run in report["runs"]:
         summary = json.loads((Path(run["output_dir"]) / "summary.json").read_text())
         assert (summary["manifest"], summary["steps"]) == (report["manifest"], 4)
+        assert summary["command"][:3] == ["distily-train", "from-cache", str(cache)]
+        assert run["output_dir"] in summary["command"]
         assert run["metrics"]["eval_kl"] == summary["last_eval"]["eval_kl"]
         assert run["seconds"] >= summary["seconds"] > 0
         cost = summary["cache_cost"]
