@@ -299,7 +299,7 @@ def test_hub_names(tmp_path: Path) -> None:
         assert is_hub_name(name, near)
     for name in ("name", "a/b/c", "/a", "./a", "../a", "a/b.jsonl", "a/b c", "a/b\n", "a/-b", "a/b--c", None):
         assert not is_hub_name(name, near)
-    assert is_hub_name("run/teacher", Path("elsewhere"))
+    assert is_hub_name("an-org/a-model", Path("elsewhere"))
     assert not is_hub_name("run/teacher", near)
 
 
