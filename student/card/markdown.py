@@ -12,12 +12,14 @@ _DIRECTORIES = re.compile(r"""(?<![^\s"'=:,\[{(])(?:file://)?~?/(?:[^/\s"',]+/)+
 _PUNCTUATION = re.compile(r"([\\`*_\[\]<>|~$&#!])")
 
 
+def cut(word: str) -> str:
+    """Without the directories of absolute paths: a card names no places of one machine."""
+    return PurePath(word).name if PurePath(word).is_absolute() else _DIRECTORIES.sub("", word)
+
+
 def line(value: object) -> str:
-    """On one line, without the directories of absolute paths: a card names no places of one machine."""
-    word = " ".join(str(value).encode("utf-8", "replace").decode().split())
-    if PurePath(word).is_absolute():
-        return PurePath(word).name
-    return _DIRECTORIES.sub("", word)
+    """`cut`, on one line, of characters that UTF-8 has."""
+    return cut(" ".join(str(value).encode("utf-8", "replace").decode().split()))
 
 
 def text(value: object) -> str:
@@ -34,7 +36,7 @@ def fence(content: str, language: str) -> str:
 def command(words: Iterable[object]) -> str:
     """A command line as a code block, its program by name."""
     first, *rest = map(str, words)
-    return fence(shlex.join([PurePath(first).name, *map(line, rest)]), "bash")
+    return fence(shlex.join([PurePath(first).name, *map(cut, rest)]), "bash")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

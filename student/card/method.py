@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurestore.amounts import duration, number, size
-from student.card.markdown import command, section, table
+from student.card.markdown import command, cut, section, table
 from student.objective.catalogue import EXACTNESS, Loss, catalogue
 from student.report.files import RunFiles, number_in, rows_in
 from student.report.savings import capture_seconds, savings
@@ -86,6 +86,7 @@ def cache(run: RunFiles) -> str:
 def training(run: RunFiles) -> str:
     """The command, and what it took."""
     words, found = run.summary.get("command"), run.summary.get("environment")
+    argv = [str(word) for word in words] if isinstance(words, list) else []
     environment = found if isinstance(found, Mapping) else {}
     seconds = run.number("seconds")
     rows = [
@@ -100,8 +101,8 @@ def training(run: RunFiles) -> str:
     ]
     return section(
         "Training",
-        command(words) if isinstance(words, list) and words else "",
-        "Paths are shown by their last name." if words else "",
+        command(argv) if argv else "",
+        "Absolute paths are cut to their last name." if any(cut(word) != word for word in argv) else "",
         table(("training", ""), [row for row in rows if row[1] != "–"]),
     )
 

@@ -67,6 +67,9 @@ def test_an_experiment_is_the_command_in_parts(
     code, out, err = distily_train(cache, "--output-dir", tmp_path / "command", *pairs)
     assert code == 0, err
     assert json.loads(out)["last_eval"] == summary["last_eval"]
+    # Whatever process it is in, an experiment records the command that does the same.
+    begin = ["distily-train", "from-cache", str(cache), "--output-dir"]
+    assert summary["command"] == [*begin, str(tmp_path / "api"), *pairs]
 
 
 def test_what_the_command_refuses_is_refused(cache: Path, tmp_path: Path, teacher: Path) -> None:

@@ -17,6 +17,7 @@ from markdown_it.token import Token
 
 from featurestore.schema import LogitsSpec
 from featurestore.store import FeatureStore
+from student.card.markdown import line
 from student.card.names import is_hub_name
 from tests.student.caches import random_samples, write_cache
 from tests.student.exports import Students
@@ -143,6 +144,7 @@ def test_a_training_has_a_card_that_is_true(
     assert generated == ["distily-cache", "generate", teacher.name, "org/data", "--out", "cache"]
     assert trained[:5] == ["distily-train", "from-cache", "cache", "--output-dir", "run"]
     assert trained[5:] == summary["command"][5:]
+    assert "Absolute paths are cut to their last name." in card.text
     shown = {row[0]: row[1:] for table in tables(tokens) for row in table}
     assert shown["layers"] == ["3", "2"] and shown["hidden size"] == ["64", "64"]
     assert shown["norms added for BitNet"] == ["–", "subln"]
@@ -212,6 +214,7 @@ def test_every_number_is_that_of_its_file(distily: Distily, tmp_path: Path) -> N
     assert (card.data.base_model, card.data.datasets) == ("some-org/A_teacher.v2", ["org/data"])
     assert "the cache pays after 2 students like it" in card.text  # 100 s, and 1000 tokens at 20 a second
     assert "a lower bound of the full one" in card.text
+    assert "Absolute paths are cut" not in card.text
     assert "0 to 2 (linear, until 0.5 of the steps)" in tables(tokens)[1][1]
     # Without eval.json: the last evaluation of the training.
     (tmp_path / "run" / "eval.json").unlink()
@@ -235,10 +238,10 @@ def test_names_break_nothing(distily: Distily, tmp_path: Path) -> None:
         (one_line if name == "plain" else name, one_line if metric == "plain" else metric)
         for name, metric in values(expected[0])
     }
-    # What a shell makes of the commands is what was typed, on one line.
+    # What a shell makes of the commands is what was typed.
     assert [shlex.split(block) for block in code(tokens, "bash")] == [
-        ["distily-cache", one_line],
-        ["distily-train", one_line],
+        ["distily-cache", EVIL],
+        ["distily-train", EVIL],
     ]
 
 
@@ -290,6 +293,24 @@ def test_what_a_summary_does_not_say_is_left_out(
     card, tokens = card_of(distily, made(tmp_path / "run", summary))
     assert card.data.eval_results is None and card.data.base_model is None
     assert headings(tokens)[:3] == ["run", "Use", "Results"]
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/home/me/my cache", "my cache"),
+        ("--output-dir=/home/me/out", "--output-dir=out"),
+        ("file:///home/me/data.jsonl", "data.jsonl"),
+        ("~/models/teacher", "teacher"),
+        ('{"a": "/home/me/x", "b": 1}', '{"a": "x", "b": 1}'),
+        ("run/cache", "run/cache"),
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        ("https://host/a/b", "https://host/a/b"),
+        ("KL(p/q/r)", "KL(p/q/r)"),
+    ],
+)
+def test_a_card_names_no_place_of_one_machine(word: str, shown: str) -> None:
+    assert line(word) == shown
 
 
 def test_hub_names(tmp_path: Path) -> None:
