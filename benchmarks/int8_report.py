@@ -49,7 +49,7 @@ def report(runs: Runs, measured: Mapping[str, Any]) -> str:
         for name in found[0]["layers"]
     ]
     ways = [
-        [way, *(f"{one['ways'][way]:.5f}" if way in one["ways"] else "" for one in measured)]
+        [way, *(f"{one['ways'][way]:.5f}" if way in one["ways"] else "" for one in found)]
         for way in found[-1]["ways"]
     ]
     header = ["layer", *(f"{what}, {size}" for size in sizes for what in ("dX", "dW"))]
