@@ -13,11 +13,12 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import RUN, train, write_result
-from int8_report import Cosines, plot, report
+from int8_report import plot, report
 from torch import Tensor
 
 from featurestore.reader import CacheReader
@@ -97,10 +98,10 @@ class Recorder(backward.Gate):
 
 
 class Trained:
-    """The int8 row's student after its training, and training batches."""
+    """The int8 row's student after its training, and batches of a cache."""
 
-    def __init__(self) -> None:
-        reader = CacheReader.open(CACHE)
+    def __init__(self, cache: Path) -> None:
+        reader = CacheReader.open(cache)
         objective = Objective.of((term("kl"),))
         student = load_saved(WORK / "int8-0")
         student.get_input_embeddings().requires_grad_(False)
@@ -122,14 +123,14 @@ class Trained:
             layer.gates = make()
 
 
-def cosines(trained: Trained, samples: int, batches: int) -> Cosines:
+def cosines(trained: Trained, samples: int, batches: int, name: str) -> dict[str, Any]:
     """The lowest over some batches: per layer and product, and over all layers by way of rounding."""
     layers: dict[str, dict[str, float]] = {name: {"dX": 1.0, "dW": 1.0} for name in trained.layers}
     ways: dict[str, float] = {}
     for index in range(batches):
         trained.gate(lambda: backward.Gates(Recorder(), Recorder()))
         trained.step(index * samples, samples)
-        for name, layer in trained.layers.items():
+        for where, layer in trained.layers.items():
             assert layer.gates is not None
             products = (
                 ("dX", layer.gates.inputs, backward.int8_input_gradient, backward.full_input_gradient),
@@ -141,10 +142,10 @@ def cosines(trained: Trained, samples: int, batches: int) -> Cosines:
                     continue
                 right = full(*gate.operands)
                 found = backward.cosine(int8(*gate.operands), right)
-                layers[name][product] = min(layers[name][product], found)
+                layers[where][product] = min(layers[where][product], found)
                 for way, value in rounded(product, *gate.operands).items():
                     ways[way] = min(ways.get(way, 1.0), backward.cosine(value, right))
-    return Cosines(samples, batches, layers, ways)
+    return {"name": f"{batches} batches of {name}", "layers": layers, "ways": ways}
 
 
 def rounded(product: str, grad_NO: Tensor, other: Tensor, scale: Tensor) -> dict[str, Tensor]:
@@ -206,25 +207,39 @@ def product_seconds() -> list[tuple[str, float, float, float]]:
     return found
 
 
+def measure() -> dict[str, Any]:
+    """What is no training: cosines and times; or what was found with these settings before."""
+    file = WORK / "measured.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if found.get("settings") == settings():
+        return found
+    trained = Trained(CACHE)
+    whole = "8 samples of the demo cache, 512 tokens and less"
+    found = {
+        "settings": settings(),
+        "seconds": step_seconds(trained),
+        "products": product_seconds(),
+        "cosines": [
+            cosines(trained, 1, 4, "256 tokens"),
+            cosines(Trained(RUN / "cache"), 8, 2, whole),
+        ],
+    }
+    file.write_text(json.dumps(found))
+    return found
+
+
 def main() -> None:
     WORK.mkdir(exist_ok=True)
-    runs = {row: [] for row in ROWS}
+    runs: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
     for seed in SEEDS:
         for row in ROWS:
             began = time.perf_counter()
             runs[row].append(run(row, seed))
-            print(
-                f"{row}, seed {seed}: KL {runs[row][-1]['kl']:.4f}, {time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
+            kl, seconds = runs[row][-1]["kl"], time.perf_counter() - began
+            print(f"{row}, seed {seed}: KL {kl:.4f}, {seconds:.0f} s", flush=True)
     plot(runs)
-    trained = Trained()
-    seconds, products = step_seconds(trained), product_seconds()
-    measured = [cosines(trained, 1, 4), cosines(trained, 4, 2)]
-    body = report(runs, measured, seconds, products)
-    write_result(
-        "int8_backward", "The int8 backward pass", f"{(__doc__ or '').split(chr(10), 2)[2].strip()}\n\n{body}"
-    )
+    intro = (__doc__ or "").split("\n", 2)[2].strip()
+    write_result("int8_backward", "The int8 backward pass", f"{intro}\n\n{report(runs, measure())}")
 
 
 if __name__ == "__main__":

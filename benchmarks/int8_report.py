@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from common import RESULTS, table
@@ -16,16 +15,6 @@ PLOT = "int8_backward.svg"
 TAIL = 5  # logs at the end whose mean is the final training loss
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Cosines:
-    """Lowest over batches: by layer and product, and by way of rounding; to the product in full precision."""
-
-    samples: int
-    batches: int
-    layers: Mapping[str, Mapping[str, float]]
-    ways: Mapping[str, float]
 
 
 def final_loss(run: Mapping[str, Any]) -> float:
@@ -48,24 +37,23 @@ def trainings(runs: Runs) -> str:
     return table(header, rows)
 
 
-def report(
-    runs: Runs,
-    measured: Sequence[Cosines],
-    seconds: Mapping[str, float],
-    products: Sequence[tuple[str, float, float, float]],
-) -> str:
+def report(runs: Runs, measured: Mapping[str, Any]) -> str:
     """The body of the result file."""
+    found, seconds = measured["cosines"], measured["seconds"]
     int8 = runs["int8"]
     lowest = min(min(run["cosines"]) for run in int8)
     fallbacks = max(max(run["fallbacks"]) for run in int8)
-    sizes = [f"{one.batches} batches of {one.samples} × 256 tokens" for one in measured]
+    sizes = [one["name"] for one in found]
     layers = [
-        [name, *(f"{one.layers[name][what]:.5f}" for one in measured for what in ("dX", "dW"))]
-        for name in measured[0].layers
+        [name, *(f"{one['layers'][name][what]:.5f}" for one in found for what in ("dX", "dW"))]
+        for name in found[0]["layers"]
     ]
-    ways = [[way, *(f"{one.ways[way]:.5f}" for one in measured)] for way in measured[0].ways]
+    ways = [
+        [way, *(f"{one['ways'][way]:.5f}" if way in one["ways"] else "" for one in found)]
+        for way in found[-1]["ways"]
+    ]
     header = ["layer", *(f"{what}, {size}" for size in sizes for what in ("dX", "dW"))]
-    times = [[name, *(f"{1000 * one:.2f}" for one in row)] for name, *row in products]
+    times = [[name, *(f"{1000 * one:.2f}" for one in row)] for name, *row in measured["products"]]
     return "\n\n".join(
         [
             "## Training",

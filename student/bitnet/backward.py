@@ -7,11 +7,9 @@ y[n, o] = scale[n] weight_scale sum_i ints[n, i] ternary[o, i], straight through
 
 where ternary weights and int8 activations are exact and only dY is to be rounded. An integer product needs a
 scale that does not depend on what is summed over. So dX takes dY with a scale per token, and dW takes
-dY * scale with a scale per output. A sum over tokens spans easy and hard ones, whose gradients differ by
-orders of magnitude: each BLOCK of them has scales of its own.
-
-Rounding is to nearest. Stochastic rounding is unbiased and doubles the variance; with blocks the bias is too
-small to be worth that (docs/bitnet.md has the figures).
+dY * scale with a scale per output. Gradients of easy and hard tokens differ in size, so each BLOCK of tokens
+has scales of its own in dW. Rounding is to nearest: stochastic rounding, though unbiased, has twice the
+variance and was measured to be worse (benchmarks/results/int8_backward.md).
 
 Shape letters: N tokens, I input features, O output features.
 """
