@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,17 +124,17 @@ def safe(path: str) -> bool:
 
 
 def _remote(api: HfApi, repo: str, revision: str | None) -> dict[str, RepoFile]:
+    from huggingface_hub.hf_api import RepoFile
+
     tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
-    return {entry.path: entry for entry in tree if hasattr(entry, "size")}
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
 def _of_the_store(repo: str, remote: Iterable[str]) -> list[str]:
     """Those that belong to a store; RequestError for any that would lie elsewhere, or when there is none."""
-    from huggingface_hub.utils import filter_repo_objects
-
     if hostile := [path for path in remote if not safe(path)]:
         raise RequestError(f"REPO {repo} lists {hostile[0]!r}, which no store has; nothing was downloaded")
-    names = list(filter_repo_objects(remote, allow_patterns=STORE_FILES))
+    names = [path for path in remote if any(fnmatchcase(path, pattern) for pattern in STORE_FILES)]
     if SPEC_FILE not in names or not any(name.startswith("MANIFEST-") for name in names):
         raise RequestError(f"REPO {repo} holds no store, or one whose push is not complete")
     return names
@@ -155,8 +156,8 @@ def _send(api: HfApi, repo: str, paths: Mapping[str, Path], card: bytes, stale: 
     data, manifest = adds[:-1], adds[-1]
     for start in range(0, len(data), _COMMIT_FILES):
         _commit(api, repo, data[start : start + _COMMIT_FILES], "Files of the store")
-    last = [manifest, CommitOperationAdd(CARD, card), *map(CommitOperationDelete, stale)]
-    return _commit(api, repo, last, "Manifest and card")
+    old = [CommitOperationDelete(path) for path in stale]
+    return _commit(api, repo, [manifest, CommitOperationAdd(CARD, card), *old], "Manifest and card")
 
 
 def _commit(
