@@ -11,6 +11,7 @@ from pipeline.cli.exchange import export, import_command, merge
 from pipeline.cli.exits import terminated
 from pipeline.cli.generating import generate, plan
 from pipeline.cli.reporting import report
+from pipeline.cli.sharing import pull, push
 from pipeline.cli.stores import gc, info, list_command, verify
 from pipeline.spelling import spelled
 
@@ -34,6 +35,8 @@ for _name, _command in (
     ("merge", merge),
     ("export", export),
     ("import", import_command),
+    ("push", push),
+    ("pull", pull),
 ):
     app.command(_name)(_command)
 
