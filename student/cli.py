@@ -126,14 +126,22 @@ def card_(
     language: Annotated[
         list[str] | None, typer.Option(help="Of the student's text: en, de; may be given several times.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Then upload student, tokenizer, card, plots there: me/name."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make REPO private, where it is new.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write DIR/README.md, a model card in the hub's format, from the files in DIR."""
     from student.card import card
+    from student.hub import push_student
 
     with _exit_codes():
         file = card(directory, license, language or [])
-    typer.echo(json.dumps({"card": str(file)}) if as_json else str(file))
+        url = push_student(directory, push_to_hub, private) if push_to_hub else None
+    made = {"card": str(file)} | ({"url": url} if url else {})
+    typer.echo(json.dumps(made) if as_json else url or str(file))
 
 
 @app.command("generate")

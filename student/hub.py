@@ -9,7 +9,8 @@ from student.errors import UserError
 from student.saving import TOKENIZER_FILES
 
 CARD = "README.md"
-# Patterns of the hub's client, where * also matches slashes: hence the second list.
+# Patterns of the hub's client, where * also matches slashes: hence the second list, for checkpoints, logs and
+# the stages of a recipe.
 UPLOADED = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -20,7 +21,7 @@ UPLOADED = [
     "*.png",
     "*.svg",
 ]
-LEFT_OUT = ["checkpoint-*/*", "runs/*", ".*"]
+LEFT_OUT = ["*/*", ".*"]
 
 
 def push_student(directory: str | Path, repo: str, private: bool = False) -> str:

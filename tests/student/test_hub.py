@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from featurestore.errors import StoreAccessError
 from student.errors import UserError
 from student.hub import push_student
 from tests.hub import Hub
+from tests.student.test_card import SUMMARY, made
 
 SENT = {
     "model.safetensors",
@@ -26,6 +29,7 @@ KEPT = {
     "checkpoint-4/model.safetensors",
     "checkpoint-4/config.json",
     "checkpoint-4/optimizer.pt",
+    "pretrain/model.safetensors",
     "runs/now/plot.png",
     "runs/now/events.out.tfevents.1",
     "training_args.bin",
@@ -67,3 +71,27 @@ def test_a_directory_without_a_student_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no trained student"):
             push_student(tmp_path, "me/student")
         assert hub.requests == []
+
+
+def test_a_card_goes_up_with_its_student(
+    distily: Callable[..., tuple[int, str, str]], directory: Path
+) -> None:
+    (directory / "config.json").write_text("{}")
+    (directory / "trainer_state.json").write_text("{}")
+    made(directory, SUMMARY)
+    with Hub().running() as hub:
+        code, out, err = distily("card", directory, "--push-to-hub", "me/student", "--private", "--json")
+        assert code == 0, err
+        assert json.loads(out) == {
+            "card": str(directory / "README.md"),
+            "url": f"{hub.url}/me/student",
+        }
+        assert (
+            hub.repos["models/me/student"]["README.md"]
+            == (directory / "README.md").read_bytes()
+            != b"# README.md\n"
+        )
+    with Hub().running("hf_wrong") as hub:
+        code, _, err = distily("card", directory, "--push-to-hub", "me/student")
+        assert (code, hub.repos) == (2, {})
+        assert "hf auth login" in err
