@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from student.bitnet.layout import saved_conversion
 from student.build import StudentPlan
@@ -43,6 +43,14 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     """The last whole checkpoint of a training there."""
     found = [path for path in output_dir.glob("checkpoint-[0-9]*") if _whole(path)]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def finished(checkpoint: Path, args: TrainingArguments) -> TrainerState | None:
+    """The state that a checkpoint was saved with, where no step is left of what `args` ask for."""
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    if args.max_steps > 0:
+        return state if state.global_step >= args.max_steps else None
+    return state if (state.epoch or 0.0) >= args.num_train_epochs else None
 
 
 def _whole(checkpoint: Path) -> bool:

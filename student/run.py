@@ -25,7 +25,7 @@ from student.origin import environment, typed
 from student.packing import check_packing
 from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
 from student.report import write_report
-from student.resume import check_kind, check_order, find_checkpoint, manifest_to_read
+from student.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
@@ -116,7 +116,11 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
     checkpoint = built.prepared.checkpoint
     start, started = time.perf_counter(), datetime.now(UTC)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = None if checkpoint is None else finished(checkpoint, trainer.args)
+    if checkpoint is not None and done is not None:
+        trainer.take_up(done, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     if data.held_out is not None and not _evaluated_last_step(trainer):
         trainer.evaluate()

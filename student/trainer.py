@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, ProgressCallback, Trainer, TrainingArguments
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments
 
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data import CachedDataset, CacheOrder, Collator
@@ -210,6 +210,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model.projectors.load(Path(resume_from_checkpoint))
         if self._balance is not None:
             self._balance.load(Path(resume_from_checkpoint))
+
+    def take_up(self, state: TrainerState, checkpoint: Path) -> None:
+        """Be where a training that is finished has ended; `train` would take a step more."""
+        self._load_from_checkpoint(str(checkpoint))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        weights = self.model.objective.weights_at((state.global_step - 1) / max(state.max_steps, 1))
+        self.model.weights = weights if self._balance is None else self._balance.weights(weights)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -96,6 +96,19 @@ def test_resuming_continues_bit_for_bit(train: Train, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_was_killed_after_its_last_checkpoint_takes_no_step_more(
+    train: Train, tmp_path: Path
+) -> None:
+    arguments = (*BITNET, "--max_steps", 4, "--save_steps", 2)
+    train(tmp_path, *arguments)
+    before, first = weights(tmp_path), json.loads((tmp_path / "summary.json").read_text())
+    train(tmp_path, *arguments, "--resume_from_checkpoint", "True")
+    after, again = weights(tmp_path), json.loads((tmp_path / "summary.json").read_text())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for what in ("steps", "tokens", "last_eval"):
+        assert again[what] == first[what], what
+
+
 def test_a_run_goes_on_where_the_cache_was(
     train: Train,
     tmp_path: Path,
