@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from featurestore.machine import cpu_name
+
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / os.environ.get("RUN", "run")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,16 +53,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def write_result(name: str, title: str, body: str) -> None:
     """Print a result and keep it as benchmarks/results/<name>.md with the command, machine and date."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
     text = (
-        f"# {title}\n\n`python benchmarks/{name}.py` on {cpu}, {os.cpu_count()} cores, Python "
+        f"# {title}\n\n`python benchmarks/{name}.py` on {cpu_name()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}.\n\n{body}\n"
     )
     RESULTS.mkdir(exist_ok=True)

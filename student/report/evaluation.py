@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from featurestore.amounts import number
 from featurestore.chart import Series, line_chart
 from featurestore.page import Cell, Html, note, row, section, table
 from student.report.files import RunFiles, number_in, rows_in
+
+Name = TypeVar("Name")
 
 _METRICS = {
     "kl": "KL(teacher ‖ student), nats",
@@ -77,14 +79,20 @@ def _points(run: RunFiles, key: str, name: str) -> list[tuple[float, float]]:
     return points
 
 
+def _matched(
+    runs: Sequence[RunFiles], key: str, name: Callable[[Mapping[str, Any]], Name]
+) -> Iterator[tuple[Name, list[Mapping[str, Any] | None], Mapping[str, Any]]]:
+    """For each name that any run has under `key` of its evaluation: the rows of all runs, and the first."""
+    found = [{name(row): row for row in rows_in(run.evaluation, key)} for run in runs]
+    for one in dict.fromkeys(known for rows in found for known in rows):
+        rows = [of_run.get(one) for of_run in found]
+        yield one, rows, next(row for row in rows if row is not None)
+
+
 def _texts(runs: Sequence[RunFiles]) -> Html:
     """Perplexity on texts: a row for each text that any run was evaluated on."""
-    found = {run.name: {_text(row): row for row in rows_in(run.evaluation, "texts")} for run in runs}
-    names = dict.fromkeys(name for texts in found.values() for name in texts)
     rows: list[tuple[Cell, ...]] = []
-    for name in names:
-        texts = [found[run.name].get(name) for run in runs]
-        known = next(text for text in texts if text is not None)
+    for name, texts, known in _matched(runs, "texts", _text):
         students = [number_in(text, "student", "perplexity") for text in texts]
         teacher = _first(number_in(text, "teacher", "perplexity") for text in texts)
         rows.append((name, number_in(known, "tokens"), *students, teacher))
@@ -96,12 +104,8 @@ def _text(text: Mapping[str, Any]) -> str:
 
 
 def _tasks(runs: Sequence[RunFiles]) -> Html:
-    found = {run.name: {_task(row): row for row in rows_in(run.evaluation, "tasks")} for run in runs}
-    names = dict.fromkeys(name for tasks in found.values() for name in tasks)
     rows: list[tuple[Cell, ...]] = []
-    for name in names:
-        tasks = [found[run.name].get(name) for run in runs]
-        known = next(task for task in tasks if task is not None)
+    for name, tasks, known in _matched(runs, "tasks", _task):
         students = [_score(task, "student") for task in tasks]
         teacher = _first(_score(task, "teacher") for task in tasks)
         rows.append((*name, number_in(known, "samples"), *students, teacher))
