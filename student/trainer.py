@@ -219,6 +219,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.state = state
         weights = self.model.objective.weights_at((state.global_step - 1) / max(state.max_steps, 1))
         self.model.weights = weights if self._balance is None else self._balance.weights(weights)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

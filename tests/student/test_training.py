@@ -96,10 +96,22 @@ def test_resuming_continues_bit_for_bit(train: Train, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+# The worst is called the best, so that it is not the last one.
+BEST = (
+    "--load_best_model_at_end",
+    "True",
+    "--metric_for_best_model",
+    "eval_kl",
+    "--greater_is_better",
+    "True",
+)
+
+
+@pytest.mark.parametrize("best", [(), BEST], ids=["last", "best"])
 def test_a_run_that_was_killed_after_its_last_checkpoint_takes_no_step_more(
-    train: Train, tmp_path: Path
+    train: Train, tmp_path: Path, best: tuple[str, ...]
 ) -> None:
-    arguments = (*BITNET, "--max_steps", 4, "--save_steps", 2)
+    arguments = (*BITNET, "--max_steps", 4, "--save_steps", 2, "--eval_steps", 2, *best)
     train(tmp_path, *arguments)
     before, first = weights(tmp_path), json.loads((tmp_path / "summary.json").read_text())
     train(tmp_path, *arguments, "--resume_from_checkpoint", "True")
