@@ -252,9 +252,10 @@ def _run(
     planned small, to be committed early, comes first.
     """
     total = prepared.plan.rows_total
-    report.start(total - sum(work.task.rows for work in works), total)
+    kept = total - sum(work.task.rows for work in works)
+    report.start(kept, total)
     tokens = 0
-    with Committer(store, report) as committer:
+    with Committer(store, report, kept, total) as committer:
         for work in _shuffled(works):
             if store.holds(work.task, work.groups):
                 report.skip(work.task.rows)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from threading import Thread
 from typing import Any, TypeVar
 
 from pipeline.capture.watch import announce_driver
@@ -16,6 +17,7 @@ T = TypeVar("T")
 
 # Seconds: eleven days; in milliseconds it still fits 32 bits.
 _NEVER = str(10**6)
+_SHUTDOWN_SECONDS = 1.5
 # Sequences of one step; vLLM's own default.
 _SEQUENCES = 256
 # One batch is all that is ever in flight; the default would take half of the memory.
@@ -73,7 +75,10 @@ class SupervisedLLM:
         """End the processes, and with them the memory that they hold."""
         core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if core is not None:
-            core.shutdown()
+            # vLLM waits for a step in progress; whoever closes an engine has no use for it any more.
+            ending = Thread(target=core.shutdown, daemon=True, name="vllm-shutdown")
+            ending.start()
+            ending.join(_SHUTDOWN_SECONDS)
         self._llm = None
         self._processes.end()
 
