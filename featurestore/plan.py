@@ -76,17 +76,22 @@ class GenerationPlan:
         return not self.work
 
 
-def split_tasks(ids_and_lengths: Iterable[tuple[str, int]], shard_tokens: int) -> list[Task]:
-    """Cut samples, in order, into tasks of at most `shard_tokens` rows; a longer sample is a task alone."""
+def split_tasks(
+    ids_and_lengths: Iterable[tuple[str, int]], shard_tokens: int, first_tokens: int | None = None
+) -> list[Task]:
+    """Cut samples, in order, into tasks of at most `shard_tokens` rows; a longer sample is a task alone.
+
+    first_tokens: the same limit for the first task, where it is lower.
+    """
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ValueError(f"shard_tokens must be in [1, {MAX_TOKENS}], not {shard_tokens}")
     tasks: list[Task] = []
     pending: list[tuple[str, int]] = []
-    rows = 0
+    rows, limit = 0, min(shard_tokens, first_tokens or shard_tokens)
     for sample_id, length in ids_and_lengths:
-        if pending and rows + length > shard_tokens:
+        if pending and rows + length > limit:
             tasks.append(_task(pending))
-            pending, rows = [], 0
+            pending, rows, limit = [], 0, shard_tokens
         pending.append((sample_id, length))
         rows += length
     if pending:
@@ -101,6 +106,7 @@ def plan_generation(
     wanted: Sequence[tuple[str, int]],
     groups: Sequence[GroupSpec],
     shard_tokens: int,
+    first_tokens: int | None = None,
 ) -> GenerationPlan:
     """Subtract what is committed from (wanted samples x groups).
 
@@ -114,7 +120,8 @@ def plan_generation(
         for sample_id in task.sample_ids:
             task_of.setdefault(sample_id, task)
     touched = {task_of[s].id: task_of[s] for s in distinct if s in task_of}
-    new_tasks = split_tasks(((s, n) for s, n in distinct.items() if s not in task_of), shard_tokens)
+    unknown = ((s, n) for s, n in distinct.items() if s not in task_of)
+    new_tasks = split_tasks(unknown, shard_tokens, first_tokens)
     tasks = [*touched.values(), *new_tasks]
     needed = _widest(groups)
     work = [w for task in tasks if (w := _work(task, committed, committed_specs, needed)) is not None]

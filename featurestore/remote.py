@@ -6,7 +6,6 @@ does not pass its check is thrown away and downloaded again before the store its
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import subprocess
@@ -21,10 +20,10 @@ from typing import Any
 from featurestore.errors import CorruptionError, FeatureStoreError, StoreAccessError
 from featurestore.files import MAX_RECORD_BYTES, TEMPORARY, check_file, read_bounded
 from featurestore.identity import canonical_json, digest
+from featurestore.machine import CACHE_VARIABLE, cache_directory
 from featurestore.objects import Objects, forked
 from featurestore.root import PARTS, Parse, Root, Stamps, State, T
 
-MIRROR_VARIABLE = "DISTILY_CACHE_DIR"
 SPEC_FILE = "SPEC.json"
 TRANSFERS = 8
 
@@ -64,8 +63,7 @@ class RemoteRoot:
             if spec is None:
                 raise CorruptionError(f"{self.where(SPEC_FILE)}: the file is missing")
             written = [self.url, str(spec["e_tag"]), spec["last_modified"].isoformat()]
-            base = os.environ.get(MIRROR_VARIABLE) or Path.home() / ".cache" / "distily-cache"
-            self._mirror = Path(base) / digest(canonical_json(written))
+            self._mirror = cache_directory() / digest(canonical_json(written))
         return self._mirror
 
     @contextmanager
@@ -228,7 +226,7 @@ class RemoteRoot:
         except OSError as error:
             raise StoreAccessError(
                 f"cannot keep a copy of {self.url} in {self.mirror}: {error.strerror or error}; "
-                f"free space there or set {MIRROR_VARIABLE} to another directory"
+                f"free space there or set {CACHE_VARIABLE} to another directory"
             ) from error
         finally:
             with suppress(OSError):

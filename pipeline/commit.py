@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from featurestore.plan import Task
 from featurestore.records import CommitRecord
 from featurestore.schema import GroupFeatures, GroupSpec, Sample
+from featurestore.stopping import advise
 from featurestore.store import FeatureStore
 from pipeline.progress import Reporter
 
@@ -17,10 +18,13 @@ class Committer:
     """Commits shards in a thread while the teacher is at the next one.
 
     One shard is in the making, one waits, and who brings another one waits too. What goes wrong is raised at
-    the next `put` or at the end. size: bytes committed so far.
+    the next `put` or at the end. size: bytes committed so far. `kept` of `total` positions were committed
+    before.
     """
 
-    def __init__(self, store: FeatureStore, report: Reporter) -> None:
+    def __init__(self, store: FeatureStore, report: Reporter, kept: int, total: int) -> None:
+        self._kept, self._total = kept, total
+        self._advise()
         self._store, self._report = store, report
         self._thread = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[list[CommitRecord]]] = deque()
@@ -34,10 +38,21 @@ class Committer:
         self._pending.append(self._thread.submit(self._store.write_bundle, task, samples, features))
 
     def _take(self) -> None:
-        records = self._pending.popleft().result()
+        records = self._pending[0].result()  # it stays there for `__exit__` if we are stopped while we wait
+        self._pending.popleft()
         written = sum(record.size for record in records)
         self.size += written
+        self._kept += records[-1].rows
+        self._advise()
         self._report.committed(records[-1].rows, written)
+
+    def _advise(self) -> None:
+        """What a command that is stopped now has kept."""
+        if self._kept:
+            kept = f"{self._kept:,} of {self._total:,} tokens are committed and kept"
+            advise(f"{kept}, the same command resumes there")
+        else:
+            advise("nothing is committed yet, the same command starts again")
 
     def __enter__(self) -> Committer:
         return self
@@ -49,3 +64,12 @@ class Committer:
         finally:
             # What is in the making is finished even after an error: it may be the last that is kept.
             self._thread.shutdown(cancel_futures=kind is not None)
+            self._kept += sum(_committed_rows(future) for future in self._pending)
+            self._advise()
+
+
+def _committed_rows(future: Future[list[CommitRecord]]) -> int:
+    """Rows of a shard that nobody has waited for; 0 where it did not get so far."""
+    if future.cancelled() or future.exception() is not None:
+        return 0
+    return future.result()[-1].rows

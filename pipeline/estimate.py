@@ -10,7 +10,7 @@ from featurestore.plan import Work
 from featurestore.records import CommitRecord
 from featurestore.schema import GroupSpec, LogitsSpec, LseSpec
 from pipeline.generate import Prepared
-from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
+from pipeline.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
 from pipeline.samples import LeftOut
 from pipeline.teacher import count_parameters
 
@@ -111,5 +111,5 @@ def _pace(prepared: Prepared) -> Pace:
     earlier = earlier_pace(store.provenance(), request.engine) if store else None
     if earlier is not None:
         return earlier
-    rate = matrix_product_rate(request.torch_dtype(prepared.teacher))
+    rate = matrix_product_rates()[request.torch_dtype(prepared.teacher)]
     return rough_pace(rate, count_parameters(prepared.teacher))

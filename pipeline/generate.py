@@ -18,15 +18,20 @@ from pipeline import provenance
 from pipeline.commit import Committer
 from pipeline.engines.base import Engine
 from pipeline.errors import RequestError
+from pipeline.precision import Precision
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, check_against_teacher, engine_config, identity_of
 from pipeline.samples import LeftOut
 from pipeline.selection import select
 from pipeline.sidecar import PlannedPart, plan_sidecar
-from pipeline.target import check_store_directory, create_store, existing_store, plan_missing
+from pipeline.sizing import settle
+from pipeline.target import check_store_directory, create_store, existing_store, plan_missing, stored_dtype
 from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files, without_padding
 from pipeline.writing.plan import WritingPlan
 from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
+
+# A shard is taken first when it is so many times smaller than the largest.
+_EARLY = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Prepared:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
     `store` is the one at --out, None where there is none yet. `sidecar`: the parts that it lacks.
-    `chat_template` is the text of --chat-template.
+    `chat_template` is the text of --chat-template. `precision` says why the request's compute type is what it
+    is, `first_tokens` how many positions the first shard has, so that it is committed early.
     `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them
     as long as they may get: a forecast.
     """
@@ -45,6 +51,8 @@ class Prepared:
     samples: dict[str, Sample]
     plan: GenerationPlan
     store: FeatureStore | None
+    precision: Precision
+    first_tokens: int
     sidecar: tuple[PlannedPart, ...] = ()
     left_out: LeftOut = field(default_factory=LeftOut)
     chat_template: str | None = None
@@ -84,6 +92,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
     writer = find_writer(request, teacher) if request.writing else None
+    request, precision, first_tokens = settle(request, teacher, stored_dtype(request.out))
     identity = identity_of(request, teacher, engine_version(request))
     store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
@@ -98,8 +107,10 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         teacher=teacher,
         identity=identity,
         samples=samples,
-        plan=plan_missing(store, wanted, request.groups(teacher), request.shard_tokens),
+        plan=plan_missing(store, wanted, request.groups(teacher), request.shard_size, first_tokens),
         store=store,
+        precision=precision,
+        first_tokens=first_tokens,
         sidecar=_lacking(store, sidecar),
         left_out=selection.left_out,
         chat_template=selection.chat_template,
@@ -178,7 +189,10 @@ def start_engine(
     request, teacher = prepared.request, prepared.teacher
     dtype, quantize_to = request.torch_dtype(teacher), request.quantize_to(teacher)
     config = engine_config(request, teacher, dtype, groups, quantize_to)
-    report.stage(f"starting {request.engine} with {teacher.architecture} in {dtype}")
+    reason = prepared.precision.reason
+    report.stage(
+        f"starting {request.engine} with {teacher.architecture} in {dtype}" + f" ({reason})" * bool(reason)
+    )
     if request.engine == "vllm":
         from pipeline.engines.vllm_engine import VllmEngine
 
@@ -201,7 +215,8 @@ def _write(
 
     start = partial(start_writer, request, model, texts.spec, verbose, report)
     texts, written = write_missing(texts, store.root, model.name, start, report)
-    plan = plan_missing(store, texts.extents(), request.groups(prepared.teacher), request.shard_tokens)
+    groups, first = request.groups(prepared.teacher), prepared.first_tokens
+    plan = plan_missing(store, texts.extents(), groups, request.shard_size, first)
     return replace(prepared, samples=texts.samples_by_id(), plan=plan, store=store, writing=texts), written
 
 
@@ -233,13 +248,15 @@ def _run(
     """Capture and commit each task; returns the positions captured and the bytes written.
 
     Several generators may be at work on the same tasks. Each takes them in an order of its own and leaves out
-    what another has committed meanwhile, so they share the work and meet at its end only.
+    what another has committed meanwhile, so they share the work and meet at its end only. A shard that was
+    planned small, to be committed early, comes first.
     """
     total = prepared.plan.rows_total
-    report.start(total - sum(work.task.rows for work in works), total)
+    kept = total - sum(work.task.rows for work in works)
+    report.start(kept, total)
     tokens = 0
-    with Committer(store, report) as committer:
-        for work in random.SystemRandom().sample(works, len(works)):
+    with Committer(store, report, kept, total) as committer:
+        for work in _shuffled(works):
             if store.holds(work.task, work.groups):
                 report.skip(work.task.rows)
                 continue
@@ -248,6 +265,11 @@ def _run(
             committer.put(work.task, samples, features)
             tokens += work.task.rows
     return tokens, committer.size
+
+
+def _shuffled(works: Sequence[Work]) -> list[Work]:
+    order = random.SystemRandom().sample(works, len(works))
+    return sorted(order, key=lambda work: work.task.rows * _EARLY > max(w.task.rows for w in works))
 
 
 def _features_of(

@@ -1,20 +1,34 @@
-"""How fast a teacher will run: as in earlier runs of the store, else by how fast the machine multiplies."""
+"""How fast a teacher will run: as in earlier runs of the store, else by how fast the machine multiplies.
+
+From the same rate follow the sizes that keep a slow machine responsive: positions of one engine step, of a
+shard, and of the first shard.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+from featurestore.machine import product_seconds
 
 # The share of the machine's matrix-product rate that a prefill reaches; attention, norms and the reduction of
 # logits are in it.
 EFFICIENCY = 0.5
 # Multiply and add, for every parameter and token.
 OPERATIONS = 2
-_MEASURE_SECONDS = 0.3
-_CPU_SIZE, _CUDA_SIZE = 1024, 8192
+# Rows, inputs and outputs of the product that is measured: about those of a small model's layer on a CPU.
+_TYPES = ("float32", "bfloat16", "float16")
+_CPU_SHAPE, _CUDA_SHAPE = (256, 768, 2304), (8192, 8192, 8192)
+
+# What an engine step may take on a CPU. Progress, Ctrl-C and the first shard wait for no longer than this.
+STEP_SECONDS = 5.0
+STEP_TOKENS = range(16, 4096)
+# What a kill may lose: the shard in the making. The first one is smaller, for runs that end in their first
+# minutes.
+SHARD_SECONDS, FIRST_SHARD_SECONDS = 300.0, 20.0
+SHARD_TOKENS = range(512, 32_768)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,10 @@ class Pace:
     def seconds(self, tokens: int) -> float:
         """How long `tokens` take."""
         return tokens / self.tokens_per_second
+
+    def tokens(self, seconds: float, bounds: range) -> int:
+        """How many tokens take `seconds`, within `bounds` (its stop included)."""
+        return min(max(int(self.tokens_per_second * seconds), bounds.start), bounds.stop)
 
 
 def earlier_pace(records: Iterable[Mapping[str, Any]], engine: str) -> Pace | None:
@@ -44,29 +62,25 @@ def rough_pace(operations_per_second: float, parameters: int) -> Pace:
     return Pace(rate, "rough: from this machine's matrix-product rate")
 
 
-def matrix_product_rate(dtype: str) -> float:
-    """Operations per second of a square matrix product in the torch dtype `dtype`, measured for 0.3 s.
+def matrix_product_rates() -> dict[str, float]:
+    """Operations per second of a matrix product in each type that teachers have, measured once per machine.
 
     On the first GPU where there is one, else on the CPU.
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = _CUDA_SIZE if device == "cuda" else _CPU_SIZE
-    matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name(0) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+    rows, inputs, outputs = _CUDA_SHAPE if on_gpu else _CPU_SHAPE
 
-    def product() -> float:
-        began = time.perf_counter()
-        torch.matmul(matrix, matrix)
-        if device == "cuda":
+    def product(dtype: str) -> None:
+        kind = {"dtype": getattr(torch, dtype), "device": "cuda" if on_gpu else "cpu"}
+        torch.nn.functional.linear(torch.ones(rows, inputs, **kind), torch.ones(outputs, inputs, **kind))
+        if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
 
-    product()  # the first one starts threads and picks a kernel
-    took = [product()]
-    while sum(took) < _MEASURE_SECONDS:
-        took.append(product())
-    return OPERATIONS * size**3 / median(took)
+    seconds = product_seconds(_TYPES, product, f"torch {torch.__version__}, {device}")
+    return {dtype: OPERATIONS * rows * inputs * outputs / took for dtype, took in seconds.items()}
 
 
 def _rate(record: Mapping[str, Any], engine: str) -> float | None:

@@ -20,6 +20,7 @@ HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
 LOSS_ON = ("assistant", "all")
 LONG = ("split", "drop")
 DEFAULT_SEQ_LEN = 2048
+DEFAULT_STEP_TOKENS, DEFAULT_SHARD_TOKENS = 4096, 32_768
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
 DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
 PLAIN_HEAD: dict[str, int | float] = {"top_k": 64, "tail": 0}
@@ -31,6 +32,8 @@ class GenerateRequest:
     """The flags of `distily-cache generate`, as the user gave them.
 
     Without top_k, top_p and tail the head is DEFAULT_HEAD; with any of them the others come from PLAIN_HEAD.
+    A dtype `auto`, max_num_batched_tokens and shard_tokens that are None are chosen by what the machine does
+    fast (pipeline/sizing.py).
     With `writing` the data set gives prompts only, and the samples are what is written on them.
     """
 
@@ -62,8 +65,8 @@ class GenerateRequest:
     teacher_load_in_8bit: bool = False
     teacher_load_in_4bit: bool = False
     tensor_parallel_size: int = 1
-    max_num_batched_tokens: int = 4096
-    shard_tokens: int = 32_768
+    max_num_batched_tokens: int | None = None
+    shard_tokens: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
     writing: WritingRequest | None = None
@@ -140,7 +143,18 @@ class GenerateRequest:
         return self.max_seq_len or min(DEFAULT_SEQ_LEN, teacher.max_position)
 
     def torch_dtype(self, teacher: Teacher) -> str:
+        """What `teacher` computes in; `auto` stands for the type that it is saved in."""
         return teacher.config_dtype if self.dtype == "auto" else self.dtype
+
+    @property
+    def step_size(self) -> int:
+        """Positions of an engine's step."""
+        return self.max_num_batched_tokens or DEFAULT_STEP_TOKENS
+
+    @property
+    def shard_size(self) -> int:
+        """Positions of a new shard at most."""
+        return self.shard_tokens or DEFAULT_SHARD_TOKENS
 
     @property
     def in_fewer_bits(self) -> bool:
@@ -233,7 +247,7 @@ def engine_config(
         num_layers=model.num_layers,
         quantize_to=quantize_to,
         tensor_parallel_size=request.tensor_parallel_size,
-        max_num_batched_tokens=request.max_num_batched_tokens,
+        max_num_batched_tokens=request.step_size,
         trust_remote_code=request.trust_remote_code,
         seed=request.seed,
     )

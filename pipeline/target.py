@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from featurestore.directory import SPEC_FILE
+from featurestore.directory import SPEC_FILE, committed_groups
 from featurestore.errors import StoreAccessError, StoreFormatError, StoreWriteError
 from featurestore.plan import GenerationPlan, plan_generation
 from featurestore.root import is_url, root_of
@@ -39,6 +39,14 @@ def check_store_directory(place: str) -> None:
         raise RequestError(f"--out {out}: not empty and not a feature store; choose another directory")
 
 
+def stored_dtype(place: str) -> str | None:
+    """The teacher's compute type in the rows that the store at `place` holds; None where it holds none."""
+    root = root_of(place)
+    if not root.exists(SPEC_FILE) or not committed_groups(root):
+        return None
+    return FeatureStore.open(place).identity.dtype
+
+
 def existing_store(place: str, identity: TeacherIdentity) -> FeatureStore | None:
     """The store at `place` when there is one; SpecMismatchError when it is of another teacher."""
     return FeatureStore.create(place, identity) if root_of(place).exists(SPEC_FILE) else None
@@ -62,8 +70,12 @@ def plan_missing(
     wanted: Sequence[tuple[str, int]],
     groups: Sequence[GroupSpec],
     shard_tokens: int,
+    first_tokens: int | None = None,
 ) -> GenerationPlan:
-    """What the store, None where there is none yet, lacks of the samples `wanted`, (id, length) each."""
+    """What the store, None where there is none yet, lacks of the samples `wanted`, (id, length) each.
+
+    New shards have `shard_tokens` positions at most, the first of them `first_tokens`.
+    """
     commits = store.commits() if store else {}
     return plan_generation(
         known_tasks=store.known_tasks() if store else {},
@@ -72,4 +84,5 @@ def plan_missing(
         wanted=wanted,
         groups=groups,
         shard_tokens=shard_tokens,
+        first_tokens=first_tokens,
     )

@@ -1,7 +1,7 @@
 """The command line `distily-train`: parse, call one function, map errors to exit codes.
 
-Exit codes: 0 done; 2 the request was wrong (one line on standard error says which flag and the mend); 1
-failure.
+Exit codes: 0 done; 2 the request was wrong (one line on standard error says which flag and the fix); 1
+failure; 130 and 143 stopped by SIGINT and by SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from featurestore.stopping import stoppable
 
 if TYPE_CHECKING:
     from student.sweep.command import Sweep
@@ -328,7 +330,8 @@ def _fail(error: Exception, code: int) -> None:
 
 def main() -> None:
     """Console script `distily-train`."""
-    app()
+    with stoppable("distily-train"):
+        app()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 import typer
 
+from featurestore.stopping import stoppable
 from pipeline.cli.exchange import export, import_command, merge
-from pipeline.cli.exits import terminated
 from pipeline.cli.generating import generate, plan
 from pipeline.cli.reporting import report
 from pipeline.cli.sharing import pull, push
@@ -42,5 +41,5 @@ for _name, _command in (
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, terminated)
-    app(spelled(sys.argv[1:], typer.main.get_command(app)))
+    with stoppable("distily-cache"):
+        app(spelled(sys.argv[1:], typer.main.get_command(app)))

@@ -19,6 +19,14 @@ OutOption = Annotated[
 ShardOption = Annotated[
     int, typer.Option(help="Positions per shard, the unit of commit: what a kill can cost at most.")
 ]
+ShardSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-tokens",
+        help="Positions per shard, the unit of commit: what a kill can cost at most. (default: what this "
+        "machine captures in 5 minutes, at most 32768; the first shard is smaller)",
+    ),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow the teacher's own Python code to run.")
 ]

@@ -41,7 +41,7 @@ from pipeline.cli.data_options import (
     TemplateOption,
     TextOption,
 )
-from pipeline.cli.options import OutOption, ShardOption, TrustOption
+from pipeline.cli.options import OutOption, ShardSizeOption, TrustOption
 from pipeline.cli.writing_options import (
     ContinuationsOption,
     MaxTokensOption,
@@ -90,8 +90,8 @@ class RequestFlags:
     teacher_load_in_8bit: EightBitOption = False
     teacher_load_in_4bit: FourBitOption = False
     tensor_parallel_size: ParallelOption = 1
-    max_num_batched_tokens: BatchOption = 4096
-    shard_tokens: ShardOption = 32_768
+    max_num_batched_tokens: BatchOption = None
+    shard_tokens: ShardSizeOption = None
     seed: SeedOption = 0
     trust_remote_code: TrustOption = False
     continuations: ContinuationsOption = None

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from threading import Thread
 from typing import Any, TypeVar
 
 from pipeline.capture.watch import announce_driver
@@ -14,6 +15,11 @@ from pipeline.engines.supervision import EngineProcesses
 
 T = TypeVar("T")
 
+# Seconds: eleven days; in milliseconds it still fits 32 bits.
+_NEVER = str(10**6)
+_SHUTDOWN_SECONDS = 1.5
+# Sequences of one step; vLLM's own default.
+_SEQUENCES = 256
 # One batch is all that is ever in flight; the default would take half of the memory.
 _CPU_DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -28,6 +34,9 @@ _CPU_DEFAULTS = {
 def set_environment(verbose: bool) -> None:
     """Defaults that vLLM reads from the environment at import; what the user has set stays."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A step that still computes is not late, whatever the machine; processes that died are noticed as such.
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", _NEVER)
+    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", _NEVER)
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # Import-time noise of the engine's processes: deprecations, and that a CPU has no Triton.
@@ -66,7 +75,10 @@ class SupervisedLLM:
         """End the processes, and with them the memory that they hold."""
         core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if core is not None:
-            core.shutdown()
+            # vLLM waits for a step in progress; whoever closes an engine has no use for it any more.
+            ending = Thread(target=core.shutdown, daemon=True, name="vllm-shutdown")
+            ending.start()
+            ending.join(_SHUTDOWN_SECONDS)
         self._llm = None
         self._processes.end()
 
@@ -87,6 +99,8 @@ def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: di
         quantization=config.quantize_to,
         max_model_len=config.max_seq_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        # vLLM wants room for a position of each sequence in a step.
+        max_num_seqs=min(_SEQUENCES, config.max_num_batched_tokens),
         enable_chunked_prefill=True,
         tensor_parallel_size=config.tensor_parallel_size,
         trust_remote_code=config.trust_remote_code,

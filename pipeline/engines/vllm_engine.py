@@ -21,7 +21,7 @@ from pipeline.engines.llm import SupervisedLLM, set_environment
 from pipeline.errors import EngineError, RequestError
 
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
-_PIECE_TOKENS = 8192
+_STEPS_PER_PIECE = 2
 
 
 def version() -> str:
@@ -50,6 +50,7 @@ class VllmEngine:
         _check_architecture(config.architecture)
         spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
+        self._piece_tokens = _STEPS_PER_PIECE * config.max_num_batched_tokens
         self._layout = RowLayout.of(spec, config.hidden_size)
         self._complaint = Path(tempfile.mkdtemp(prefix="distily-")) / "complaint"
         listen_at(self._complaint)
@@ -68,7 +69,7 @@ class VllmEngine:
         self._heed_complaint()
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
-        for piece in _pieces(prompts, _PIECE_TOKENS):
+        for piece in _pieces(prompts, self._piece_tokens):
             outputs = self._llm.call(partial(_encode, piece))
             self._heed_complaint()
             for tokens, output in zip(piece, outputs, strict=True):

@@ -76,7 +76,7 @@ def plan_writing(
         ends=end_tokens(writer, load_tokenizer(teacher, request.trust_remote_code)),
     )
     jobs = jobs_of(prompts_of(selection.samples, selection.prompt_tokens), flags.continuations)
-    return WritingPlan(spec, jobs, read_texts(root, spec) if root else {}, request.shard_tokens)
+    return WritingPlan(spec, jobs, read_texts(root, spec) if root else {}, request.shard_size)
 
 
 def start_writer(

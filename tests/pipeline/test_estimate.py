@@ -18,7 +18,7 @@ from featurestore.plan import Task, Work
 from featurestore.records import CommitRecord
 from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
 from pipeline.estimate import bytes_of, row_bytes, stored_row_bytes
-from pipeline.pace import Pace, earlier_pace, matrix_product_rate, rough_pace
+from pipeline.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
 from pipeline.teacher import count_parameters, load_teacher
 from tests.command import call, generate
 from tests.teachers import text_of
@@ -50,7 +50,7 @@ def test_a_rough_pace_is_half_of_the_machine_at_two_operations_per_parameter(
 
 
 def test_the_machine_is_measured() -> None:
-    assert 1e7 < matrix_product_rate("float32") < 1e16
+    assert 1e7 < matrix_product_rates()["float32"] < 1e16
 
 
 def test_bytes_follow_the_store_where_it_knows_the_group() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -151,7 +152,12 @@ def test_stopped_it_says_so_and_goes_on(
     process.send_signal(number)
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == code, stderr
-    assert stderr.splitlines()[-1].endswith("the same command goes on where this one stopped")
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert re.fullmatch(
+        rf"distily-cache: {word}; [\d,]+ of [\d,]+ tokens are committed and kept, "
+        "the same command resumes there",
+        stderr.splitlines()[-1],
+    )
     assert "Traceback" not in stderr
     assert json.loads(run(*arguments, *options, "--json").stdout)["tokens"] > 0
     run("verify", store, "--deep")

@@ -1,0 +1,128 @@
+"""SIGINT and SIGTERM end a command within seconds, with one line, also in the middle of a long computation.
+
+Python runs a signal's handler between two bytecodes, so that a matrix product of a minute would delay it by a
+minute. A thread of its own therefore watches for signals: if the command has not ended a few seconds after
+the first one, the thread kills the processes that it started and ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+GRACE_SECONDS = 3.0
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Stopped(BaseException):
+    """The command was told to end. Not an Exception, and not a KeyboardInterrupt, which click swallows."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _Line:
+    """The last line of a stopped command, printed once, whoever comes first."""
+
+    def __init__(self, program: str) -> None:
+        self._program, self._printed = program, threading.Lock()
+        self.advice = ""
+
+    def print(self, number: int) -> None:
+        if self._printed.acquire(blocking=False):
+            advice = f"; {self.advice}" if self.advice else ""
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{self._program}: {_WORDS[signal.Signals(number)]}{advice}\n")
+                sys.stderr.flush()
+
+
+_current: _Line | None = None
+
+
+def advise(text: str) -> None:
+    """What the line of a stopped command says from now on: what is kept, and how to go on from there."""
+    if _current is not None:
+        _current.advice = text
+
+
+@contextmanager
+def stoppable(program: str) -> Iterator[None]:
+    """The main function of a command: a signal ends it with one line and the exit code 128 + its number.
+
+    Raises:
+        SystemExit: the command was stopped, and has tidied up behind it.
+
+    Example: `with stoppable("distily-cache"): app()`
+    """
+    global _current  # noqa: PLW0603
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, and so does what they end
+        return
+    line = _current = _Line(program)
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    threading.Thread(target=_watch, args=(ours, line), daemon=True, name="stopping").start()
+    before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    # What our parent has us ignore, as a shell does for a command in the background, stays ignored.
+    numbers = [number for number in _WORDS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in numbers}
+    try:
+        yield
+    except Stopped as stopped:
+        line.print(stopped.number)
+        raise SystemExit(128 + stopped.number) from None
+    finally:
+        signal.set_wakeup_fd(before_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _current = None
+        theirs.close()
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
+
+
+def _watch(signals: socket.socket, line: _Line) -> None:
+    """End the process if it has not ended by itself a few seconds after its first signal."""
+    with signals:
+        while heard := signals.recv(1):
+            if heard[0] in _WORDS and signal.getsignal(heard[0]) is _stop:
+                break
+        else:
+            return  # the command ended without a signal
+    time.sleep(GRACE_SECONDS)
+    line.print(heard[0])
+    end_children()
+    os._exit(128 + heard[0])
+
+
+def _forget() -> None:
+    """In a process that was forked: signals are its own, and are not told to the command's watch."""
+    if _current is not None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def end_children() -> None:
+    """Kill every process that this one has started, and those that they have started."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            # It removes what the others leave behind, and ends when they have.
+            if not any("resource_tracker" in word for word in child.cmdline()):
+                child.kill()
