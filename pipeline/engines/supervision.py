@@ -32,7 +32,6 @@ _NOTICE_SECONDS = 2.0
 _LOG_TAIL = 2**20
 # Characters of a cause in an error line.
 _LONG = 300
-_GOES_ON = "what was committed is kept and the same command goes on from there"
 _SHOW_LOG = "--verbose shows vLLM's own log"
 _LESS_MEMORY = (
     "lower --max-num-batched-tokens or --max-seq-len, or load the teacher with --teacher-load-in-8bit"
@@ -48,14 +47,14 @@ def failure_cause(exit_codes: Sequence[int], log: str) -> str:
     for code in exit_codes:
         if code < 0:
             name = signal.Signals(-code).name
-            memory = "; the system does that when memory runs out" if name == "SIGKILL" else ""
+            memory = f"; the system does that when memory runs out: {_LESS_MEMORY}" * (name == "SIGKILL")
             return f"the vLLM worker died: signal {-code} ({name}){memory}"
     errors = [line for line in _ERROR_LINE.findall(log) if not _POINTS_ELSEWHERE.search(line)]
     for line in errors:
         if OUT_OF_MEMORY.search(line):
             return f"the vLLM worker ran out of memory ({one_line(line, _LONG)}); {_LESS_MEMORY}"
     if _WORKER_DIED.search(log):
-        return "a vLLM worker died: killed, perhaps by the system when memory ran out"
+        return f"a vLLM worker died: killed, perhaps by the system when memory ran out: {_LESS_MEMORY}"
     if errors:
         return f"the vLLM worker failed: {one_line(errors[0], _LONG)}"
     return f"the vLLM worker ended with exit code {', '.join(map(str, exit_codes)) or 'unknown'}"
@@ -97,14 +96,14 @@ class EngineProcesses:
         """The result of a call into vLLM, which may wait for its processes.
 
         Raises:
-            EngineError: they are dead; the message says why and what remains.
+            EngineError: they are dead; the message says why.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             return self._run(function)
         except EngineDeadError as error:
-            raise EngineError(f"{self._cause()}; {_GOES_ON} ({_SHOW_LOG})") from error
+            raise EngineError(f"{self._cause()} ({_SHOW_LOG})") from error
 
     def end(self) -> None:
         """Make sure that none of them is left; vLLM has had its chance to end them."""

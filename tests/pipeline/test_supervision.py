@@ -20,7 +20,8 @@ POINTERS = (
         (
             [-9],
             POINTERS,
-            "the vLLM worker died: signal 9 (SIGKILL); the system does that when memory runs out",
+            "the vLLM worker died: signal 9 (SIGKILL); the system does that when memory runs out: lower "
+            "--max-num-batched-tokens",
         ),
         ([-11], "", "the vLLM worker died: signal 11 (SIGSEGV)"),
         (
@@ -33,7 +34,7 @@ POINTERS = (
         (
             [1],
             "ERROR [m.py:2] Worker proc VllmWorker-0 died unexpectedly\n" + POINTERS,
-            "worker died: killed",
+            "worker died: killed, perhaps by the system when memory ran out: lower --max-num-batched-tokens",
         ),
         ([1], POINTERS, "exit code 1"),
         ([], "", "exit code unknown"),
@@ -41,4 +42,5 @@ POINTERS = (
 )
 def test_causes(codes: list[int], log: str, expected: str) -> None:
     cause = failure_cause(codes, log)
-    assert expected in cause and "\n" not in cause and len(cause) < 600
+    # Only `generate` knows what was committed; a line that promises it here would be wrong at the first shard.
+    assert "same command" not in cause and expected in cause and "\n" not in cause and len(cause) < 600
