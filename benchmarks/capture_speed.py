@@ -1,12 +1,12 @@
 """What capturing costs beside the teacher's own prefill, on one thread of a CPU (or on a GPU).
 
 Every path runs the same samples of the demo text in a process of its own, one after the other, after a
-warm-up; engine start is not counted. All compute in what `--dtype auto` chooses on the machine: the model's own
-bfloat16, or float32 where that is faster, as on processors without AVX-512, whose results have a file of their
-own. (b) is (a) plus the LM head alone, the matrix
-product over all positions: no logits can be had for less. Ours ends with everything encoded, hashed, synced
-and committed in a store on disk. (f) ends with numpy arrays. (g) is (f) plus DistillKit's compression, at the
-rate of one thread that was measured with its own code (2,300 tokens/s, k=50): computed, not run here.
+warm-up; engine start is not counted. All compute in what `--dtype auto` chooses: the model's own bfloat16, or
+float32 where that is faster, as on processors without AVX-512, whose results have a file of their own. (b) is
+(a) plus the LM head alone, the matrix product over all positions: no logits can be had for less. Ours ends
+with everything encoded, hashed, synced and committed in a store on disk. (f) ends with numpy arrays. (g) is
+(f) plus DistillKit's compression, at the rate of one thread measured with its own code (2,300 tokens/s,
+k=50): computed, not run here.
 """
 
 from __future__ import annotations
