@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from student.arguments import Request
+from student.card.command import CARD, edited
 from student.errors import UserError
 from student.resume import find_checkpoint, last_checkpoint
 from student.saving import MANIFEST_FILE, TOKENIZER_FILES
@@ -69,13 +70,17 @@ def check_output(request: Request) -> None:
 
 
 def remove_training(directory: Path) -> None:
-    """Delete what a training wrote; files that are not its own and the logs of TensorBoard stay."""
+    """Delete what a training wrote; a card that was edited, files that are not its own and the logs of TensorBoard
+    stay.
+    """
     for pattern in _WRITTEN:
         for path in directory.glob(pattern):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+    if (directory / CARD).is_file() and not edited(directory / CARD):
+        (directory / CARD).unlink()
 
 
 def _lost(source: Path, out: Path) -> bool:

@@ -23,7 +23,12 @@ from student.resume import last_checkpoint
 from student.run import build, check_writable, prepare, train
 
 RECORD = "stage.json"
-_ELSEWHERE = ("json", "overwrite_output_dir", "manifest", "student")  # flags that do not say what a stage learns
+_ELSEWHERE = (
+    "json",
+    "overwrite_output_dir",
+    "manifest",
+    "student",
+)  # flags that do not say what a stage learns
 _HOW_LONG = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "seed")
 
 

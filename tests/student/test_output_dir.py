@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
+
+from student.card import card
 
 Train = Callable[..., dict[str, Any]]
 Run = Callable[..., tuple[int, str, str]]
@@ -46,9 +49,11 @@ def test_overwriting_leaves_nothing_of_the_run_before(train: Train, tmp_path: Pa
     train(tmp_path, *QUICK, "--max-steps", 2, "--save-steps", 1)
     (tmp_path / "eval.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
+    card(tmp_path)
     summary = train(tmp_path, *QUICK, "--max-steps", 1, "--save-strategy", "no", flag)
     assert summary["steps"] == 1
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "eval.json").exists()
+    assert not (tmp_path / "README.md").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -127,3 +132,29 @@ def test_stages_do_not_overwrite_another_training(
     first = content(out / "first")["model.safetensors"]
     assert distily_train(*words, "--seed", "1", "--overwrite-output-dir")[0] == 0
     assert content(out / "first")["model.safetensors"] != first
+
+
+def test_a_card_that_was_edited_is_kept(trained: Path, distily: Run, tmp_path: Path) -> None:
+    run, card = tmp_path / "run", tmp_path / "run" / "README.md"
+    shutil.copytree(trained, run)
+    assert distily("card", run)[0] == 0
+    first = card.read_bytes()
+    assert distily("card", run, "--license", "mit")[0] == 0  # its own is replaced
+    edited = card.read_text().replace("# ", "# My ", 1)
+    for text in (edited, "# Mine\n"):
+        card.write_text(text)
+        assert "--overwrite" in refused(distily, "card", run)
+        assert card.read_text() == text
+    assert distily("card", run, "--overwrite")[0] == 0
+    assert card.read_bytes() == first
+
+
+def test_a_report_replaces_reports_only(trained: Path, distily: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert distily("report", trained, "--out", page)[0] == 0
+    page.write_text("<html>mine</html>")
+    assert "no report" in refused(distily, "report", trained, "--out", page)
+    assert page.read_text() == "<html>mine</html>"
+    line = refused(distily, "report", trained, "--out", trained / "summary.json")
+    assert "no report" in line and json.loads((trained / "summary.json").read_text())
