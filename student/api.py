@@ -25,6 +25,7 @@ from featurestore.inspect import look_at
 from featurestore.reader import CacheReader
 from student.arguments import parse
 from student.flagfile import command_line
+from student.outputs import check_output
 from student.run import build, prepare, train
 
 
@@ -70,7 +71,9 @@ class Experiment:
     def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:
         words = [str(store), "--output-dir", str(output_dir), *command_line(flags, "Experiment")]
         self._command = ["distily-train", "from-cache", *words]
-        self._built = build(prepare(parse(words)))
+        request = parse(words)
+        check_output(request)
+        self._built = build(prepare(request))
         self.reader = self._built.prepared.reader
         self.model, self.trainer = self._built.model, self._built.trainer
 

@@ -170,6 +170,11 @@ class StudentOptions:
     eval_fraction: float = _flag(
         0.1, "Share of the samples held out for evaluation, chosen by sample id; 0 holds nothing out."
     )
+    overwrite_output_dir: bool = _flag(
+        False,
+        "Begin anew where --output-dir holds a training already: its checkpoints, student and records are "
+        "deleted once all of the request is checked; other files stay.",
+    )
     json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
 
     def check(self) -> None:
