@@ -16,7 +16,8 @@ from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, engine_config
 from pipeline.selection import Selection
-from pipeline.teacher import Teacher, load_teacher, load_tokenizer, without_padding
+from pipeline.teacher import Teacher, load_teacher, without_padding
+from pipeline.tokenizer import load_tokenizer
 from pipeline.writing.base import Writer
 from pipeline.writing.plan import Array, Job, WritingPlan, jobs_of, prompts_of
 
