@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import typer
 from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
@@ -115,6 +116,8 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     """
     trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
     checkpoint = built.prepared.checkpoint
+    if str(data.split) and trainer.is_world_process_zero():
+        typer.echo(f"distily-train: {data.split}", err=True)
     start, started = time.perf_counter(), datetime.now(UTC)
     done = None if checkpoint is None else finished(checkpoint, trainer.args)
     if checkpoint is not None and done is not None:
@@ -140,6 +143,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         command or typed(),
         environment(trainer.args.device, started),
         built.drift,
+        data.split,
     )
     summary = summarise(run)
     write_report(run.output_dir)

@@ -1,4 +1,4 @@
-"""The ids of a cache are those of the checkpoint's own tokenizer file, and the store keeps all of its files."""
+"""The ids of a cache are those of the checkpoint's own tokenizer file, and a store keeps all its files."""
 
 from __future__ import annotations
 

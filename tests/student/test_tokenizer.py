@@ -1,4 +1,4 @@
-"""A student's tokenizer is its teacher's: the same ids for whoever loads it, from files that are all there."""
+"""A student's tokenizer is its teacher's: the same ids for whoever loads it, from all of its files."""
 
 from __future__ import annotations
 
