@@ -52,6 +52,7 @@ class GenerateRequest:
     max_seq_len: int | None = None
     long: str = "split"
     pack: bool = False
+    append_eos: bool = False
     top_k: int | None = None
     top_p: float | None = None
     tail: int | None = None
@@ -117,8 +118,9 @@ class GenerateRequest:
         self._check_writing()
 
     def _check_writing(self) -> None:
-        if self.writing and (self.pack or self.loss_on):
-            flag = "--pack" if self.pack else f"--loss-on {self.loss_on}"
+        if self.writing and (self.pack or self.append_eos or self.loss_on):
+            given = {"--pack": self.pack, "--append-eos": self.append_eos, f"--loss-on {self.loss_on}": True}
+            flag = next(name for name, is_given in given.items() if is_given)
             raise RequestError(
                 f"{flag}: not with --continuations, where a sample is a prompt and what is written on it; "
                 "leave one of them out"

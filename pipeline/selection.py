@@ -56,7 +56,9 @@ def select(
         column = request.messages_column or MESSAGES_COLUMN
         tokenised = tokenise_chats(documents.values, tokenizer, form, column, learn_all)
     else:
-        tokenised = tokenise_texts((text for _, text in documents.values), tokenizer)
+        end = _end_of_sequence(tokenizer, "--append-eos") if request.append_eos else None
+        texts = (text for _, text in documents.values)
+        tokenised = tokenise_texts(texts, tokenizer, end=end, open_end=request.writing is not None)
     if request.writing and documents.chats:
         tokenised, max_seq_len = map(before_last_turn, tokenised), longest
     stage(f"tokenising {request.dataset}")
@@ -68,7 +70,7 @@ def select(
         min_seq_len=request.min_seq_len or MIN_TOKENS,
         # Half of a chat is no prompt.
         drop_long=request.long == "drop" or bool(request.writing and documents.chats),
-        joiner=(_end_of_sequence(tokenizer), learn_all) if request.pack else None,
+        joiner=(_end_of_sequence(tokenizer, "--pack"), learn_all) if request.pack else None,
     )
     return Selection(samples, left_out, template, longest if request.writing else None)
 
@@ -80,6 +82,8 @@ def _template(request: GenerateRequest, chats: bool) -> str | None:
             if value not in (None, "all"):
                 raise RequestError(f"{flag} {value}: {request.dataset} holds texts, no chats")
         return None
+    if request.append_eos:
+        raise RequestError("--append-eos: a chat ends as its chat template writes it; leave the flag out")
     if request.chat_template is None:
         return None
     try:
@@ -90,9 +94,9 @@ def _template(request: GenerateRequest, chats: bool) -> str | None:
         raise RequestError(f"--chat-template {request.chat_template}: {error.strerror}") from error
 
 
-def _end_of_sequence(tokenizer: Any) -> int:
+def _end_of_sequence(tokenizer: Any, flag: str) -> int:
     if tokenizer.eos_token_id is None:
         raise RequestError(
-            "--pack: the teacher's tokenizer has no end-of-sequence token to join documents with"
+            f"{flag}: the teacher's tokenizer has no end-of-sequence token to put behind documents"
         )
     return int(tokenizer.eos_token_id)

@@ -99,7 +99,8 @@ class _TextFiles:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for file in self._files:
             try:
-                yield str(file), file.read_text(encoding="utf-8")
+                # utf-8-sig: a byte order mark is no part of the text.
+                yield str(file), file.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as error:
                 raise RequestError(
                     f"DATASET {file}: not UTF-8 text (byte {error.start}); convert it first"

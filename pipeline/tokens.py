@@ -3,25 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.chats import ChatFormat, Spans, check_messages
+from featurestore.schema import document_key
+from pipeline.chats import ChatFormat, Message, Spans, check_messages
 from pipeline.errors import RequestError
-
-# Token ids, int32 [T], and whether each is learned, bool [T].
-Tokenised = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 
 _BATCH_DOCUMENTS = 64
 
 
-def tokenise_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[Tokenised]:
-    """The tokens of each text with what the tokenizer puts around a text; all are learned."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tokenised:
+    """A document as tokens. tokens: int32 [T]; learned: bool [T], which of them are learned.
+
+    prefix: how many of the first tokens begin a text (BOS of most tokenizers); every window of the document
+    begins with them. key: see `featurestore.schema.document_key`; empty where it is not known.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    learned: npt.NDArray[np.bool_]
+    prefix: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """The token ids that a tokenizer puts in front of a text and behind it."""
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Surroundings:
+        """Those of a tokenizer of transformers."""
+        whole, body = (_encode(tokenizer, ["a"], add_special_tokens=s)["input_ids"][0] for s in (True, False))
+        for start in range(len(whole) - len(body) + 1):
+            if whole[start : start + len(body)] == body:
+                return cls(prefix=tuple(whole[:start]), suffix=tuple(whole[start + len(body) :]))
+        return cls()
+
+
+def tokenise_texts(
+    texts: Iterable[str], tokenizer: Any, *, end: int | None = None, open_end: bool = False
+) -> Iterator[Tokenised]:
+    """The tokens of each text with what the tokenizer puts around a text; all are learned but what begins it.
+
+    An empty text has no tokens at all. end: a token that follows each text which does not end with it
+    already. open_end: leave out what the tokenizer puts behind a text, since something will be written there.
+    """
+    around = Surroundings.of(tokenizer)
     for batch in _batches(texts):
-        yield from map(_all_learned, _encode(tokenizer, batch)["input_ids"])
+        for text, encoded in zip(batch, _encode(tokenizer, batch)["input_ids"], strict=True):
+            empty = len(encoded) <= len(around.prefix) + len(around.suffix)
+            ids = [] if empty else _closed(encoded, around, end, open_end)
+            learned = np.ones(len(ids), np.bool_)
+            # Nothing is left of the first token to learn it from: its place in the mask means nothing.
+            learned[1 : len(around.prefix)] = False
+            yield Tokenised(
+                tokens=np.asarray(ids, np.int32),
+                learned=learned,
+                prefix=len(around.prefix),
+                key=document_key(text),
+            )
+
+
+def _closed(ids: list[int], around: Surroundings, end: int | None, open_end: bool) -> list[int]:
+    if open_end and around.suffix:
+        return ids[: -len(around.suffix)]
+    return [*ids, end] if end is not None and ids[-1] != end else ids
 
 
 def tokenise_chats(
@@ -35,39 +89,60 @@ def tokenise_chats(
         RequestError: a conversation that is malformed, that the template refuses, or whose assistant's tokens
             are not known for certain.
     """
-    if learn_all:
-        texts = (form.text(check_messages(value, where, column), where) for where, value in chats)
-        for batch in _batches(texts):
-            yield from map(_all_learned, _encode(tokenizer, batch, add_special_tokens=False)["input_ids"])
-        return
-    if not tokenizer.is_fast:
+    if not learn_all and not tokenizer.is_fast:
         raise RequestError(
             "--loss-on assistant: the teacher's tokenizer does not say where its tokens are in the text; "
             "give --loss-on all"
         )
+    beginnings = _beginnings(tokenizer)
     for rows in _batches(chats):
-        places = [where for where, _ in rows]
-        written = [form.text_and_spans(check_messages(value, w, column), w) for w, value in rows]
-        found = _encode(
-            tokenizer, [text for text, _ in written], add_special_tokens=False, return_offsets_mapping=True
-        )
-        for place, (text, spans), ids, offsets in zip(
-            places, written, found["input_ids"], found["offset_mapping"], strict=True
+        checked = [(where, check_messages(value, where, column)) for where, value in rows]
+        for (_, messages), (tokens, learned) in zip(
+            checked, _chat_tokens(checked, tokenizer, form, learn_all), strict=True
         ):
-            try:
-                yield np.asarray(ids, np.int32), assistant_mask(tokenizer, text, spans, ids, offsets)
-            except ValueError as error:
-                raise RequestError(
-                    f"DATASET {place}: {error}; mend the row, give another --chat-template, or --loss-on all"
-                ) from None
+            prefix = next((len(p) for p in beginnings if tuple(tokens[: len(p)].tolist()) == p), 0)
+            learned[1:prefix] = False
+            yield Tokenised(tokens=tokens, learned=learned, prefix=prefix, key=document_key(messages))
+
+
+def _beginnings(tokenizer: Any) -> list[tuple[int, ...]]:
+    """The tokens with which a template may begin a text, as the tokenizer does or with BOS alone."""
+    found = [Surroundings.of(tokenizer).prefix]
+    if tokenizer.bos_token_id is not None:
+        found.append((tokenizer.bos_token_id,))
+    return [tokens for tokens in found if tokens]
+
+
+def _chat_tokens(
+    rows: list[tuple[str, list[Message]]], tokenizer: Any, form: ChatFormat, learn_all: bool
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
+    """Tokens and mask of each conversation; rows: where it stands, and its messages."""
+    if learn_all:
+        texts = [form.text(messages, where) for where, messages in rows]
+        for ids in _encode(tokenizer, texts, add_special_tokens=False)["input_ids"]:
+            yield np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)
+        return
+    written = [form.text_and_spans(messages, where) for where, messages in rows]
+    found = _encode(
+        tokenizer, [text for text, _ in written], add_special_tokens=False, return_offsets_mapping=True
+    )
+    for (where, _), (text, spans), ids, offsets in zip(
+        rows, written, found["input_ids"], found["offset_mapping"], strict=True
+    ):
+        try:
+            yield np.asarray(ids, np.int32), assistant_mask(tokenizer, text, spans, ids, offsets)
+        except ValueError as error:
+            raise RequestError(
+                f"DATASET {where}: {error}; mend the row, give another --chat-template, or --loss-on all"
+            ) from None
 
 
 def before_last_turn(chat: Tokenised) -> Tokenised:
     """What stands before the assistant's last turn, which the template opens there; nothing without one."""
-    tokens, learned = chat
+    learned = chat.learned
     last = int(np.flatnonzero(learned)[-1]) if learned.any() else 0
     first = int(np.flatnonzero(~learned[:last])[-1]) + 1 if not learned[:last].all() else 0
-    return tokens[:first], np.ones(first, np.bool_)
+    return replace(chat, tokens=chat.tokens[:first], learned=np.ones(first, np.bool_))
 
 
 def assistant_mask(
@@ -130,10 +205,6 @@ def _check_decoded(tokenizer: Any, said: str, ids: list[int]) -> None:
 
 def _without_space(text: str) -> str:
     return "".join(text.split())
-
-
-def _all_learned(ids: list[int]) -> Tokenised:
-    return np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)
 
 
 def _encode(tokenizer: Any, texts: list[str], **options: bool) -> Any:

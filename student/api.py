@@ -27,6 +27,7 @@ from student.arguments import parse
 from student.flagfile import command_line
 from student.outputs import check_output
 from student.run import build, prepare, train
+from student.tokenizer import load_tokenizer
 
 
 def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3) -> list[dict[str, Any]]:
@@ -38,10 +39,8 @@ def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3
     None where unknown). Raises IndexError for an index outside the store, MissingFeatureError when not every
     sample has logits.
     """
-    from transformers import AutoTokenizer
-
     view = look_at(reader, index, limit, best)
-    tokenizer = AutoTokenizer.from_pretrained(str(reader.teacher_dir))
+    tokenizer = load_tokenizer(reader.teacher_dir)
     return [
         {
             "position": row.position,

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import typer
 from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
@@ -119,6 +120,8 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     checkpoint = built.prepared.checkpoint
     if built.prepared.request.options.overwrite_output_dir and trainer.args.should_save:
         remove_training(Path(trainer.args.output_dir))
+    if str(data.split) and trainer.is_world_process_zero():
+        typer.echo(f"distily-train: {data.split}", err=True)
     start, started = time.perf_counter(), datetime.now(UTC)
     done = None if checkpoint is None else finished(checkpoint, trainer.args)
     if checkpoint is not None and done is not None:
@@ -144,6 +147,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         command or typed(),
         environment(trainer.args.device, started),
         built.drift,
+        data.split,
     )
     summary = summarise(run)
     write_report(run.output_dir)

@@ -75,3 +75,11 @@ PackOption = Annotated[
         "instead of cutting each document on its own.",
     ),
 ]
+EndOption = Annotated[
+    bool,
+    typer.Option(
+        "--append-eos/--no-append-eos",
+        help="Put the end-of-sequence token behind each text, where the tokenizer does not, so that students "
+        "learn where a text ends.",
+    ),
+]

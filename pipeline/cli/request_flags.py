@@ -29,6 +29,7 @@ from pipeline.cli.capture_options import (
 from pipeline.cli.data_options import (
     ConfigOption,
     DatasetArgument,
+    EndOption,
     LengthOption,
     LongOption,
     LossOption,
@@ -77,6 +78,7 @@ class RequestFlags:
     max_seq_len: LengthOption = None
     long: LongOption = "split"
     pack: PackOption = False
+    append_eos: EndOption = False
     top_k: TopKOption = None
     top_p: TopPOption = None
     tail: TailOption = None
