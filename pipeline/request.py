@@ -19,6 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
 LOSS_ON = ("assistant", "all")
 LONG = ("split", "drop")
+BAD_ROWS = ("refuse", "drop")
 DEFAULT_SEQ_LEN = 2048
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
 DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
@@ -49,6 +50,7 @@ class GenerateRequest:
     max_seq_len: int | None = None
     long: str = "split"
     pack: bool = False
+    bad_rows: str = "refuse"
     top_k: int | None = None
     top_p: float | None = None
     tail: int | None = None
@@ -80,6 +82,7 @@ class GenerateRequest:
             ("--hidden-dtype", self.hidden_dtype, HIDDEN_DTYPES),
             ("--loss-on", self.loss_on, (None, *LOSS_ON)),
             ("--long", self.long, LONG),
+            ("--bad-rows", self.bad_rows, BAD_ROWS),
         ):
             if name not in choices:
                 raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")

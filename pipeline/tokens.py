@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.chats import ChatFormat, Spans, check_messages
+from pipeline.bad_rows import BadRows, RowError
+from pipeline.chats import ChatFormat, Message, Spans, check_messages
 from pipeline.errors import RequestError
 
 # Token ids, int32 [T], and whether each is learned, bool [T].
@@ -25,19 +26,26 @@ def tokenise_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[Tokenised]:
 
 
 def tokenise_chats(
-    chats: Iterable[tuple[str, Any]], tokenizer: Any, form: ChatFormat, column: str, learn_all: bool
+    chats: Iterable[tuple[str, Any]],
+    tokenizer: Any,
+    form: ChatFormat,
+    column: str,
+    learn_all: bool,
+    bad: BadRows | None = None,
 ) -> Iterator[Tokenised]:
     """The tokens of each conversation as `form` writes it; those of the assistant are learned, or all.
 
-    The template writes the tokens that begin a text, so the tokenizer adds none.
+    The template writes the tokens that begin a text, so the tokenizer adds none. A conversation that is
+    malformed, that the template refuses, or whose assistant's tokens are not known for certain, is counted in
+    `bad` and left out.
 
     Raises:
-        RequestError: a conversation that is malformed, that the template refuses, or whose assistant's tokens
-            are not known for certain.
+        RowError: there is such a conversation, and no `bad`.
+        RequestError: the template is no Jinja, or the tokenizer does not say where its tokens are.
     """
     if learn_all:
-        texts = (form.text(check_messages(value, where, column), where) for where, value in chats)
-        for batch in _batches(texts):
+        texts = _written(chats, form.text, column, bad)
+        for batch in _batches(text for _, text in texts):
             yield from map(_all_learned, _encode(tokenizer, batch, add_special_tokens=False)["input_ids"])
         return
     if not tokenizer.is_fast:
@@ -45,21 +53,39 @@ def tokenise_chats(
             "--loss-on assistant: the teacher's tokenizer does not say where its tokens are in the text; "
             "give --loss-on all"
         )
-    for rows in _batches(chats):
-        places = [where for where, _ in rows]
-        written = [form.text_and_spans(check_messages(value, w, column), w) for w, value in rows]
-        found = _encode(
-            tokenizer, [text for text, _ in written], add_special_tokens=False, return_offsets_mapping=True
-        )
-        for place, (text, spans), ids, offsets in zip(
-            places, written, found["input_ids"], found["offset_mapping"], strict=True
+    for rows in _batches(_written(chats, form.text_and_spans, column, bad)):
+        texts_of_batch = [text for _, (text, _) in rows]
+        found = _encode(tokenizer, texts_of_batch, add_special_tokens=False, return_offsets_mapping=True)
+        for (place, (text, spans)), ids, offsets in zip(
+            rows, found["input_ids"], found["offset_mapping"], strict=True
         ):
             try:
-                yield np.asarray(ids, np.int32), assistant_mask(tokenizer, text, spans, ids, offsets)
+                mask = assistant_mask(tokenizer, text, spans, ids, offsets)
             except ValueError as error:
-                raise RequestError(
-                    f"DATASET {place}: {error}; mend the row, give another --chat-template, or --loss-on all"
-                ) from None
+                reason = f"{error}; correct the row, give another --chat-template, or --loss-on all"
+                _leave_out(RowError(f"DATASET {place}: {reason}"), bad)
+            else:
+                yield np.asarray(ids, np.int32), mask
+
+
+def _written(
+    chats: Iterable[tuple[str, Any]],
+    write: Callable[[list[Message], str], Any],
+    column: str,
+    bad: BadRows | None,
+) -> Iterator[tuple[str, Any]]:
+    """What `write` makes of each conversation that is well formed."""
+    for where, value in chats:
+        try:
+            yield where, write(check_messages(value, where, column), where)
+        except RowError as error:
+            _leave_out(error, bad)
+
+
+def _leave_out(error: RowError, bad: BadRows | None) -> None:
+    if bad is None:
+        raise error from None
+    bad.add(str(error))
 
 
 def before_last_turn(chat: Tokenised) -> Tokenised:

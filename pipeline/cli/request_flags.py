@@ -27,6 +27,7 @@ from pipeline.cli.capture_options import (
     TopPOption,
 )
 from pipeline.cli.data_options import (
+    BadRowsOption,
     ConfigOption,
     DatasetArgument,
     LengthOption,
@@ -77,6 +78,7 @@ class RequestFlags:
     max_seq_len: LengthOption = None
     long: LongOption = "split"
     pack: PackOption = False
+    bad_rows: BadRowsOption = "refuse"
     top_k: TopKOption = None
     top_p: TopPOption = None
     tail: TailOption = None
