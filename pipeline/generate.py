@@ -98,7 +98,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     identity = identity_of(request, teacher, engine_version(request))
     store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
-    selection = select(request, teacher, tokenizer, report.stage)
+    selection = select(request, teacher, tokenizer, report)
     samples, writing = {sample.id: sample for sample in selection.samples}, None
     wanted = [(sample.id, len(sample)) for sample in selection.samples]
     if writer is not None:

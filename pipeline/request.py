@@ -19,6 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
 LOSS_ON = ("assistant", "all")
 LONG = ("split", "drop")
+BAD_ROWS = ("refuse", "drop")
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_STEP_TOKENS, DEFAULT_SHARD_TOKENS = 4096, 32_768
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
@@ -53,6 +54,7 @@ class GenerateRequest:
     long: str = "split"
     pack: bool = False
     append_eos: bool = False
+    bad_rows: str = "refuse"
     top_k: int | None = None
     top_p: float | None = None
     tail: int | None = None
@@ -84,6 +86,7 @@ class GenerateRequest:
             ("--hidden-dtype", self.hidden_dtype, HIDDEN_DTYPES),
             ("--loss-on", self.loss_on, (None, *LOSS_ON)),
             ("--long", self.long, LONG),
+            ("--bad-rows", self.bad_rows, BAD_ROWS),
         ):
             if name not in choices:
                 raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")

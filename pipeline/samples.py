@@ -24,7 +24,7 @@ class LeftOut:
     empty: documents without a token of their own, and chats without a prompt to write on; too_long:
     documents over the longest sample, where those are not cut. The others are samples, after cutting or
     packing: too_short; nothing_learned: no token in them is learned from the one before it; duplicates:
-    another sample has the same tokens and mask.
+    another sample has the same tokens and mask. bad_rows: rows that could not be used.
     """
 
     empty: int = 0
@@ -32,6 +32,7 @@ class LeftOut:
     too_long: int = 0
     nothing_learned: int = 0
     duplicates: int = 0
+    bad_rows: int = 0
 
     def __str__(self) -> str:
         """In words, without what is zero: `3 too short, 1 duplicates`; empty when nothing was left out."""

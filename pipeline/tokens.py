@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -11,8 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.schema import document_key
+from pipeline.bad_rows import BadRows, RowError
 from pipeline.chats import ChatFormat, Message, Spans, check_messages
 from pipeline.errors import RequestError
+
+# Where a conversation stands, its messages, and the text that the template makes of them, perhaps with spans.
+_Written = tuple[str, list[Message], Any]
 
 _BATCH_DOCUMENTS = 64
 
@@ -79,27 +83,32 @@ def _closed(ids: list[int], around: Surroundings, end: int | None, open_end: boo
 
 
 def tokenise_chats(
-    chats: Iterable[tuple[str, Any]], tokenizer: Any, form: ChatFormat, column: str, learn_all: bool
+    chats: Iterable[tuple[str, Any]],
+    tokenizer: Any,
+    form: ChatFormat,
+    column: str,
+    learn_all: bool,
+    bad: BadRows | None = None,
 ) -> Iterator[Tokenised]:
     """The tokens of each conversation as `form` writes it; those of the assistant are learned, or all.
 
-    The template writes the tokens that begin a text, so the tokenizer adds none.
+    The template writes the tokens that begin a text, so the tokenizer adds none. A conversation that is
+    malformed, that the template refuses, or whose assistant's tokens are not known for certain, is counted in
+    `bad` and left out.
 
     Raises:
-        RequestError: a conversation that is malformed, that the template refuses, or whose assistant's tokens
-            are not known for certain.
+        RowError: there is such a conversation, and no `bad`.
+        RequestError: the template is no Jinja, or the tokenizer does not say where its tokens are.
     """
     if not learn_all and not tokenizer.is_fast:
         raise RequestError(
             "--loss-on assistant: the teacher's tokenizer does not say where its tokens are in the text; "
             "give --loss-on all"
         )
+    write = form.text if learn_all else form.text_and_spans
     beginnings = _beginnings(tokenizer)
-    for rows in _batches(chats):
-        checked = [(where, check_messages(value, where, column)) for where, value in rows]
-        for (_, messages), (tokens, learned) in zip(
-            checked, _chat_tokens(checked, tokenizer, form, learn_all), strict=True
-        ):
+    for rows in _batches(_written(chats, write, column, bad)):
+        for (_, messages, _), (tokens, learned) in _chat_tokens(rows, tokenizer, learn_all, bad):
             prefix = next((len(p) for p in beginnings if tuple(tokens[: len(p)].tolist()) == p), 0)
             learned[1:prefix] = False
             yield Tokenised(tokens=tokens, learned=learned, prefix=prefix, key=document_key(messages))
@@ -114,27 +123,46 @@ def _beginnings(tokenizer: Any) -> list[tuple[int, ...]]:
 
 
 def _chat_tokens(
-    rows: list[tuple[str, list[Message]]], tokenizer: Any, form: ChatFormat, learn_all: bool
-) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]:
-    """Tokens and mask of each conversation; rows: where it stands, and its messages."""
+    rows: list[_Written], tokenizer: Any, learn_all: bool, bad: BadRows | None
+) -> Iterator[tuple[_Written, tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]]:
+    """Tokens and mask of each conversation whose assistant's tokens are known for certain."""
     if learn_all:
-        texts = [form.text(messages, where) for where, messages in rows]
-        for ids in _encode(tokenizer, texts, add_special_tokens=False)["input_ids"]:
-            yield np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)
+        found = _encode(tokenizer, [text for _, _, text in rows], add_special_tokens=False)["input_ids"]
+        for row, ids in zip(rows, found, strict=True):
+            yield row, (np.asarray(ids, np.int32), np.ones(len(ids), np.bool_))
         return
-    written = [form.text_and_spans(messages, where) for where, messages in rows]
-    found = _encode(
-        tokenizer, [text for text, _ in written], add_special_tokens=False, return_offsets_mapping=True
-    )
-    for (where, _), (text, spans), ids, offsets in zip(
-        rows, written, found["input_ids"], found["offset_mapping"], strict=True
-    ):
+    texts = [text for _, _, (text, _) in rows]
+    encoded = _encode(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
+    for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        place, _, (text, spans) = row
         try:
-            yield np.asarray(ids, np.int32), assistant_mask(tokenizer, text, spans, ids, offsets)
+            mask = assistant_mask(tokenizer, text, spans, ids, offsets)
         except ValueError as error:
-            raise RequestError(
-                f"DATASET {where}: {error}; mend the row, give another --chat-template, or --loss-on all"
-            ) from None
+            reason = f"{error}; correct the row, give another --chat-template, or --loss-on all"
+            _leave_out(RowError(f"DATASET {place}: {reason}"), bad)
+        else:
+            yield row, (np.asarray(ids, np.int32), mask)
+
+
+def _written(
+    chats: Iterable[tuple[str, Any]],
+    write: Callable[[list[Message], str], Any],
+    column: str,
+    bad: BadRows | None,
+) -> Iterator[_Written]:
+    """Each conversation that is well formed, and what `write` makes of it."""
+    for where, value in chats:
+        try:
+            messages = check_messages(value, where, column)
+            yield where, messages, write(messages, where)
+        except RowError as error:
+            _leave_out(error, bad)
+
+
+def _leave_out(error: RowError, bad: BadRows | None) -> None:
+    if bad is None:
+        raise error from None
+    bad.add(str(error))
 
 
 def before_last_turn(chat: Tokenised) -> Tokenised:

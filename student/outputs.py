@@ -7,11 +7,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from featurestore.tokenizer_files import TOKENIZER_FILES
 from student.arguments import Request
 from student.card.command import CARD, edited
 from student.errors import UserError
 from student.resume import find_checkpoint, last_checkpoint
-from student.saving import MANIFEST_FILE, TOKENIZER_FILES
+from student.saving import MANIFEST_FILE
 
 OVERWRITE = "--overwrite-output-dir"
 # What says that a directory has a student, a model, or the record of a training.

@@ -27,6 +27,7 @@ from pipeline.cli.capture_options import (
     TopPOption,
 )
 from pipeline.cli.data_options import (
+    BadRowsOption,
     ConfigOption,
     DatasetArgument,
     EndOption,
@@ -79,6 +80,7 @@ class RequestFlags:
     long: LongOption = "split"
     pack: PackOption = False
     append_eos: EndOption = False
+    bad_rows: BadRowsOption = "refuse"
     top_k: TopKOption = None
     top_p: TopPOption = None
     tail: TailOption = None
