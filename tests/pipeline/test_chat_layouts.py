@@ -110,8 +110,8 @@ def test_a_rendered_text_beside_alpaca_is_what_is_read(tmp_path: Path) -> None:
 
 def learned(tokenizer: Any, template: str, messages: Any) -> str:
     form = ChatFormat(tokenizer, template)
-    ((ids, mask),) = tokenise_chats([("row 3", messages)], tokenizer, form, "messages", False)
-    return str(tokenizer.decode(ids[mask], clean_up_tokenization_spaces=False))
+    (chat,) = tokenise_chats([("row 3", messages)], tokenizer, form, "messages", False)
+    return str(tokenizer.decode(chat.tokens[chat.learned], clean_up_tokenization_spaces=False))
 
 
 def thought(content: str, reasoning: str | None = "think of\nit") -> list[dict[str, Any]]:
