@@ -168,8 +168,9 @@ class StudentOptions:
         None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
     )
     eval_fraction: float = _flag(
-        0.1, "Share of the documents whose samples are held out for evaluation, chosen by their content; 0 holds nothing "
-        "out."
+        0.1,
+        "Share of the documents whose samples are held out for evaluation, chosen by their content; 0 holds "
+        "nothing out.",
     )
     json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
 
