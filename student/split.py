@@ -34,9 +34,7 @@ class Split:
         """What the user should know, in one line; empty where every sample is on a side by its document."""
         said = []
         if self.left_out:
-            said.append(
-                f"{self.left_out:,} samples are left out, as they share a document with held-out ones"
-            )
+            said.append(f"{self.left_out:,} samples are left out: they share a document with held-out ones")
         if self.unknown:
             said.append(
                 f"{self.unknown:,} samples do not name their documents and are split one by one, so held-out "
@@ -96,7 +94,7 @@ def _empty_side(sample_ids: Sequence[str], fraction: float, copies: Sequence[Doc
     names = {key for known in copies for keys in known for key in keys}
     whole = f", which come from {len(names):,} documents that are not divided" if names else ""
     return (
-        f"--eval-fraction {fraction:g} leaves no {side} sample of the {len(sample_ids)} in this cache{whole}"
-        "; choose another fraction (0 holds nothing out), or extend the cache with "
+        f"--eval-fraction {fraction:g} leaves no {side} sample of the {len(sample_ids)} in this cache"
+        f"{whole}; choose another fraction (0 holds nothing out), or extend the cache with "
         f"{'more documents' if names else '`distily-cache generate --num-samples`'}"
     )
