@@ -100,7 +100,7 @@ class ConsoleReporter:
         self._bar.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def reading(self, rows: int) -> None:
         self._so_far(self._reading, rows, 0, f"read {rows:,} rows")
