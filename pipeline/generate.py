@@ -98,9 +98,14 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     identity = identity_of(request, teacher, engine_version(request))
     store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
-    selection = select(request, teacher, tokenizer, report)
+    groups = request.groups(teacher)
+
+    def covered(wanted: Sequence[tuple[str, int]]) -> bool:
+        return store is not None and plan_missing(store, wanted, groups, request.shard_size).nothing_to_do
+
+    selection = select(request, teacher, tokenizer, report, covered)
     samples, writing = {sample.id: sample for sample in selection.samples}, None
-    wanted = [(sample.id, len(sample)) for sample in selection.samples]
+    wanted = list(selection.wanted)
     if writer is not None:
         writing = plan_writing(request, teacher, writer, selection, store.root if store else None)
         samples, wanted = writing.samples_by_id(), writing.extents()
@@ -109,7 +114,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         teacher=teacher,
         identity=identity,
         samples=samples,
-        plan=plan_missing(store, wanted, request.groups(teacher), request.shard_size, first_tokens),
+        plan=plan_missing(store, wanted, groups, request.shard_size, first_tokens),
         store=store,
         precision=precision,
         first_tokens=first_tokens,

@@ -7,7 +7,6 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -61,7 +60,7 @@ def render_sample(console: Console, view: SampleView, pieces: Pieces | None) -> 
         numbers = (row.probability, row.head_mass, row.entropy)
         table.add_row(
             str(row.position),
-            escape(shown(row.token, pieces)),
+            Text(shown(row.token, pieces)),
             *("" if number is None else f"{number:.3f}" for number in numbers),
             Text(best, no_wrap=True, overflow="ellipsis"),
         )

@@ -100,7 +100,7 @@ class ConsoleReporter:
         self._bar.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def reading(self, rows: int) -> None:
         self._so_far(self._reading, rows, 0, f"read {rows:,} rows")
@@ -115,6 +115,7 @@ class ConsoleReporter:
         now = time.monotonic()
         if count <= self._counted:  # another data set, or another stage of its reading
             self._count_began = self._said = now
+            self._hide_counts()
         self._counted = count
         if task is not None and now - self._said >= _SECONDS_PER_UPDATE:
             self._said = now
@@ -125,7 +126,13 @@ class ConsoleReporter:
             self._said = now
             self.stage(line)
 
+    def _hide_counts(self) -> None:
+        for task in (self._reading, self._tokenising):
+            if task is not None:
+                self._bar.update(task, visible=False)
+
     def writing(self, texts_done: int, texts_total: int) -> None:
+        self._hide_counts()
         self._texts, self._texts_total, self._new_tokens = texts_done, texts_total, 0
         self._said = self._write_began = time.monotonic()
         if self._writing is not None and texts_done < texts_total:
@@ -145,6 +152,7 @@ class ConsoleReporter:
             self.stage(f"written {self._texts:,}/{self._texts_total:,} texts, {rate:,.0f} tok/s")
 
     def start(self, tokens_done: int, tokens_total: int) -> None:
+        self._hide_counts()
         self._began, self._done, self._offset, self._total = time.monotonic(), 0, tokens_done, tokens_total
         if self._task is not None:
             self._bar.start_task(self._task)

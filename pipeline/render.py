@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from featurestore.amounts import duration
 from featurestore.gc import Collection
@@ -92,7 +93,8 @@ def _by(record: dict[str, Any]) -> str:
 
 def render_report(console: Console, report: Report) -> None:
     for problem in report.problems:
-        console.print(f"[red]damaged[/red] {problem.path}: {problem.what}", highlight=False, soft_wrap=True)
+        line = Text.assemble(("damaged", "red"), f" {problem.path}: {problem.what}")
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{len(report.problems)} problems in {report.checked_files:,} files, "
         f"{decimal(report.checked_bytes)} read, {report.rows:,} rows",
@@ -104,7 +106,9 @@ def render_shards(console: Console, shards: list[Shard]) -> None:
     table = Table("shard", "samples", "tokens", "bytes", "column groups")
     for shard in shards:
         groups = ", ".join(group for group in shard.groups if group != "samples")
-        state = groups if shard.complete else f"{groups or 'nothing yet'} [yellow](incomplete)[/yellow]"
+        state = Text(groups)
+        if not shard.complete:
+            state = Text.assemble(groups or "nothing yet", " ", ("(incomplete)", "yellow"))
         table.add_row(shard.task, f"{shard.samples:,}", f"{shard.rows:,}", decimal(shard.bytes), state)
     console.print(table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from pipeline.bad_rows import BadRows
 from pipeline.chats import ChatFormat
 from pipeline.errors import RequestError
 from pipeline.progress import Reporter
+from pipeline.remembered import key_of, recall, remember
 from pipeline.request import GenerateRequest
 from pipeline.samples import MIN_TOKENS, LeftOut, make_samples
 from pipeline.teacher import Teacher
@@ -23,6 +24,8 @@ from pipeline.tokens import Tokenised, before_last_turn, tokenise_chats, tokenis
 class Selection:
     """The samples wanted, in order; what was left out; the text of --chat-template, where it was given.
 
+    wanted: (id, length) of each sample. `samples` is empty where the store covers the request, and it was
+    remembered which samples it asks for.
     Where texts are to be written, a prompt is what a sample begins with, up to `prompt_tokens`.
     """
 
@@ -30,10 +33,20 @@ class Selection:
     left_out: LeftOut
     chat_template: str | None
     prompt_tokens: int | None = None
+    wanted: Sequence[tuple[str, int]] = ()
 
 
-def select(request: GenerateRequest, teacher: Teacher, tokenizer: Any, report: Reporter) -> Selection:
+def select(
+    request: GenerateRequest,
+    teacher: Teacher,
+    tokenizer: Any,
+    report: Reporter,
+    covered: Callable[[Sequence[tuple[str, int]]], bool] = lambda wanted: False,
+) -> Selection:
     """Read the data set and make samples of it.
+
+    covered: whether a store lacks nothing of the samples, (id, length) each. Then they are not made again if
+    it is remembered which they are.
 
     Raises:
         RequestError: anything about data set, tokenizer or chat template that the user has to mend.
@@ -51,6 +64,12 @@ def select(request: GenerateRequest, teacher: Teacher, tokenizer: Any, report: R
     max_seq_len = longest = request.sequence_length(teacher)
     if request.writing:
         longest = request.writing.longest_prompt(max_seq_len, documents.chats)
+    key = key_of(request, teacher, tokenizer, template, documents.fingerprint())
+    known = None if request.writing else recall(key)
+    if known is not None and covered(known.wanted):
+        if known.left_out.bad_rows:
+            report.stage(f"dropped {known.left_out.bad_rows:,} bad rows")
+        return Selection([], known.left_out, template, wanted=known.wanted)
     learn_all = request.loss_on == "all" or not documents.chats
     bad = BadRows()
     values = bad.usable(documents.values)
@@ -77,7 +96,10 @@ def select(request: GenerateRequest, teacher: Teacher, tokenizer: Any, report: R
         drop_long=request.long == "drop" or bool(request.writing and documents.chats),
         joiner=(_end_of_sequence(tokenizer, "--pack"), learn_all) if request.pack else None,
     )
-    return Selection(samples, left_out, template, longest if request.writing else None)
+    wanted = [(sample.id, len(sample)) for sample in samples]
+    if not request.writing:
+        remember(key, wanted, left_out)
+    return Selection(samples, left_out, template, longest if request.writing else None, wanted)
 
 
 def _samples(

@@ -200,8 +200,8 @@ def eval_(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A .txt, .jsonl or .parquet file, a hub data set as NAME or NAME:CONFIG, or an entry of "
-            "suites.yaml such as wikipedia-de. Can be repeated."
+            help="A .txt, .jsonl, .csv or .parquet file, also .gz or .zst, a hub data set as NAME or "
+            "NAME:CONFIG, or an entry of suites.yaml such as wikipedia-de. Can be repeated."
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of the hub data sets in --text; train.")] = None,

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pipeline.cli.data_options import ConfigOption, DatasetArgument, SplitOption
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, OutOption, ShardOption, StoreArgument, TrustOption
-from pipeline.cli.output import print_json, say
+from pipeline.cli.output import console, print_json, say
 
 
 def merge(
@@ -31,7 +30,7 @@ def merge(
     from pipeline.progress import bytes_progress
 
     with exit_codes():
-        with bytes_progress(Console(stderr=True), "merge") as advance:
+        with bytes_progress(console(stderr=True), "merge") as advance:
             merged = merge_stores(store, sources, advance)
         if as_json:
             print_json({"store": str(store), **merged.to_json()})
@@ -64,7 +63,7 @@ def export(
 
     with exit_codes():
         kinds = [kind.strip() for kind in groups.split(",") if kind.strip()] or None
-        with tokens_progress(Console(stderr=True), "export") as advance:
+        with tokens_progress(console(stderr=True), "export") as advance:
             exported = export_store(store, out, format_name, kinds, advance)
         if as_json:
             print_json({"out": str(out), **exported.to_json()})
@@ -122,7 +121,7 @@ def import_command(
             shard_tokens=shard_tokens,
             trust_remote_code=trust_remote_code,
         )
-        with tokens_progress(Console(stderr=True), "import") as advance:
+        with tokens_progress(console(stderr=True), "import") as advance:
             outcome = import_dataset(request, advance)
         if as_json:
             print_json({"store": str(out), **asdict(outcome)})

@@ -6,11 +6,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption
-from pipeline.cli.output import print_json, say
+from pipeline.cli.output import console, print_json, say
 from pipeline.cli.request_flags import RequestFlags, takes_request
 
 
@@ -59,13 +58,13 @@ def plan(
         if as_json:
             print_json(forecast.to_json())
         else:
-            render_plan(Console(), forecast)
+            render_plan(console(), forecast)
 
 
 def _reporter() -> Any:
     from pipeline.progress import ConsoleReporter
 
-    return ConsoleReporter(Console(stderr=True))
+    return ConsoleReporter(console(stderr=True))
 
 
 def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:

@@ -9,8 +9,14 @@ from typing import Any
 from rich.console import Console
 
 
+def console(stderr: bool = False) -> Console:
+    """Where tables and progress go; names of files, teachers and tokens are never markup there."""
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 def say(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+    """Print a line on stderr."""
+    console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -6,12 +6,11 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from featurestore.errors import FeatureStoreError, MissingFeatureError
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
-from pipeline.cli.output import print_json
+from pipeline.cli.output import console, print_json
 from pipeline.errors import RequestError
 
 
@@ -41,11 +40,11 @@ def info(
         if as_json:
             print_json({**found.to_json(), "mass_by_rank": None if ranks is None else ranks.to_json()})
             return
-        console = Console()
-        render_info(console, found)
-        render_sizes(console, found)
+        shown = console()
+        render_info(shown, found)
+        render_sizes(shown, found)
         if ranks is not None:
-            render_ranks(console, ranks)
+            render_ranks(shown, ranks)
 
 
 def verify(
@@ -65,7 +64,7 @@ def verify(
         if as_json:
             print_json(report.to_json())
         else:
-            render_report(Console(), report)
+            render_report(console(), report)
         if report.problems:
             raise typer.Exit(1)
 
@@ -80,7 +79,7 @@ def list_command(store: StoreArgument, as_json: JsonOption = False) -> None:
         if as_json:
             print_json([shard.to_json() for shard in shards])
         else:
-            render_shards(Console(), shards)
+            render_shards(console(), shards)
 
 
 def gc(
@@ -105,7 +104,7 @@ def gc(
         if as_json:
             print_json(found.to_json())
         else:
-            render_collection(Console(), found)
+            render_collection(console(), found)
 
 
 def _show_sample(store: str, index: int, tokens: int, as_json: bool) -> None:
@@ -121,7 +120,7 @@ def _show_sample(store: str, index: int, tokens: int, as_json: bool) -> None:
     if as_json:
         print_json(sample_json(view, pieces))
     else:
-        render_sample(Console(), view, pieces)
+        render_sample(console(), view, pieces)
 
 
 def _mass_by_rank(store: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _CACHE_ROWS = (
     ("cross-entropy, nats", "ce"),
@@ -33,8 +34,8 @@ def _show_cache(cache: dict[str, Any], console: Console) -> None:
     for label, name in _CACHE_ROWS:
         kind = cache["exactness"].get(name, "exact")
         what = label if kind == "exact" else f"{label} ({kind})"
-        table.add_row(what, _number(cache["student"][name]), _number(cache["teacher"].get(name)))
-    console.print(title, table)
+        _add(table, what, _number(cache["student"][name]), _number(cache["teacher"].get(name)))
+    console.print(Text(title), table)
     for title, rows, whole in (
         ("by position in the sample", cache["by_position"], True),
         ("by entropy of the teacher, nats", cache["by_entropy"], False),
@@ -43,7 +44,7 @@ def _show_cache(cache: dict[str, Any], console: Console) -> None:
         for row in rows:
             ends = [f"{row[end]:.0f}" if whole else f"{row[end]:.3f}" for end in ("from", "to")]
             values = [_number(row[name]) for name in ("kl", "ce", "teacher_ce")]
-            table.add_row(*ends, f"{row['positions']:,}", *values)
+            _add(table, *ends, f"{row['positions']:,}", *values)
         console.print(title, table)
 
 
@@ -53,7 +54,7 @@ def _show_texts(texts: list[dict[str, Any]], console: Console) -> None:
     for text in texts:
         sides = [text["student"], text["teacher"] or {}]
         values = [_number(side.get(name)) for name in ("perplexity", "bits_per_byte") for side in sides]
-        table.add_row(text["name"], f"{text['tokens']:,}", *values)
+        _add(table, text["name"], f"{text['tokens']:,}", *values)
     console.print(table)
 
 
@@ -62,7 +63,7 @@ def _show_tasks(tasks: list[dict[str, Any]], console: Console) -> None:
     for task in tasks:
         metric = task["metric"] if task["filter"] == "none" else f"{task['metric']} ({task['filter']})"
         sides = [_with_error(task[side], task[f"{side}_stderr"]) for side in ("student", "teacher")]
-        table.add_row(task["task"], metric, f"{task['samples']:,}", *sides)
+        _add(table, task["task"], metric, f"{task['samples']:,}", *sides)
     console.print(table)
 
 
@@ -72,6 +73,11 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="left" if name == "metric" else "right")
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of names and numbers as they are: brackets would be markup."""
+    table.add_row(*map(Text, cells))
 
 
 def _number(value: float | None) -> str:

@@ -36,7 +36,10 @@ def suite_members(names: tuple[str, ...], kind: str) -> list[tuple[str, str]]:
 def text_sources(options: TextOptions, suites: tuple[str, ...]) -> list[TextSource]:
     """The texts of --text and --suite, each once."""
     names = [*options.names, *(member for _, member in suite_members(suites, "texts"))]
-    return [_source(name, options) for name in dict.fromkeys(names)]
+    sources = [_source(name, options) for name in dict.fromkeys(names)]
+    if options.split and sources and all(Path(source.source).expanduser().is_file() for source in sources):
+        raise UserError(f"--split {options.split}: no data set of the hub is in --text; leave it out")
+    return sources
 
 
 def _source(name: str, options: TextOptions) -> TextSource:

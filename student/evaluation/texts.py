@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
+from featurestore.datafiles import UNDERSTOOD, DataFileError, iterate_rows, kind_of, read_text
 from student.errors import UserError
 from student.evaluation.measures import perplexity
 from student.evaluation.models import Side
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_PLAIN = (".txt", ".md", ".rst")
 _ROWS = 256  # logits in float32 at a time
 DEFAULT_LENGTH = 1024
 
@@ -43,7 +42,7 @@ class TextSource:
     def documents(self) -> Iterator[str]:
         """The texts in their order; hub data sets are streamed. UserError for a source without texts."""
         path = Path(self.source).expanduser()
-        if path.suffix.lower() in _PLAIN and path.is_file():
+        if path.is_file() and kind_of(path) == "text":
             text = _read(path, self.source)
             if text.strip():
                 yield text
@@ -73,29 +72,31 @@ class TextSource:
             return None
 
     def _rows(self, path: Path) -> Iterable[dict[str, Any]]:
+        if path.is_file():
+            return self._rows_of_file(path)
+        if path.exists() or self.source.startswith((".", "/", "~")):
+            raise UserError(f"--text {self.source}: no such file")
         import datasets
 
         name, _, config = self.source.partition(":")
-        local = path.is_file()
-        if local and path.suffix.lower() not in _BUILDERS:
-            known = ", ".join((*_PLAIN, *_BUILDERS))
-            raise UserError(f"--text {self.source}: a file of another kind; give one of {known}")
-        if not local and (path.exists() or self.source.startswith((".", "/", "~"))):
-            raise UserError(f"--text {self.source}: no such file")
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         datasets.disable_progress_bars()
         try:
-            if local:
-                builder = _BUILDERS[path.suffix.lower()]
-                rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
-            else:
-                rows = datasets.load_dataset(name, config or None, split=self.split, streaming=True)
+            rows = datasets.load_dataset(name, config or None, split=self.split, streaming=True)
             return _peeked(rows)
         except Exception as error:  # builders raise whatever their libraries do
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(
                 f"--text {self.source}: no file, and no data set that can be read ({reason})"
             ) from error
+
+    def _rows_of_file(self, path: Path) -> Iterator[dict[str, Any]]:
+        if kind_of(path) is None:
+            raise UserError(f"--text {self.source}: a file of another kind; give one of {UNDERSTOOD}")
+        try:
+            yield from iterate_rows(path)
+        except DataFileError as error:
+            raise UserError(f"--text {self.source}: cannot be read: {error}") from error
 
     def _column(self, row: dict[str, Any]) -> str:
         column = self.column or "text"
@@ -131,9 +132,9 @@ def _peeked(rows: Any) -> Iterable[dict[str, Any]]:
 
 def _read(path: Path, source: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--text {source}: cannot be read as UTF-8 text ({error})") from error
+        return read_text(path)
+    except DataFileError as error:
+        raise UserError(f"--text {source}: cannot be read: {error}") from error
 
 
 def check_text(source: TextSource) -> None:

@@ -116,7 +116,12 @@ def _source(spec: SweepSpec, manifest: str, home: Home, listed: list[Run]) -> So
 def _watch(pool: Pool, state: Sweep) -> None:
     """Runs them with a line for each change on standard error, and a bar where that is a terminal."""
     console = Console(stderr=True)
-    parts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    parts = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     with Progress(*parts, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=state.spec.size)
 

@@ -92,6 +92,39 @@ def test_a_limit_ends_after_whole_windows_for_both_tokenizers(tmp_path: Path) ->
     assert len(list(windows(range(50), 0, [], 8))) == 7
 
 
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "json", "csv", "tsv.gz", "parquet", "jsonl.zst", "arrow"])
+@pytest.mark.parametrize("name", ["rows[1]", "a*b?", "two\nlines", "a::b"])
+def test_kinds_of_files_at_any_path(tmp_path: Path, suffix: str, name: str) -> None:
+    texts, file = ["the teacher", "NA", "of a\nstudent"], tmp_path / f"{name}.{suffix}"
+    (tmp_path / f"rows1.{suffix}").write_bytes(b"neighbour")
+    table = pa.table({"text": texts})
+    kind, _, packing = suffix.partition(".")
+    content = {
+        "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts),
+        "json": json.dumps([{"text": text} for text in texts], indent=1),
+        "csv": 'text\nthe teacher\nNA\n"of a\nstudent"\n',
+        "tsv": 'text\tn\nthe teacher\t1\nNA\t2\n"of a\nstudent"\t3\n',
+    }.get(kind, "")
+    if kind == "parquet":
+        pq.write_table(table, file)
+    elif kind == "arrow":
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    elif packing:
+        codec = "gzip" if packing == "gz" else "zstd"
+        with pa.CompressedOutputStream(str(file), codec) as stream:
+            stream.write(content.encode())
+    else:
+        file.write_text(content)
+    assert list(TextSource("x", str(file)).documents()) == texts
+
+
+def test_a_split_of_files_alone_is_refused(refused: Refused, student: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "the teacher"}')
+    line = refused("eval", student, "--text", tmp_path / "rows.jsonl", "--split", "test")
+    assert "--split test: no data set of the hub" in line
+
+
 def test_bad_requests(refused: Refused, student: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"words": "the teacher"}')
     (tmp_path / "empty.txt").write_text("")
