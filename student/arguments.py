@@ -15,9 +15,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from student.errors import UserError
+from student.flag_checks import check_flags
 from student.options import OBJECTIVE_FLAGS, StudentOptions
+from student.precision import settle, uses_cpu
 
 _BOOLEANS = frozenset({"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"})
+_COUNTING = ("--include_num_input_tokens_seen", "--include-num-input-tokens-seen")
+_TOKEN_COUNTS = frozenset({"all", "non_padding"})
 _DESCRIPTION = """\
 Train a student from a cache of teacher features, without the teacher. STORE is what `distily-cache generate`
 made; --output-dir receives checkpoints, the trained student (`from_pretrained` loads it), report.html and
@@ -41,6 +45,7 @@ class Request:
     store: str
     options: StudentOptions
     training: TrainingArguments
+    notes: tuple[str, ...] = ()  # what was chosen for the user, to be shown before training
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -63,14 +68,29 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `distily-train from-cache --help`")
 
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """argparse's own; checks and completes the flags before TrainingArguments are made of them."""
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        check_flags(namespace)
+        namespace.use_cpu = uses_cpu(namespace.use_cpu)
+        on_gpu = not namespace.use_cpu and torch.cuda.is_available()
+        if namespace.dataloader_num_workers is None:
+            namespace.dataloader_num_workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+        if namespace.dataloader_pin_memory is None:
+            namespace.dataloader_pin_memory = on_gpu
+        return namespace, rest
+
 
 def defaults() -> dict[str, Any]:
     """Our defaults where TrainingArguments' own do not suit distillation from a cache; any explicit flag
     wins.
     """
-    on_gpu = torch.cuda.is_available()
     return {
-        "use_cpu": not torch.accelerator.is_available(),  # without it --bf16 is refused on CPUs
+        # Follow from the machine once all flags are known.
+        "use_cpu": None,
+        "bf16": None,
+        "dataloader_num_workers": None,
+        "dataloader_pin_memory": None,
         "eval_strategy": "steps",
         "eval_steps": 0.1,
         "eval_on_start": True,
@@ -84,8 +104,6 @@ def defaults() -> dict[str, Any]:
         "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,
-        "dataloader_num_workers": min(4, os.cpu_count() or 1) if on_gpu else 0,
-        "dataloader_pin_memory": on_gpu,
     }
 
 
@@ -105,6 +123,14 @@ def make_parser() -> Any:
         help="cache made by `distily-cache generate`: a directory, s3://bucket/prefix or gs://bucket/prefix",
     )
     parser.set_defaults(**defaults())
+    parser.add_argument(
+        "--no_bf16",
+        "--no-bf16",
+        dest="bf16",
+        action="store_false",
+        default=None,
+        help="The same as --bf16 False.",
+    )
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too
             action.nargs, action.const = "?", True
@@ -119,7 +145,7 @@ def make_parser() -> Any:
 
 
 def _token_count(value: str) -> str | bool:
-    return value if value in ("all", "non_padding") else bool(string_to_bool(value))
+    return value if value in _TOKEN_COUNTS else bool(string_to_bool(value))
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -142,7 +168,7 @@ def parse(argv: Sequence[str]) -> Request:
     if options.objective is not None:
         _check_alone(argv)
     options.check()
-    return Request(rest.store, options, training)
+    return Request(rest.store, options, training, tuple(settle(training, training.bf16)))
 
 
 def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
@@ -152,7 +178,8 @@ def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
     optional = {name for action in parser._actions if action.nargs == "?" for name in action.option_strings}
     bound = []
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        alone = word in optional and following.lower() not in _BOOLEANS
+        values = _BOOLEANS | _TOKEN_COUNTS if word in _COUNTING else _BOOLEANS
+        alone = word in optional and following.lower() not in values
         bound.append(f"{word}=True" if alone else word)
     return bound
 

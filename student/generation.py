@@ -17,6 +17,7 @@ from student.export import bitblas
 from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
+from student.precision import inference_device
 from student.saving import attention, student_config
 from student.tokenizer import load_tokenizer
 
@@ -43,14 +44,15 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     parameters and buffers as they lie in memory, `peak_memory_bytes` of the process or the GPU.
     """
     _check(request)
+    device = inference_device()
     tokenizer = student_tokenizer(request.directory)
     model = load(request.directory)
     if request.kernel == "bitblas":
         if not any(True for _ in integer_linears(model)):
             raise UserError(f"--kernel bitblas: {request.directory} has no ternary weights")
         bitblas.use_bitblas(model)
-    elif torch.cuda.is_available():
-        model.cuda()
+    else:
+        model.to(device)
     ids_1T = _prompt_ids(tokenizer, request).to(model.device)
     torch.manual_seed(request.seed)
     started = time.perf_counter()

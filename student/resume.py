@@ -20,6 +20,7 @@ from student.errors import UserError
 from student.saving import MANIFEST_FILE, saved_config
 from student.weights import CheckpointTensors
 
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin")
 _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint
 
 
@@ -43,6 +44,18 @@ class KeptCallback(TrainerCallback):  # type: ignore[misc]
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means: a directory, or for `True` the last whole one."""
+    checkpoint = _find(args)
+    if checkpoint is None or finished(checkpoint, args):
+        return checkpoint
+    if not any((checkpoint / name).exists() for name in _OPTIMIZER):
+        raise UserError(
+            f"--resume-from-checkpoint: {checkpoint} was saved with --save-only-model and has no optimizer "
+            f"state to resume with; start from its weights with --student {checkpoint}"
+        )
+    return checkpoint
+
+
+def _find(args: TrainingArguments) -> Path | None:
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
-from transformers import TrainingArguments, set_seed
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 
 from featurestore.reader import CacheReader
 from student.arguments import Request
@@ -30,6 +33,8 @@ from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
+
+_FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     data = plan_data(objective, reader, options.eval_fraction, learned, options.train_samples)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
+        _check_needs_evaluation(args)
         args.eval_strategy, args.eval_on_start = "no", False
     _check_optimizer(args, plan.masters)
     _check_schedule(args, options.bitnet_two_stage)
@@ -99,6 +105,9 @@ def build(prepared: Prepared) -> Built:
     options, args = prepared.request.options, prepared.request.training
     reader, objective, data = prepared.reader, prepared.objective, prepared.data
     check_writable(Path(args.output_dir))
+    if args.process_index == 0:
+        for note in prepared.request.notes:
+            typer.echo(note, err=True)
     set_seed(args.seed)
     student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
     if options.pack_rows:
@@ -159,8 +168,20 @@ def _evaluated_last_step(trainer: DistillationTrainer) -> bool:
     return bool(evaluated) and evaluated[-1] == trainer.state.global_step
 
 
+def _check_needs_evaluation(args: TrainingArguments) -> None:
+    """UserError for what follows held-out metrics where nothing is held out."""
+    follows = {
+        "--load-best-model-at-end": args.load_best_model_at_end,
+        "--save-strategy best": args.save_strategy == "best",
+        **{f"--lr-scheduler-type {name}": args.lr_scheduler_type == name for name in _FOLLOWS_METRIC},
+    }
+    for flag, given in follows.items():
+        if given:
+            raise UserError(f"{flag} needs held-out samples; give an --eval-fraction above 0")
+
+
 def _check_optimizer(args: TrainingArguments, masters: str) -> None:
-    """Trainer finds a missing optimizer library only when training begins."""
+    """Trainer finds a missing library, and values that its optimizers refuse, only when training begins."""
     name = str(args.optim.value)
     if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(
@@ -171,12 +192,43 @@ def _check_optimizer(args: TrainingArguments, masters: str) -> None:
         raise UserError(
             f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
         )
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([_tensor()], **options) if kind.__module__.startswith("torch.optim") else None
+    except ImportError as error:
+        raise UserError(
+            f"--optim {name} needs a package that is not installed ({' '.join(str(error).split())})"
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        if "pass a model" in str(error):  # which there is not yet
+            return
+        raise UserError(
+            f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, --adam-beta2 "
+            f"and --adam-epsilon: {' '.join(str(error).split())}"
+        ) from error
+    _check_scheduler(args, optimizer or torch.optim.SGD([_tensor()]))
+
+
+def _check_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+    """UserError for options that the schedule does not take, or lacks."""
+    name, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(name, optimizer, 1, 10, options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--lr-scheduler-type {name} cannot be had with --lr-scheduler-kwargs {json.dumps(options)}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _tensor() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(1))
 
 
 def _check_schedule(args: TrainingArguments, two_stage: bool) -> None:
     """A second stage multiplies a rate that is a function of the step."""
     name = str(args.lr_scheduler_type.value)
-    if two_stage and name in ("reduce_lr_on_plateau", "greedy"):
+    if two_stage and name in _FOLLOWS_METRIC:
         raise UserError(
             f"--bitnet-two-stage: --lr-scheduler-type {name} follows the loss and not the step; use cosine "
             "or linear"

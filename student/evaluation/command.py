@@ -17,6 +17,7 @@ from student.evaluation.request import EvalRequest
 from student.evaluation.suites import text_sources
 from student.evaluation.texts import TextSource
 from student.export.source import quantization_of, read_config
+from student.precision import inference_device
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
 
 def _plan(request: EvalRequest) -> _Plan:
     request.check()
+    inference_device()  # refuses a GPU that torch does not see
     student = student_side(request.directory)
     teacher = teacher_side(request.teacher, request.teacher_dtype) if request.teacher else None
     sides = [student, *([teacher] if teacher else [])]

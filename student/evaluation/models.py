@@ -12,6 +12,7 @@ import torch
 from student.build import load_config
 from student.errors import UserError
 from student.generation import load, student_tokenizer
+from student.precision import inference_device, inference_dtype
 from student.saving import attention, saved_config
 from student.tokenizer import load_tokenizer
 
@@ -32,7 +33,7 @@ class Side:
         packed.
         """
         model = load(Path(self.source)) if self.dtype is None else _teacher(self.source, self.dtype)
-        return model.cuda() if torch.cuda.is_available() else model
+        return model.to(inference_device())
 
 
 def student_side(directory: Path) -> Side:
@@ -64,6 +65,9 @@ def _teacher(source: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(source, "--teacher")
+    saved = str(config.dtype).removeprefix("torch.")
+    if dtype == "auto" and inference_dtype(saved) != saved:
+        dtype = inference_dtype(saved)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention(config)).eval()
     except (OSError, ValueError, KeyError) as error:
