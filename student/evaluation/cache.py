@@ -22,6 +22,7 @@ from student.data import IGNORE, CachedDataset, Collator, pad
 from student.decoding import decode_hidden, decode_labels, decode_targets
 from student.evaluation.measures import (
     calibration_error,
+    kl_exactness,
     mean,
     means_by,
     perplexity,
@@ -53,12 +54,13 @@ class CachePlan:
 
     @property
     def exactness(self) -> dict[str, str]:
-        """What the KL and the reverse KL are: exact (up to the rounding of the final states), unbiased,
-        or a lower bound.
+        """What the KL and the reverse KL are: exact (up to the rounding of what is stored), unbiased, or a
+        lower bound.
         """
-        if self.final is not None:
+        kl = kl_exactness(self.logits, self.reader.identity.vocab_size)
+        if self.final is not None or kl == "exact":
             return {"kl": "exact", "reverse_kl": "exact"}
-        return {"kl": "unbiased" if self.logits.tail else "lower bound", "reverse_kl": "lower bound"}
+        return {"kl": kl, "reverse_kl": "lower bound"}
 
 
 def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:

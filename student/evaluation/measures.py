@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.schema import LogitsSpec
+
 Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15
@@ -21,6 +23,13 @@ CALIBRATION_BINS = 15
 def perplexity(nats: float) -> float:
     """exp of a mean in nats, finite."""
     return math.exp(min(nats, 700.0))
+
+
+def kl_exactness(logits: LogitsSpec, vocab_size: int) -> str:
+    """What KL(teacher || student) from stored rows of this kind is of the KL over the whole vocabulary."""
+    if logits.top_k >= vocab_size and logits.top_p is None:
+        return "exact"
+    return "unbiased" if logits.tail else "lower bound"
 
 
 def calibration_error(confidence_N: Array, right_N: Array, bins: int = CALIBRATION_BINS) -> float:
