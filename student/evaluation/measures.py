@@ -73,6 +73,20 @@ def means_by(
     return rows
 
 
+def cluster_error(sums_G: Array, counts_G: Array) -> float | None:
+    """Standard error of the mean per position, sum(sums) / sum(counts), where positions of one cluster (a
+    sample) depend on each other: that of a ratio estimator (Cochran, Sampling Techniques, 6.4). sums, counts:
+    per cluster. None for fewer than two clusters with positions, or where a value is not known.
+    """
+    sums_G, counts_G = sums_G[counts_G > 0].astype(np.float64), counts_G[counts_G > 0].astype(np.float64)
+    clusters, total = len(counts_G), counts_G.sum()
+    if clusters < 2:
+        return None
+    left_G = sums_G - sums_G.sum() / total * counts_G
+    error = float(np.sqrt(clusters / (clusters - 1) * np.square(left_G).sum()) / total)
+    return error if math.isfinite(error) else None
+
+
 def mean(values_N: Array) -> float | None:
     """In float64; None where a value is not known (NaN)."""
     value = float(values_N.mean(dtype=np.float64))

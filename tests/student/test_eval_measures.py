@@ -9,6 +9,7 @@ import pytest
 
 from student.evaluation.measures import (
     calibration_error,
+    cluster_error,
     means_by,
     perplexity,
     power_edges,
@@ -68,6 +69,31 @@ def test_buckets_by_quantile_hold_everything_once() -> None:
         assert (len(inside), row["value"]) == (row["positions"], pytest.approx(sum(inside) / len(inside)))
     ties = np.array([1.0] * 9 + [2.0])
     assert [row["positions"] for row in means_by(ties, quantile_edges(ties, 4), {})] == [10]
+
+
+def test_the_error_of_a_mean_is_that_of_dependent_positions() -> None:
+    """Of the samples' residuals as in the textbook; and what means of many draws of samples scatter by."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, 40)
+    levels = rng.gamma(2.0, 1.0, 40)  # a sample's positions have a level in common
+    sums = np.array(
+        [rng.normal(level, 0.3, count).sum() for level, count in zip(levels, counts, strict=True)]
+    )
+    mean = sum(sums) / sum(counts)
+    residuals = [(s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True)]
+    wanted = math.sqrt(40 / 39 * sum(residuals)) / sum(counts)
+    error = cluster_error(sums, counts)
+    assert error == pytest.approx(wanted, rel=1e-12)
+    picks = rng.integers(0, 40, (20_000, 40))
+    scatter = (sums[picks].sum(1) / counts[picks].sum(1)).std()
+    assert error == pytest.approx(scatter, rel=0.05)
+    empty = cluster_error(np.append(sums, 0.0), np.append(counts, 0))
+    assert empty == pytest.approx(wanted, rel=1e-12)  # a sample without learned positions is none
+    assert cluster_error(sums[:1], counts[:1]) is None
+    assert cluster_error(np.array([1.0, math.nan]), np.array([1, 1])) is None
+    # Independent positions: the usual standard error of a mean.
+    values = rng.normal(0.0, 1.0, 50)
+    assert cluster_error(values, np.ones(50)) == pytest.approx(values.std(ddof=1) / math.sqrt(50), rel=1e-12)
 
 
 def test_perplexity_stays_finite() -> None:
