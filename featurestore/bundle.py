@@ -160,7 +160,7 @@ class Bundle:
         return found.decode() if isinstance(found, LogitsCodes) else found
 
     def codes(self, position: int, want: GroupSpec) -> GroupCodes:
-        """The same as stored."""
+        """The same as stored, but for `LogitsCodes.closed`."""
         record = self._record(want)
         try:
             found = self._read(record, position)
@@ -172,9 +172,10 @@ class Bundle:
             self._verified.discard((self.task.id, record.group))
             with self._root.naming():
                 found = self._read(record, position)
-        if isinstance(want, LogitsSpec) and isinstance(found, LogitsCodes) and want != record.spec:
-            return found.narrow(want, self.samples()[position].tokens)
-        return found
+        if not (isinstance(want, LogitsSpec) and isinstance(found, LogitsCodes)):
+            return found
+        found = found.closed(self._identity.vocab_size)
+        return found if want == record.spec else found.narrow(want, self.samples()[position].tokens)
 
     def _record(self, want: GroupSpec) -> CommitRecord:
         if want not in self._serving:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.codec import (
+    CLOSED,
     decode_entropy,
     decode_head,
     decode_labels,
@@ -64,6 +65,13 @@ class LogitsCodes:
             entropy=decode_entropy(self.entropy),
             tail_ids=self._tail_ids(),
         )
+
+    def closed(self, vocab_size: int) -> LogitsCodes:
+        """The same, with no mass outside the heads that hold all `vocab_size` tokens: what is stored for
+        those is the rounding of their logsumexp, about 1e-7.
+        """
+        whole = self.counts == vocab_size
+        return replace(self, odds=np.where(whole, np.int16(CLOSED), self.odds)) if whole.any() else self
 
     def narrow(self, spec: LogitsSpec, tokens: Array) -> LogitsCodes:
         """What a capture with the smaller `spec` keeps of these rows; `tokens`: int32 [T], the sample.

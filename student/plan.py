@@ -4,6 +4,7 @@ sides of the split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +28,16 @@ from student.split import Split, split_cache
 CONFIDENCE_SAMPLES = 256
 
 
-def plan_objective(request: ObjectiveRequest, reader: CacheReader, config: Any) -> Objective:
-    """The terms that are asked for; UserError when student and cache cannot give them."""
+def plan_objective(
+    request: ObjectiveRequest, reader: CacheReader, config: Any, training: Sequence[int]
+) -> Objective:
+    """The terms that are asked for; UserError when student and cache cannot give them.
+
+    training: the samples that are trained on, from which options come that were left to us.
+    """
     terms: list[Term] = []
     for given in request.terms:
-        wanted = _with_confidence(given, reader)
+        wanted = _with_confidence(given, reader, training)
         if "Y" in wanted.loss.needs and "confidence" not in wanted.options:
             _check_labels(wanted, reader)
         if wanted.loss.kind == "head":
@@ -69,19 +75,24 @@ def _check_labels(wanted: TermRequest, reader: CacheReader) -> None:
         )
 
 
-def _with_confidence(wanted: TermRequest, reader: CacheReader) -> TermRequest:
-    """A `confidence` that was not given is the teacher's mean probability of the label, over some samples."""
+def _with_confidence(wanted: TermRequest, reader: CacheReader, training: Sequence[int]) -> TermRequest:
+    """A `confidence` that was not given is the teacher's mean probability of the learned tokens, over up to
+    CONFIDENCE_SAMPLES of the training samples: those of the smallest ids, which are hashes, so that the
+    order of the cache does not matter.
+    """
     if wanted.options.get("confidence", 0.0) is not None:
         return wanted
     group = reader.find("logits")
     known = []
-    for index in range(min(CONFIDENCE_SAMPLES, len(reader))):
-        features = reader.read(index, [group]).features[group]
+    for index in sorted(sorted(training, key=reader.sample_ids.__getitem__)[:CONFIDENCE_SAMPLES]):
+        sample = reader.read(index, [group])
+        features = sample.features[group]
         assert isinstance(features, LogitsFeatures)
-        known.append(features.label_logprob[np.isfinite(features.label_logprob)])
+        learned = features.label_logprob[:-1][sample.loss_mask[1:]]
+        known.append(learned[np.isfinite(learned)])
     if not sum(map(len, known)):
-        raise UserError(f"{wanted.where}: no label's probability is in the cache; give `confidence`")
-    confidence = float(np.exp(np.concatenate(known)).mean())
+        raise UserError(f"{wanted.where}: no learned token's probability is in the cache; give `confidence`")
+    confidence = float(np.exp(np.concatenate(known), dtype=np.float64).mean())
     return replace(wanted, options={**wanted.options, "confidence": confidence})
 
 
@@ -208,6 +219,19 @@ def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
     return load_parts(reader, objective.needs_head, blocks)
 
 
+def plan_split(reader: CacheReader, fraction: float, samples: int | None) -> Split:
+    """The samples that are trained on, and those that are held out.
+
+    samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
+    """
+    split = split_cache(reader, fraction)
+    if samples is not None and samples > len(split.training):
+        raise UserError(
+            f"--train-samples {samples}: the cache has {len(split.training)} that are not held out"
+        )
+    return replace(split, training=split.training[:samples])
+
+
 def plan_data(
     objective: Objective,
     reader: CacheReader,
@@ -219,15 +243,12 @@ def plan_data(
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers.
-    samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
+    samples: as for `plan_split`.
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs)]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
-    split = split_cache(reader, fraction)
+    split = plan_split(reader, fraction, samples)
     train, held_out = split.training, split.held_out
-    if samples is not None and samples > len(train):
-        raise UserError(f"--train-samples {samples}: the cache has {len(train)} that are not held out")
-    train = train[:samples]
     if not held_out:
         return DataPlan(CachedDataset(reader, train, trained), None, split)
     evaluated = CachedDataset(reader, held_out, _with_logits(groups, reader))

@@ -28,7 +28,7 @@ from student.objective.terms import Objective
 from student.origin import environment, typed
 from student.outputs import check_output, remove_training
 from student.packing import check_packing
-from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
+from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective, plan_split
 from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.summary import Run, summarise
@@ -83,7 +83,8 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     plan = plan_student(options, reader) if before is None else plan_following(options, before)
     if checkpoint is not None:
         check_kind(checkpoint, plan)
-    objective = plan_objective(wanted, reader, plan.config)
+    split = plan_split(reader, options.eval_fraction, options.train_samples)
+    objective = plan_objective(wanted, reader, plan.config, split.training)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)

@@ -17,6 +17,7 @@ from featurestore.info import StoreInfo, store_info
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsSpec
 from student.bitnet import Drift, bit_linears, conversion_of
+from student.evaluation.measures import kl_exactness
 from student.model import DistillationModel
 from student.origin import captures, without_secrets
 from student.split import Split
@@ -119,14 +120,16 @@ def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
 
 
 def _exactness(reader: CacheReader) -> str | None:
-    """What a held-out KL from this cache is of the full one: "unbiased" with draws from the tail, "lower
-    bound" where one bucket stands for it; None where there is no KL.
+    """What a held-out KL from this cache is of the full one: "exact" where the head is the whole vocabulary,
+    "unbiased" with draws from the tail, "lower bound" where one bucket stands for it; None where there is
+    no KL.
     """
     try:
         logits = reader.find("logits")
     except MissingFeatureError:
         return None
-    return "unbiased" if isinstance(logits, LogitsSpec) and logits.tail else "lower bound"
+    assert isinstance(logits, LogitsSpec)
+    return kl_exactness(logits, reader.identity.vocab_size)
 
 
 def _metrics(entry: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState
 
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data import CachedDataset, CacheOrder, Collator
-from student.evaluation.measures import perplexity
+from student.evaluation.measures import cluster_error, perplexity
 from student.finite import check_terms, check_weights
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective.balance import EVERY, GradientBalance, gradient_norms
@@ -243,9 +243,11 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     loss: the objective. kl: KL(teacher || student), coarse-grained (a lower bound, see
     losses.sparse.forward_kl), nats. ce: nats per token, and perplexity = exp(ce). top1_agreement: share of
     positions where both prefer the same token. teacher_perplexity: of the teacher on the same tokens. The
-    teacher's columns need a cached `logits` group, its perplexity one that is not partial.
+    teacher's columns need a cached `logits` group, its perplexity one that is not partial. kl_se: standard
+    error of kl, by sample, see `cluster_error`.
     """
-    sums = dict(zip(EVAL_COLUMNS, np.asarray(prediction.predictions, np.float64).sum(0), strict=True))
+    by_sample = np.asarray(prediction.predictions, np.float64)
+    sums = dict(zip(EVAL_COLUMNS, by_sample.sum(0), strict=True))
     count, known = max(sums["positions"], 1.0), sums["kl_positions"]
     metrics = {
         "loss": sums["loss"] / count,
@@ -257,6 +259,9 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
             "kl": sums["kl"] / known,
             "top1_agreement": sums["top1_agreement"] / known,
         }
+        kl_G, known_G = (by_sample[:, EVAL_COLUMNS.index(name)] for name in ("kl", "kl_positions"))
+        if (error := cluster_error(kl_G, known_G)) is not None:
+            metrics["kl_se"] = error
         # NaN when the cache does not know it of every label, as one that was imported.
         if math.isfinite(sums["teacher_nll"]):
             metrics["teacher_perplexity"] = perplexity(sums["teacher_nll"] / known)

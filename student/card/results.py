@@ -51,7 +51,8 @@ def _on_cache(cache: Any) -> Iterator[Result]:
         value = number_in(cache, "student", name)
         if value is not None:
             teacher = number_in(cache, "teacher", name)
-            yield Result(_CACHE, HELD_OUT, name, label, value, teacher, revision=_name(manifest))
+            error = number_in(cache, "student", f"{name}_se")
+            yield Result(_CACHE, HELD_OUT, name, label, value, teacher, error, revision=_name(manifest))
 
 
 def _last(run: RunFiles) -> Iterator[Result]:
@@ -60,7 +61,8 @@ def _last(run: RunFiles) -> Iterator[Result]:
         if value is not None:
             teacher = run.number("last_eval", f"eval_teacher_{name}")
             revision = _name(run.summary.get("manifest"))
-            yield Result(_CACHE, HELD_OUT, name, label, value, teacher, revision=revision)
+            error = run.number("last_eval", f"eval_{name}_se")
+            yield Result(_CACHE, HELD_OUT, name, label, value, teacher, error, revision=revision)
 
 
 def _texts(run: RunFiles) -> Iterator[Result]:

@@ -22,6 +22,8 @@ from student.data import IGNORE, CachedDataset, Collator, pad
 from student.decoding import decode_hidden, decode_labels, decode_targets
 from student.evaluation.measures import (
     calibration_error,
+    cluster_error,
+    kl_exactness,
     mean,
     means_by,
     perplexity,
@@ -53,12 +55,13 @@ class CachePlan:
 
     @property
     def exactness(self) -> dict[str, str]:
-        """What the KL and the reverse KL are: exact (up to the rounding of the final states), unbiased,
-        or a lower bound.
+        """What the KL and the reverse KL are: exact (up to the rounding of what is stored), unbiased, or a
+        lower bound.
         """
-        if self.final is not None:
+        kl = kl_exactness(self.logits, self.reader.identity.vocab_size)
+        if self.final is not None or kl == "exact":
             return {"kl": "exact", "reverse_kl": "exact"}
-        return {"kl": "unbiased" if self.logits.tail else "lower bound", "reverse_kl": "lower bound"}
+        return {"kl": kl, "reverse_kl": "lower bound"}
 
 
 def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:
@@ -84,7 +87,9 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
             "ce": ce,
             "perplexity": perplexity(ce),
             "kl": mean(columns["kl"]),
+            "kl_se": _error(columns, "kl"),
             "reverse_kl": mean(columns["reverse_kl"]),
+            "reverse_kl_se": _error(columns, "reverse_kl"),
             "top1_agreement": mean(columns["agree"]),
             "calibration_error": calibration_error(columns["confidence"], columns["right"]),
         },
@@ -98,6 +103,12 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
     }
 
 
+def _error(columns: dict[str, Array], name: str) -> float | None:
+    """Standard error of a mean, by sample."""
+    sample_N = columns["sample"]
+    return cluster_error(np.bincount(sample_N, columns[name]), np.bincount(sample_N))
+
+
 def _batches(student: Any, plan: CachePlan, batch_size: int) -> Iterator[dict[str, Array]]:
     groups: list[GroupSpec] = [plan.logits, *([plan.final] if plan.final else [])]
     dataset, collate = CachedDataset(plan.reader, plan.indices, groups), Collator(groups, 0)
@@ -107,6 +118,7 @@ def _batches(student: Any, plan: CachePlan, batch_size: int) -> Iterator[dict[st
         batch = collate(samples) | {"entropy": _entropies(samples, plan.logits)}
         if bool((batch["labels"] != IGNORE).any()):
             columns = measure_batch(student, batch, head)
+            columns["sample"] += start
             yield {name: column.cpu().numpy() for name, column in columns.items()}
 
 
@@ -145,6 +157,7 @@ def measure_batch(student: Any, batch: dict[str, Any], head: TeacherHead | None)
         "teacher_right": targets.ids_NK[:, 0] == targets.label_N,
         "entropy": at(batch["entropy"]),
         "position": place_N % labels_BT.shape[1],
+        "sample": place_N // labels_BT.shape[1],
     }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.schema import LogitsSpec
+
 Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15
@@ -21,6 +23,13 @@ CALIBRATION_BINS = 15
 def perplexity(nats: float) -> float:
     """exp of a mean in nats, finite."""
     return math.exp(min(nats, 700.0))
+
+
+def kl_exactness(logits: LogitsSpec, vocab_size: int) -> str:
+    """What KL(teacher || student) from stored rows of this kind is of the KL over the whole vocabulary."""
+    if logits.top_k >= vocab_size and logits.top_p is None:
+        return "exact"
+    return "unbiased" if logits.tail else "lower bound"
 
 
 def calibration_error(confidence_N: Array, right_N: Array, bins: int = CALIBRATION_BINS) -> float:
@@ -62,6 +71,20 @@ def means_by(
             means = {name: mean(column_N[chosen_N]) for name, column_N in columns.items()}
             rows.append({"from": low, "to": high, "positions": int(chosen_N.sum()), **means})
     return rows
+
+
+def cluster_error(sums_G: Array, counts_G: Array) -> float | None:
+    """Standard error of the mean per position, sum(sums) / sum(counts), where positions of one cluster (a
+    sample) depend on each other: that of a ratio estimator (Cochran, Sampling Techniques, 6.4). sums, counts:
+    per cluster. None for fewer than two clusters with positions, or where a value is not known.
+    """
+    sums_G, counts_G = sums_G[counts_G > 0].astype(np.float64), counts_G[counts_G > 0].astype(np.float64)
+    clusters, total = len(counts_G), counts_G.sum()
+    if clusters < 2:
+        return None
+    left_G = sums_G - sums_G.sum() / total * counts_G
+    error = float(np.sqrt(clusters / (clusters - 1) * np.square(left_G).sum()) / total)
+    return error if math.isfinite(error) else None
 
 
 def mean(values_N: Array) -> float | None:

@@ -34,7 +34,8 @@ def _show_cache(cache: dict[str, Any], console: Console) -> None:
     for label, name in _CACHE_ROWS:
         kind = cache["exactness"].get(name, "exact")
         what = label if kind == "exact" else f"{label} ({kind})"
-        _add(table, what, _number(cache["student"][name]), _number(cache["teacher"].get(name)))
+        student = _with_error(cache["student"][name], cache["student"].get(f"{name}_se"))
+        _add(table, what, student, _number(cache["teacher"].get(name)))
     console.print(Text(title), table)
     for title, rows, whole in (
         ("by position in the sample", cache["by_position"], True),
@@ -85,4 +86,4 @@ def _number(value: float | None) -> str:
 
 
 def _with_error(value: float | None, error: float | None) -> str:
-    return _number(value) if error is None else f"{_number(value)} ± {error:.2g}"
+    return _number(value) if value is None or error is None else f"{_number(value)} ± {error:.2g}"

@@ -1,9 +1,9 @@
 """Texts from files and hub data sets, and what a model says of them: nats, perplexity, bits per byte.
 
-Every token of a document is predicted exactly once, in windows that do not overlap but for one token: a
-window begins with the last token of the one before, the first with the tokenizer's BOS (EOS where there is
-none). A tokenizer that puts BOS in front by itself has it in front of every window. These are the rolling
-windows of lm-evaluation-harness, so that bits per byte compare models with different tokenizers.
+Every token of a document is predicted exactly once, in the rolling windows of lm-evaluation-harness with one
+token of context, so that bits per byte compare models with different tokenizers: a window begins with the
+last token of the one before, the first with the tokenizer's BOS (EOS where there is none), and the last one,
+which predicts what is left, with as many tokens before these as make it a full window.
 """
 
 from __future__ import annotations
@@ -154,25 +154,23 @@ def window_length(asked: int | None, sides: Sequence[Side]) -> int:
     return asked
 
 
-def start_tokens(tokenizer: Any) -> tuple[int, list[int]]:
-    """(the token before a document's first, what stands in front of every window)."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+def prefix_token(tokenizer: Any) -> int:
+    """The token before a document's first: BOS, or EOS where there is none."""
+    first: int | None = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
     if first is None:
         raise UserError("--text: the tokenizer has neither BOS nor EOS, so nothing can precede a text")
-    puts = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return first, [first] if puts else []
+    return first
 
 
-def windows(
-    tokens: Sequence[int], first: int, every: Sequence[int], length: int
-) -> Iterator[tuple[list[int], list[int]]]:
+def windows(tokens: Sequence[int], prefix: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
     """(context, tokens to predict) of each window, at most `length` positions of input."""
-    start = 0
-    while start < len(tokens):
-        context = [*every, tokens[start - 1]] if start else [first]
-        stop = start + length - len(context) + 1
+    for start in range(0, len(tokens), length):
+        stop = min(start + length, len(tokens))
+        # All but a document's only window read `length` tokens, the one before their first included.
+        context = list(tokens[stop - length - 1 : start]) if start else [prefix]
         yield context, list(tokens[start:stop])
-        start = stop
 
 
 @torch.no_grad()
@@ -193,7 +191,6 @@ def cut(source: TextSource, tokenizer: Any, length: int, limit: int | None) -> I
     the same, whatever its own tokenizer.
     """
     left = math.inf if limit is None else limit
-    _, every = start_tokens(tokenizer)
     for document in source.documents():
         if left <= 0:
             return
@@ -201,7 +198,7 @@ def cut(source: TextSource, tokenizer: Any, length: int, limit: int | None) -> I
             yield document
             continue
         ends = [end for _, end in _encode(tokenizer, document).offset_mapping]
-        sizes = [len(tokens) for _, tokens in windows(range(len(ends)), 0, every, length)][: int(left)]
+        sizes = [len(tokens) for _, tokens in windows(range(len(ends)), 0, length)][: int(left)]
         left -= len(sizes)
         if sizes:
             yield document[: ends[sum(sizes) - 1]]
@@ -209,12 +206,12 @@ def cut(source: TextSource, tokenizer: Any, length: int, limit: int | None) -> I
 
 def measure(model: Any, tokenizer: Any, documents: Iterable[str], length: int) -> dict[str, Any]:
     """{documents, tokens, bytes (UTF-8), ce in nats per token, perplexity, bits_per_byte}."""
-    first, every = start_tokens(tokenizer)
+    prefix = prefix_token(tokenizer)
     count = tokens = size = 0
     nats = 0.0
     for document in documents:
         ids = _encode(tokenizer, document).input_ids
-        nats += sum(window_nats(model, *window) for window in windows(ids, first, every, length))
+        nats += sum(window_nats(model, *window) for window in windows(ids, prefix, length))
         count, tokens, size = count + 1, tokens + len(ids), size + len(document.encode())
     ce = nats / tokens
     return {

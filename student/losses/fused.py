@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,7 +122,9 @@ class _SparsePass:
         top_nK, top_ids_nK = z_nV.topk(width) if width else (z_nV.new_empty(n, 0), ids_nK[:, :0])
         z_nV.scatter_(1, ids_nK, -math.inf)
         peak_n = z_nV.amax(-1)
-        # A row whose head is the whole vocabulary has no tail: any finite shift keeps exp(-inf) at zero.
+        # A row whose head is the whole vocabulary has no tail: any finite shift keeps exp(-inf) at zero. What
+        # the teacher's side gives as its tail there is the rounding of its logsumexp, and no mass.
+        targets = replace(targets, tail_N=targets.tail_N.masked_fill(torch.isneginf(peak_n), -math.inf))
         shift_n = torch.where(torch.isfinite(peak_n), peak_n, 0.0)
         z_nV.sub_(shift_n.unsqueeze(1))
         exps = {t: torch.div(z_nV, t, out=buffer[:n]).exp_() for t, buffer in self.tails.items()}

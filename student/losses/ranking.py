@@ -40,7 +40,8 @@ def hinge_ranking(
 ) -> Tensor:
     """Mean over pairs (i, j), i ahead of j for the teacher, of max(0, margin - (z_i - z_j)), [N].
 
-    Pairs of the teacher's `top` best tokens, as far as the head holds them; equal ones make no pair.
+    Pairs of the teacher's `top` best tokens, as far as the head holds them; equal ones make no pair. The
+    store keeps logits in steps of 1/16 nat, so that tokens nearer to each other than that can come out equal.
     """
     gap_NP, pair_NP = _pairs(student, teacher, top)
     return _mean(relu(margin - gap_NP), pair_NP)

@@ -96,11 +96,7 @@ DENSE_LOSSES: tuple[Loss, ...] = (
         full.confidence_kl,
         "γ KL(q‖p) + (1−γ) KL(p‖q), γ: mean of p(label)",
         Paper("BitDistiller: Unleashing the Potential of Sub-4-Bit LLMs", "2402.10631"),
-        {
-            "confidence": Option(
-                None, "γ; without it, the mean over 256 samples of the cache", low=0.0, high=1.0
-            )
-        },
+        {"confidence": Option(None, "γ; without it, the mean over 256 training samples", low=0.0, high=1.0)},
         needs="FY",
     ),
     _entry(

@@ -127,9 +127,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         exactness="bound",
         statement="the reverse part; with draws the forward part is unbiased",
         options={
-            "confidence": Option(
-                None, "γ; without it, the mean over 256 samples of the cache", low=0.0, high=1.0
-            )
+            "confidence": Option(None, "γ; without it, the mean over 256 training samples", low=0.0, high=1.0)
         },
     ),
     Loss(
@@ -198,7 +196,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         paper=Paper("Large Margin Rank Boundaries for Ordinal Regression (Herbrich et al., 2000)"),
         needs="H",
         exactness="exact",
-        statement="over the pairs of the head's best tokens, which is what it is defined on",
+        statement="over the pairs of the head's best tokens, but for those that storing in steps of 1/16 nat "
+        "made equal (0.7 %)",
         options={"margin": Option(1.0, "wanted distance of two logits", low=0.0, open=True), "top": _TOP},
     ),
     Loss(
@@ -209,7 +208,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         paper=Paper("Learning to Rank using Gradient Descent (Burges et al., 2005)"),
         needs="H",
         exactness="exact",
-        statement="over the pairs of the head's best tokens, which is what it is defined on",
+        statement="over the pairs of the head's best tokens, but for those that storing in steps of 1/16 nat "
+        "made equal (0.7 %)",
         options={"top": _TOP},
     ),
     Loss(

@@ -7,7 +7,7 @@ from typing import Any
 
 from featurestore.amounts import duration, number, short, size
 from featurestore.page import Cell, Html, cards, facts, row, section, table
-from student.report.files import RunFiles, number_in
+from student.report.files import RunFiles, number_in, with_error
 
 # Columns that are key figures of a run, and what they are called there.
 _CARDS = {
@@ -74,7 +74,7 @@ def details(run: RunFiles) -> Html:
     """Of one run: held-out metrics before and after, sizes, and what conversion changed."""
     first, last = run.summary.get("first_eval"), run.summary.get("last_eval")
     rows = [
-        (label, number_in(first, name), number_in(last, name))
+        (label, _metric(first, name), _metric(last, name))
         for name, label in _METRICS.items()
         if number_in(last, name) is not None
     ]
@@ -87,6 +87,10 @@ def details(run: RunFiles) -> Html:
             facts(_drift(run), "Change of final hidden states by conversion"),
         ),
     )
+
+
+def _metric(entry: Any, name: str) -> Cell:
+    return with_error(number_in(entry, name), number_in(entry, f"{name}_se"))
 
 
 def _flag(name: str) -> Callable[[RunFiles], Cell]:
@@ -138,7 +142,7 @@ def _parameters(run: RunFiles) -> str | None:
 
 
 _RESULTS: dict[str, Callable[[RunFiles], Cell]] = {
-    "held-out KL": lambda run: run.number("last_eval", "eval_kl"),
+    "held-out KL": lambda run: _metric(run.summary.get("last_eval"), "eval_kl"),
     "perplexity": lambda run: run.number("last_eval", "eval_perplexity"),
     "teacher's": lambda run: run.number("last_eval", "eval_teacher_perplexity"),
     "agreement": _agreement,

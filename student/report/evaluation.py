@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from featurestore.amounts import number
 from featurestore.chart import Series, line_chart
 from featurestore.page import Cell, Html, note, row, section, table
-from student.report.files import RunFiles, number_in, rows_in
+from student.report.files import RunFiles, number_in, rows_in, with_error
 
 Name = TypeVar("Name")
 
@@ -43,7 +43,10 @@ def _on_cache(runs: Sequence[RunFiles]) -> Html:
     runs = [run for run in runs if isinstance(run.evaluation.get("cache"), Mapping)]
     rows: list[tuple[Cell, ...]] = []
     for name, label in _METRICS.items():
-        students = [number_in(run.evaluation, "cache", "student", name) for run in runs]
+        students = [
+            with_error(*(number_in(run.evaluation, "cache", "student", key) for key in (name, f"{name}_se")))
+            for run in runs
+        ]
         teacher = _first(number_in(run.evaluation, "cache", "teacher", name) for run in runs)
         if any(value is not None for value in (*students, teacher)):
             rows.append((label, *students, teacher))

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from featurestore.amounts import number
+from featurestore.page import Cell
 from student.errors import UserError
 
 SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (
@@ -102,6 +104,11 @@ def number_in(value: Any, *keys: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value
+
+
+def with_error(value: float | None, error: float | None) -> Cell:
+    """`0.123 ± 0.004`, with the standard error; the number where that is not known, as in older files."""
+    return value if value is None or error is None else f"{number(value)} ± {error:.2g}"
 
 
 def rows_in(value: Any, *keys: str) -> list[Mapping[str, Any]]:

@@ -123,7 +123,7 @@ def measures(spec: SweepSpec) -> list[str]:
 def cells(row: Row, spec: SweepSpec) -> list[str]:
     """A line of the table, under `columns`; a run that is not finished says so in place of its metric."""
     settings = [row.run.settings.get(axis, "") for axis in spec.axes]
-    numbers = [_number(row.metrics.get(name), 4) for name in measures(spec)]
+    numbers = [_metric(row, name) for name in measures(spec)]
     if row.state != "finished":
         numbers[0] = row.state
     seconds = _number(row.seconds, 1) + " (resumed)" * row.resumed
@@ -152,6 +152,12 @@ def savings(rows: Iterable[Row]) -> str | None:
         f"{len(done)} runs took {cost:,.0f} s and no teacher; generating the teacher's numbers for each of "
         f"them anew would have taken {saved:,.0f} s more"
     )
+
+
+def _metric(row: Row, name: str) -> str:
+    """With its standard error, where that is known."""
+    value, error = row.metrics.get(name), row.metrics.get(f"{name}_se")
+    return _number(value, 4) + ("" if value is None or error is None else f" ± {error:.2g}")
 
 
 def _number(value: float | None, digits: int) -> str:

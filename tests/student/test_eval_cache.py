@@ -78,6 +78,7 @@ def reference(student: Path, teacher: Path, reader: CacheReader, indices: list[i
             "teacher_right": (log_p.argmax(-1) == y[:, 0]).double(),
             "entropy": -(p * log_p).sum(-1),
             "position": at.double(),
+            "sample": torch.full_like(at, index),
         }.items():
             columns.setdefault(name, []).append(column)
     return {name: torch.cat(parts).numpy() for name, parts in columns.items()}
@@ -94,6 +95,11 @@ def test_everything_is_what_both_models_logits_give(full_store: Path, teacher: P
     assert (found["samples"], found["positions"]) == (12, len(wanted["ce"]))
     for name in ("ce", "kl", "reverse_kl"):
         assert own[name] == pytest.approx(wanted[name].mean(), rel=1e-4), name
+    for name in ("kl", "reverse_kl"):
+        sums = [wanted[name][wanted["sample"] == index] for index in range(len(reader))]
+        left = [s.sum() - wanted[name].mean() * len(s) for s in sums if len(s)]
+        error = np.sqrt(len(left) / (len(left) - 1) * np.square(left).sum()) / len(wanted[name])
+        assert own[f"{name}_se"] == pytest.approx(error, rel=1e-3)
     assert own["perplexity"] == pytest.approx(np.exp(wanted["ce"].mean()), rel=1e-4)
     assert own["top1_agreement"] == wanted["agree"].mean()
     assert own["calibration_error"] == pytest.approx(
@@ -126,7 +132,7 @@ def test_a_sparse_head_gives_lower_bounds(cache: Path, teacher: Path, student: P
         assert 0 < found["student"][name] <= wanted[name].mean()
     assert found["student"]["ce"] == pytest.approx(wanted["ce"].mean(), rel=1e-4)
     last = json.loads((student / "summary.json").read_text())["last_eval"]
-    for name in ("kl", "ce", "perplexity", "top1_agreement"):
+    for name in ("kl", "kl_se", "ce", "perplexity", "top1_agreement"):
         assert found["student"][name] == pytest.approx(last[f"eval_{name}"], rel=1e-4), name
 
 

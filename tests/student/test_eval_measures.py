@@ -9,6 +9,7 @@ import pytest
 
 from student.evaluation.measures import (
     calibration_error,
+    cluster_error,
     means_by,
     perplexity,
     power_edges,
@@ -70,24 +71,48 @@ def test_buckets_by_quantile_hold_everything_once() -> None:
     assert [row["positions"] for row in means_by(ties, quantile_edges(ties, 4), {})] == [10]
 
 
+def test_the_error_of_a_mean_is_that_of_dependent_positions() -> None:
+    """Of the samples' residuals as in the textbook; and what means of many draws of samples scatter by."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, 40)
+    levels = rng.gamma(2.0, 1.0, 40)  # a sample's positions have a level in common
+    sums = np.array(
+        [rng.normal(level, 0.3, count).sum() for level, count in zip(levels, counts, strict=True)]
+    )
+    mean = sum(sums) / sum(counts)
+    residuals = [(s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True)]
+    wanted = math.sqrt(40 / 39 * sum(residuals)) / sum(counts)
+    error = cluster_error(sums, counts)
+    assert error == pytest.approx(wanted, rel=1e-12)
+    picks = rng.integers(0, 40, (20_000, 40))
+    scatter = (sums[picks].sum(1) / counts[picks].sum(1)).std()
+    assert error == pytest.approx(scatter, rel=0.05)
+    empty = cluster_error(np.append(sums, 0.0), np.append(counts, 0))
+    assert empty == pytest.approx(wanted, rel=1e-12)  # a sample without learned positions is none
+    assert cluster_error(sums[:1], counts[:1]) is None
+    assert cluster_error(np.array([1.0, math.nan]), np.array([1, 1])) is None
+    # Independent positions: the usual standard error of a mean.
+    values = rng.normal(0.0, 1.0, 50)
+    assert cluster_error(values, np.ones(50)) == pytest.approx(values.std(ddof=1) / math.sqrt(50), rel=1e-12)
+
+
 def test_perplexity_stays_finite() -> None:
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert math.isfinite(perplexity(1e9))
 
 
-@pytest.mark.parametrize("every", [[], [0]])
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 31])
-def test_windows_predict_every_token_once_from_what_stands_before(every: list[int], count: int) -> None:
+def test_windows_predict_every_token_once_from_what_stands_before(count: int) -> None:
     tokens, length = list(range(10, 10 + count)), 7
-    made = list(windows(tokens, 0, every, length))
+    made = list(windows(tokens, 0, length))
     assert [token for _, predicted in made for token in predicted] == tokens
     assert made[0][0] == [0]
     seen = 0
     for context, predicted in made:
         assert len(context) + len(predicted) - 1 <= length  # the last token is never read
-        assert seen == 0 or context == [*every, tokens[seen - 1]]
+        assert seen == 0 or context == tokens[seen - len(context) : seen]
         seen += len(predicted)
-    assert all(len(c) + len(p) - 1 == length for c, p in made[:-1])
+    assert all(len(c) + len(p) - 1 == length for c, p in made if count >= length)
 
 
 def record(**changes: object) -> dict[str, object]:

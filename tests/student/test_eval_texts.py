@@ -12,9 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student.evaluation.texts import TextSource, cut, start_tokens, windows
+from student.evaluation.texts import TextSource, cut, measure, prefix_token, windows
 from tests import teachers
 from tests.teachers import text_of, word_tokenizer
 
@@ -38,7 +44,9 @@ def nats_of(model: Path, documents: list[str], length: int) -> tuple[float, int]
     for document in documents:
         ids = tokenizer(document, add_special_tokens=False).input_ids
         for index, token in enumerate(ids):
-            start = index - index % length  # windows without BOS all begin at multiples of their length
+            # A window predicts `length` tokens and reads the one before; the last one reads as many as that.
+            end = min(index - index % length + length, len(ids))
+            start = max(end - length, 0)
             context = [tokenizer.bos_token_id if start == 0 else ids[start - 1], *ids[start:index]]
             logits = network(torch.tensor([context])).logits[0, -1].double()
             total -= float(logits.log_softmax(-1)[token])
@@ -88,8 +96,40 @@ def test_a_limit_ends_after_whole_windows_for_both_tokenizers(tmp_path: Path) ->
     assert len(tokenizer(piece).input_ids) == 3 * 8
     assert text_of(50, 1).startswith(piece)
     assert list(cut(source, tokenizer, 8, None)) == [text_of(50, 1)]
-    assert start_tokens(tokenizer) == (1, [])
-    assert len(list(windows(range(50), 0, [], 8))) == 7
+    assert prefix_token(tokenizer) == 1
+    assert len(list(windows(range(50), 0, 8))) == 7
+
+
+@given(count=st.integers(0, 200), length=st.integers(1, 40))
+def test_windows_are_those_of_the_harness(count: int, length: int) -> None:
+    tokens = list(range(100, 100 + count))
+    theirs = map(make_disjoint_window, get_rolling_token_windows(tokens, 7, length, 1))
+    assert list(windows(tokens, 7, length)) == list(theirs)
+
+
+def test_the_sum_is_that_of_the_harness(tmp_path: Path) -> None:
+    """Of its own model class, also with a tokenizer that puts BOS in front of texts, whose BOS the harness
+    predicts as well unless it is told not to add it.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        teachers.llama(tmp_path / "m", layers=1, seed=3), dtype=torch.float32
+    ).eval()
+    document = text_of(45, 1)
+    for puts_bos in (False, True):
+        tokenizer = word_tokenizer(199)
+        if puts_bos:
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, 1)]
+            )
+            assert tokenizer("the").input_ids[0] == 1
+        harness = HFLM(
+            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=16, add_bos_token=False
+        )
+        request = Instance("loglikelihood_rolling", {}, (document,), 0)
+        (wanted,) = harness.loglikelihood_rolling([request], disable_tqdm=True)
+        found = measure(model, tokenizer, [document], 16)
+        assert found["tokens"] == 45
+        assert -found["ce"] * found["tokens"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "json", "csv", "tsv.gz", "parquet", "jsonl.zst", "arrow"])

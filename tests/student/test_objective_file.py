@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec
+from featurestore.schema import LogitsFeatures, LogitsSpec
 from student.errors import UserError
 from student.objective.catalogue import catalogue
 from student.objective.requests import parse_objective, read_objective
 from student.objective.weights import Weight
 from student.options import OBJECTIVE_FLAGS
-from student.plan import plan_objective
+from student.plan import plan_objective, split_cache
 from tests.student.caches import random_samples, write_cache
 
 Run = Callable[..., tuple[int, str, str]]
@@ -169,10 +170,40 @@ def test_the_examples_are_read(file: Path) -> None:
     assert read_objective(str(file)).terms
 
 
-def test_confidence_is_the_mean_probability_of_labels(cache: Path) -> None:
+def test_confidence_is_the_mean_probability_of_what_is_trained_on(cache: Path) -> None:
+    """Of learned tokens of the training samples: neither prompts nor held-out samples count."""
     reader = CacheReader.open(cache)
     wanted = parse_objective({"terms": [{"loss": "cakld"}]}, "file")
-    (one,) = plan_objective(wanted, reader, config=None).terms
-    assert 0 < one.options["confidence"] < 1
+    training, held_out = split_cache(reader, 0.25, None)
+    (one,) = plan_objective(wanted, reader, None, training).terms
+    found = {}
+    for name, indices in (("training", training), ("all", [*training, *held_out])):
+        logprobs, learned = [], []
+        for index in indices:
+            sample = reader.read(index)
+            features = sample.features[reader.find("logits")]
+            assert isinstance(features, LogitsFeatures)
+            logprobs += features.label_logprob[:-1].tolist()
+            learned += sample.loss_mask[1:].tolist()
+        found[name] = [math.exp(p) for p, is_learned in zip(logprobs, learned, strict=True) if is_learned]
+        found[f"{name} with prompts"] = [math.exp(p) for p in logprobs]
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    assert one.options["confidence"] == pytest.approx(means.pop("training"), rel=1e-6)
+    assert all(one.options["confidence"] != pytest.approx(mean, rel=1e-3) for mean in means.values()), means
     given_one = parse_objective(yaml.safe_load("terms: [{loss: cakld, confidence: 0.25}]"), "file")
-    assert plan_objective(given_one, reader, config=None).terms[0].options == {"confidence": 0.25}
+    assert plan_objective(given_one, reader, None, training).terms[0].options == {"confidence": 0.25}
+
+
+def test_confidence_does_not_depend_on_the_order_of_a_large_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where not all samples are looked at, those of the smallest ids are, wherever they stand."""
+    monkeypatch.setattr("student.plan.CONFIDENCE_SAMPLES", 5)
+    reader = CacheReader.open(cache)
+    wanted = parse_objective({"terms": [{"loss": "cakld"}]}, "file")
+    smallest = sorted(range(len(reader)), key=lambda index: reader.sample_ids[index])[:5]
+    every, few = (
+        plan_objective(wanted, reader, None, indices).terms[0].options
+        for indices in (range(len(reader)), smallest)
+    )
+    assert every == few

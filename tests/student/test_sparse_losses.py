@@ -38,6 +38,7 @@ class Row:
             torch.cat([x[ids], x[outside].sum(0, keepdim=True)] if outside.any() else [x[ids]])
             for x in (self.full_p, self.full_q)
         )
+        self.bucket = bool(outside.any())
         self.head_p, self.head_q = self.full_p[ids], self.full_q[ids]
 
 
@@ -50,9 +51,9 @@ def jsd(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
-def adaptive(p: Tensor, q: Tensor, mu: float = 0.5) -> Tensor:
+def adaptive(p: Tensor, q: Tensor, mu: float = 0.5, bucket: bool = True) -> Tensor:
     best, mass = 0, 0.0
-    while mass < mu and best < len(p) - 1:
+    while mass < mu and best < len(p) - bucket:
         mass, best = mass + p[best].item(), best + 1
     gap = (p - q).abs().detach()
     share = gap[:best].sum() / gap.sum()
@@ -234,8 +235,11 @@ def definition(name: str, options: dict[str, Any], problem: Problem, logits: Ten
     """Values [N] by the definitions above, of merged distributions."""
     rest = {key: value for key, value in options.items() if key != "temperature"}
     rows = problem.rows(logits, options.get("temperature", 1.0))
-    if name in DIVERGENCES:
+    if name == "adaptive_kl":
+        values = torch.stack([adaptive(row.p, row.q, bucket=row.bucket, **rest) for row in rows])
+    elif name in DIVERGENCES:
         values = torch.stack([DIVERGENCES[name](row.p, row.q, **rest) for row in rows])
+    if name in DIVERGENCES:
         values = values * options.get("temperature", 1.0) ** 2
     else:
         values = torch.stack([OTHERS[name](row, **rest) for row in rows])
