@@ -1,10 +1,12 @@
 """What capturing costs beside the teacher's own prefill, on one thread of a CPU (or on a GPU).
 
-Every path runs the same samples of the demo text in a process of its own, one after the other, in the model's
-own bfloat16, after a warm-up; engine start is not counted. (b) is (a) plus the LM head alone, the matrix
-product over all positions: no logits can be had for less. Ours ends with everything encoded, hashed, synced
-and committed in a store on disk. (f) ends with numpy arrays. (g) is (f) plus DistillKit's compression, at the
-rate of one thread that was measured with its own code (2,300 tokens/s, k=50): computed, not run here.
+Every path runs the same samples of the demo text in a process of its own, one after the other, after a
+warm-up; engine start is not counted. All compute in what `--dtype auto` chooses: the model's own bfloat16, or
+float32 where that is faster, as on processors without AVX-512, whose results have a file of their own. (b) is
+(a) plus the LM head alone, the matrix product over all positions: no logits can be had for less. Ours ends
+with everything encoded, hashed, synced and committed in a store on disk. (f) ends with numpy arrays. (g) is
+(f) plus DistillKit's compression, at the rate of one thread measured with its own code (2,300 tokens/s,
+k=50): computed, not run here.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ WARM_UP = 4
 DISTILLKIT_RATE = 2300.0
 # One thread for the model; what drives it and writes has the rest of the machine, in every path.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+# Set where a larger processor is to compute as one without AVX-512 (docs/operations.md).
+GUISE = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2"
 TWO_LAYERS = {"hidden_layers": (10, 20), "hidden_dtype": "int8"}
 
 
@@ -54,14 +58,28 @@ def timed(run: Callable[[list[np.ndarray]], object]) -> float:
     return time.perf_counter() - began
 
 
+def settled(**request: Any) -> tuple[Any, Any]:
+    """The teacher, and a request with what `generate` would choose on this machine."""
+    from pipeline.request import GenerateRequest
+    from pipeline.sizing import settle
+    from pipeline.teacher import load_teacher
+
+    teacher = load_teacher(str(RUN / "teacher"))
+    wanted = GenerateRequest(teacher=str(RUN / "teacher"), dataset="", out="", max_seq_len=LENGTH, **request)
+    return teacher, settle(wanted, teacher, None)[0]
+
+
 def vllm_generate(**sampling: Any) -> float:
     """vLLM's own generation of one token after each prompt."""
     from vllm import LLM, SamplingParams
 
+    request = settled()[1]
+
     llm = LLM(
         model=str(RUN / "teacher"),
         max_model_len=LENGTH + 1,
-        max_num_batched_tokens=4096,
+        dtype=request.dtype,
+        max_num_batched_tokens=request.step_size,
         enforce_eager=True,
         enable_prefix_caching=False,
         max_logprobs=64,
@@ -84,9 +102,10 @@ def head_product() -> float:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.bfloat16)
+    dtype = getattr(torch, settled()[1].dtype)
+    model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=dtype)
     weight = model.lm_head.weight.detach()
-    hidden = torch.randn(SAMPLES * LENGTH, weight.shape[1]).bfloat16()
+    hidden = torch.randn(SAMPLES * LENGTH, weight.shape[1]).to(dtype)
 
     def product(_given: list[np.ndarray]) -> None:
         for chunk in hidden.split(512):
@@ -103,28 +122,27 @@ def ours(**request: Any) -> float:
     from featurestore.schema import Sample
     from featurestore.store import FeatureStore
     from pipeline.generate import Prepared, _run, engine_version, start_engine
+    from pipeline.precision import Precision
     from pipeline.progress import ConsoleReporter
-    from pipeline.request import GenerateRequest, identity_of
-    from pipeline.teacher import load_teacher
+    from pipeline.request import identity_of
 
-    wanted = GenerateRequest(
-        teacher=str(RUN / "teacher"), dataset="", out="", max_seq_len=LENGTH, shard_tokens=4096, **request
-    )
-    teacher = load_teacher(wanted.teacher)
+    teacher, wanted = settled(shard_tokens=4096, **request)
+    print(f"{wanted.dtype}, steps of {wanted.step_size:,} positions", file=sys.stderr)
+    chosen = (Precision(dtype=wanted.dtype), wanted.shard_size)
     identity = identity_of(wanted, teacher, engine_version(wanted))
     report = ConsoleReporter(Console(quiet=True))
     groups = wanted.groups(teacher)
-    engine = start_engine(Prepared(wanted, teacher, identity, {}, None, None), groups, False, report)  # type: ignore[arg-type]
+    engine = start_engine(Prepared(wanted, teacher, identity, {}, None, None, *chosen), groups, False, report)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
 
         def run(given: list[np.ndarray]) -> None:
             store = FeatureStore.create(Path(folder) / f"{len(given)}", identity)
             samples = [Sample(tokens, np.ones(len(tokens), np.bool_)) for tokens in given]
             ids = [(sample.id, LENGTH) for sample in samples]
-            plan = plan_generation({}, {}, {}, ids, groups, wanted.shard_tokens)
+            plan = plan_generation({}, {}, {}, ids, groups, wanted.shard_size)
             store.add_plan(plan.new_tasks)
             by_id = {sample.id: sample for sample in samples}
-            prepared = Prepared(wanted, teacher, identity, by_id, plan, store)
+            prepared = Prepared(wanted, teacher, identity, by_id, plan, store, *chosen)
             _run(store, prepared, engine, list(plan.work), report)
             store.publish_manifest()
 
@@ -139,7 +157,8 @@ def transformers_topk() -> float:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.bfloat16).eval()
+    dtype = getattr(torch, settled()[1].dtype)
+    model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=dtype).eval()
 
     @torch.inference_mode()
     def run(given: list[np.ndarray]) -> None:
@@ -155,6 +174,7 @@ PATHS: dict[str, Callable[[], float]] = {
     "head": head_product,
     "c": lambda: ours(top_k=64, **TWO_LAYERS),
     "d": lambda: ours(temperatures=(0.5, 2.0, 4.0), **TWO_LAYERS),
+    "i": ours,
     "e": lambda: ours(top_k=0, **TWO_LAYERS),
     "f": lambda: vllm_generate(prompt_logprobs=64, flat_logprobs=True),
     "h": transformers_topk,
@@ -165,6 +185,7 @@ NAMES = {
     "c": "(c) ours: k=64, lse, label, entropy, 2 layers int8, committed",
     "d": "(d) ours: default head + 16 draws, 3 temperatures, 2 layers int8, committed",
     "e": "(e) ours: 2 layers int8 alone, committed",
+    "i": "(i) ours: the default spec, committed",
     "f": "(f) vLLM prompt_logprobs=64 to arrays",
     "g": "(g) (f) + DistillKit's compression (computed)",
     "h": "(h) transformers forward + topk",
@@ -197,9 +218,15 @@ def main() -> None:
     ]
     intro = (__doc__ or "").split("\n", 2)[2].strip()
     head = f"The LM head alone: {1e6 * best['head'] / tokens:.0f} µs per position. "
-    note = head + f"{tokens:,} tokens in samples of {LENGTH}; the best of {rounds} rounds of each."
+    note = head + f"{tokens:,} tokens in samples of {LENGTH}; the best of {rounds} rounds of each. "
+    request = settled()[1]
+    step = request.step_size / rate["i"]
+    note += (
+        f"All in {request.dtype}; a step of (i) has {request.step_size:,} positions and takes {step:.1f} s."
+    )
     body = table(["", "tokens/s", "of (a)", "of (b)"], lines)
-    write_result("capture_speed", "Capture beside prefill", f"{intro}\n\n{note}\n\n{body}")
+    without = "" if "avx512f" in Path("/proc/cpuinfo").read_text() and not GUISE else "_avx2"
+    write_result(f"capture_speed{without}", "Capture beside prefill", f"{intro}\n\n{note}\n\n{body}")
 
 
 if __name__ == "__main__":

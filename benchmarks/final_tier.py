@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from featurestore.codec import decode_hidden
 from pipeline.capture.reduce import encode_hidden
 from pipeline.sidecar import plan_sidecar
-from pipeline.teacher import load_teacher, load_tokenizer
+from pipeline.teacher import load_teacher
+from pipeline.tokenizer import load_tokenizer
 
 LENGTH, SAMPLES, CHUNK = 512, 2, 128
 TEMPERATURES = (1.0, 2.0)

@@ -43,7 +43,7 @@ from student.objective.terms import Objective, Term, term
 from student.objective.weights import Weight
 from student.options import StudentOptions
 from student.plan import load_teacher
-from student.split import split_samples
+from student.split import split_cache
 from student.trainer import DistillationTrainer
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "150")), range(int(os.environ.get("SEEDS", "3")))
@@ -160,7 +160,7 @@ def train(key: str, seed: int) -> None:
     else:
         objective = Objective.of((row.term,))
         model = DistillationModel(student, objective, load_teacher(objective, reader))
-    chosen, _ = split_samples(reader.sample_ids, HELD_OUT)
+    chosen = split_cache(reader, HELD_OUT).training
     data = CachedDataset(reader, chosen, [row.group] if row.group else [])
     held_out = HeldOut()
     first = held_out.measure(student)
@@ -225,7 +225,7 @@ def prepare() -> float:
     for flags in (["--final"], ["--top-k", "50"]):
         subprocess.run([*base, *flags], check=True)
     reader = CacheReader.open(WORK / "cache")
-    _, chosen = split_samples(reader.sample_ids, HELD_OUT)
+    chosen = split_cache(reader, HELD_OUT).held_out
     samples = [torch.from_numpy(reader.read(i, []).tokens).long() for i in chosen]
     ids_ST = torch.stack([ids for ids in samples if len(ids) == LENGTH][:MEASURED])
     teacher = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.float32).eval()

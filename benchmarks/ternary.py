@@ -36,7 +36,7 @@ from featurestore.schema import HiddenSpec
 from student.objective.terms import Objective, term
 from student.plan import load_teacher
 from student.saving import load_saved
-from student.split import split_samples
+from student.split import split_cache
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "400")), range(3)
 LENGTH, LAYERS, DEPTH, RELATION_LAYER = 256, 4, 30, 20
@@ -108,7 +108,7 @@ def measure(directory: Path) -> dict[str, float]:
     assert head is not None
     weight_VD = head.weight_VD.float()
     kl = ce = count = 0.0
-    for index in split_samples(reader.sample_ids, HELD_OUT)[1]:
+    for index in split_cache(reader, HELD_OUT).held_out:
         sample = reader.read(index, [group])
         ids_T = torch.from_numpy(sample.tokens).long()
         states_TD = torch.from_numpy(sample.features[group].values.copy()).view(torch.bfloat16).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -232,7 +233,10 @@ def read_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
 def load_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
     """The samples of a task whose file was checked; they have to hash to the plan's ids in any case."""
     name, (size, _) = f"{bundle_name(record)}/{SAMPLES_FILE}", record.files[SAMPLES_FILE]
-    return root.load(name, lambda data, where: samples_from_bytes(data, task, where), size)
+    samples = root.load(name, lambda data, where: samples_from_bytes(data, task, where), size)
+    if not record.documents:
+        return samples
+    return [replace(one, documents=keys) for one, keys in zip(samples, record.documents, strict=True)]
 
 
 def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecord | None:

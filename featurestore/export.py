@@ -54,6 +54,8 @@ def find_groups(reader: CacheReader, kinds: Sequence[str] | None) -> list[GroupS
 def export_schema(reader: CacheReader, groups: Sequence[GroupSpec]) -> Any:
     """The columns of an export. The metadata `distily-cache` is JSON: teacher, manifest and groups."""
     fields = [("id", pa.string()), ("tokens", IDS), ("loss_mask", pa.list_(pa.bool_()))]
+    if any(keys for copies in reader.documents() for keys in copies):
+        fields.append(("documents", pa.list_(pa.string())))
     for spec in groups:
         if isinstance(spec, HiddenSpec):
             fields.append((_column(spec), pa.list_(NUMBERS)))
@@ -84,6 +86,8 @@ def to_batch(samples: Sequence[CachedSample], groups: Sequence[GroupSpec], schem
         "tokens": _lists(lengths, pa.array(np.concatenate([sample.tokens for sample in samples]))),
         "loss_mask": _lists(lengths, pa.array(np.concatenate([sample.loss_mask for sample in samples]))),
     }
+    if "documents" in schema.names:
+        columns["documents"] = pa.array([list(sample.documents) for sample in samples], pa.list_(pa.string()))
     for spec in groups:
         features = [sample.features[spec] for sample in samples]
         if isinstance(spec, LogitsSpec):

@@ -18,6 +18,14 @@ from featurestore.style import STYLE
 Cell = str | float | int | None
 
 
+_START = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "style-src 'unsafe-inline'\">"
+)
+
+
 class Html(str):
     """Text that is HTML already."""
 
@@ -34,11 +42,7 @@ def html(value: Cell) -> Html:
 def page(title: str, *parts: Html) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{html(title)}</h1>\n"
+        f"{_START}<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{html(title)}</h1>\n"
         f"{''.join(parts)}</main></body></html>\n"
     )
 
@@ -52,6 +56,17 @@ def why_not(file: Path) -> str:
         return f"lies in {folder}, which is no directory; make it first"
     writable = os.access(file if file.exists() else folder, os.W_OK)
     return "" if writable else "cannot be written; choose another"
+
+
+def why_not_page(file: Path) -> str:
+    """As `why_not`; a file that is there has to be an earlier page, or empty."""
+    if problem := why_not(file):
+        return problem
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        start = stream.read(len(_START.encode()))
+    return "" if start in (b"", _START.encode()) else "is there already and is no report; choose another"
 
 
 def write(file: Path, text: str) -> None:

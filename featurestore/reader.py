@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.bundle import Bundle, GroupCodes
+from featurestore.bundle import Bundle, GroupCodes, check_extent
 from featurestore.directory import (
     fullest_manifest,
     manifest_digests,
@@ -22,6 +22,7 @@ from featurestore.directory import (
 )
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.files import MAX_RECORD_BYTES
+from featurestore.identity import SAMPLES
 from featurestore.plan import Task
 from featurestore.records import Manifest, commit_name, read_commit
 from featurestore.root import Root, root_of
@@ -36,12 +37,15 @@ MEND = "run the same `distily-cache generate` again to complete it"
 
 @dataclass(frozen=True, eq=False)
 class CachedSample:
-    """One sample and its features. tokens: int32 [T]; loss_mask: bool [T]; features by the spec asked for."""
+    """One sample and its features. tokens: int32 [T]; loss_mask: bool [T]; features by the spec asked for;
+    documents: see `schema.Sample`.
+    """
 
     id: str
     tokens: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     features: dict[GroupSpec, GroupFeatures]
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +128,21 @@ class CacheReader:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def documents(self) -> list[list[tuple[str, ...]]]:
+        """Per sample the keys of its documents, once for each task that holds the sample (mostly one); ()
+        where a task does not know them. Reads one small record per task.
+        """
+        self._root.fetch({commit_name(SAMPLES, task.id): MAX_RECORD_BYTES for task in self._tasks})
+        found: dict[str, list[tuple[str, ...]]] = {sample_id: [] for sample_id in self.sample_ids}
+        for task in self._tasks:
+            expected = self._manifest.tasks[task.id][SAMPLES]
+            record = read_commit(self._root, SAMPLES, task.id, expected)
+            check_extent(record, task)
+            known = record.documents or ((),) * len(task.sample_ids)
+            for sample_id, keys in zip(task.sample_ids, known, strict=True):
+                found[sample_id].append(keys)
+        return list(found.values())
+
     @property
     def teacher_dir(self) -> Path:
         """A local directory with the teacher's config and tokenizer files."""
@@ -197,7 +216,9 @@ class CacheReader:
         bundle, position = self._place(index)
         sample = bundle.samples()[position]
         features = {spec: bundle.features(position, spec) for spec in groups}
-        return CachedSample(self.sample_ids[index], sample.tokens, sample.loss_mask, features)
+        return CachedSample(
+            self.sample_ids[index], sample.tokens, sample.loss_mask, features, sample.documents
+        )
 
     def read_codes(self, index: int, groups: Sequence[GroupSpec]) -> CodedSample:
         """Sample `index` with features as stored: a batch of them is decoded at once by who reads them."""

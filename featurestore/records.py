@@ -41,7 +41,8 @@ class CommitRecord:
     """One column group (or the samples) of one task is complete, in this bundle, as these files.
 
     group: a group id, or "samples" (then spec is None). files: path relative to the bundle -> (size in
-    bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS and HIDDEN_STATS.
+    bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS and HIDDEN_STATS. documents: of
+    "samples" only, per sample the keys of `schema.Sample.documents`; empty where none is known.
     """
 
     task: str
@@ -52,6 +53,7 @@ class CommitRecord:
     samples: int
     files: Mapping[str, Stamp]
     stats: Stats
+    documents: tuple[tuple[str, ...], ...] = ()
 
     @property
     def size(self) -> int:
@@ -71,6 +73,7 @@ class CommitRecord:
                 "samples": self.samples,
                 "files": {name: list(stamp) for name, stamp in self.files.items()},
                 "stats": self.stats,
+                **({"documents": [list(keys) for keys in self.documents]} if self.documents else {}),
             }
         )
 
@@ -87,15 +90,17 @@ class CommitRecord:
         bundle = check_id(value.get("bundle"), BUNDLE_ID, f"{where}: bundle")
         if not bundle.startswith(f"{task}-"):
             raise StoreFormatError(f"{where}: the bundle belongs to another task")
+        samples = check_int(value.get("samples"), 1, rows, f"{where}: samples")
         return cls(
             task=task,
             group=group,
             spec=spec,
             bundle=bundle,
             rows=rows,
-            samples=check_int(value.get("samples"), 1, rows, f"{where}: samples"),
+            samples=samples,
             files=_files(value.get("files"), spec, group, where),
             stats=_stats(value.get("stats"), spec, rows, where),
+            documents=_documents(value.get("documents", []), samples if spec is None else 0, where),
         )
 
 
@@ -237,6 +242,15 @@ def _files(value: Any, spec: GroupSpec | None, group: str, where: str) -> dict[s
         size = check_int(stamp[0], 1, MAX_BYTES, f"{where}: size of {name}")
         stamps[name] = (size, check_id(stamp[1], HASH, f"{where}: hash of {name}"))
     return stamps
+
+
+def _documents(value: Any, samples: int, where: str) -> tuple[tuple[str, ...], ...]:
+    """Keys per sample; empty, or of all `samples`."""
+    if not isinstance(value, list) or len(value) not in (0, samples):
+        raise StoreFormatError(f"{where}: documents need a list for each sample")
+    if not all(isinstance(keys, list) for keys in value):
+        raise StoreFormatError(f"{where}: the documents of a sample are a list of keys")
+    return tuple(tuple(check_id(key, HASH, f"{where}: documents") for key in keys) for keys in value)
 
 
 def _stats(value: Any, spec: GroupSpec | None, rows: int, where: str) -> Stats:

@@ -7,6 +7,7 @@ draws of a row.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -228,10 +229,15 @@ def narrowed(
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One tokenised sequence, the unit of identity. tokens: int32 [T]; loss_mask: bool [T]."""
+    """One tokenised sequence, the unit of identity. tokens: int32 [T]; loss_mask: bool [T].
+
+    documents: keys of the documents that it is cut from, the one that it begins in first; no part of the
+    identity, and empty where they are not known.
+    """
 
     tokens: Array
     loss_mask: Array
+    documents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check("tokens", self.tokens, np.int32, (len(self.tokens),))
@@ -248,6 +254,18 @@ class Sample:
         tokens = self.tokens.astype("<i4", copy=False).tobytes()
         mask = self.loss_mask.astype(np.uint8).tobytes()
         return digest([b"distily-cache sample v1\0", len(self).to_bytes(8, "little"), tokens, mask])
+
+
+def document_key(content: str | list[dict[str, str]]) -> str:
+    """16 hex digits that name a document by its content: a text, or the messages of a chat."""
+    if isinstance(content, str):
+        return digest([b"distily-cache text v1\0", content.encode("utf-8", "surrogatepass")], 16)
+    return digest([b"distily-cache chat v1\0", canonical_json(content)], 16)
+
+
+def joined(documents: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """All keys, each once, in the order in which they come."""
+    return tuple(dict.fromkeys(key for keys in documents for key in keys))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,7 @@ def stoppable(program: str) -> Iterator[None]:
     """The main function of a command: a signal ends it with one line and the exit code 128 + its number.
 
     Raises:
-        SystemExit: the command was stopped, and has tidied up behind it.
+        SystemExit: the command was stopped, has tidied up behind it, and none of its processes is left.
 
     Example: `with stoppable("distily-cache"): app()`
     """
@@ -78,6 +78,7 @@ def stoppable(program: str) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
+        end_children()
         line.print(stopped.number)
         raise SystemExit(128 + stopped.number) from None
     finally:

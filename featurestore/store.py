@@ -292,6 +292,7 @@ class FeatureStore:
     ) -> list[CommitRecord]:
         """Fill a bundle, make it durable, and hash it by reading it back. Samples come last."""
         contents: list[tuple[GroupSpec | None, str, Stats]] = []
+        documents: tuple[tuple[str, ...], ...] = ()
         for spec, (arrays, stats) in packed.items():
             group = group_id(spec)
             extent = Extent.of(task, stats, self.identity)
@@ -301,6 +302,7 @@ class FeatureStore:
         if samples is not None:
             write_new(folder / SAMPLES_FILE, samples_to_bytes(samples))
             contents.append((None, SAMPLES, {}))
+            documents = tuple(sample.documents for sample in samples)
         settled = self.root.settle(bundle)
         return [
             CommitRecord(
@@ -312,6 +314,7 @@ class FeatureStore:
                 samples=len(task.lengths),
                 files={file: hash_file(settled / file) for file in files_of(spec, group)},
                 stats=stats,
+                documents=documents if spec is None and any(documents) else (),
             )
             for spec, group, stats in contents
         ]

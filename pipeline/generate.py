@@ -26,7 +26,8 @@ from pipeline.selection import select
 from pipeline.sidecar import PlannedPart, plan_sidecar
 from pipeline.sizing import settle
 from pipeline.target import check_store_directory, create_store, existing_store, plan_missing, stored_dtype
-from pipeline.teacher import Teacher, load_teacher, load_tokenizer, teacher_files, without_padding
+from pipeline.teacher import Teacher, load_teacher, teacher_files, without_padding
+from pipeline.tokenizer import check_kept_files, load_tokenizer
 from pipeline.writing.plan import WritingPlan
 from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
 
@@ -89,6 +90,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code)
     tokenizer = load_tokenizer(teacher, request.trust_remote_code)
+    check_kept_files(teacher, tokenizer, request.trust_remote_code)
     teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
     writer = find_writer(request, teacher) if request.writing else None
@@ -96,7 +98,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     identity = identity_of(request, teacher, engine_version(request))
     store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
-    selection = select(request, teacher, tokenizer, report.stage)
+    selection = select(request, teacher, tokenizer, report)
     samples, writing = {sample.id: sample for sample in selection.samples}, None
     wanted = [(sample.id, len(sample)) for sample in selection.samples]
     if writer is not None:

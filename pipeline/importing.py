@@ -26,6 +26,7 @@ from pipeline.samples import MIN_TOKENS
 from pipeline.target import check_store_directory, create_store, existing_store, plan_missing
 from pipeline.teacher import Teacher, load_teacher, teacher_files
 from pipeline.texts import load_table
+from pipeline.tokenizer import check_kept_files, load_tokenizer
 
 Progress = Callable[[int, int], None]
 
@@ -108,6 +109,8 @@ def import_dataset(request: ImportRequest, progress: Progress | None = None) -> 
     """
     check_store_directory(request.out)
     teacher = load_teacher(request.teacher, request.trust_remote_code, with_weights=False)
+    tokenizer = load_tokenizer(teacher, request.trust_remote_code)
+    check_kept_files(teacher, tokenizer, request.trust_remote_code)
     identity = identity_of_import(request, teacher)
     existing_store(request.out, identity)  # a store of another teacher is refused before the data are read
     rows = _Rows(request, teacher)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from pipeline.tokenizer import tokenizer_of
 
 Pieces = Callable[[int], str]
 
@@ -14,14 +17,10 @@ def load_pieces(directory: Path) -> Pieces | None:
 
     None when transformers is not installed, or cannot make a tokenizer of what lies in `directory`.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        return None
-    if not directory.is_dir():
+    if not find_spec("transformers") or not directory.is_dir():
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer: Any = tokenizer_of(directory)
     except Exception:  # tokenizers raise whatever their backend raises, and ids are a fair second best
         return None
     return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -22,8 +22,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# In a log: how often a line tells of writing.
+# In a log: how often a line tells of reading, tokenising and writing.
 _SECONDS_PER_LINE = 10.0
+# On a terminal: how often the bar of reading and tokenising moves.
+_SECONDS_PER_UPDATE = 0.2
 
 
 @contextmanager
@@ -52,6 +54,8 @@ class Reporter(Protocol):
     """Told of the work by `pipeline.generate`; shows it or not."""
 
     def stage(self, text: str) -> None: ...
+    def reading(self, rows: int) -> None: ...
+    def tokenised(self, documents: int, tokens: int) -> None: ...
     def writing(self, texts_done: int, texts_total: int) -> None: ...
     def wrote(self, texts: int, tokens: int) -> None: ...
     def start(self, tokens_done: int, tokens_total: int) -> None: ...
@@ -68,7 +72,7 @@ class ConsoleReporter:
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.completed:,.0f}{task.fields[of]} {task.fields[unit]}"),
             TextColumn("{task.fields[rate]:,.0f} tok/s"),
             TextColumn("{task.fields[size]}"),
             TimeElapsedColumn(),
@@ -77,11 +81,13 @@ class ConsoleReporter:
             console=console,
             disable=not console.is_terminal,
         )
+        self._reading = self._task_of("read", "rows", size="")
+        self._tokenising = self._task_of("tokenise", "documents", size="")
         self._writing = self._task_of("write", "texts", size="")
         self._task = self._task_of("capture", "tokens", size="0 bytes")
         self._texts = self._texts_total = self._new_tokens = 0
-        self._said = self._write_began = 0.0
-        self._began = time.monotonic()
+        self._counted = 0
+        self._said = self._write_began = self._count_began = self._began = time.monotonic()
         self._done = self._offset = self._total = self._bytes = 0
 
     def __enter__(self) -> ConsoleReporter:
@@ -94,14 +100,38 @@ class ConsoleReporter:
         self._bar.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def reading(self, rows: int) -> None:
+        self._so_far(self._reading, rows, 0, f"read {rows:,} rows")
+
+    def tokenised(self, documents: int, tokens: int) -> None:
+        self._so_far(
+            self._tokenising, documents, tokens, f"tokenised {documents:,} documents, {tokens:,} tokens"
+        )
+
+    def _so_far(self, task: TaskID | None, count: int, tokens: int, line: str) -> None:
+        """Something whose end is not known: a bar, or now and then a line."""
+        now = time.monotonic()
+        if count <= self._counted:  # another data set, or another stage of its reading
+            self._count_began = self._said = now
+        self._counted = count
+        if task is not None and now - self._said >= _SECONDS_PER_UPDATE:
+            self._said = now
+            self._bar.start_task(task)
+            rate = tokens / max(now - self._count_began, 1e-9)
+            self._bar.update(task, completed=count, rate=rate, visible=True)
+        elif task is None and now - self._said >= _SECONDS_PER_LINE:
+            self._said = now
+            self.stage(line)
 
     def writing(self, texts_done: int, texts_total: int) -> None:
         self._texts, self._texts_total, self._new_tokens = texts_done, texts_total, 0
         self._said = self._write_began = time.monotonic()
         if self._writing is not None and texts_done < texts_total:
             self._bar.start_task(self._writing)
-            self._bar.update(self._writing, total=texts_total, completed=texts_done, visible=True)
+            of = f"/{texts_total:,}"
+            self._bar.update(self._writing, total=texts_total, completed=texts_done, of=of, visible=True)
 
     def wrote(self, texts: int, tokens: int) -> None:
         self._texts += texts
@@ -118,7 +148,8 @@ class ConsoleReporter:
         self._began, self._done, self._offset, self._total = time.monotonic(), 0, tokens_done, tokens_total
         if self._task is not None:
             self._bar.start_task(self._task)
-            self._bar.update(self._task, total=tokens_total, completed=tokens_done, visible=True)
+            of = f"/{tokens_total:,}"
+            self._bar.update(self._task, total=tokens_total, completed=tokens_done, of=of, visible=True)
 
     def advance(self, tokens: int) -> None:
         self._done += tokens
@@ -144,7 +175,7 @@ class ConsoleReporter:
         if not self._console.is_terminal:
             return None
         return self._bar.add_task(
-            what, total=None, start=False, visible=False, rate=0.0, size=size, unit=unit
+            what, total=None, start=False, visible=False, rate=0.0, size=size, unit=unit, of=""
         )
 
     def _rate(self) -> float:

@@ -19,6 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
 LOSS_ON = ("assistant", "all")
 LONG = ("split", "drop")
+BAD_ROWS = ("refuse", "drop")
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_STEP_TOKENS, DEFAULT_SHARD_TOKENS = 4096, 32_768
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
@@ -52,6 +53,8 @@ class GenerateRequest:
     max_seq_len: int | None = None
     long: str = "split"
     pack: bool = False
+    append_eos: bool = False
+    bad_rows: str = "refuse"
     top_k: int | None = None
     top_p: float | None = None
     tail: int | None = None
@@ -83,6 +86,7 @@ class GenerateRequest:
             ("--hidden-dtype", self.hidden_dtype, HIDDEN_DTYPES),
             ("--loss-on", self.loss_on, (None, *LOSS_ON)),
             ("--long", self.long, LONG),
+            ("--bad-rows", self.bad_rows, BAD_ROWS),
         ):
             if name not in choices:
                 raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")
@@ -117,8 +121,9 @@ class GenerateRequest:
         self._check_writing()
 
     def _check_writing(self) -> None:
-        if self.writing and (self.pack or self.loss_on):
-            flag = "--pack" if self.pack else f"--loss-on {self.loss_on}"
+        if self.writing and (self.pack or self.append_eos or self.loss_on):
+            given = {"--pack": self.pack, "--append-eos": self.append_eos, f"--loss-on {self.loss_on}": True}
+            flag = next(name for name, is_given in given.items() if is_given)
             raise RequestError(
                 f"{flag}: not with --continuations, where a sample is a prompt and what is written on it; "
                 "leave one of them out"

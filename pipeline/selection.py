@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featurestore.schema import Sample
+from pipeline.bad_rows import BadRows
 from pipeline.chats import ChatFormat
 from pipeline.errors import RequestError
+from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest
 from pipeline.samples import MIN_TOKENS, LeftOut, make_samples
 from pipeline.teacher import Teacher
-from pipeline.texts import MESSAGES_COLUMN, load_documents
-from pipeline.tokens import before_last_turn, tokenise_chats, tokenise_texts
+from pipeline.texts import load_documents
+from pipeline.tokens import Tokenised, before_last_turn, tokenise_chats, tokenise_texts
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,8 @@ class Selection:
     prompt_tokens: int | None = None
 
 
-def select(
-    request: GenerateRequest, teacher: Teacher, tokenizer: Any, stage: Callable[[str], None]
-) -> Selection:
-    """Read the data set and make samples of it; `stage` is told when the long part begins.
+def select(request: GenerateRequest, teacher: Teacher, tokenizer: Any, report: Reporter) -> Selection:
+    """Read the data set and make samples of it.
 
     Raises:
         RequestError: anything about data set, tokenizer or chat template that the user has to mend.
@@ -45,32 +45,67 @@ def select(
         text_column=request.text_column,
         messages_column=request.messages_column,
         shuffle_seed=request.shuffle_seed,
+        listen=report.reading,
     )
     template = _template(request, documents.chats)
     max_seq_len = longest = request.sequence_length(teacher)
     if request.writing:
         longest = request.writing.longest_prompt(max_seq_len, documents.chats)
     learn_all = request.loss_on == "all" or not documents.chats
+    bad = BadRows()
+    values = bad.usable(documents.values)
     if documents.chats:
         form = ChatFormat(tokenizer, template, f"--chat-template {request.chat_template or 'of TEACHER'}")
-        column = request.messages_column or MESSAGES_COLUMN
-        tokenised = tokenise_chats(documents.values, tokenizer, form, column, learn_all)
+        tokenised = tokenise_chats(values, tokenizer, form, documents.column, learn_all, bad)
     else:
-        tokenised = tokenise_texts((text for _, text in documents.values), tokenizer)
+        end = _end_of_sequence(tokenizer, "--append-eos") if request.append_eos else None
+        texts = (text for _, text in values)
+        tokenised = tokenise_texts(texts, tokenizer, end=end, open_end=request.writing is not None)
     if request.writing and documents.chats:
         tokenised, max_seq_len = map(before_last_turn, tokenised), longest
-    stage(f"tokenising {request.dataset}")
-    samples, left_out = make_samples(
+    report.stage(f"tokenising {request.dataset}")
+    samples, left_out = _samples(
+        request,
+        bad,
         tokenised,
+        report,
         max_seq_len=max_seq_len,
         vocab_size=teacher.vocab_size,
         num_samples=request.num_samples,
         min_seq_len=request.min_seq_len or MIN_TOKENS,
         # Half of a chat is no prompt.
         drop_long=request.long == "drop" or bool(request.writing and documents.chats),
-        joiner=(_end_of_sequence(tokenizer), learn_all) if request.pack else None,
+        joiner=(_end_of_sequence(tokenizer, "--pack"), learn_all) if request.pack else None,
     )
     return Selection(samples, left_out, template, longest if request.writing else None)
+
+
+def _samples(
+    request: GenerateRequest, bad: BadRows, tokenised: Iterable[Tokenised], report: Reporter, **how: Any
+) -> tuple[list[Sample], LeftOut]:
+    """Samples and what was left out; `bad` is filled while they are made, and decides at the end."""
+    try:
+        samples, left_out = make_samples(_counted(tokenised, report), **how)
+    except RequestError as error:
+        if request.bad_rows == "refuse":
+            bad.refuse(request.dataset)
+        dropped = f"; {bad.count:,} bad rows were dropped ({bad.first})" if bad.count else ""
+        raise RequestError(f"{error}{dropped}") from error
+    if request.bad_rows == "refuse":
+        bad.refuse(request.dataset)
+    if bad.count:
+        report.stage(f"dropped {bad.count:,} bad rows: {bad.first}")
+    left_out.bad_rows = bad.count
+    return samples, left_out
+
+
+def _counted(documents: Iterable[Tokenised], report: Reporter) -> Iterator[Tokenised]:
+    """The same documents; `report` hears how many there have been, and of how many tokens."""
+    tokens = 0
+    for number, document in enumerate(documents, start=1):
+        tokens += len(document.tokens)
+        report.tokenised(number, tokens)
+        yield document
 
 
 def _template(request: GenerateRequest, chats: bool) -> str | None:
@@ -80,6 +115,8 @@ def _template(request: GenerateRequest, chats: bool) -> str | None:
             if value not in (None, "all"):
                 raise RequestError(f"{flag} {value}: {request.dataset} holds texts, no chats")
         return None
+    if request.append_eos:
+        raise RequestError("--append-eos: a chat ends as its chat template writes it; leave the flag out")
     if request.chat_template is None:
         return None
     try:
@@ -90,9 +127,9 @@ def _template(request: GenerateRequest, chats: bool) -> str | None:
         raise RequestError(f"--chat-template {request.chat_template}: {error.strerror}") from error
 
 
-def _end_of_sequence(tokenizer: Any) -> int:
+def _end_of_sequence(tokenizer: Any, flag: str) -> int:
     if tokenizer.eos_token_id is None:
         raise RequestError(
-            "--pack: the teacher's tokenizer has no end-of-sequence token to join documents with"
+            f"{flag}: the teacher's tokenizer has no end-of-sequence token to put behind documents"
         )
     return int(tokenizer.eos_token_id)

@@ -11,21 +11,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from featurestore.errors import StoreFormatError
 from featurestore.identity import canonical_json
 from featurestore.schema import TeacherIdentity
+from featurestore.tokenizer_files import TOKENIZER_PATTERNS, tokenizer_digest, tokenizer_files
 from pipeline.errors import RequestError, one_line
 
-# Everything a tokenizer may be made of; whichever exist are hashed and kept beside the features.
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 # What a config may say of where it came from, not of what it computes.
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 _NO_LIMIT = 2**31 - 1
@@ -94,7 +85,10 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
             f"TEACHER {name}: no *.safetensors weights in {path}; pickled weights are never loaded, "
             "convert the checkpoint with save_pretrained first"
         )
-    tokenizer = {file: (path / file).read_bytes() for file in TOKENIZER_FILES if (path / file).is_file()}
+    try:
+        tokenizer = tokenizer_files(path)
+    except StoreFormatError as error:
+        raise RequestError(f"TEACHER {name}: a chat template's file cannot be kept: {error}") from None
     if not tokenizer:
         raise RequestError(f"TEACHER {name}: no tokenizer files in {path}; save its tokenizer there")
     quantization = getattr(config, "quantization_config", None) or {}
@@ -111,14 +105,16 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
         if isinstance(quantization, dict)
         else "none",
         digest=_weights_digest(path, weights),
-        tokenizer_digest=_files_digest(tokenizer),
+        tokenizer_digest=tokenizer_digest(tokenizer),
     )
 
 
 def teacher_files(teacher: Teacher) -> dict[str, bytes]:
     """The small files that stage 2 needs from the teacher: its config and its tokenizer."""
-    wanted = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-    return {name: (teacher.path / name).read_bytes() for name in wanted if (teacher.path / name).is_file()}
+    configs = [teacher.path / name for name in ("config.json", "generation_config.json")]
+    return {file.name: file.read_bytes() for file in configs if file.is_file()} | tokenizer_files(
+        teacher.path
+    )
 
 
 def count_parameters(teacher: Teacher) -> int:
@@ -131,17 +127,6 @@ def count_parameters(teacher: Teacher) -> int:
             names = tensors.keys()
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return total
-
-
-def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(teacher.path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raise whatever their backend raises
-        raise RequestError(
-            f"TEACHER {teacher.name}: its tokenizer does not load: {one_line(error)}"
-        ) from error
 
 
 def without_padding(teacher: Teacher, tokenizer: Any) -> Teacher:
@@ -170,7 +155,7 @@ def _download(name: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     weights = ["*.safetensors", "*.safetensors.index.json"] if with_weights else []
-    patterns = [*weights, "config.json", "generation_config.json", *TOKENIZER_FILES]
+    patterns = [*weights, "config.json", "generation_config.json", *TOKENIZER_PATTERNS]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, authentication and naming errors share no base class
@@ -212,11 +197,4 @@ def _weights_digest(path: Path, weights: list[Path]) -> str:
         hasher = blake3(max_threads=blake3.AUTO)
         hasher.update_mmap(os.fspath(file))
         digest.update(hasher.digest())
-    return str(digest.hexdigest())
-
-
-def _files_digest(files: dict[str, bytes]) -> str:
-    digest = blake3()
-    for name in sorted(files):
-        digest.update(blake3(name.encode()).digest() + blake3(files[name]).digest())
     return str(digest.hexdigest())

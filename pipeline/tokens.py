@@ -2,72 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.chats import ChatFormat, Spans, check_messages
+from featurestore.schema import document_key
+from pipeline.bad_rows import BadRows, RowError
+from pipeline.chats import ChatFormat, Message, Spans, check_messages
 from pipeline.errors import RequestError
 
-# Token ids, int32 [T], and whether each is learned, bool [T].
-Tokenised = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
+# Where a conversation stands, its messages, and the text that the template makes of them, perhaps with spans.
+_Written = tuple[str, list[Message], Any]
 
 _BATCH_DOCUMENTS = 64
 
 
-def tokenise_texts(texts: Iterable[str], tokenizer: Any) -> Iterator[Tokenised]:
-    """The tokens of each text with what the tokenizer puts around a text; all are learned."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tokenised:
+    """A document as tokens. tokens: int32 [T]; learned: bool [T], which of them are learned.
+
+    prefix: how many of the first tokens begin a text (BOS of most tokenizers); every window of the document
+    begins with them. key: see `featurestore.schema.document_key`; empty where it is not known.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    learned: npt.NDArray[np.bool_]
+    prefix: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """The token ids that a tokenizer puts in front of a text and behind it."""
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Surroundings:
+        """Those of a tokenizer of transformers."""
+        whole, body = (_encode(tokenizer, ["a"], add_special_tokens=s)["input_ids"][0] for s in (True, False))
+        for start in range(len(whole) - len(body) + 1):
+            if whole[start : start + len(body)] == body:
+                return cls(prefix=tuple(whole[:start]), suffix=tuple(whole[start + len(body) :]))
+        return cls()
+
+
+def tokenise_texts(
+    texts: Iterable[str], tokenizer: Any, *, end: int | None = None, open_end: bool = False
+) -> Iterator[Tokenised]:
+    """The tokens of each text with what the tokenizer puts around a text; all are learned but what begins it.
+
+    An empty text has no tokens at all. end: a token that follows each text which does not end with it
+    already. open_end: leave out what the tokenizer puts behind a text, since something will be written there.
+    """
+    around = Surroundings.of(tokenizer)
     for batch in _batches(texts):
-        yield from map(_all_learned, _encode(tokenizer, batch)["input_ids"])
+        for text, encoded in zip(batch, _encode(tokenizer, batch)["input_ids"], strict=True):
+            empty = len(encoded) <= len(around.prefix) + len(around.suffix)
+            ids = [] if empty else _closed(encoded, around, end, open_end)
+            learned = np.ones(len(ids), np.bool_)
+            # Nothing is left of the first token to learn it from: its place in the mask means nothing.
+            learned[1 : len(around.prefix)] = False
+            yield Tokenised(
+                tokens=np.asarray(ids, np.int32),
+                learned=learned,
+                prefix=len(around.prefix),
+                key=document_key(text),
+            )
+
+
+def _closed(ids: list[int], around: Surroundings, end: int | None, open_end: bool) -> list[int]:
+    if open_end and around.suffix:
+        return ids[: -len(around.suffix)]
+    return [*ids, end] if end is not None and ids[-1] != end else ids
 
 
 def tokenise_chats(
-    chats: Iterable[tuple[str, Any]], tokenizer: Any, form: ChatFormat, column: str, learn_all: bool
+    chats: Iterable[tuple[str, Any]],
+    tokenizer: Any,
+    form: ChatFormat,
+    column: str,
+    learn_all: bool,
+    bad: BadRows | None = None,
 ) -> Iterator[Tokenised]:
     """The tokens of each conversation as `form` writes it; those of the assistant are learned, or all.
 
-    The template writes the tokens that begin a text, so the tokenizer adds none.
+    The template writes the tokens that begin a text, so the tokenizer adds none. A conversation that is
+    malformed, that the template refuses, or whose assistant's tokens are not known for certain, is counted in
+    `bad` and left out.
 
     Raises:
-        RequestError: a conversation that is malformed, that the template refuses, or whose assistant's tokens
-            are not known for certain.
+        RowError: there is such a conversation, and no `bad`.
+        RequestError: the template is no Jinja, or the tokenizer does not say where its tokens are.
     """
-    if learn_all:
-        texts = (form.text(check_messages(value, where, column), where) for where, value in chats)
-        for batch in _batches(texts):
-            yield from map(_all_learned, _encode(tokenizer, batch, add_special_tokens=False)["input_ids"])
-        return
-    if not tokenizer.is_fast:
+    if not learn_all and not tokenizer.is_fast:
         raise RequestError(
             "--loss-on assistant: the teacher's tokenizer does not say where its tokens are in the text; "
             "give --loss-on all"
         )
-    for rows in _batches(chats):
-        places = [where for where, _ in rows]
-        written = [form.text_and_spans(check_messages(value, w, column), w) for w, value in rows]
-        found = _encode(
-            tokenizer, [text for text, _ in written], add_special_tokens=False, return_offsets_mapping=True
-        )
-        for place, (text, spans), ids, offsets in zip(
-            places, written, found["input_ids"], found["offset_mapping"], strict=True
-        ):
-            try:
-                yield np.asarray(ids, np.int32), assistant_mask(tokenizer, text, spans, ids, offsets)
-            except ValueError as error:
-                raise RequestError(
-                    f"DATASET {place}: {error}; mend the row, give another --chat-template, or --loss-on all"
-                ) from None
+    write = form.text if learn_all else form.text_and_spans
+    beginnings = _beginnings(tokenizer)
+    for rows in _batches(_written(chats, write, column, bad)):
+        for (_, messages, _), (tokens, learned) in _chat_tokens(rows, tokenizer, learn_all, bad):
+            prefix = next((len(p) for p in beginnings if tuple(tokens[: len(p)].tolist()) == p), 0)
+            learned[1:prefix] = False
+            yield Tokenised(tokens=tokens, learned=learned, prefix=prefix, key=document_key(messages))
+
+
+def _beginnings(tokenizer: Any) -> list[tuple[int, ...]]:
+    """The tokens with which a template may begin a text, as the tokenizer does or with BOS alone."""
+    found = [Surroundings.of(tokenizer).prefix]
+    if tokenizer.bos_token_id is not None:
+        found.append((tokenizer.bos_token_id,))
+    return [tokens for tokens in found if tokens]
+
+
+def _chat_tokens(
+    rows: list[_Written], tokenizer: Any, learn_all: bool, bad: BadRows | None
+) -> Iterator[tuple[_Written, tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]]]:
+    """Tokens and mask of each conversation whose assistant's tokens are known for certain."""
+    if learn_all:
+        found = _encode(tokenizer, [text for _, _, text in rows], add_special_tokens=False)["input_ids"]
+        for row, ids in zip(rows, found, strict=True):
+            yield row, (np.asarray(ids, np.int32), np.ones(len(ids), np.bool_))
+        return
+    texts = [text for _, _, (text, _) in rows]
+    encoded = _encode(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
+    for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        place, _, (text, spans) = row
+        try:
+            mask = assistant_mask(tokenizer, text, spans, ids, offsets)
+        except ValueError as error:
+            reason = f"{error}; correct the row, give another --chat-template, or --loss-on all"
+            _leave_out(RowError(f"DATASET {place}: {reason}"), bad)
+        else:
+            yield row, (np.asarray(ids, np.int32), mask)
+
+
+def _written(
+    chats: Iterable[tuple[str, Any]],
+    write: Callable[[list[Message], str], Any],
+    column: str,
+    bad: BadRows | None,
+) -> Iterator[_Written]:
+    """Each conversation that is well formed, and what `write` makes of it."""
+    for where, value in chats:
+        try:
+            messages = check_messages(value, where, column)
+            yield where, messages, write(messages, where)
+        except RowError as error:
+            _leave_out(error, bad)
+
+
+def _leave_out(error: RowError, bad: BadRows | None) -> None:
+    if bad is None:
+        raise error from None
+    bad.add(str(error))
 
 
 def before_last_turn(chat: Tokenised) -> Tokenised:
     """What stands before the assistant's last turn, which the template opens there; nothing without one."""
-    tokens, learned = chat
+    learned = chat.learned
     last = int(np.flatnonzero(learned)[-1]) if learned.any() else 0
     first = int(np.flatnonzero(~learned[:last])[-1]) + 1 if not learned[:last].all() else 0
-    return tokens[:first], np.ones(first, np.bool_)
+    return replace(chat, tokens=chat.tokens[:first], learned=np.ones(first, np.bool_))
 
 
 def assistant_mask(
@@ -130,10 +233,6 @@ def _check_decoded(tokenizer: Any, said: str, ids: list[int]) -> None:
 
 def _without_space(text: str) -> str:
     return "".join(text.split())
-
-
-def _all_learned(ids: list[int]) -> Tokenised:
-    return np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)
 
 
 def _encode(tokenizer: Any, texts: list[str], **options: bool) -> Any:

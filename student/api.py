@@ -25,7 +25,9 @@ from featurestore.inspect import look_at
 from featurestore.reader import CacheReader
 from student.arguments import parse
 from student.flagfile import command_line
+from student.outputs import check_output
 from student.run import build, prepare, train
+from student.tokenizer import load_tokenizer
 
 
 def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3) -> list[dict[str, Any]]:
@@ -37,10 +39,8 @@ def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3
     None where unknown). Raises IndexError for an index outside the store, MissingFeatureError when not every
     sample has logits.
     """
-    from transformers import AutoTokenizer
-
     view = look_at(reader, index, limit, best)
-    tokenizer = AutoTokenizer.from_pretrained(str(reader.teacher_dir))
+    tokenizer = load_tokenizer(reader.teacher_dir)
     return [
         {
             "position": row.position,
@@ -70,7 +70,9 @@ class Experiment:
     def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:
         words = [str(store), "--output-dir", str(output_dir), *command_line(flags, "Experiment")]
         self._command = ["distily-train", "from-cache", *words]
-        self._built = build(prepare(parse(words)))
+        request = parse(words)
+        check_output(request)
+        self._built = build(prepare(request))
         self.reader = self._built.prepared.reader
         self.model, self.trainer = self._built.model, self._built.trainer
 

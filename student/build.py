@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featurestore.reader import CacheReader
+from featurestore.tokenizer_files import tokenizer_files
 from student import bitnet
 from student.bitnet import layout
 from student.errors import UserError
@@ -27,6 +28,7 @@ from student.saving import (
     student_config,
 )
 from student.shape import changed_config, check_positions, check_vocabulary, tokenizers_differ
+from student.tokenizer import load_tokenizer
 from student.weights import CheckpointTensors
 
 
@@ -210,9 +212,17 @@ def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) ->
 def same_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> bool:
     """Whether the student is known to have the teacher's tokenizer; UserError when it has another."""
     files = [checkpoint / "tokenizer.json", teacher_dir / "tokenizer.json"]
-    if not all(file.is_file() for file in files):
+    if all(file.is_file() for file in files):
+        differ = tokenizers_differ(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+    elif all(tokenizer_files(directory) for directory in (checkpoint, teacher_dir)):
+        try:
+            own, theirs = (load_tokenizer(directory).get_vocab() for directory in (checkpoint, teacher_dir))
+        except (OSError, ValueError, KeyError, ImportError):
+            return False
+        differ = own != theirs
+    else:
         return False
-    if tokenizers_differ(*(json.loads(file.read_text(encoding="utf-8")) for file in files)):
+    if differ:
         raise UserError(
             f"{flag}: its tokenizer is not the one of the cache's teacher, so cached token ids mean other "
             "text to it; "

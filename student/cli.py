@@ -133,6 +133,9 @@ def card_(
         typer.Option(metavar="REPO", help="Then upload student, tokenizer, card, plots there: me/name."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make REPO private, where it is new.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a README.md that was edited since.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write DIR/README.md, a model card in the hub's format, from the files in DIR."""
@@ -140,7 +143,7 @@ def card_(
     from student.hub import push_student
 
     with _exit_codes():
-        file = card(directory, license, language or [])
+        file = card(directory, license, language or [], overwrite)
         url = push_student(directory, push_to_hub, private) if push_to_hub else None
     made = {"card": str(file)} | ({"url": url} if url else {})
     typer.echo(json.dumps(made) if as_json else url or str(file))

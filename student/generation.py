@@ -18,6 +18,7 @@ from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
 from student.saving import attention, student_config
+from student.tokenizer import load_tokenizer
 
 KERNELS = ("torch", "bitblas")
 
@@ -42,7 +43,7 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     parameters and buffers as they lie in memory, `peak_memory_bytes` of the process or the GPU.
     """
     _check(request)
-    tokenizer = load_tokenizer(request.directory)
+    tokenizer = student_tokenizer(request.directory)
     model = load(request.directory)
     if request.kernel == "bitblas":
         if not any(True for _ in integer_linears(model)):
@@ -103,14 +104,12 @@ def _check(request: GenerateRequest) -> None:
         raise UserError("--temperature must not be negative; 0 takes the best token")
 
 
-def load_tokenizer(directory: Path) -> Any:
+def student_tokenizer(directory: Path) -> Any:
     """Of a student's directory; UserError when there is none."""
-    from transformers import AutoTokenizer
-
     config = student_config(read_config(directory))  # transformers would warn of a model type that is ours
     if not (directory / "tokenizer_config.json").is_file():
         raise UserError(f"{directory} holds no tokenizer; copy the teacher's tokenizer files there")
-    return AutoTokenizer.from_pretrained(directory, config=config)
+    return load_tokenizer(directory, config=config)
 
 
 def _prompt_ids(tokenizer: Any, request: GenerateRequest) -> Tensor:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from featurestore.hub import asking, logged_in
+from featurestore.tokenizer_files import TEMPLATE_FOLDER, TOKENIZER_PATTERNS
 from student.errors import UserError
-from student.saving import TOKENIZER_FILES
 
 CARD = "README.md"
-# Patterns of the hub's client, where * also matches slashes: hence the second list, for checkpoints, logs and
-# the stages of a recipe.
+# Patterns of the hub's client, where * also matches slashes: hence `_left_out`, for checkpoints, logs and the
+# stages of a recipe.
 UPLOADED = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
-    *TOKENIZER_FILES,
+    *TOKENIZER_PATTERNS,
     CARD,
     "*.png",
     "*.svg",
 ]
-LEFT_OUT = ["*/*", ".*"]
 
 
 def push_student(directory: str | Path, repo: str, private: bool = False) -> str:
@@ -40,7 +40,13 @@ def push_student(directory: str | Path, repo: str, private: bool = False) -> str
             repo_id=url.repo_id,
             folder_path=directory,
             allow_patterns=UPLOADED,
-            ignore_patterns=list(LEFT_OUT),
+            ignore_patterns=_left_out(directory),
             commit_message="Student, card and plots",
         )
     return str(url)
+
+
+def _left_out(directory: Path) -> list[str]:
+    """Patterns of what is not uploaded: hidden files, and every folder but that of named chat templates."""
+    folders = (path.name for path in directory.iterdir() if path.is_dir())
+    return [".*", *(f"{escape(name)}/*" for name in folders if name != TEMPLATE_FOLDER)]

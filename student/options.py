@@ -168,7 +168,14 @@ class StudentOptions:
         None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
     )
     eval_fraction: float = _flag(
-        0.1, "Share of the samples held out for evaluation, chosen by sample id; 0 holds nothing out."
+        0.1,
+        "Share of the documents whose samples are held out for evaluation, chosen by their content; 0 holds "
+        "nothing out.",
+    )
+    overwrite_output_dir: bool = _flag(
+        False,
+        "Begin anew where --output-dir holds a training already: its checkpoints, student and records are "
+        "deleted once all of the request is checked; other files stay.",
     )
     json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
 

@@ -22,7 +22,7 @@ from student.objective.requests import ObjectiveRequest, TermRequest
 from student.objective.terms import Objective, Term, term
 from student.projectors import IDENTITY, ProjectorSpec
 from student.sidecar import TeacherParts, load_parts
-from student.split import split_samples
+from student.split import Split, split_cache
 
 CONFIDENCE_SAMPLES = 256
 
@@ -199,6 +199,7 @@ class DataPlan:
 
     train: CachedDataset
     held_out: CachedDataset | None
+    split: Split
 
 
 def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
@@ -222,15 +223,15 @@ def plan_data(
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs)]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
-    train, held_out = split_samples(reader.sample_ids, fraction)
+    split = split_cache(reader, fraction)
+    train, held_out = split.training, split.held_out
     if samples is not None and samples > len(train):
         raise UserError(f"--train-samples {samples}: the cache has {len(train)} that are not held out")
     train = train[:samples]
     if not held_out:
-        return DataPlan(CachedDataset(reader, train, trained), None)
-    return DataPlan(
-        CachedDataset(reader, train, trained), CachedDataset(reader, held_out, _with_logits(groups, reader))
-    )
+        return DataPlan(CachedDataset(reader, train, trained), None, split)
+    evaluated = CachedDataset(reader, held_out, _with_logits(groups, reader))
+    return DataPlan(CachedDataset(reader, train, trained), evaluated, split)
 
 
 def plan_distribution(

@@ -26,7 +26,14 @@ from student.flagfile import command_line
 from student.yamlfile import read_yaml
 
 _NAME = re.compile(r"(?!checkpoint-)[A-Za-z0-9][A-Za-z0-9_-]*")
-_COMMAND_LINE_ONLY = ("recipe", "output_dir", "json", "resume_from_checkpoint", "help")
+_COMMAND_LINE_ONLY = (
+    "recipe",
+    "output_dir",
+    "json",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "help",
+)
 _OF_ALL_STAGES = ("max_steps", "num_train_epochs")
 _OF_FIRST_STAGE = ("student", "student_model_config", "init", "copy_layers", "teacher")
 

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from featurestore.stopping import advise
 from student.bitnet.layout import saved_conversion
 from student.build import StudentPlan
 from student.errors import UserError
@@ -20,6 +21,24 @@ from student.saving import MANIFEST_FILE, saved_config
 from student.weights import CheckpointTensors
 
 _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint
+
+
+class KeptCallback(TrainerCallback):  # type: ignore[misc]
+    """Has the line of a training that is stopped say what it has kept."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step:
+            self.on_save(args, state, control)
+        else:
+            advise("no checkpoint is saved yet, the training starts again")
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        saved = f"step {state.global_step} of {state.max_steps} is saved"
+        advise(f"{saved}, --resume-from-checkpoint True resumes there")
 
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import typer
 from transformers import TrainingArguments, set_seed
 
 from featurestore.reader import CacheReader
@@ -22,6 +23,7 @@ from student.errors import UserError
 from student.model import DistillationModel
 from student.objective.terms import Objective
 from student.origin import environment, typed
+from student.outputs import check_output, remove_training
 from student.packing import check_packing
 from student.plan import DataPlan, load_teacher, plan_data, plan_distribution, plan_objective
 from student.report import write_report
@@ -60,6 +62,7 @@ def train_from_cache(request: Request) -> dict[str, Any]:
 
     Returns the summary. Everything that can be wrong with the request is found before the student is built.
     """
+    check_output(request)
     return train(build(prepare(request)))
 
 
@@ -115,6 +118,10 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     """
     trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
     checkpoint = built.prepared.checkpoint
+    if built.prepared.request.options.overwrite_output_dir and trainer.args.should_save:
+        remove_training(Path(trainer.args.output_dir))
+    if str(data.split) and trainer.is_world_process_zero():
+        typer.echo(f"distily-train: {data.split}", err=True)
     start, started = time.perf_counter(), datetime.now(UTC)
     done = None if checkpoint is None else finished(checkpoint, trainer.args)
     if checkpoint is not None and done is not None:
@@ -140,6 +147,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         command or typed(),
         environment(trainer.args.device, started),
         built.drift,
+        data.split,
     )
     summary = summarise(run)
     write_report(run.output_dir)

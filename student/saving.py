@@ -5,7 +5,6 @@ training, or all of it.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,15 @@ from safetensors.torch import load_file
 from student import bitnet
 from student.bitnet import layout
 from student.errors import StudentError, UserError
+from student.tokenizer import copy_tokenizer
 from student.weights import CheckpointTensors
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 # In a checkpoint: the manifest of the cache that it was trained on, and in which order, see student.resume.
 MANIFEST_FILE = "cache_manifest.json"
 
 
 def save_student(student: Any, directory: Path, tokenizer_dir: Path) -> None:
-    """Safetensors, config.json and the teacher's tokenizer files.
+    """Safetensors, config.json and the teacher's tokenizer.
 
     A BitNet student is saved as its latent weights with the `quantization_config` that makes transformers
     quantise them online; it is added to the file only, since Trainer treats a model that carries it as
@@ -53,10 +40,7 @@ def save_student(student: Any, directory: Path, tokenizer_dir: Path) -> None:
         config = layout.to_saved(json.loads(path.read_text(encoding="utf-8")), conversion)
         config["quantization_config"] = bitnet.quantization_config(student)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        source = tokenizer_dir / name
-        if source.is_file() and not (directory / name).is_file():
-            shutil.copyfile(source, directory / name)
+    copy_tokenizer(tokenizer_dir, directory)
 
 
 def load_student(student: Any, directory: Path) -> None:

@@ -1,34 +1,100 @@
-"""Which samples are held out: a pure function of the sample id, so that a growing cache never moves one
-across.
+"""Which samples are held out: a pure function of each sample's documents, so that no document is on both
+sides, and that a growing cache never moves a sample from one side to the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from featurestore.reader import CacheReader
 from student.errors import UserError
 
 _HASH_DIGITS = 16
 _HASH_RANGE: int = 16**_HASH_DIGITS
 
-
-def is_held_out(sample_id: str, fraction: float) -> bool:
-    """Whether the sample belongs to the held-out side; `sample_id` is a hex hash, uniform by construction."""
-    return int(sample_id[:_HASH_DIGITS], 16) < fraction * _HASH_RANGE
+# Of a sample: the keys of its documents, once for each task of the cache that holds it.
+Documents = Sequence[tuple[str, ...]]
 
 
-def split_samples(sample_ids: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
-    """Indices of (training, held-out) samples in the given order; fraction 0 holds nothing out.
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Indices of training and held-out samples, in the order of the cache.
+
+    left_out: how many are on neither side, since they share a document with the held-out side. unknown: how
+    many samples have no document's key (caches of before, imported ones) and are split on their own.
+    """
+
+    training: list[int]
+    held_out: list[int]
+    left_out: int = 0
+    unknown: int = 0
+
+    def __str__(self) -> str:
+        """What the user should know, in one line; empty where every sample is on a side by its document."""
+        said = []
+        if self.left_out:
+            said.append(f"{self.left_out:,} samples are left out: they share a document with held-out ones")
+        if self.unknown:
+            said.append(
+                f"{self.unknown:,} samples do not name their documents and are split one by one, so held-out "
+                "ones may come from documents that are trained on"
+            )
+        return "; ".join(said)
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether what `key` names is on the held-out side; a hex hash, uniform by construction."""
+    return int(key[:_HASH_DIGITS], 16) < fraction * _HASH_RANGE
+
+
+def split_samples(
+    sample_ids: Sequence[str], fraction: float, documents: Sequence[Documents] | None = None
+) -> Split:
+    """The two sides; fraction 0 holds nothing out.
+
+    documents: per sample, see `CacheReader.documents`; None: not known of any. A sample is held out with the
+    document that it begins in, or by its own id where that is not known. One that is not held out is trained
+    on unless a held-out sample has a part of one of its documents.
 
     UserError when a side that must not be empty is.
     """
-    held_out = [index for index, sample_id in enumerate(sample_ids) if is_held_out(sample_id, fraction)]
-    chosen = set(held_out)
-    training = [index for index in range(len(sample_ids)) if index not in chosen]
+    copies: Sequence[Documents] = documents if documents is not None else [()] * len(sample_ids)
+    sides = [
+        {is_held_out(keys[0] if keys else sample_id, fraction) for keys in known or [()]}
+        for sample_id, known in zip(sample_ids, copies, strict=True)
+    ]
+    # Two generators, or two stores that were merged, can have found one sample in different documents. Where
+    # these are on different sides, it is on none: either would move it for one who had one of them only.
+    held_out = [index for index, side in enumerate(sides) if side == {True}]
+    held_keys = {key for index in held_out for keys in copies[index] for key in keys}
+    training = [
+        index
+        for index, side in enumerate(sides)
+        if side == {False} and not any(key in held_keys for keys in copies[index] for key in keys)
+    ]
     if not training or (fraction > 0 and not held_out):
-        side = "training" if not training else "held-out"
-        raise UserError(
-            f"--eval-fraction {fraction:g} leaves no {side} sample of the {len(sample_ids)} in this cache; "
-            "choose another fraction, or extend the cache with `distily-cache generate --num-samples`"
-        )
-    return training, held_out
+        raise UserError(_empty_side(sample_ids, fraction, copies, "held-out" if training else "training"))
+    return Split(
+        training=training,
+        held_out=held_out,
+        left_out=len(sample_ids) - len(training) - len(held_out),
+        unknown=sum(not all(known or [()]) for known in copies) if fraction else 0,
+    )
+
+
+def split_cache(reader: CacheReader, fraction: float) -> Split:
+    """`split_samples` of a cache."""
+    if not fraction:
+        return split_samples(reader.sample_ids, 0)
+    return split_samples(reader.sample_ids, fraction, reader.documents())
+
+
+def _empty_side(sample_ids: Sequence[str], fraction: float, copies: Sequence[Documents], side: str) -> str:
+    names = {key for known in copies for keys in known for key in keys}
+    whole = f", which come from {len(names):,} documents that are not divided" if names else ""
+    return (
+        f"--eval-fraction {fraction:g} leaves no {side} sample of the {len(sample_ids)} in this cache"
+        f"{whole}; choose another fraction (0 holds nothing out), or extend the cache with "
+        f"{'more documents' if names else '`distily-cache generate --num-samples`'}"
+    )

@@ -17,12 +17,18 @@ from featurestore.errors import BAD_REQUESTS
 from student.arguments import Request
 from student.build import StudentPlan
 from student.errors import UserError
+from student.outputs import check_output, remove_training
 from student.recipe import StageRequest
 from student.resume import last_checkpoint
-from student.run import check_writable, prepare, train_from_cache
+from student.run import build, check_writable, prepare, train
 
 RECORD = "stage.json"
-_ELSEWHERE = ("json", "manifest", "student")  # flags that do not say what a stage learns
+_ELSEWHERE = (
+    "json",
+    "overwrite_output_dir",
+    "manifest",
+    "student",
+)  # flags that do not say what a stage learns
 _HOW_LONG = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "seed")
 
 
@@ -32,7 +38,8 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
     All of them read the cache as it was when the first one began. A stage that was killed goes on from its
     last checkpoint. UserError, before any training, for what is wrong in any stage.
     """
-    records = [_record(stage) for stage in stages]
+    overwrite = stages[0].request.options.overwrite_output_dir
+    records: list[dict[str, Any]] = [{} if overwrite else _record(stage) for stage in stages]
     done = next((i for i, record in enumerate(records) if not record.get("finished")), len(stages))
     for stage, record in zip(stages[:done], records, strict=False):
         _tell(stage.request, f"stage {stage.name}: finished before{_changes(stage, record)}")
@@ -56,23 +63,24 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for number, stage in enumerate(stages[done:], done + 1):
         _tell(stage.request, f"stage {stage.name}: {number} of {len(stages)}, in {_folder(stage)}")
+        if overwrite and stage.request.training.should_save:
+            remove_training(_folder(stage))
+        stage.request.options.overwrite_output_dir = False  # done, and the record that follows is to stay
         _keep(stage, finished=False)
         with _named(stage):
-            summary = train_from_cache(stage.request)
+            summary = train(build(prepare(stage.request)))
         _keep(stage, finished=True)
     return summary
 
 
 def _go_on(stage: StageRequest, record: dict[str, Any]) -> None:
-    """From the last checkpoint, if this recipe left it."""
-    checkpoint = last_checkpoint(_folder(stage))
-    if checkpoint is None:
-        return
+    """From the last checkpoint, if this recipe left it; UserError where another training lies there."""
     if record.get("finished") is not False:
-        raise UserError(
-            f"--output-dir: {checkpoint} is of another training; remove it or give another directory"
-        )
-    stage.request.training.resume_from_checkpoint = str(checkpoint)
+        check_output(stage.request)
+        return
+    checkpoint = last_checkpoint(_folder(stage))
+    if checkpoint is not None:
+        stage.request.training.resume_from_checkpoint = str(checkpoint)
 
 
 def _keep(stage: StageRequest, finished: bool) -> None:

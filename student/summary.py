@@ -19,6 +19,7 @@ from featurestore.schema import LogitsSpec
 from student.bitnet import Drift, bit_linears, conversion_of
 from student.model import DistillationModel
 from student.origin import captures, without_secrets
+from student.split import Split
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Run:
     command: Sequence[str]
     environment: Mapping[str, Any]
     drift: Drift | None = None  # of the student when it was converted
+    split: Split | None = None
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
@@ -65,6 +67,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "train_samples": run.train_samples,
         "held_out_samples": run.held_out_samples,
         "eval_fraction": run.eval_fraction,
+        "left_out_samples": run.split.left_out if run.split else 0,
+        "samples_of_unknown_documents": run.split.unknown if run.split else 0,
         "held_out_kl": _exactness(run.reader),
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,

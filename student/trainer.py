@@ -21,7 +21,7 @@ from student.evaluation.measures import perplexity
 from student.finite import check_terms, check_weights
 from student.model import EVAL_COLUMNS, DistillationModel
 from student.objective.balance import EVERY, GradientBalance, gradient_norms
-from student.resume import order_seed
+from student.resume import KeptCallback, order_seed
 from student.saving import MANIFEST_FILE, load_student, save_student
 
 
@@ -53,6 +53,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             compute_metrics=held_out_metrics,
             optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
         )
+        self.add_callback(KeptCallback())
         self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
         self._term_start: int | None = None  # the step after which _term_sums began to add up
         self._balance = GradientBalance(len(model.objective.terms)) if model.objective.balanced else None

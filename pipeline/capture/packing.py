@@ -26,6 +26,7 @@ from featurestore.schema import (
 )
 from pipeline.capture.reduce import LogitRows, encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.tiles import run_tiles
 
 _HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
 
@@ -91,13 +92,17 @@ def distribution_fields(
     spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
-    # On a CPU the passes over a few rows stay in the core's own cache; a GPU wants all rows at once.
+    if logits_NV.is_cuda:
+        return _tile_fields(spec, logits_NV.float(), labels_N, shifts_N)
+    # The passes over a few rows stay in the cache of the core that makes all of them.
     rows, vocab = logits_NV.shape
-    step = rows if logits_NV.is_cuda else max(1, TILE_ELEMENTS // vocab)
-    tiles = [
-        _tile_fields(spec, logits_NV[i : i + step].float(), labels_N[i : i + step], shifts_N[i : i + step])
-        for i in range(0, rows, step)
-    ]
+    step = max(1, TILE_ELEMENTS // vocab)
+
+    def tile(start: int) -> dict[str, torch.Tensor]:
+        part = slice(start, start + step)
+        return _tile_fields(spec, logits_NV[part].float(), labels_N[part], shifts_N[part])
+
+    tiles = run_tiles(tile, range(0, rows, step))
     return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
 
 

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 
-import psutil  # vLLM requires it
+import psutil
 
 _VARIABLE = "DISTILY_DRIVER_PID"
 _POLL_SECONDS = 1.0

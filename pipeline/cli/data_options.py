@@ -10,11 +10,14 @@ DatasetArgument = Annotated[
     str,
     typer.Argument(
         metavar="DATASET",
-        help="Local .txt/.jsonl/.parquet/.arrow file or folder, a saved `datasets` directory, or a hub name.",
+        help="Local file or folder of .txt, .md, .jsonl, .json, .csv, .tsv, .parquet or .arrow, also with "
+        ".gz, .zst or .bz2 behind it; a saved `datasets` directory, or a hub name.",
     ),
 ]
-SplitOption = Annotated[str, typer.Option(help="Split of a hub or saved data set.")]
-ConfigOption = Annotated[str | None, typer.Option(help="Configuration of a hub data set, e.g. 20231101.en.")]
+SplitOption = Annotated[str, typer.Option(help="Split, or a slice of it: train[:1000], train[:10%]+test.")]
+ConfigOption = Annotated[
+    str | None, typer.Option(help="Configuration of a data set that has several, e.g. 20231101.en.")
+]
 TextOption = Annotated[
     str | None,
     typer.Option(
@@ -27,8 +30,8 @@ MessagesOption = Annotated[
     str | None,
     typer.Option(
         "--messages-column",
-        help="Column that holds chats, lists of {role, content}, which the chat template turns into text. "
-        "(default: messages, where there is no column text)",
+        help="Column that holds chats, lists of {role, content} or of {from, value}, which the chat template "
+        "turns into text. (default: messages, conversations, or the columns of Alpaca, whichever is there)",
     ),
 ]
 TemplateOption = Annotated[
@@ -67,11 +70,27 @@ LongOption = Annotated[
         "--long", help="Documents over --max-seq-len: split them into several samples, or drop them."
     ),
 ]
+BadRowsOption = Annotated[
+    str,
+    typer.Option(
+        "--bad-rows",
+        help="Rows that cannot be used, e.g. a chat that the template refuses: refuse the data set and say "
+        "how many there are, or drop them and say how many were dropped.",
+    ),
+]
 PackOption = Annotated[
     bool,
     typer.Option(
         "--pack/--no-pack",
         help="Join documents with the end-of-sequence token into full samples, "
         "instead of cutting each document on its own.",
+    ),
+]
+EndOption = Annotated[
+    bool,
+    typer.Option(
+        "--append-eos/--no-append-eos",
+        help="Put the end-of-sequence token behind each text, where the tokenizer does not, so that students "
+        "learn where a text ends.",
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featurestore.page import why_not, write
+from featurestore.page import why_not_page, write
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
 from pipeline.cli.output import print_json
@@ -31,7 +31,7 @@ def report(
 
     with exit_codes():
         file = out or Path(default_file(store))
-        if problem := why_not(file):
+        if problem := why_not_page(file):
             raise RequestError(f"--out {file} {problem}")
         found = gather(store, samples)
         if found.damage:

@@ -27,8 +27,10 @@ from pipeline.cli.capture_options import (
     TopPOption,
 )
 from pipeline.cli.data_options import (
+    BadRowsOption,
     ConfigOption,
     DatasetArgument,
+    EndOption,
     LengthOption,
     LongOption,
     LossOption,
@@ -77,6 +79,8 @@ class RequestFlags:
     max_seq_len: LengthOption = None
     long: LongOption = "split"
     pack: PackOption = False
+    append_eos: EndOption = False
+    bad_rows: BadRowsOption = "refuse"
     top_k: TopKOption = None
     top_p: TopPOption = None
     tail: TailOption = None

@@ -24,6 +24,8 @@ _SEQUENCES = 256
 _CPU_DEFAULTS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    # Threads that spin while they wait take the time of those they wait for, where other programs run too.
+    "OMP_WAIT_POLICY": "passive",
     # glibc gives freed tensors of some MiB back to the system and takes fresh pages for the next ones, which
     # may cost several times the arithmetic on them: the worker keeps them. Every glibc takes up to 2**25.
     "MALLOC_MMAP_THRESHOLD_": str(2**25),

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import TypeVar
 
-import psutil  # vLLM requires it
+import psutil
 
 from pipeline.engines.memory import OUT_OF_MEMORY
 from pipeline.errors import EngineError, one_line

@@ -6,7 +6,7 @@ T tokens of a prompt, S of a text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from featurestore.identity import digest
-from featurestore.schema import Sample
+from featurestore.schema import Sample, joined
 from featurestore.written import Key, WriterSpec, prompt_id
 
 Array = npt.NDArray[Any]
@@ -25,10 +25,13 @@ _SEED_DOMAIN = b"distily-cache continuation v1\0"
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One text of a request: its key, and the prompt that it goes on from (int32 [T])."""
+    """One text of a request: its key, the prompt that it goes on from (int32 [T]), and the keys of the
+    documents that begin with the prompt.
+    """
 
     key: Key
     prompt: Array
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +63,20 @@ class WritingPlan:
     def samples(self) -> dict[Key, Sample]:
         """The samples that the written texts make, in order."""
         return {
-            job.key: sample_of(job.prompt, self.found[job.key]) for job in self.jobs if job.key in self.found
+            job.key: sample_of(job.prompt, self.found[job.key], job.documents)
+            for job in self.jobs
+            if job.key in self.found
         }
 
     def samples_by_id(self) -> dict[str, Sample]:
-        """The same by sample id: texts that came out alike are one sample."""
-        return {sample.id: sample for sample in self.samples.values()}
+        """The same by sample id: texts that came out alike are one sample, of all their documents."""
+        alike: dict[str, list[Sample]] = {}
+        for sample in self.samples.values():
+            alike.setdefault(sample.id, []).append(sample)
+        return {
+            name: replace(found[0], documents=joined(one.documents for one in found))
+            for name, found in alike.items()
+        }
 
     def extents(self) -> list[tuple[str, int]]:
         """(sample id, length) of every text. A missing one has an id of its own, and its greatest length."""
@@ -83,10 +94,24 @@ def prompts_of(samples: Iterable[Sample], prompt_tokens: int) -> list[Array]:
     return list({prompt_id(tokens): tokens for tokens in cut}.values())
 
 
-def jobs_of(prompts: Iterable[Array], continuations: int) -> tuple[Job, ...]:
-    """`continuations` texts of every prompt."""
+def documents_of(samples: Iterable[Sample], prompt_tokens: int) -> dict[str, tuple[str, ...]]:
+    """Prompt id -> keys of all documents that the prompt, as in `prompts_of`, is the beginning of."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for sample in samples:
+        found.setdefault(prompt_id(sample.tokens[:prompt_tokens]), []).append(sample.documents)
+    return {name: joined(keys) for name, keys in found.items()}
+
+
+def jobs_of(
+    prompts: Iterable[Array], continuations: int, documents: Mapping[str, tuple[str, ...]] | None = None
+) -> tuple[Job, ...]:
+    """`continuations` texts of every prompt; documents: see `documents_of`."""
     named = ((prompt_id(prompt), prompt) for prompt in prompts)
-    return tuple(Job((name, number), prompt) for name, prompt in named for number in range(continuations))
+    return tuple(
+        Job((name, number), prompt, (documents or {}).get(name, ()))
+        for name, prompt in named
+        for number in range(continuations)
+    )
 
 
 def split_jobs(jobs: Sequence[Job], max_tokens: int, shard_tokens: int) -> list[list[Job]]:
@@ -110,10 +135,10 @@ def seed_of(seed: int, key: Key) -> int:
     return int.from_bytes(blake3(data).digest(8), "little") >> 1
 
 
-def sample_of(prompt: Array, text: Array) -> Sample:
+def sample_of(prompt: Array, text: Array, documents: tuple[str, ...] = ()) -> Sample:
     """Prompt (int32 [T]) and text (int32 [S]) as one sample, of which the text alone is learned."""
     mask = np.arange(len(prompt) + len(text)) >= len(prompt)
-    return Sample(tokens=np.concatenate([prompt, text]), loss_mask=mask)
+    return Sample(tokens=np.concatenate([prompt, text]), loss_mask=mask, documents=documents)
 
 
 def cut_at_end(tokens: Sequence[int], ends: Iterable[int]) -> Array:

@@ -16,9 +16,10 @@ from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter
 from pipeline.request import GenerateRequest, engine_config
 from pipeline.selection import Selection
-from pipeline.teacher import Teacher, load_teacher, load_tokenizer, without_padding
+from pipeline.teacher import Teacher, load_teacher, without_padding
+from pipeline.tokenizer import load_tokenizer
 from pipeline.writing.base import Writer
-from pipeline.writing.plan import Array, Job, WritingPlan, jobs_of, prompts_of
+from pipeline.writing.plan import Array, Job, WritingPlan, documents_of, jobs_of, prompts_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def plan_writing(
         seed=request.seed,
         ends=end_tokens(writer, load_tokenizer(teacher, request.trust_remote_code)),
     )
-    jobs = jobs_of(prompts_of(selection.samples, selection.prompt_tokens), flags.continuations)
+    prompts = prompts_of(selection.samples, selection.prompt_tokens)
+    documents = documents_of(selection.samples, selection.prompt_tokens)
+    jobs = jobs_of(prompts, flags.continuations, documents)
     return WritingPlan(spec, jobs, read_texts(root, spec) if root else {}, request.shard_size)
 
 

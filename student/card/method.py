@@ -93,6 +93,8 @@ def training(run: RunFiles) -> str:
         ("steps", number(run.number("steps"))),
         ("samples", number(run.number("train_samples"))),
         ("samples held out", number(run.number("held_out_samples"))),
+        ("samples left out, for a document that is held out", _unless_zero(run, "left_out_samples")),
+        ("samples split one by one, not by document", _unless_zero(run, "samples_of_unknown_documents")),
         ("tokens, with repetitions", number(run.number("tokens"))),
         ("time, with evaluations", "–" if seconds is None else duration(seconds)),
         ("peak memory", _bytes(run.number("peak_rss_bytes"))),
@@ -147,6 +149,10 @@ def _weight(weight: Any) -> str:
 def _teacher_weights(teacher: Any) -> str:
     quantization = _word(teacher, "quantization")
     return _word(teacher, "dtype") + ("" if quantization in ("none", "–") else f", {quantization}")
+
+
+def _unless_zero(run: RunFiles, name: str) -> str:
+    return number(run.number(name) or None)
 
 
 def _share(ternary: float | None, share: float | None) -> str:

@@ -11,8 +11,9 @@ import torch
 
 from student.build import load_config
 from student.errors import UserError
-from student.generation import load, load_tokenizer
+from student.generation import load, student_tokenizer
 from student.saving import attention, saved_config
+from student.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Side:
 
 def student_side(directory: Path) -> Side:
     """UserError for what is no student."""
-    tokenizer = load_tokenizer(directory)
+    tokenizer = student_tokenizer(directory)
     return Side(str(directory), tokenizer, _positions(saved_config(str(directory))))
 
 
 def teacher_side(source: str, dtype: str) -> Side:
     """UserError for what transformers cannot load as a causal language model with a tokenizer."""
-    from transformers import AutoTokenizer
-
     load_config(source, "--teacher")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--teacher {source} has no tokenizer that transformers can load") from error
     return Side(source, tokenizer, _positions(saved_config(source)), dtype)

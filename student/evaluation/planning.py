@@ -15,7 +15,7 @@ from student.evaluation.cache import CachePlan
 from student.evaluation.request import EvalRequest
 from student.saving import saved_config, student_config
 from student.shape import check_positions, check_vocabulary
-from student.split import split_samples
+from student.split import split_cache
 
 
 def plan_cache(request: EvalRequest) -> CachePlan:
@@ -75,7 +75,7 @@ def _indices(request: EvalRequest, summary: dict[str, Any], reader: CacheReader)
             f"the training of {request.directory} {why}; name their share with --eval-fraction, or take "
             "--all-samples"
         )
-    return split_samples(reader.sample_ids, fraction)[1]
+    return split_cache(reader, fraction).held_out
 
 
 def _final(reader: CacheReader) -> GroupSpec | None:

@@ -11,7 +11,8 @@ from typing import Any
 from student.bitnet import layout
 from student.errors import UserError
 from student.export.reference import integer_linears, to_integers
-from student.saving import TOKENIZER_FILES, load_saved
+from student.saving import load_saved
+from student.tokenizer import copy_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class Source:
         return {name: (one.out_features, one.in_features) for name, one in integer_linears(self.model)}
 
     def copy_tokenizer(self, out: Path) -> None:
-        """Tokenizer files, chat template and generation settings, as they are."""
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, out / name)
+        """Tokenizer files, chat templates and generation settings."""
+        copy_tokenizer(self.directory, out)
+        generation = self.directory / "generation_config.json"
+        if generation.is_file():
+            shutil.copyfile(generation, out / generation.name)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

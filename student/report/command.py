@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from featurestore.page import why_not, write
+from featurestore.page import why_not_page, write
 from student.errors import UserError
 from student.report.files import read_runs
 from student.report.page import REPORT, runs_page
@@ -18,7 +18,7 @@ def report(directories: Sequence[Path], out: Path | None) -> Path:
     """
     file = out or (directories[0] / REPORT if len(directories) == 1 else Path(REPORT))
     runs = read_runs(directories)
-    if problem := why_not(file):
+    if problem := why_not_page(file):
         raise UserError(f"--out {file} {problem}")
     write(file, runs_page(runs))
     return file

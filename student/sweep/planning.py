@@ -10,6 +10,7 @@ from featurestore.reader import CacheReader
 from featurestore.schema import LogitsSpec
 from student.arguments import parse
 from student.errors import UserError
+from student.outputs import OVERWRITE, holds_training
 from student.run import prepare
 from student.sweep.home import Home, read_json
 from student.sweep.runs import Run, corners, expand
@@ -17,10 +18,12 @@ from student.sweep.spec import SweepSpec
 
 
 def arguments(run: Run, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:
-    """The command line of a run, after `distily-train`."""
+    """The command line of a run, after `distily-train`. Without a checkpoint to resume it begins anew."""
     words = ["from-cache", store, "--output-dir", str(directory), *run.words()]
     words += [] if "manifest" in run.flags else ["--manifest", manifest]
-    return [*words, "--resume-from-checkpoint", "True"] if resume else words
+    if resume:
+        return [*words, "--resume-from-checkpoint", "True"]
+    return [*words, OVERWRITE] if holds_training(directory) else words
 
 
 def manifest_of(home: Home, store: str) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.chats import ChatFormat, Message, check_messages
 from pipeline.errors import RequestError
-from pipeline.tokens import assistant_mask, before_last_turn, token_spans, tokenise_chats
+from pipeline.tokens import Tokenised, assistant_mask, before_last_turn, token_spans, tokenise_chats
 from tests import teachers
 
 MARKED = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -103,8 +103,8 @@ def metaspace() -> Any:
 
 def learn(tokenizer: Any, template: str | None, messages: Any, learn_all: bool = False) -> tuple[Any, Any]:
     form = ChatFormat(tokenizer, template)
-    ((ids, mask),) = tokenise_chats([("row 3", messages)], tokenizer, form, "messages", learn_all)
-    return ids, mask
+    (found,) = tokenise_chats([("row 3", messages)], tokenizer, form, "messages", learn_all)
+    return found.tokens, found.learned
 
 
 def runs(tokenizer: Any, ids: Any, mask: Any) -> list[str]:
@@ -183,17 +183,19 @@ def test_the_prompt_of_the_last_turn_is_the_generation_prompt(smollm: Any, messa
     while messages[-1]["role"] != "assistant":
         messages.pop()
     messages[-1]["content"] = "well " + messages[-1]["content"]
-    prompt, mask = before_last_turn(learn(smollm, None, messages))
+    ids, learned = learn(smollm, None, messages)
+    found = before_last_turn(Tokenised(tokens=ids, learned=learned, key="chat"))
+    prompt, mask = found.tokens, found.learned
+    assert found.key == "chat"
     opened = smollm.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert prompt.tolist() == opened and mask.all() and len(mask) == len(prompt)
 
 
 def test_a_chat_that_the_assistant_opens_or_is_not_in_has_no_prompt() -> None:
     for learned in ([True, True, False], [False, False], []):
-        tokens, mask = before_last_turn(
-            (np.arange(len(learned), dtype=np.int32), np.array(learned, np.bool_))
-        )
-        assert len(tokens) == len(mask) == 0
+        tokens = np.arange(len(learned), dtype=np.int32)
+        found = before_last_turn(Tokenised(tokens=tokens, learned=np.array(learned, np.bool_)))
+        assert len(found.tokens) == len(found.learned) == 0
 
 
 def test_marks_of_the_template_give_the_mask_of_transformers(smollm: Any) -> None:

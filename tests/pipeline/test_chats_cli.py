@@ -46,7 +46,14 @@ def test_chats_are_captured(tiny_teacher: Path, chats: Path, tmp_path: Path) -> 
     template.write_text(TEMPLATE)
     options = ("--chat-template", template, "--shuffle-seed", 5)
     made: dict[str, Any] = generate(tiny_teacher, chats, store, *options)
-    expected = {"too_short": 0, "too_long": 0, "nothing_learned": 1, "duplicates": 1}
+    expected = {
+        "empty": 0,
+        "too_short": 0,
+        "too_long": 0,
+        "nothing_learned": 1,
+        "duplicates": 1,
+        "bad_rows": 0,
+    }
     assert made["left_out"] == expected and made["samples"] == 2
     short = "a token </s> the cache learns . </s>", "the cache learns . </s>"
     long = (
@@ -68,7 +75,15 @@ def test_chats_are_continued_from_before_the_assistants_last_turn(chats: Path, t
     options = ("--chat-template", template, "--continuations", 2, "--continuation-max-tokens", 55)
     made: dict[str, Any] = generate(model, chats, store, *options)
     # Of 64 tokens 9 are left to the prompt; a chat that nobody answers has none.
-    assert made["left_out"] == {"too_short": 1, "too_long": 1, "nothing_learned": 0, "duplicates": 1}
+    expected = {
+        "empty": 1,
+        "too_short": 0,
+        "too_long": 1,
+        "nothing_learned": 0,
+        "duplicates": 1,
+        "bad_rows": 0,
+    }
+    assert made["left_out"] == expected
     assert made["writing"]["texts"] == 2
     texts = learned_texts(store)
     assert texts and all(text == f"a token </s> {written}" for text, written in texts)

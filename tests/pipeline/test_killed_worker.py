@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.teachers import text_of
 SAMPLES, LENGTH = 160, 250
 # Wide enough a vocabulary to take a few seconds, so that the kill finds it at work.
 VOCABULARY = 32_000
+# The promise is 5 seconds; a machine that runs other tests on all of its cores may schedule us later.
+STOP_SECONDS = 10.0
 
 
 @pytest.mark.vllm
@@ -29,6 +32,7 @@ def test_kills_are_reported_and_the_same_command_completes(tmp_path: Path) -> No
     arguments = ("generate", teacher, corpus, "--out", store, "--max-seq-len", 256, "--shard-tokens", 2000)
     for victim in ("VLLM::EngineCore", "VLLM::Worker"):
         kill_at_work(victim, arguments, store, tmp_path / "stderr.txt")
+    stop_at_work(arguments, store, tmp_path / "stderr.txt")
     done = json.loads(spawn("distily-cache", *arguments, "--json").stdout)
     assert 0 < done["tokens"] < SAMPLES * LENGTH == int(sum(CacheReader.open(store).lengths))
     call("distily-cache", "verify", store, "--deep")
@@ -50,6 +54,27 @@ def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: P
     assert not any("Traceback" in line for line in lines)
     # multiprocessing's own resource tracker notices last that its master is gone.
     assert not psutil.wait_procs(tree, timeout=30)[1]
+
+
+def stop_at_work(arguments: tuple[object, ...], store: Path, log: Path) -> None:
+    """SIGTERM in the middle of a step: one line says what is kept, and no process is left."""
+    before = committed(store)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command("distily-cache", *arguments), stderr=stderr)
+        while process.poll() is None and committed(store) == before:
+            time.sleep(0.05)
+        tree = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        code = process.wait(timeout=STOP_SECONDS)
+    lines = log.read_text().splitlines()
+    assert code == 143, lines
+    assert re.fullmatch(
+        r"distily-cache: terminated; [\d,]+ of 40,000 tokens are committed and kept, "
+        r"the same command resumes there",
+        lines[-1],
+    )
+    assert not any("Traceback" in line for line in lines)
+    assert not psutil.wait_procs(tree, timeout=STOP_SECONDS)[1]
 
 
 def committed(store: Path) -> int:

@@ -42,5 +42,5 @@ POINTERS = (
 )
 def test_causes(codes: list[int], log: str, expected: str) -> None:
     cause = failure_cause(codes, log)
-    # Only `generate` knows what was committed; a line that promises it here would be wrong at the first shard.
+    # Only `generate` knows what was committed; a promise here would be wrong at the first shard.
     assert "same command" not in cause and expected in cause and "\n" not in cause and len(cause) < 600

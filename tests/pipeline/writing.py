@@ -65,6 +65,9 @@ class Silent:
     def __init__(self) -> None:
         self.stages: list[str] = []
 
+    def reading(self, rows: int) -> None: ...
+    def tokenised(self, documents: int, tokens: int) -> None: ...
+
     def stage(self, text: str) -> None:
         self.stages.append(text)
 

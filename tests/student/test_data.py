@@ -24,7 +24,8 @@ def ids(count: int) -> list[str]:
 
 
 def test_the_split_has_the_asked_share_and_is_a_partition() -> None:
-    training, held_out = split_samples(ids(4000), 0.1)
+    split = split_samples(ids(4000), 0.1)
+    training, held_out = split.training, split.held_out
     assert sorted(training + held_out) == list(range(4000))
     assert abs(len(held_out) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5  # four standard deviations
 

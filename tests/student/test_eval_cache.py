@@ -118,7 +118,7 @@ def test_everything_is_what_both_models_logits_give(full_store: Path, teacher: P
 def test_a_sparse_head_gives_lower_bounds(cache: Path, teacher: Path, student: Path) -> None:
     found = evaluate(EvalRequest(student))["cache"]  # the training's cache and its held-out samples
     reader = CacheReader.open(cache)
-    held_out = split_samples(reader.sample_ids, 0.25)[1]
+    held_out = split_samples(reader.sample_ids, 0.25).held_out
     wanted = reference(student, teacher, reader, held_out)
     assert found["exactness"] == {"kl": "lower bound", "reverse_kl": "lower bound"}
     assert (found["samples"], found["manifest"]) == (len(held_out), reader.manifest_digest)

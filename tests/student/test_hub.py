@@ -21,6 +21,8 @@ SENT = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "vocab.txt",
     "README.md",
     "loss.svg",
     "loss.png",

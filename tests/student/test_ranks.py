@@ -107,7 +107,7 @@ def test_an_epoch_teaches_every_sample_once(runs: Path, cache: Path) -> None:
     """Its last step is filled up with samples that teach nothing, here to all of the second process."""
     reader = CacheReader.open(cache)
     names = [reader.read(index, []).id for index in range(len(reader))]
-    training = sorted(names[index] for index in split_samples(names, HELD_OUT)[0])
+    training = sorted(names[index] for index in split_samples(names, HELD_OUT).training)
     per_epoch = -(-len(training) // BATCH)
     assert 0 < len(training) % BATCH <= BATCH // 2
     assert per_epoch < SAVED < 2 * per_epoch < STEPS

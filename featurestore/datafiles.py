@@ -1,0 +1,232 @@
+"""Files of data as people keep them: their kinds, what they are packed with, and their rows one by one.
+
+Both stages read such files: stage 1 to make samples of them, the evaluation to measure models on them. A path
+is a path here, never a pattern or a URL. Nothing is kept between two readings.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from blake3 import blake3
+
+from featurestore.errors import FeatureStoreError
+
+# Suffix -> kind of content.
+KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+# A second suffix behind one of these.
+PACKED = (".gz", ".zst", ".bz2")
+UNDERSTOOD = f"{', '.join(KINDS)}, each also with {', '.join(PACKED)} behind it"
+_BLOCK = 1 << 20
+
+
+class DataFileError(FeatureStoreError, ValueError):
+    """A file cannot be read as its name says; the message is the reason, without the name."""
+
+
+def kind_of(path: Path) -> str | None:
+    """What is in a file by its name, e.g. `json` of `part.jsonl.zst`; None for an unknown kind."""
+    name = path.name.lower()
+    packing = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
+    return KINDS.get(Path(name.removesuffix(packing)).suffix)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed, by its name."""
+    return path.name.lower().endswith(PACKED)
+
+
+def digest_of(path: Path) -> str:
+    """A hash of the bytes of a file.
+
+    Raises:
+        DataFileError: it cannot be read.
+    """
+    try:
+        return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    except OSError as error:
+        raise DataFileError(error.strerror or str(error)) from error
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """The content as a file that can be sought in; what is packed goes to an unnamed temporary file first.
+
+    Raises:
+        DataFileError: it cannot be read, or is not whole.
+    """
+    if is_packed(path):
+        target = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
+        unpack(path, target)
+        target.seek(0)
+        return target
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataFileError(error.strerror or str(error)) from error
+
+
+def unpack(path: Path, target: IO[bytes]) -> None:
+    """Write the content of a compressed file to `target`, a block at a time.
+
+    Raises:
+        DataFileError: it cannot be read, or is not whole.
+    """
+    try:
+        with path.open("rb") as raw, _unpacking(raw, path.suffix.lower()) as source:
+            shutil.copyfileobj(source, target, _BLOCK)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        # gzip, bz2 and pyarrow have four ways to say that a stream is cut or is none.
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataFileError(f"not whole, or not what its name says ({' '.join(said.split())})") from error
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        DataFileError: it cannot be read, is not whole or is not UTF-8.
+    """
+    with open_unpacked(path) as file:
+        try:
+            # utf-8-sig: a byte order mark is no part of the text.
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+        except UnicodeDecodeError as error:
+            raise DataFileError(f"not UTF-8 text (byte {error.start}); convert it first") from error
+        except OSError as error:
+            raise DataFileError(error.strerror or str(error)) from error
+
+
+def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of any kind but text, a few of them in memory at a time (of a JSON array all).
+
+    Raises:
+        DataFileError: it cannot be read, or a row of it cannot.
+    """
+    with open_unpacked(path) as file:
+        kind = kind_of(path)
+        if kind == "json":
+            yield from _json_rows(file)
+        elif kind in ("csv", "tsv"):
+            yield from _csv_rows(file, "," if kind == "csv" else "\t")
+        else:
+            yield from _arrow_rows(file, kind)
+
+
+def json_array(file: IO[bytes]) -> list[Any] | None:
+    """The content when it is one JSON array, None when it is not; the file stays where it is.
+
+    Raises:
+        DataFileError: it begins as an array and is none.
+    """
+    place = file.tell()
+    start = file.read(_BLOCK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(place)
+    if not start.startswith(b"["):
+        return None
+    try:
+        rows = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataFileError(f"it begins as a JSON array and is none: {error}") from error
+    file.seek(place)
+    return cast(list[Any], rows)
+
+
+def parse_line(line: bytes) -> Any:
+    """One line of JSON.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+
+
+def csv_columns(file: IO[bytes], delimiter: str) -> list[str]:
+    """The names in the first line of a table of text."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        return next(csv.reader(text, delimiter=delimiter), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataFileError(str(error)) from error
+    finally:
+        text.detach()
+
+
+def _unpacking(raw: IO[bytes], suffix: str) -> IO[bytes]:
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if suffix == ".bz2":
+        return cast(IO[bytes], bz2.BZ2File(raw))
+    import pyarrow as pa
+
+    return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
+
+
+def _json_rows(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+    rows = json_array(file)
+    for number, row in enumerate(rows if rows is not None else _lines(file)):
+        if not isinstance(row, dict):
+            raise DataFileError(f"row {number} is no JSON object")
+        yield row
+
+
+def _lines(file: IO[bytes]) -> Iterator[Any]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield parse_line(line)
+            except ValueError as error:
+                raise DataFileError(f"line {number} is no JSON: {error}") from error
+
+
+def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # a whole document may stand in one cell
+    try:
+        yield from csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataFileError(str(error)) from error
+
+
+def _arrow_rows(file: IO[bytes], kind: str | None) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(256) if kind == "parquet" else _ipc_batches(file):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataFileError(" ".join(str(error).split())) from error
+
+
+def _ipc_batches(file: IO[bytes]) -> Iterator[Any]:
+    """Of the file format, or of the stream that `datasets` writes."""
+    import pyarrow as pa
+
+    magic = file.read(6)
+    file.seek(0)
+    if magic != b"ARROW1":
+        yield from pa.ipc.open_stream(file)
+        return
+    reader = pa.ipc.open_file(file)
+    yield from map(reader.get_batch, range(reader.num_record_batches))
