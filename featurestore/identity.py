@@ -25,6 +25,11 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 HASH = re.compile(r"[0-9a-f]{16}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 SAMPLES = "samples"
+# Bytes that a sealed record of a kind may have; the others grow with the store, and are bounded where they are
+# read.
+RECORD_BYTES = {"spec": 2**16, "commit": 2**16, "teacher": 2**20, "sidecar": 2**20, "provenance": 2**23}
+# Parsed, a list or an object takes some 60 bytes. Those of a record hold an id at least, of 16 characters.
+_BYTES_PER_CONTAINER, _SMALL_RECORD = 16, 2**16
 
 
 def canonical_json(value: Any) -> bytes:
@@ -49,8 +54,9 @@ def unseal(data: bytes, where: str, kind: str) -> dict[str, Any]:
     """Parse and check a sealed record of format `distily-cache/<kind>`; the seal is taken off.
 
     Raises StoreFormatError for another format or a version that is not ours, CorruptionError for a
-    broken seal or bytes that are no JSON at all.
+    broken seal, for bytes that are no JSON at all, and for more of them than such a record has.
     """
+    _check_size(data, where, kind)
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
@@ -73,6 +79,18 @@ def unseal(data: bytes, where: str, kind: str) -> dict[str, Any]:
     if record["format"] != expected or version != VERSION:
         raise StoreFormatError(f"{where}: expected {expected} version {VERSION}, found {record['format']!r}")
     return record
+
+
+def _check_size(data: bytes, where: str, kind: str) -> None:
+    """CorruptionError for JSON that would take many times its size in memory, or is larger than its kind is."""
+    limit = RECORD_BYTES.get(kind)
+    if limit is not None and len(data) > limit:
+        raise CorruptionError(f"{where}: {len(data):,} bytes; a {kind} record has {limit:,} at most")
+    containers = data.count(b"[") + data.count(b"{") if limit is None else 0
+    if containers * _BYTES_PER_CONTAINER > len(data) + _SMALL_RECORD:
+        raise CorruptionError(
+            f"{where}: {containers:,} lists and objects in {len(data):,} bytes are no {kind} record"
+        )
 
 
 def header(kind: str) -> dict[str, Any]:

@@ -61,11 +61,12 @@ class Objects:
         except CorruptionError:
             return None
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of an object, None when there is none."""
+    def equals(self, name: str, data: bytes) -> bool | None:
+        """Whether an object has these bytes, None when there is no such object."""
         try:
             with self._errors(name):
-                return bytes(self._obstore.get(self._here(), name).bytes())
+                found = self._obstore.get(self._here(), name)
+                return found.meta["size"] == len(data) and bytes(found.bytes()) == data
         except CorruptionError:
             return None
 
@@ -106,9 +107,9 @@ class Objects:
                     self._obstore.put(self._here(), name, data, mode="create")
                 return True
             except (FileExistsError, StoreAccessError):
-                there = self.read(name)
-                if there is not None:
-                    return there == data
+                ours = self.equals(name, data)
+                if ours is not None:
+                    return ours
                 # Nothing is there: a conflict with a writer that failed in its turn.
                 if attempt == CREATE_ATTEMPTS:
                     raise

@@ -31,6 +31,8 @@ Array = npt.NDArray[Any]
 
 MAX_METADATA_BYTES = 2**16
 MAX_CHUNK_BYTES = 2**27
+# What the codecs of this format can make of 64 KiB of one value, and what a small array may have beyond that.
+MAX_RATIO, SMALL_BYTES = 1024, 2**24
 CRC_BYTES = 4
 EMPTY_CHUNK: Final = 2**64 - 1
 BYTES_CODEC = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -208,6 +210,16 @@ class ShardArray:
             raise CorruptionError(f"{self.path}: an inner chunk is missing")
         if (index > end).any() or (index.sum(axis=1) > end).any() or (index[:, 1] <= CRC_BYTES).any():
             raise CorruptionError(f"{self.path}: the shard index points outside the file")
+        # Chunks that shared their bytes would let a small file unpack to any size.
+        starts = index[np.argsort(index[:, 0], kind="stable")]
+        if (starts[:-1].sum(axis=1) > starts[1:, 0]).any():
+            raise CorruptionError(f"{self.path}: inner chunks overlap")
+        unpacked = chunks * self._chunk_bytes
+        if unpacked > MAX_RATIO * end + SMALL_BYTES:
+            raise CorruptionError(
+                f"{self.path}: claims to unpack to {unpacked:,} bytes from {end:,}; "
+                "the file is damaged or was made to harm"
+            )
         return index[:, 0].tolist(), index[:, 1].tolist()
 
 
