@@ -62,7 +62,8 @@ def test_students_padded_otherwise_learn_from_it(
     source: tuple[object, ...] = ("--student-model-config", '{"num_hidden_layers": 2}', "--teacher", teacher)
     if padded != PADDED:
         source = ("--student", architectures.make("llama", tmp_path / "student", seed=1, vocab_size=padded))
-    call("distily-train", "from-cache", cache, "--output-dir", tmp_path / "out", *source, "--max-steps", 3)
+    steps = ("--max-steps", 3, "--eval-fraction", 0.25)
+    call("distily-train", "from-cache", cache, "--output-dir", tmp_path / "out", *source, *steps)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert trained.config.vocab_size == padded
     assert all(weight.isfinite().all() for weight in trained.parameters())
