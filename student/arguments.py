@@ -124,7 +124,12 @@ def make_parser() -> Any:
     )
     parser.set_defaults(**defaults())
     parser.add_argument(
-        "--no_bf16", "--no-bf16", dest="bf16", action="store_false", default=None, help="The same as --bf16 False."
+        "--no_bf16",
+        "--no-bf16",
+        dest="bf16",
+        action="store_false",
+        default=None,
+        help="The same as --bf16 False.",
     )
     for action in parser._actions:
         if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too

@@ -25,19 +25,51 @@ _PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 # What Trainer does with them holds for a training from a cache, too.
 SERVED = frozenset(
     {
-        *("output_dir", "resume_from_checkpoint", "seed", "data_seed", "use_cpu", "local_rank", "do_train", "do_eval"),
+        *(
+            "output_dir",
+            "resume_from_checkpoint",
+            "seed",
+            "data_seed",
+            "use_cpu",
+            "local_rank",
+            "do_train",
+            "do_eval",
+        ),
         *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
         *("warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
         *("max_grad_norm", "average_tokens_across_devices", "neftune_noise_alpha", "full_determinism"),
         *("bf16", "fp16", "tf32", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
         *("torch_empty_cache_steps", "auto_find_batch_size", "skip_memory_metrics"),
-        *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
-        *("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "run_name", "project"),
+        *(
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "log_on_each_node",
+            "logging_nan_inf_filter",
+        ),
+        *(
+            "include_num_input_tokens_seen",
+            "log_level",
+            "log_level_replica",
+            "disable_tqdm",
+            "run_name",
+            "project",
+        ),
         *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
         *("save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "save_only_model"),
-        *("load_best_model_at_end", "greater_is_better", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
+        *(
+            "load_best_model_at_end",
+            "greater_is_better",
+            "ignore_data_skip",
+            "restore_callback_states_from_checkpoint",
+        ),
         *("push_to_hub", "hub_token", "hub_strategy"),
-        *("dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+        *(
+            "dataloader_drop_last",
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_prefetch_factor",
+        ),
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
         *("ddp_backend", "ddp_timeout"),
     }
@@ -87,7 +119,9 @@ def _launched(variable: str) -> bool:
 _NO_EFFECT = "has no effect on a training from a cache; leave it out"
 _OWN_METRICS = "the held-out metrics are sums of their own that need it as it is; leave it out"
 _ONE_PRECISION = "held-out samples are measured in the type of the training; use --bf16 or --fp16 alone"
-_LIGER = "its kernels are not applied to students here, whose LM head and loss are fused already; leave it out"
+_LIGER = (
+    "its kernels are not applied to students here, whose LM head and loss are fused already; leave it out"
+)
 _COMPILE = (
     "batches differ in length and in learned positions, for each of which the model would be compiled anew; "
     "leave it out"
@@ -102,7 +136,8 @@ _AT_LEAST_ONE = "must be 1 or more"
 
 RULES: dict[str, Rule] = {
     "label_smoothing_factor": Rule(
-        lambda value, _: value != 0, "there is no smoothed loss; the teacher's distribution is learned instead, leave it out"
+        lambda value, _: value != 0,
+        "there is no smoothed loss; the teacher's distribution is learned instead, leave it out",
     ),
     "train_sampling_strategy": Rule(
         lambda value, _: value != "random", f"{_ORDER} (--pack-rows avoids padding)"
@@ -134,14 +169,19 @@ RULES: dict[str, Rule] = {
     "per_device_eval_batch_size": Rule(_below_one, _AT_LEAST_ONE),
     "gradient_accumulation_steps": Rule(_below_one, _AT_LEAST_ONE),
     "optim_target_modules": Rule(
-        lambda value, flags: value is not None and not any(name in str(flags.optim) for name in ("galore", "apollo")),
+        lambda value, flags: (
+            value is not None and not any(name in str(flags.optim) for name in ("galore", "apollo"))
+        ),
         "is of the optimizers galore and apollo; leave it out, or choose one with --optim",
     ),
     "metric_for_best_model": Rule(
         lambda value, _: value is not None and value.removeprefix("eval_") not in METRICS,
         f"is not measured; choose one of {', '.join(METRICS)}",
     ),
-    "report_to": Rule(lambda value, _: bool(_unknown(value)), f"is unknown; choose none, {', '.join(INTEGRATION_TO_CALLBACK)}"),
+    "report_to": Rule(
+        lambda value, _: bool(_unknown(value)),
+        f"is unknown; choose none, {', '.join(INTEGRATION_TO_CALLBACK)}",
+    ),
     "trackio_space_id": Rule(_without_trackio, _TRACKIO),
     "trackio_bucket_id": Rule(_without_trackio, _TRACKIO),
     "trackio_static_space_id": Rule(_without_trackio, _TRACKIO),
@@ -150,7 +190,9 @@ RULES: dict[str, Rule] = {
     "hub_revision": Rule(_without_push, _HUB),
     "hub_always_push": Rule(_without_push, _HUB),
     "accelerator_config": Rule(_given, _ORDER),
-    "parallelism_config": Rule(_given, "only data parallelism is supported; use --multi_gpu of `accelerate launch`"),
+    "parallelism_config": Rule(
+        _given, "only data parallelism is supported; use --multi_gpu of `accelerate launch`"
+    ),
     "dataloader_persistent_workers": Rule(_without_workers, _WORKERS),
     "dataloader_multiprocessing_context": Rule(_without_workers, _WORKERS),
     "dataloader_in_order": Rule(_off, _ORDER),
@@ -167,7 +209,11 @@ def check_flags(flags: Namespace) -> None:
     for name, rule in RULES.items():
         value = getattr(flags, name, None)
         if hasattr(flags, name) and rule.refused(value, flags):
-            shown = "" if value in (None, True) else f" {value if not isinstance(value, list) else ' '.join(value)}"
+            shown = (
+                ""
+                if value in (None, True)
+                else f" {value if not isinstance(value, list) else ' '.join(value)}"
+            )
             raise UserError(f"--{name.replace('_', '-')}{shown}: {rule.what}")
     _check_packages(flags)
 
@@ -176,7 +222,11 @@ def _check_packages(flags: Namespace) -> None:
     """Of --report-to; Trainer finds one missing only once the student is built."""
     for name in _words(flags.report_to):
         package = _PACKAGES.get(name, name)
-        if name in INTEGRATION_TO_CALLBACK and name not in ("kubeflow", "tensorboard") and not find_spec(package):
+        if (
+            name in INTEGRATION_TO_CALLBACK
+            and name not in ("kubeflow", "tensorboard")
+            and not find_spec(package)
+        ):
             raise UserError(
                 f"--report-to {name} needs the package {package}; install it, or use --report-to tensorboard or none"
             )

@@ -70,7 +70,9 @@ def product_times() -> dict[str, float]:
 
     def product(dtype: str) -> None:
         kind = getattr(torch, dtype)
-        torch.nn.functional.linear(torch.ones(rows, inputs, dtype=kind), torch.ones(outputs, inputs, dtype=kind))
+        torch.nn.functional.linear(
+            torch.ones(rows, inputs, dtype=kind), torch.ones(outputs, inputs, dtype=kind)
+        )
 
     where = f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads"
     return product_seconds((FLOAT32, BFLOAT16), product, where)
@@ -92,7 +94,9 @@ def choose(asked: bool | None, *, fp16: bool, on: str, capability: tuple[int, in
         overrides = "--no-bf16 and --tf32 False override this" if fast else "this GPU has no fast bfloat16"
         return Choice(bf16=bf16, tf32=fast, line=f"training in {type_} on the GPU; {overrides}")
     if on != "cpu":
-        return Choice(bf16=bool(asked), tf32=False, line=f"training in {BFLOAT16 if asked else FLOAT32} on {on}")
+        return Choice(
+            bf16=bool(asked), tf32=False, line=f"training in {BFLOAT16 if asked else FLOAT32} on {on}"
+        )
     return _on_cpu(asked, product_times())
 
 

@@ -34,7 +34,6 @@ from student.resume import check_kind, check_order, find_checkpoint, finished, m
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
 
-
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 

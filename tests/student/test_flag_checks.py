@@ -1,4 +1,4 @@
-"""Each field of the installed TrainingArguments is served, or refused in one line before anything is loaded."""
+"""Each field of the installed TrainingArguments is served, or refused in one line before loading."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ SMALL = ("--student-model-config", '{"num_hidden_layers": 1}', "--max-steps", "2
 
 
 @pytest.fixture
-def refuse(distily_train: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def refuse(
+    distily_train: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """Runs a request in which building the student is an error; the one line on standard error."""
 
     def built(_plan: build.StudentPlan, *_: object) -> None:
