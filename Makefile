@@ -12,6 +12,10 @@ PY := $(VENV)/bin/python
 # Threads that spin at barriers slow each other down many times over on a shared machine.
 export OMP_WAIT_POLICY ?= passive
 export VENV PYTHON ACCELERATOR
+# Whoever asked for the CPU build wants the GPU left alone; the commands would otherwise ask.
+ifeq ($(ACCELERATOR),cpu)
+export CUDA_VISIBLE_DEVICES :=
+endif
 
 .PHONY: quickstart test ci lint types format clean
 

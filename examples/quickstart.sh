@@ -15,8 +15,8 @@ step "2/3 the teacher's features, captured in vLLM"
   --max-seq-len 512 --hidden-layers 15 --hidden-dtype int8
 
 step "3/3 a BitNet b1.58 student, trained from the cache alone"
-"$VENV/bin/distily-train" from-cache "$RUN/cache" --output-dir "$RUN/student" --overwrite-output-dir \
+"$VENV/bin/distily-train" from-cache "$RUN/cache" --output-dir "$RUN/student" \
   --student-model-config '{"num_hidden_layers": 6}' --student-model-as-bitnet \
   --logits-loss kl --ce-weight 0.1 --hidden-loss cosine --hidden-weight 1.0 \
   --per-device-train-batch-size 4 --learning-rate 1e-3 --max-steps 48 \
-  --eval-fraction 0.05 --eval-steps 0.25 --save-strategy no
+  --eval-fraction 0.05 --eval-steps 0.25 --save-strategy no --overwrite-output-dir

@@ -17,8 +17,8 @@ _SECONDS = 20
 
 
 def hidden_gpus(uses_cpu: str) -> str:
-    """What to tell a user whose machine has NVIDIA GPUs, where torch has been found to see none; "" where there
-    are none, or CUDA_VISIBLE_DEVICES hides them.
+    """What to tell a user whose machine has NVIDIA GPUs, where torch has been found to see none; "" where
+    there are none, or CUDA_VISIBLE_DEVICES hides them.
 
     uses_cpu: how the user asks for the CPU, in words.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from featurestore.gpu import hidden_gpus
+from pipeline.errors import RequestError
 from pipeline.pace import (
     FIRST_SHARD_SECONDS,
     SHARD_SECONDS,
@@ -28,12 +30,16 @@ def settle(
 
     Args:
         stored: compute type of the rows that the store at `--out` holds; None where it holds none.
+
+    Raises RequestError where the machine has a GPU that torch does not see.
     """
     import psutil
     import torch
 
     parameters = count_parameters(teacher)
     on_gpu = torch.cuda.is_available()
+    if not on_gpu and (problem := hidden_gpus('CUDA_VISIBLE_DEVICES=""')):
+        raise RequestError(problem)
     precision = choose_precision(
         request.dtype,
         teacher.config_dtype,

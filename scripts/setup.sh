@@ -16,6 +16,15 @@ fi
 if [ "$ACCELERATOR" = auto ]; then
   if nvidia-smi -L 2>/dev/null | grep -q GPU; then ACCELERATOR=cuda; else ACCELERATOR=cpu; fi
 fi
+# The wheels of torch and vLLM are built for CUDA 13; behind an older driver they see no GPU.
+if [ "$ACCELERATOR" = cuda ]; then
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
+  if [[ "$driver" =~ ^([0-9]+)\. ]] && [ "${BASH_REMATCH[1]}" -lt 580 ]; then
+    echo "setup: the NVIDIA driver is $driver, and the CUDA 13 builds of torch and vLLM need 580 or newer; update it," \
+      "install their CUDA 12 builds by hand, or use the CPU with ACCELERATOR=cpu" >&2
+    exit 2
+  fi
+fi
 echo "setup: $VENV, $ACCELERATOR build"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }

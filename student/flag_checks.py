@@ -228,7 +228,7 @@ def _check_packages(flags: Namespace) -> None:
             and not find_spec(package)
         ):
             raise UserError(
-                f"--report-to {name} needs the package {package}; install it, or use --report-to tensorboard or none"
+                f"--report-to {name} needs the package {package}; install it, or use tensorboard or none"
             )
 
 

@@ -71,7 +71,7 @@ def check_output(request: Request) -> None:
 
 
 def remove_training(directory: Path) -> None:
-    """Delete what a training wrote; a card that was edited, files that are not its own and the logs of
+    """Delete what a training wrote. A card that was edited, files that are not its own and the logs of
     TensorBoard stay.
     """
     for pattern in _WRITTEN:

@@ -126,8 +126,8 @@ def settle(args: TrainingArguments, asked: bool | None) -> list[str]:
     fp16 = args.mixed_precision == "fp16"
     if fp16 and device.type == "cpu":
         raise UserError(
-            "--fp16: float16 autocast needs a GPU, on a CPU everything would be computed in float32; leave it out, "
-            "or use --bf16"
+            "--fp16: float16 autocast needs a GPU, on a CPU everything would be computed in float32; leave it "
+            "out, or use --bf16"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     choice = choose(asked, fp16=fp16, on=device.type, capability=capability)
@@ -145,19 +145,19 @@ def settle(args: TrainingArguments, asked: bool | None) -> list[str]:
 
 
 def _one_gpu(args: TrainingArguments) -> list[str]:
-    """One process uses one GPU: nn.DataParallel, which Trainer would put around the model, breaks its losses."""
+    """One process uses one GPU: Trainer would put nn.DataParallel around the model, which breaks its losses."""
     gpus = args.n_gpu
     if gpus <= 1:
         return []
     args._n_gpu = 1
     return [
-        f"this process uses one of {gpus} GPUs; all of them: accelerate launch --multi_gpu --num_processes {gpus} "
-        "-m student.cli from-cache ..."
+        f"this process uses one of {gpus} GPUs; all of them: accelerate launch --multi_gpu --num_processes "
+        f"{gpus} -m student.cli from-cache ..."
     ]
 
 
 def inference_dtype(saved: str) -> str:
-    """What a model whose weights are saved in `saved` is run in: as saved, but for a CPU that is slow at it."""
+    """What a model saved in `saved` is run in: as saved, but for a CPU that is slow at it."""
     if torch.cuda.is_available() or saved != BFLOAT16:
         return saved
     return fast_dtype(saved, product_times())

@@ -204,8 +204,8 @@ def _check_optimizer(args: TrainingArguments, masters: str) -> None:
         if "pass a model" in str(error):  # which there is not yet
             return
         raise UserError(
-            f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, --adam-beta2 "
-            f"and --adam-epsilon: {' '.join(str(error).split())}"
+            f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, "
+            f"--adam-beta2 and --adam-epsilon: {' '.join(str(error).split())}"
         ) from error
     _check_scheduler(args, optimizer or torch.optim.SGD([_tensor()]))
 

@@ -36,7 +36,7 @@ def card(
         raise UserError(f"{file} {problem}")
     if not overwrite and edited(file):
         raise UserError(
-            f"{file} was edited, or written by something else; move it away, or replace it by --overwrite"
+            f"{file} was edited, or written by something else; move it away, or replace it with --overwrite"
         )
     data = metadata(run, license, languages)
     page = card_page(run, data, write_plots(run))

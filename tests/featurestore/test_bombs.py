@@ -90,7 +90,7 @@ def constant_samples(task: Task, tokens: int) -> pa.Table:
     offsets = pa.array([0, *[tokens] * count], pa.int32())
     lists = [
         pa.ListArray.from_arrays(offsets, pa.repeat(pa.scalar(0, pa.int32()), tokens)),
-        pa.ListArray.from_arrays(offsets, pa.repeat(pa.scalar(False), tokens)),  # noqa: FBT003  (a scalar)
+        pa.ListArray.from_arrays(offsets, pa.repeat(pa.scalar(False), tokens)),
     ]
     lengths = pa.array(task.lengths, pa.int32())
     return pa.table([pa.array(task.sample_ids), lengths, *lists], schema=SAMPLE_SCHEMA)

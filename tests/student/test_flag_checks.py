@@ -1,4 +1,4 @@
-"""Each field of the installed TrainingArguments is served, or refused in one line before anything is loaded."""
+"""Each field of the installed TrainingArguments is served, or refused in one line before loading."""
 
 from __future__ import annotations
 
