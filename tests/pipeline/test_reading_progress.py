@@ -13,7 +13,7 @@ from pipeline.progress import ConsoleReporter
 
 
 def told(terminal: bool, monkeypatch: pytest.MonkeyPatch, documents: int = 50) -> str:
-    """What is printed of 50 s of reading and `documents` s of tokenising, at 1 s per look at the clock."""
+    """What is printed of 50 s of reading and `documents` s of tokenising; a look at the clock takes 1 s."""
     seconds = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
     console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=200)
