@@ -69,8 +69,8 @@ class FeatureStore:
 
     @classmethod
     def create(cls, path: str | Path, identity: TeacherIdentity) -> FeatureStore:
-        """Make a store, or open the one that is there if it has the same teacher. One in which nothing was ever
-        committed, as a run leaves it that failed early, becomes the store of the teacher that comes now.
+        """Make a store, or open the one that is there if it has the same teacher. One in which nothing was
+        ever committed, as a run leaves it that failed early, becomes the store of this teacher.
 
         path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises SpecMismatchError for
         another teacher, StoreWriteError when the place cannot be written, StoreFormatError when it is in use
@@ -194,8 +194,8 @@ class FeatureStore:
     def commit(self, records: Sequence[CommitRecord]) -> None:
         """Publish the records of durable, private bundles, in this order; a record that is there stays.
 
-        Raises StoreWriteError when the disk refuses, SpecMismatchError when the store, empty until now, was
-        given to another teacher meanwhile.
+        Raises StoreWriteError when the disk refuses, SpecMismatchError when the store, empty until now,
+        was given to another teacher meanwhile.
         """
         with writing("commit records", self.path):
             for bundle in {record.bundle for record in records}:

@@ -49,7 +49,7 @@ def render_sample(console: Console, view: SampleView, pieces: Pieces | None) -> 
     """One line per position: the token, how probable the next one was, and what the teacher preferred."""
     table = Table(
         title=f"sample {view.index} ({view.id}): {len(view.rows):,} of {view.length:,} tokens",
-        caption="p(next): the teacher's probability of the token in the next line; *: a student learns the token",
+        caption="p(next): the teacher's probability of the next line's token; *: a student learns the token",
         box=box.SIMPLE,
     )
     for name in ("", "*", "token", "p(next)", "head", "entropy"):

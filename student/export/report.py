@@ -57,8 +57,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"reference (allowed {verified['tolerance']:g}), best token equal at "
         f"{verified['top1_agreement']:.1%} of {verified['positions']} positions",
         f"  against the student as it was trained, before rounding to {report['dtype']}: logits move by "
-        f"{rounding['relative_error']:.1e} of their size, best token the same at {rounding['top1_agreement']:.1%} "
-        f"of these positions of random tokens; {_meaning(rounding['top1_agreement'])}",
+        f"{rounding['relative_error']:.1e} of their size, best token the same at "
+        f"{rounding['top1_agreement']:.1%} of these positions of random tokens; {_meaning(rounding['top1_agreement'])}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Small files that would unpack to gigabytes: refused in one line, in a process that has no memory for them."""
+"""Small files that would unpack to gigabytes: refused in one line, where there is no memory for them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def constant_samples(task: Task, tokens: int) -> pa.Table:
     offsets = pa.array([0, *[tokens] * count], pa.int32())
     lists = [
         pa.ListArray.from_arrays(offsets, pa.repeat(pa.scalar(0, pa.int32()), tokens)),
-        pa.ListArray.from_arrays(offsets, pa.repeat(pa.scalar(False), tokens)),  # noqa: FBT003  (a scalar)
+        pa.ListArray.from_arrays(offsets, pa.repeat(pa.scalar(False), tokens)),
     ]
     lengths = pa.array(task.lengths, pa.int32())
     return pa.table([pa.array(task.sample_ids), lengths, *lists], schema=SAMPLE_SCHEMA)
