@@ -206,8 +206,8 @@ class FeatureStore:
                 for name in published:
                     self.root.remove(name, lambda _: False)
                 raise SpecMismatchError(
-                    f"the store {self.path} was empty and has been given to another teacher by a command that "
-                    "began later; nothing of this run is kept, give it another --out"
+                    f"the store {self.path} was empty and has been given to another teacher by a command "
+                    "that began later; nothing of this run is kept, give it another --out"
                 )
 
     def publish_manifest(self) -> Manifest:

@@ -58,7 +58,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"{verified['top1_agreement']:.1%} of {verified['positions']} positions",
         f"  against the student as it was trained, before rounding to {report['dtype']}: logits move by "
         f"{rounding['relative_error']:.1e} of their size, best token the same at "
-        f"{rounding['top1_agreement']:.1%} of these positions of random tokens; {_meaning(rounding['top1_agreement'])}",
+        f"{rounding['top1_agreement']:.1%} of these positions of random tokens; "
+        f"{_meaning(rounding['top1_agreement'])}",
     ]
 
 
