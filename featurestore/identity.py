@@ -25,8 +25,8 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 HASH = re.compile(r"[0-9a-f]{16}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 SAMPLES = "samples"
-# Bytes that a sealed record of a kind may have; the others grow with the store, and are bounded where they are
-# read.
+# Bytes that a sealed record of a kind may have; the others grow with the store, and are bounded where
+# they are read.
 RECORD_BYTES = {"spec": 2**16, "commit": 2**16, "teacher": 2**20, "sidecar": 2**20, "provenance": 2**23}
 # Parsed, a list or an object takes some 60 bytes. Those of a record hold an id at least, of 16 characters.
 _BYTES_PER_CONTAINER, _SMALL_RECORD = 16, 2**16
@@ -82,7 +82,7 @@ def unseal(data: bytes, where: str, kind: str) -> dict[str, Any]:
 
 
 def _check_size(data: bytes, where: str, kind: str) -> None:
-    """CorruptionError for JSON that would take many times its size in memory, or is larger than its kind is."""
+    """CorruptionError for JSON that takes many times its size in memory, or is larger than its kind is."""
     limit = RECORD_BYTES.get(kind)
     if limit is not None and len(data) > limit:
         raise CorruptionError(f"{where}: {len(data):,} bytes; a {kind} record has {limit:,} at most")

@@ -57,8 +57,8 @@ def merge_stores(path: str | Path, sources: Sequence[str | Path], progress: Prog
     opened = [FeatureStore.open(source) for source in sources]
     if not opened:
         raise StoreFormatError("there is no store to merge from")
-    if root_of(path).exists(SPEC_FILE):
-        opened.insert(0, FeatureStore.open(path))
+    if root_of(path).exists(SPEC_FILE) and not (target := FeatureStore.open(path)).is_empty():
+        opened.insert(0, target)
     for other in opened[1:]:
         _check_same_teacher(opened[0], other)
     store = FeatureStore.create(path, opened[0].identity)

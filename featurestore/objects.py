@@ -90,10 +90,10 @@ class Objects:
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return sorted(name for path in paths if (name := path.rsplit("/", 1)[-1]))
 
-    def put(self, name: str, file: Path) -> None:
-        """Upload a file, whatever is there."""
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Upload a file or bytes, whatever is there."""
         with self._errors(name):
-            self._obstore.put(self._here(), name, file)
+            self._obstore.put(self._here(), name, content)
 
     def create(self, name: str, data: bytes) -> bool:
         """Make an object unless there is one; did this call, or an earlier try of it, make it.

@@ -132,6 +132,12 @@ class RemoteRoot:
     def publish(self, name: str, data: bytes) -> bool:
         return self._objects.create(name, data)
 
+    def replace(self, name: str, data: bytes) -> None:
+        self._objects.put(name, data)
+
+    def same(self, name: str, data: bytes) -> bool:
+        return self._objects.equals(name, data) is True
+
     def begin(self, bundle: str) -> Path:
         directory = self._private(bundle)
         directory.mkdir(parents=True)

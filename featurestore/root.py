@@ -28,6 +28,7 @@ from featurestore.files import (
     read_bounded,
     sync,
     sync_tree,
+    write_new,
 )
 
 T = TypeVar("T")
@@ -97,6 +98,12 @@ class Root(Protocol):
 
     def publish(self, name: str, data: bytes) -> bool:
         """Make `data` appear at once, whole and durable, unless the name is taken; did this call do it."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put `data` in the place of a file, at once and durable. Nothing but SPEC.json is ever replaced."""
+
+    def same(self, name: str, data: bytes) -> bool:
+        """Does the file have these bytes now, whatever copies say."""
 
     def begin(self, bundle: str) -> Path:
         """A new private directory for the files of parts/<bundle>."""
@@ -206,6 +213,16 @@ class LocalRoot:
         path = self.path / name
         ensure_directory(path.parent, self.path)
         return publish(path, data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        temporary = self.path / f"{TEMPORARY}{secrets.token_hex(8)}"
+        write_new(temporary, data)
+        temporary.replace(self.path / name)
+        sync(self.path)
+
+    def same(self, name: str, data: bytes) -> bool:
+        path = self.path / name
+        return path.exists() and read_bounded(path) == data
 
     def begin(self, bundle: str) -> Path:
         ensure_directory(self.path / PARTS, self.path)

@@ -33,6 +33,7 @@ from featurestore.errors import (
 )
 from featurestore.files import MAX_RECORD_BYTES, hash_file, write_new, writing
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
+from featurestore.mismatch import explain
 from featurestore.plan import Task
 from featurestore.records import (
     SAMPLES_FILE,
@@ -52,6 +53,11 @@ from featurestore.sidecar import sidecar_files
 from featurestore.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
 
 
+def _spec(identity: TeacherIdentity) -> bytes:
+    """The content of SPEC.json."""
+    return seal({**header("spec"), "teacher": identity.to_json()})
+
+
 class FeatureStore:
     """The cache of one teacher. Safe to use from many processes at once, on a file system or object store."""
 
@@ -63,7 +69,8 @@ class FeatureStore:
 
     @classmethod
     def create(cls, path: str | Path, identity: TeacherIdentity) -> FeatureStore:
-        """Make a store, or open the one that is there if it has the same teacher.
+        """Make a store, or open the one that is there if it has the same teacher. One in which nothing was
+        ever committed, as a run leaves it that failed early, becomes the store of this teacher.
 
         path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises SpecMismatchError for
         another teacher, StoreWriteError when the place cannot be written, StoreFormatError when it is in use
@@ -77,14 +84,16 @@ class FeatureStore:
                         f"{root.location} is not empty and holds no store; choose another directory"
                     )
                 root.make()
-                root.publish(SPEC_FILE, seal({**header("spec"), "teacher": identity.to_json()}))
+                root.publish(SPEC_FILE, _spec(identity))
         store = cls(root, read_spec(root)[0])
-        differences = store.identity.differences(identity)
-        if differences:
-            listed = "; ".join(f"{n} is {a!r} there, {b!r} now" for n, a, b in differences)
-            raise SpecMismatchError(
-                f"the store {root.location} belongs to another teacher or engine: {listed}"
-            )
+        if store.identity.differences(identity) and store.is_empty():
+            with writing("a store", root.location):
+                store._give_to(identity)
+            # Anew: copies of an object store are kept by the SPEC.json that they belong to.
+            root = root_of(path)
+            store = cls(root, read_spec(root)[0])
+        if store.identity.differences(identity):
+            raise SpecMismatchError(explain(root.location, store.identity, identity))
         return store
 
     @classmethod
@@ -92,6 +101,24 @@ class FeatureStore:
         """Open an existing store; StoreNotFoundError when there is none."""
         root = root_of(path)
         return cls(root, read_spec(root)[0])
+
+    def is_empty(self) -> bool:
+        """Whether no column group of any task is committed."""
+        return not any(committed_tasks(self.root, group) for group in committed_groups(self.root))
+
+    def _give_to(self, identity: TeacherIdentity) -> None:
+        """Replace SPEC.json, unless something is committed, and remove what the runs before have prepared.
+
+        A writer of the old identity may be at work. It looks at SPEC.json after it has published a record
+        (`commit`), we at the records after we have replaced SPEC.json: at least one sees the other.
+        """
+        self.root.replace(SPEC_FILE, _spec(identity))
+        if not self.is_empty():
+            self.root.replace(SPEC_FILE, _spec(self.identity))
+            return
+        listings = [*plan_names(self.root), *teacher_listings(self.root)]
+        for name in [*listings, *(f"teacher/{file}" for file in self.root.names("teacher"))]:
+            self.root.remove(name, lambda _: False)
 
     def known_tasks(self) -> dict[str, Task]:
         """Every planned task by id, from all plan files."""
@@ -167,13 +194,21 @@ class FeatureStore:
     def commit(self, records: Sequence[CommitRecord]) -> None:
         """Publish the records of durable, private bundles, in this order; a record that is there stays.
 
-        Raises StoreWriteError when the disk refuses.
+        Raises StoreWriteError when the disk refuses, SpecMismatchError when the store, empty until now,
+        was given to another teacher meanwhile.
         """
         with writing("commit records", self.path):
             for bundle in {record.bundle for record in records}:
                 self.root.finish(bundle)
-            for record in records:
-                self.root.publish(commit_name(record.group, record.task), record.to_bytes())
+            names = {commit_name(record.group, record.task): record.to_bytes() for record in records}
+            published = [name for name, data in names.items() if self.root.publish(name, data)]
+            if not self.root.same(SPEC_FILE, _spec(self.identity)):
+                for name in published:
+                    self.root.remove(name, lambda _: False)
+                raise SpecMismatchError(
+                    f"the store {self.path} was empty and has been given to another teacher by a command "
+                    "that began later; nothing of this run is kept, give it another --out"
+                )
 
     def publish_manifest(self) -> Manifest:
         """Publish the list of all that is committed now. The same commits give the same manifest."""

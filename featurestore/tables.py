@@ -190,7 +190,7 @@ def _with_dictionaries(schema: Any) -> Any:
 def _check_claims(data: bytes, meta: Any, limits: Limits, where: str) -> None:
     """CorruptionError for a file that would take more memory than its rows can."""
     groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
-    # Readers correct the sizes that some old writers got wrong, and would then read other pages than are checked.
+    # Readers correct sizes that some old writers got wrong, and would then read other pages than these.
     if not str(meta.created_by).startswith("parquet-cpp-arrow version"):
         raise CorruptionError(f"{where}: not written by Arrow, as all tables of this format are")
     if max(meta.num_rows, sum(max(group.num_rows, 0) for group in groups)) > limits.rows:

@@ -48,10 +48,10 @@ def render_sample(console: Console, view: SampleView, pieces: Pieces | None) -> 
     """One line per position: the token, how probable the next one was, and what the teacher preferred."""
     table = Table(
         title=f"sample {view.index} ({view.id}): {len(view.rows):,} of {view.length:,} tokens",
-        caption="p(next): the teacher's probability of the token in the next line",
+        caption="p(next): the teacher's probability of the next line's token; *: a student learns the token",
         box=box.SIMPLE,
     )
-    for name in ("", "token", "p(next)", "head", "entropy"):
+    for name in ("", "*", "token", "p(next)", "head", "entropy"):
         table.add_column(name, no_wrap=True, max_width=16)
     # The only column that gives way where the terminal is narrow.
     table.add_column("the teacher's best")
@@ -60,6 +60,7 @@ def render_sample(console: Console, view: SampleView, pieces: Pieces | None) -> 
         numbers = (row.probability, row.head_mass, row.entropy)
         table.add_row(
             str(row.position),
+            "*" if row.learned else "",
             Text(shown(row.token, pieces)),
             *("" if number is None else f"{number:.3f}" for number in numbers),
             Text(best, no_wrap=True, overflow="ellipsis"),

@@ -48,8 +48,16 @@ def stored_dtype(place: str) -> str | None:
 
 
 def existing_store(place: str, identity: TeacherIdentity) -> FeatureStore | None:
-    """The store at `place` when there is one; SpecMismatchError when it is of another teacher."""
-    return FeatureStore.create(place, identity) if root_of(place).exists(SPEC_FILE) else None
+    """The store at `place` when there is one; SpecMismatchError when it is of another teacher.
+
+    An empty one of another teacher counts as none: `create_store` gives it to this one.
+    """
+    if not root_of(place).exists(SPEC_FILE):
+        return None
+    store = FeatureStore.open(place)
+    if store.identity.differences(identity) and store.is_empty():
+        return None
+    return FeatureStore.create(place, identity)
 
 
 def create_store(place: str, identity: TeacherIdentity) -> FeatureStore:

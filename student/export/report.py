@@ -14,6 +14,9 @@ from student.export.verify import TOLERANCE, Agreement
 
 REPORT = "export_report.json"
 
+# Below this the best token changes where the student was sure of it, too.
+GOOD_AGREEMENT = 0.95
+
 
 def build(
     request: ExportRequest,
@@ -53,6 +56,18 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"  read back by {verified['reader']}: logits within {verified['relative_error']:.1e} of the integer "
         f"reference (allowed {verified['tolerance']:g}), best token equal at "
         f"{verified['top1_agreement']:.1%} of {verified['positions']} positions",
-        f"  rounding to {report['dtype']} moves the student's logits by {rounding['relative_error']:.1e}, "
-        f"best token equal at {rounding['top1_agreement']:.1%}",
+        f"  against the student as it was trained, before rounding to {report['dtype']}: logits move by "
+        f"{rounding['relative_error']:.1e} of their size, best token the same at "
+        f"{rounding['top1_agreement']:.1%} of these positions of random tokens; "
+        f"{_meaning(rounding['top1_agreement'])}",
     ]
+
+
+def _meaning(agreement: float) -> str:
+    """What to make of how often the best token stays; on random tokens many are near ties."""
+    if agreement >= GOOD_AGREEMENT:
+        return "100% would be no change, so the export is the student"
+    return (
+        "100% would be no change: this export is another model than the one that was evaluated (or one that "
+        "has learned little, whose best tokens are near ties); compare both with `distily-train eval`"
+    )

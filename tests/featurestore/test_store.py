@@ -174,23 +174,44 @@ def test_racing_writers_commit_once(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "flag"),
     [
-        ("digest", "ff" * 16),
-        ("tokenizer_digest", "ee" * 16),
-        ("engine", "vllm"),
-        ("dtype", "bfloat16"),
-        ("vocab_size", 7),
+        ("digest", "ff" * 16, "the same TEACHER (tiny)"),
+        ("tokenizer_digest", "ee" * 16, "the same TEACHER (tiny)"),
+        ("engine", "vllm", "--engine transformers"),
+        ("dtype", "bfloat16", "--dtype float32"),
+        ("quantization", "bitsandbytes", "neither --teacher-load-in-8bit"),
+        ("vocab_size", 7, "the same TEACHER (tiny)"),
     ],
 )
 def test_another_teacher_is_refused_with_both_values(
-    filled_anywhere: Filled, field: str, value: object
+    filled_anywhere: Filled, field: str, value: object, flag: str
 ) -> None:
     with pytest.raises(SpecMismatchError) as caught:
         FeatureStore.create(filled_anywhere.path, identity(**{field: value}))
     message = str(caught.value)
     assert field in message and repr(value) in message and repr(getattr(identity(), field)) in message
+    assert f"give {flag}" in message and "another --out" in message
     assert "\n" not in message
+
+
+def test_an_empty_store_takes_another_teacher(place: Place) -> None:
+    old = FeatureStore.create(place.at("s"), identity())
+    samples = [sample(1), sample(2)]
+    old.add_plan([task_of(samples)])
+    old.put_teacher_files({"tokenizer.json": b"old"})
+    new = FeatureStore.create(place.at("s"), identity(dtype="bfloat16"))
+    assert new.identity.dtype == FeatureStore.open(place.at("s")).identity.dtype == "bfloat16"
+    assert new.known_tasks() == {}
+    new.put_teacher_files({"tokenizer.json": b"new"})
+    assert place.contents("s")["teacher/tokenizer.json"][1] == b"new"
+    # A writer of before is at work still: what it brings is not committed under another teacher's name.
+    with pytest.raises(SpecMismatchError, match="another --out"):
+        old.write_bundle(task_of(samples), samples, {})
+    assert new.is_empty()
+    new.write_bundle(task_of(samples), samples, {})
+    with pytest.raises(SpecMismatchError, match="give --dtype bfloat16"):
+        FeatureStore.create(place.at("s"), identity())
 
 
 def test_a_place_of_something_else_is_left_alone(place: Place) -> None:
