@@ -28,6 +28,7 @@ from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
+from student.uniform import UniformGuess
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def build(prepared: Prepared) -> Built:
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
     )
+    trainer.add_callback(UniformGuess(reader.identity.vocab_size, prepared.plan.copied))
     return Built(prepared, model, trainer, drift)
 
 
@@ -141,6 +143,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         command or typed(),
         environment(trainer.args.device, started),
         built.drift,
+        built.prepared.plan.copied,
     )
     summary = summarise(run)
     write_report(run.output_dir)
