@@ -52,6 +52,11 @@ class StudentPlan:
     freeze_embeddings: bool
     narrowing: Narrowing = NO_NARROWING
 
+    @property
+    def copied(self) -> str | None:
+        """The teacher's layers that the student starts as a copy of; None where it is no copy."""
+        return None if self.teacher is None else ",".join(map(str, self.layers))
+
     def build(
         self, samples: Sequence[Tensor] = (), device: torch.device | str = "cpu"
     ) -> tuple[Any, bitnet.Drift | None]:

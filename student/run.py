@@ -33,6 +33,7 @@ from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
+from student.uniform import UniformGuess
 
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -118,6 +119,7 @@ def build(prepared: Prepared) -> Built:
     trainer = DistillationTrainer(
         model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
     )
+    trainer.add_callback(UniformGuess(reader.identity.vocab_size, prepared.plan.copied))
     return Built(prepared, model, trainer, drift)
 
 
@@ -158,6 +160,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         environment(trainer.args.device, started),
         built.drift,
         data.split,
+        built.prepared.plan.copied,
     )
     summary = summarise(run)
     write_report(run.output_dir)

@@ -21,6 +21,9 @@ from student.evaluation.measures import kl_exactness
 from student.model import DistillationModel
 from student.origin import captures, without_secrets
 from student.split import Split
+from student.uniform import worse_than_uniform
+
+TEACHER_SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Run:
     environment: Mapping[str, Any]
     drift: Drift | None = None  # of the student when it was converted
     split: Split | None = None
+    copied: str | None = None  # teacher layers that the student started as a copy of
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
@@ -72,6 +76,9 @@ def summarise(run: Run) -> dict[str, Any]:
         "samples_of_unknown_documents": run.split.unknown if run.split else 0,
         "held_out_kl": _exactness(run.reader),
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
+        "start_warning": worse_than_uniform(
+            run.state.log_history, run.reader.identity.vocab_size, run.copied
+        ),
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,
         "seconds": round(run.seconds, 3),
         "tokens": int(run.state.num_input_tokens_seen),
@@ -83,6 +90,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "step0_drift": asdict(run.drift) if run.drift else None,
         "sizes": _sizes(run),
         "teacher": run.reader.identity.to_json(),
+        "teacher_config": teacher_config(run.reader.teacher_dir),
         "cache_cost": cache_cost(run.reader, info),
         "captures": captures(info.provenance),
         "command": without_secrets(run.command),
@@ -117,6 +125,14 @@ def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
             for group in info.groups.values()
         },
     }
+
+
+def teacher_config(directory: Path) -> dict[str, Any]:
+    """Sizes of the teacher that its identity does not hold, from its configuration in the cache."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    text = config.get("text_config") or config
+    return {name: text[name] for name in TEACHER_SIZES if isinstance(text.get(name), int)}
 
 
 def _exactness(reader: CacheReader) -> str | None:

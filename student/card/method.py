@@ -35,15 +35,16 @@ def objective(run: RunFiles) -> str:
 def architectures(run: RunFiles) -> str:
     """Teacher and student beside each other."""
     own, teacher = run.config, run.summary.get("teacher")
+    sizes = run.summary.get("teacher_config")
     ternary, share = run.number("sizes", "ternary_parameters"), run.number("sizes", "ternary_share")
     conversion = run.summary.get("bitnet_conversion")
     rows = [
         ("architecture", _word(teacher, "architecture"), _first(own.get("architectures"))),
         ("layers", _count(teacher, "num_layers"), _count(own, "num_hidden_layers")),
         ("hidden size", _count(teacher, "hidden_size"), _count(own, "hidden_size")),
-        ("MLP size", "–", _count(own, "intermediate_size")),
-        ("attention heads", "–", _count(own, "num_attention_heads")),
-        ("key and value heads", "–", _count(own, "num_key_value_heads")),
+        ("MLP size", _count(sizes, "intermediate_size"), _count(own, "intermediate_size")),
+        ("attention heads", _count(sizes, "num_attention_heads"), _count(own, "num_attention_heads")),
+        ("key and value heads", _count(sizes, "num_key_value_heads"), _count(own, "num_key_value_heads")),
         ("vocabulary", _count(teacher, "vocab_size"), _count(own, "vocab_size")),
         ("parameters", "–", number(run.number("sizes", "student_parameters"))),
         ("of these ternary", "–", _share(ternary, share)),

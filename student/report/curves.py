@@ -40,6 +40,7 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
     perplexity = [Series(_name(run, runs), run.series("eval_perplexity")) for run in runs]
     return section(
         "Held-out samples",
+        *(note(f"{_name(run, runs)}: {run.summary['start_warning']}") for run in runs if _warned(run)),
         note(_BOUND) if any(run.summary.get("held_out_kl") == "lower bound" for run in runs) else Html(""),
         row(
             _chart(runs, "eval_kl", "KL(teacher ‖ student)", "nats per token"),
@@ -47,6 +48,10 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
             _chart(runs, "eval_top1_agreement", "Same most likely token as the teacher", _SHARE),
         ),
     )
+
+
+def _warned(run: RunFiles) -> bool:
+    return isinstance(run.summary.get("start_warning"), str)
 
 
 def ternary(runs: Sequence[RunFiles]) -> Html:
