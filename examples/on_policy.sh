@@ -22,7 +22,7 @@ score() {
 learn() {
   [ -f "$RUN/round-$1/summary.json" ] || "$VENV/bin/distily-train" from-cache "$RUN/cache" \
     --output-dir "$RUN/round-$1" --max-steps "$STEPS" --learning-rate 1e-3 --per-device-train-batch-size 4 \
-    --save-strategy no "${@:2}"
+    --save-strategy no --overwrite-output-dir "${@:2}"
 }
 
 printf '\n==> round 0: the data set itself\n'

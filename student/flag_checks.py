@@ -63,7 +63,8 @@ SERVED = frozenset(
             "ignore_data_skip",
             "restore_callback_states_from_checkpoint",
         ),
-        *("push_to_hub", "hub_token", "hub_strategy"),
+        *("push_to_hub", "hub_token", "hub_strategy", "hub_model_id", "hub_private_repo"),
+        *("hub_revision", "hub_always_push"),
         *(
             "dataloader_drop_last",
             "dataloader_num_workers",
@@ -100,10 +101,6 @@ def _below_one(value: Any, _flags: Namespace) -> bool:
     return int(value) < 1
 
 
-def _without_push(value: Any, flags: Namespace) -> bool:
-    return value not in (None, False) and not flags.push_to_hub
-
-
 def _without_trackio(value: Any, flags: Namespace) -> bool:
     return value is not None and "trackio" not in _words(flags.report_to)
 
@@ -128,7 +125,6 @@ _COMPILE = (
 )
 _FSDP = "sharded students can neither be saved nor measured yet; use --multi_gpu of `accelerate launch`"
 _DEEPSPEED = "DeepSpeed is not supported; use --multi_gpu of `accelerate launch`"
-_HUB = f"{_NO_EFFECT}, or add --push-to-hub"
 _TRACKIO = "has no effect without --report-to trackio; add that"
 _WORKERS = "needs --dataloader-num-workers 1 or more; give that, too"
 _ORDER = "samples are read in the order of the cache, by which a training can be resumed; leave it out"
@@ -185,10 +181,6 @@ RULES: dict[str, Rule] = {
     "trackio_space_id": Rule(_without_trackio, _TRACKIO),
     "trackio_bucket_id": Rule(_without_trackio, _TRACKIO),
     "trackio_static_space_id": Rule(_without_trackio, _TRACKIO),
-    "hub_model_id": Rule(_without_push, _HUB),
-    "hub_private_repo": Rule(_without_push, _HUB),
-    "hub_revision": Rule(_without_push, _HUB),
-    "hub_always_push": Rule(_without_push, _HUB),
     "accelerator_config": Rule(_given, _ORDER),
     "parallelism_config": Rule(
         _given, "only data parallelism is supported; use --multi_gpu of `accelerate launch`"

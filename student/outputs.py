@@ -36,7 +36,7 @@ _STORE = "SPEC.json"
 
 def holds_training(directory: Path) -> bool:
     """Whether something would be lost: a model, or a checkpoint that a training can be resumed from."""
-    if any((directory / name).exists() for name in _PRECIOUS) or any(directory.glob("model*.safetensors")):
+    if any((directory / name).is_file() for name in _PRECIOUS) or any(directory.glob("model*.safetensors")):
         return True
     return last_checkpoint(directory) is not None
 

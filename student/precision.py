@@ -126,7 +126,7 @@ def settle(args: TrainingArguments, asked: bool | None) -> list[str]:
     fp16 = args.mixed_precision == "fp16"
     if fp16 and device.type == "cpu":
         raise UserError(
-            "--fp16: float16 autocast needs a GPU, on a CPU everything would be computed in float32; leave it "
+            "--fp16: float16 autocast needs a GPU, a CPU would compute everything in float32; leave it "
             "out, or use --bf16"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -145,7 +145,7 @@ def settle(args: TrainingArguments, asked: bool | None) -> list[str]:
 
 
 def _one_gpu(args: TrainingArguments) -> list[str]:
-    """One process uses one GPU: Trainer would put nn.DataParallel around the model, which breaks its losses."""
+    """One process uses one GPU: nn.DataParallel, which Trainer would use, breaks the losses."""
     gpus = args.n_gpu
     if gpus <= 1:
         return []
