@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from featurestore.checkpoint import count_numbers, read_tensors, refuse_pointer, weight_files
+from featurestore.errors import CheckpointError
+from featurestore.finite import not_finite
 from featurestore.identity import canonical_json
 from featurestore.schema import TeacherIdentity
+from pipeline.coverage import check_coverage
 from pipeline.errors import RequestError, one_line
 
 # Everything a tokenizer may be made of; whichever exist are hashed and kept beside the features.
@@ -79,6 +82,7 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
         RequestError: it cannot be found, is not a causal LM checkpoint, or has no safetensors weights.
     """
     path = _locate(name, with_weights)
+    _check_small_files(path, name)
     config = read_config(path, name, trust_remote_code)
     text = config.get_text_config()
     architectures = getattr(config, "architectures", None)
@@ -88,12 +92,7 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
         )
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"TEACHER {name}: {architectures[0]} is an encoder-decoder; a causal LM is needed")
-    weights = sorted(path.glob("*.safetensors")) if with_weights else []
-    if with_weights and not weights:
-        raise RequestError(
-            f"TEACHER {name}: no *.safetensors weights in {path}; pickled weights are never loaded, "
-            "convert the checkpoint with save_pretrained first"
-        )
+    weights = _checked_weights(path, name, config, trust_remote_code) if with_weights else []
     tokenizer = {file: (path / file).read_bytes() for file in TOKENIZER_FILES if (path / file).is_file()}
     if not tokenizer:
         raise RequestError(f"TEACHER {name}: no tokenizer files in {path}; save its tokenizer there")
@@ -123,14 +122,7 @@ def teacher_files(teacher: Teacher) -> dict[str, bytes]:
 
 def count_parameters(teacher: Teacher) -> int:
     """Numbers in the checkpoint's tensors, from the headers of its files; packed weights count as stored."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in teacher.path.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            names = tensors.keys()
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return total
+    return count_numbers(read_tensors(weight_files(teacher.path)))
 
 
 def load_tokenizer(teacher: Teacher, trust_remote_code: bool = False) -> Any:
@@ -190,6 +182,35 @@ def read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
         raise RequestError(
             f"TEACHER {name}: not a model that transformers knows: {one_line(error)}{hint}"
         ) from error
+
+
+def _check_small_files(path: Path, name: str) -> None:
+    """RequestError where a file beside the weights is a Git LFS pointer, as large tokenizers may be."""
+    try:
+        for file in (path / small for small in ("config.json", "generation_config.json", *TOKENIZER_FILES)):
+            if file.is_file():
+                refuse_pointer(file)
+    except CheckpointError as error:
+        raise RequestError(f"TEACHER {name}: {error}") from None
+
+
+def _checked_weights(path: Path, name: str, config: Any, trust_remote_code: bool) -> list[Path]:
+    """The files of the weights; RequestError unless they give all weights of the model, in finite numbers."""
+    try:
+        files = weight_files(path)
+        tensors = read_tensors(files)
+        unused = check_coverage(config, tensors, trust_remote_code)
+    except (CheckpointError, RequestError) as error:
+        raise RequestError(f"TEACHER {name}: {error}") from error
+    wrong = not_finite({tensor: stored for tensor, stored in tensors.items() if tensor not in unused})
+    if wrong:
+        raise RequestError(
+            f"TEACHER {name}: {wrong[0]} in {tensors[wrong[0]].file} holds numbers that are not finite"
+            + (f", as do {len(wrong) - 1} more tensors" if len(wrong) > 1 else "")
+            + "; the checkpoint is damaged, or its training diverged: download it again, or give "
+            "an earlier one"
+        )
+    return files
 
 
 def _positive(config: Any, field: str, name: str) -> int:
