@@ -18,6 +18,7 @@ from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
 from student.saving import attention, student_config
+from student.whole import load_whole
 
 KERNELS = ("torch", "bitblas")
 
@@ -75,12 +76,10 @@ def load(directory: Path) -> Any:
     if kind == "packed":
         return load_packed(directory)
     if kind == "none":
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         kind_of_attention = attention(AutoConfig.from_pretrained(directory))
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, **kind_of_attention
-        ).eval()
+        return load_whole(directory, str(directory), dtype=torch.float32, **kind_of_attention)
     raise UserError(
         f"{directory} is quantised with {kind}; generate reads what training saved and hf-bitnet exports"
     )

@@ -16,6 +16,7 @@ from student import bitnet
 from student.bitnet import layout
 from student.errors import StudentError, UserError
 from student.weights import CheckpointTensors
+from student.whole import whole_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -151,6 +152,7 @@ def load_saved(directory: Path) -> Any:
     if not directory.is_dir() or not saved:
         raise UserError(f"{directory}: not a student of `distily-train`, there is no config.json")
     check_latent(saved, str(directory))
+    whole_files(directory, str(directory))
     try:
         config = student_config(saved)
         return restore(config, layout.saved_conversion(saved), directory).eval()

@@ -13,6 +13,7 @@ from student.build import load_config
 from student.errors import UserError
 from student.generation import load, load_tokenizer
 from student.saving import attention, saved_config
+from student.whole import load_whole
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def free_memory() -> None:
 
 
 def _teacher(source: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source, "--teacher")
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention(config)).eval()
+        return load_whole(source, f"--teacher {source}", dtype=dtype, **attention(config))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--teacher {source}: cannot be loaded ({reason})") from error
