@@ -10,7 +10,15 @@ from typing import Any
 
 from blake3 import blake3
 
-from featurestore.checkpoint import count_numbers, read_tensors, refuse_pointer, weight_files
+from featurestore.checkpoint import (
+    INDEX,
+    SINGLE,
+    count_numbers,
+    indexed_files,
+    read_tensors,
+    refuse_pointer,
+    weight_files,
+)
 from featurestore.errors import CheckpointError
 from featurestore.finite import not_finite
 from featurestore.identity import canonical_json
@@ -81,7 +89,7 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
     Raises:
         RequestError: it cannot be found, is not a causal LM checkpoint, or has no safetensors weights.
     """
-    path = _locate(name, with_weights)
+    path = _locate(name, with_weights, trust_remote_code)
     _check_small_files(path, name)
     config = read_config(path, name, trust_remote_code)
     text = config.get_text_config()
@@ -145,7 +153,7 @@ def without_padding(teacher: Teacher, tokenizer: Any) -> Teacher:
     return replace(teacher, vocab_size=min(teacher.vocab_size, 1 + max(tokenizer.get_vocab().values())))
 
 
-def _locate(name: str, with_weights: bool) -> Path:
+def _locate(name: str, with_weights: bool, trust_remote_code: bool) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -155,16 +163,27 @@ def _locate(name: str, with_weights: bool) -> Path:
         raise RequestError(f"TEACHER {name}: is a file; give the directory of a checkpoint or a hub name")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RequestError(f"TEACHER {name}: no such directory")
-    return _download(name, with_weights)
+    return _download(name, with_weights, trust_remote_code)
 
 
-def _download(name: str, with_weights: bool) -> Path:
+def _download(name: str, with_weights: bool, trust_remote_code: bool) -> Path:
+    """The snapshot of a hub model with what is used of it: code only where it may run, and of the weights
+    those that the index names, not other formats and precisions of the same ones.
+    """
     from huggingface_hub import snapshot_download
 
-    weights = ["*.safetensors", "*.safetensors.index.json"] if with_weights else []
-    patterns = [*weights, "config.json", "generation_config.json", *TOKENIZER_FILES]
+    small = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    code = ["*.py"] if trust_remote_code else []
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        path = Path(snapshot_download(name, allow_patterns=[*small, *code, INDEX]))
+        if not with_weights:
+            return path
+        index = path / INDEX
+        weights = indexed_files(index) if index.is_file() else [SINGLE, "model-?????-of-?????.safetensors"]
+        # The same commit, should the branch have moved meanwhile.
+        return Path(snapshot_download(name, revision=path.name, allow_patterns=weights))
+    except CheckpointError as error:
+        raise RequestError(f"TEACHER {name}: {error}") from None
     except Exception as error:  # network, authentication and naming errors share no base class
         raise RequestError(
             f"TEACHER {name}: neither a local directory nor a model that the hub gives us: {one_line(error)}"

@@ -17,7 +17,7 @@ from student.export import bitblas
 from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
-from student.saving import attention, student_config
+from student.saving import attention, stop_tokens, student_config
 from student.whole import load_whole
 
 KERNELS = ("torch", "bitblas")
@@ -136,6 +136,7 @@ def _continue(model: Any, ids_1T: Tensor, tokenizer: Any, request: GenerateReque
         attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=request.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_tokens(request.directory) or None,
         **sampling,
     )
     return output
