@@ -29,6 +29,10 @@ class CorruptionError(FeatureStoreError, OSError):
     """The bytes on disk are not those that were committed."""
 
 
+class CheckpointError(FeatureStoreError, ValueError):
+    """The files of a model checkpoint are incomplete or damaged."""
+
+
 class StoreWriteError(FeatureStoreError, OSError):
     """The store cannot be written. Nothing that was committed is lost."""
 
@@ -39,6 +43,7 @@ class StoreAccessError(FeatureStoreError, OSError):
 
 # Exit code 2 of the command lines: the request names the wrong store, or one that cannot serve it.
 BAD_REQUESTS = (
+    CheckpointError,
     MissingFeatureError,
     SpecMismatchError,
     StoreAccessError,

@@ -6,7 +6,6 @@ What the weights mean is known per model type, because a checkpoint does not say
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from featurestore.checkpoint import read_tensors, weight_files
+from featurestore.errors import CheckpointError
 from featurestore.sidecar import DTYPES, HEAD, BlockSpec, HeadSpec, PartSpec, Tensor
 from pipeline.errors import RequestError
 from pipeline.teacher import Teacher, read_config
@@ -117,7 +118,11 @@ class _Checkpoint:
 
     def head(self, tied: bool) -> PlannedPart:
         text, vocab = self._text, self._teacher.vocab_size
-        weight = f"{self._prefix}embed_tokens.weight" if tied else self._named("lm_head.weight")
+        weight = self._named("lm_head.weight")
+        embeddings = f"{self._prefix}embed_tokens.weight"
+        # Tied weights are stored under either name.
+        if tied and (embeddings in self._files or weight not in self._files):
+            weight = embeddings
         spec = HeadSpec(
             vocab_size=vocab,
             hidden_size=self._teacher.hidden_size,
@@ -238,28 +243,16 @@ class _Checkpoint:
     @cached_property
     def _prefix(self) -> str:
         """What stands before the decoder's own names: "model.", or more in a model that also sees."""
-        return self._named("embed_tokens.weight").removesuffix("embed_tokens.weight")
+        for ending in ("embed_tokens.weight", "layers.0.input_layernorm.weight"):
+            if (name := self._named(ending)) in self._files:
+                return name.removesuffix(ending)
+        return ""
 
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Tensor -> file, of the files that transformers would load."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self._teacher.path
-        files = sorted(path.glob("*.safetensors"))
-        single, index = path / "model.safetensors", path / "model.safetensors.index.json"
         try:
-            if single in files:
-                files = [single]
-            elif index.is_file():
-                named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                files = [file for file in files if file.name in named]
-            found: dict[str, Path] = {}
-            for file in files:
-                with safe_open(file, framework="pt") as tensors:
-                    found |= dict.fromkeys(tensors.keys(), file)
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise RequestError(
-                f"TEACHER {self._teacher.name}: its weights cannot be listed: {error}"
-            ) from error
-        return found
+            tensors = read_tensors(weight_files(self._teacher.path))
+        except CheckpointError as error:
+            raise RequestError(f"TEACHER {self._teacher.name}: {error}") from None
+        return {name: tensor.file for name, tensor in tensors.items()}

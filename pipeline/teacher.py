@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +10,26 @@ from typing import Any
 
 from blake3 import blake3
 
-from featurestore.errors import StoreFormatError
+from featurestore.checkpoint import (
+    INDEX,
+    SINGLE,
+    count_numbers,
+    indexed_files,
+    read_tensors,
+    refuse_pointer,
+    weight_files,
+)
+from featurestore.errors import CheckpointError, StoreFormatError
+from featurestore.finite import not_finite
 from featurestore.identity import canonical_json
 from featurestore.schema import TeacherIdentity
-from featurestore.tokenizer_files import TOKENIZER_PATTERNS, tokenizer_digest, tokenizer_files
+from featurestore.tokenizer_files import (
+    TOKENIZER_FILES,
+    TOKENIZER_PATTERNS,
+    tokenizer_digest,
+    tokenizer_files,
+)
+from pipeline.coverage import check_coverage
 from pipeline.errors import RequestError, one_line
 
 # What a config may say of where it came from, not of what it computes.
@@ -69,7 +84,8 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
     Raises:
         RequestError: it cannot be found, is not a causal LM checkpoint, or has no safetensors weights.
     """
-    path = _locate(name, with_weights)
+    path = _locate(name, with_weights, trust_remote_code)
+    _check_small_files(path, name)
     config = read_config(path, name, trust_remote_code)
     text = config.get_text_config()
     architectures = getattr(config, "architectures", None)
@@ -79,12 +95,7 @@ def load_teacher(name: str, trust_remote_code: bool = False, with_weights: bool 
         )
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"TEACHER {name}: {architectures[0]} is an encoder-decoder; a causal LM is needed")
-    weights = sorted(path.glob("*.safetensors")) if with_weights else []
-    if with_weights and not weights:
-        raise RequestError(
-            f"TEACHER {name}: no *.safetensors weights in {path}; pickled weights are never loaded, "
-            "convert the checkpoint with save_pretrained first"
-        )
+    weights = _checked_weights(path, name, config, trust_remote_code) if with_weights else []
     try:
         tokenizer = tokenizer_files(path)
     except StoreFormatError as error:
@@ -119,14 +130,7 @@ def teacher_files(teacher: Teacher) -> dict[str, bytes]:
 
 def count_parameters(teacher: Teacher) -> int:
     """Numbers in the checkpoint's tensors, from the headers of its files; packed weights count as stored."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in teacher.path.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            names = tensors.keys()
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return total
+    return count_numbers(read_tensors(weight_files(teacher.path)))
 
 
 def without_padding(teacher: Teacher, tokenizer: Any) -> Teacher:
@@ -138,7 +142,7 @@ def without_padding(teacher: Teacher, tokenizer: Any) -> Teacher:
     return replace(teacher, vocab_size=min(teacher.vocab_size, 1 + max(tokenizer.get_vocab().values())))
 
 
-def _locate(name: str, with_weights: bool) -> Path:
+def _locate(name: str, with_weights: bool, trust_remote_code: bool) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -148,16 +152,27 @@ def _locate(name: str, with_weights: bool) -> Path:
         raise RequestError(f"TEACHER {name}: is a file; give the directory of a checkpoint or a hub name")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RequestError(f"TEACHER {name}: no such directory")
-    return _download(name, with_weights)
+    return _download(name, with_weights, trust_remote_code)
 
 
-def _download(name: str, with_weights: bool) -> Path:
+def _download(name: str, with_weights: bool, trust_remote_code: bool) -> Path:
+    """The snapshot of a hub model with what is used of it: code only where it may run, and of the weights
+    those that the index names, not other formats and precisions of the same ones.
+    """
     from huggingface_hub import snapshot_download
 
-    weights = ["*.safetensors", "*.safetensors.index.json"] if with_weights else []
-    patterns = [*weights, "config.json", "generation_config.json", *TOKENIZER_PATTERNS]
+    small = ["config.json", "generation_config.json", *TOKENIZER_PATTERNS]
+    code = ["*.py"] if trust_remote_code else []
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        path = Path(snapshot_download(name, allow_patterns=[*small, *code, INDEX]))
+        if not with_weights:
+            return path
+        index = path / INDEX
+        weights = indexed_files(index) if index.is_file() else [SINGLE, "model-?????-of-?????.safetensors"]
+        # The same commit, should the branch have moved meanwhile.
+        return Path(snapshot_download(name, revision=path.name, allow_patterns=weights))
+    except CheckpointError as error:
+        raise RequestError(f"TEACHER {name}: {error}") from None
     except Exception as error:  # network, authentication and naming errors share no base class
         raise RequestError(
             f"TEACHER {name}: neither a local directory nor a model that the hub gives us: {one_line(error)}"
@@ -175,6 +190,35 @@ def read_config(path: Path, name: str, trust_remote_code: bool) -> Any:
         raise RequestError(
             f"TEACHER {name}: not a model that transformers knows: {one_line(error)}{hint}"
         ) from error
+
+
+def _check_small_files(path: Path, name: str) -> None:
+    """RequestError where a file beside the weights is a Git LFS pointer, as large tokenizers may be."""
+    try:
+        for file in (path / small for small in ("config.json", "generation_config.json", *TOKENIZER_FILES)):
+            if file.is_file():
+                refuse_pointer(file)
+    except CheckpointError as error:
+        raise RequestError(f"TEACHER {name}: {error}") from None
+
+
+def _checked_weights(path: Path, name: str, config: Any, trust_remote_code: bool) -> list[Path]:
+    """The files of the weights; RequestError unless they give all weights of the model, in finite numbers."""
+    try:
+        files = weight_files(path)
+        tensors = read_tensors(files)
+        unused = check_coverage(config, tensors, trust_remote_code)
+    except (CheckpointError, RequestError) as error:
+        raise RequestError(f"TEACHER {name}: {error}") from error
+    wrong = not_finite({tensor: stored for tensor, stored in tensors.items() if tensor not in unused})
+    if wrong:
+        raise RequestError(
+            f"TEACHER {name}: {wrong[0]} in {tensors[wrong[0]].file} holds numbers that are not finite"
+            + (f", as do {len(wrong) - 1} more tensors" if len(wrong) > 1 else "")
+            + "; the checkpoint is damaged, or its training diverged: download it again, or give "
+            "an earlier one"
+        )
+    return files
 
 
 def _positive(config: Any, field: str, name: str) -> int:

@@ -30,6 +30,7 @@ from student.saving import (
 from student.shape import changed_config, check_positions, check_vocabulary, tokenizers_differ
 from student.tokenizer import load_tokenizer
 from student.weights import CheckpointTensors
+from student.whole import load_whole, whole_files
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,6 @@ class StudentPlan:
         return student, drift
 
     def _start(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
         if self.checkpoint is None:
             student = new_student(self.config)
             if self.teacher is not None:
@@ -89,8 +88,12 @@ class StudentPlan:
             return student
         if self.converted:
             return restore(self.config, self.conversion, local_checkpoint(self.checkpoint))
-        return AutoModelForCausalLM.from_pretrained(
-            self.checkpoint, config=self.config, dtype=torch.float32, **attention(self.config)
+        return load_whole(
+            self.checkpoint,
+            f"--student {self.checkpoint}",
+            config=self.config,
+            dtype=torch.float32,
+            **attention(self.config),
         )
 
 
@@ -121,6 +124,8 @@ def _plan_checkpoint(
     flag = f"--student {checkpoint}"
     saved = saved_config(checkpoint)
     check_latent(saved, flag)
+    if Path(checkpoint).is_dir():
+        whole_files(Path(checkpoint), flag)
     before = layout.saved_conversion(saved)
     config = load_config(checkpoint, "--student") if before is None else student_config(saved)
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")

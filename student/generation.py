@@ -18,8 +18,9 @@ from student.export.reading import load_packed
 from student.export.reference import integer_linears
 from student.export.source import open_source, quantization_of, read_config
 from student.precision import inference_device
-from student.saving import attention, student_config
+from student.saving import attention, stop_tokens, student_config
 from student.tokenizer import load_tokenizer
+from student.whole import load_whole
 
 KERNELS = ("torch", "bitblas")
 
@@ -78,12 +79,10 @@ def load(directory: Path) -> Any:
     if kind == "packed":
         return load_packed(directory)
     if kind == "none":
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         kind_of_attention = attention(AutoConfig.from_pretrained(directory))
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, **kind_of_attention
-        ).eval()
+        return load_whole(directory, str(directory), dtype=torch.float32, **kind_of_attention)
     raise UserError(
         f"{directory} is quantised with {kind}; generate reads what training saved and hf-bitnet exports"
     )
@@ -138,6 +137,7 @@ def _continue(model: Any, ids_1T: Tensor, tokenizer: Any, request: GenerateReque
         attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=request.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_tokens(request.directory) or None,
         **sampling,
     )
     return output

@@ -21,11 +21,14 @@ def layer_prefix(model: Any) -> str:
     return name + "."
 
 
-def source_names(model: Any, layers: Sequence[int], available: CheckpointTensors) -> dict[str, str]:
+def source_names(
+    model: Any, layers: Sequence[int], available: CheckpointTensors, tied: bool
+) -> dict[str, str]:
     """Student parameter -> teacher tensor: layer i takes layer `layers[i]`, all else the tensor of the same
     name.
 
-    A head that is tied in the teacher and not in the student starts from the teacher's embeddings.
+    A head that is tied in the teacher and not in the student starts from the teacher's embeddings. tied: the
+    teacher's are; an untied one without a head is not whole.
     """
     prefix = layer_prefix(model)
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -37,7 +40,7 @@ def source_names(model: Any, layers: Sequence[int], available: CheckpointTensors
         if name.startswith(prefix):
             index, rest = name[len(prefix) :].split(".", 1)
             source = f"{prefix}{layers[int(index)]}.{rest}"
-        elif name == head and name not in available:
+        elif name == head and name not in available and tied:
             source = embeddings
         names[name] = source
     return names
@@ -52,7 +55,7 @@ def copy_from_teacher(
 
     UserError when the checkpoint lacks a tensor or a shape differs.
     """
-    names = source_names(model, layers, teacher)
+    names = source_names(model, layers, teacher, _is_tied(teacher.directory))
     parameters = dict(model.named_parameters())
     _check(names, parameters, teacher, narrowing)
     wanted: dict[str, list[str]] = {}
@@ -61,6 +64,13 @@ def copy_from_teacher(
     for source, tensor in teacher.read(wanted):
         for name in wanted[source]:
             parameters[name].copy_(narrowing(name, tensor))
+
+
+def _is_tied(directory: Path) -> bool:
+    """Whether the config beside the weights ties head and embeddings."""
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(directory).get_text_config().tie_word_embeddings)
 
 
 def _check(

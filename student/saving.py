@@ -16,6 +16,7 @@ from student.bitnet import layout
 from student.errors import StudentError, UserError
 from student.tokenizer import copy_tokenizer
 from student.weights import CheckpointTensors
+from student.whole import whole_files
 
 # In a checkpoint: the manifest of the cache that it was trained on, and in which order, see student.resume.
 MANIFEST_FILE = "cache_manifest.json"
@@ -40,7 +41,43 @@ def save_student(student: Any, directory: Path, tokenizer_dir: Path) -> None:
         config = layout.to_saved(json.loads(path.read_text(encoding="utf-8")), conversion)
         config["quantization_config"] = bitnet.quantization_config(student)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _save_stop_tokens(student, directory, tokenizer_dir)
     copy_tokenizer(tokenizer_dir, directory)
+
+
+def stop_tokens(directory: Path) -> list[int]:
+    """The ids that end a text, ascending: of config.json and generation_config.json in a directory, and of
+    its tokenizer's end token.
+    """
+    found: set[Any] = set()
+    for file in ("config.json", "generation_config.json"):
+        named = _json(directory / file).get("eos_token_id")
+        found |= set(named if isinstance(named, list) else [named])
+    token = _json(directory / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    tokenizer = _json(directory / "tokenizer.json")
+    vocabulary = (tokenizer.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, dict):
+        found.add(vocabulary.get(token))
+    found |= {
+        added.get("id") for added in tokenizer.get("added_tokens") or () if added.get("content") == token
+    }
+    return sorted(one for one in found if isinstance(one, int) and one >= 0)
+
+
+def _save_stop_tokens(student: Any, directory: Path, tokenizer_dir: Path) -> None:
+    """Write every id at which the teacher stops into the student's generation_config.json."""
+    path = directory / "generation_config.json"
+    ends = [one for one in stop_tokens(tokenizer_dir) if one < student.config.get_text_config().vocab_size]
+    if ends:
+        settings = _json(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def load_student(student: Any, directory: Path) -> None:
@@ -135,6 +172,7 @@ def load_saved(directory: Path) -> Any:
     if not directory.is_dir() or not saved:
         raise UserError(f"{directory}: not a student of `distily-train`, there is no config.json")
     check_latent(saved, str(directory))
+    whole_files(directory, str(directory))
     try:
         config = student_config(saved)
         return restore(config, layout.saved_conversion(saved), directory).eval()

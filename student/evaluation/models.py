@@ -15,6 +15,7 @@ from student.generation import load, student_tokenizer
 from student.precision import inference_device, inference_dtype
 from student.saving import attention, saved_config
 from student.tokenizer import load_tokenizer
+from student.whole import load_whole
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ def free_memory() -> None:
 
 
 def _teacher(source: str, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source, "--teacher")
     saved = str(config.dtype).removeprefix("torch.")
     if dtype == "auto" and inference_dtype(saved) != saved:
         dtype = inference_dtype(saved)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention(config)).eval()
+        return load_whole(source, f"--teacher {source}", dtype=dtype, **attention(config))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--teacher {source}: cannot be loaded ({reason})") from error

@@ -10,6 +10,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from featurestore.checkpoint import weight_files
+
 VERSION = 1
 FILE = "eval.json"
 Section = dict[str, Any]
@@ -18,7 +20,7 @@ Section = dict[str, Any]
 def weights_digest(directory: Path) -> str:
     """blake3 of a student's safetensors files: figures of other weights do not belong beside its own."""
     digest = blake3()
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         digest.update_mmap(file)
     return str(digest.hexdigest())
 

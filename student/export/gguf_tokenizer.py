@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from student.errors import UserError
+from student.saving import stop_tokens
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _QWEN2 = (
@@ -90,6 +91,12 @@ def _add_special(writer: Any, directory: Path, tokens: list[str]) -> None:
         token = token["content"] if isinstance(token, dict) else token
         if token in ids:
             add(ids[token])
+    eos = settings.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    # llama.cpp ends a text at each of these three; the file has no list.
+    others = [end for end in stop_tokens(directory) if end != ids.get(eos) and end < len(tokens)]
+    for end, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(end)
     writer.add_add_bos_token(bool(settings.get("add_bos_token", False)))
     template = directory / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")

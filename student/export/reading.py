@@ -12,6 +12,7 @@ import torch
 from student.export.packing import pack
 from student.export.reference import IntegerLinear, integer_linears
 from student.export.source import Source
+from student.whole import load_whole
 
 
 def no_bars() -> AbstractContextManager[Any]:
@@ -34,10 +35,9 @@ def matrices_to_integers(model: Any, source: Source) -> Any:
 
 def load_packed(directory: Path) -> Any:
     """An hf-bitnet export in float32, its matrices packed in memory as in the file."""
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.bitnet import BitLinear
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_whole(directory, str(directory), dtype=torch.float32)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BitLinear):
             packed = IntegerLinear(
