@@ -146,7 +146,8 @@ def root_of(path: str | Path) -> Root:
     text = _spelling(path)
     scheme = _URL.match(text)
     if scheme is None:
-        return LocalRoot(Path(path))
+        # A shell leaves the ~ of --out=~/cache alone.
+        return LocalRoot(Path(path).expanduser())
     if scheme[1] not in SCHEMES:
         known = " or ".join(f"{name}://bucket/prefix" for name in SCHEMES)
         raise StoreFormatError(f"{text}: unknown kind of URL; give {known}, or a local path")

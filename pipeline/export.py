@@ -50,6 +50,7 @@ def export_store(
     """
     if format_name not in FORMATS:
         raise RequestError(f"--format {format_name}: choose one of {', '.join(FORMATS)}")
+    out = out.expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"OUT {out}: exists and is not empty; choose another directory")
     reader = CacheReader.open(store)

@@ -94,7 +94,7 @@ def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shar
     """
     if is_url(path):
         raise RequestError(f"STORE {path}: a pull goes into a new local directory")
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RequestError(f"STORE {path} is there already; choose a new directory")
     api = client()

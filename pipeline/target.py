@@ -29,7 +29,7 @@ def check_store_directory(place: str) -> None:
         except (StoreAccessError, StoreFormatError) as error:
             raise RequestError(f"--out {error}") from error
         return
-    out = Path(place)
+    out = Path(place).expanduser()
     if out.exists() and not out.is_dir():
         raise RequestError(f"--out {out}: exists and is not a directory")
     nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))

@@ -78,6 +78,10 @@ def load_documents(
             none is named, without the split or the configuration, or without any row.
     """
     path = Path(dataset).expanduser()
+    if (path / "config.json").is_file():
+        raise RequestError(
+            f"DATASET {dataset}: is a model checkpoint, not a data set; TEACHER comes first, then DATASET"
+        )
     flags = [split, text_column, messages_column, shuffle_seed]
     if not path.exists() or _is_saved(path):
         table = load_table(dataset, split, config)

@@ -35,7 +35,7 @@ SERVED = frozenset(
             "do_train",
             "do_eval",
         ),
-        *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
         *("warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
         *("max_grad_norm", "average_tokens_across_devices", "neftune_noise_alpha", "full_determinism"),
         *("bf16", "fp16", "tf32", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
@@ -162,6 +162,10 @@ RULES: dict[str, Rule] = {
         lambda value, _: "tpu_metrics_debug" in _words(value), "TPUs are not supported; leave it out"
     ),
     "per_device_train_batch_size": Rule(_below_one, _AT_LEAST_ONE),
+    "max_steps": Rule(
+        lambda value, _: value == 0 or value < -1, "at least 1 is needed; -1 leaves it to --num-train-epochs"
+    ),
+    "num_train_epochs": Rule(lambda value, flags: value <= 0 > flags.max_steps, "more than 0 is needed"),
     "per_device_eval_batch_size": Rule(_below_one, _AT_LEAST_ONE),
     "gradient_accumulation_steps": Rule(_below_one, _AT_LEAST_ONE),
     "optim_target_modules": Rule(

@@ -45,8 +45,10 @@ def check_output(request: Request) -> None:
     """UserError where the training would overwrite what lies in its output directory."""
     options, out = request.options, Path(request.training.output_dir)
     overwrite, checkpoint = options.overwrite_output_dir, find_checkpoint(request.training)
-    if (out / _STORE).is_file():
-        raise UserError(f"--output-dir {out} is a cache; give the student a directory of its own")
+    cache = next((place for place in (out, *out.resolve().parents) if (place / _STORE).is_file()), None)
+    if cache is not None:
+        what = "is a cache" if cache == out else f"lies in the cache {cache}"
+        raise UserError(f"--output-dir {out} {what}; give the student a directory of its own")
     inside = checkpoint is not None and out.resolve() in checkpoint.resolve().parents
     if inside and overwrite:
         raise UserError(

@@ -15,6 +15,7 @@ import pytest
 import pipeline.generate
 from pipeline.cli import main
 from tests import teachers
+from tests.command import call, generate
 
 
 @pytest.fixture
@@ -274,6 +275,27 @@ def test_a_foreign_directory_is_not_written_into(
     (foreign / "letter.txt").write_text("dear")
     assert "not a feature store" in refuse(tiny_teacher, corpus, "--out", foreign)
     assert [file.name for file in foreign.iterdir()] == ["letter.txt"]
+
+
+def test_teacher_and_data_set_the_wrong_way_round(
+    refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path
+) -> None:
+    assert "TEACHER" in refuse(corpus, tiny_teacher, "--out", out)
+    line = refuse(tiny_teacher, tiny_teacher, "--out", out)
+    assert "is a model checkpoint, not a data set; TEACHER comes first" in line
+
+
+def test_a_store_in_the_home_directory(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells do not expand the ~ of --out=~/cache; a directory called ~ is not what was meant."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    generate(tiny_teacher, corpus, Path("~/cache"))
+    assert (tmp_path / "home" / "cache" / "SPEC.json").is_file() and not (tmp_path / "~").exists()
+    call("distily-cache", "export", "~/cache", "~/rows")
+    assert (tmp_path / "home" / "rows").is_dir()
 
 
 def test_store_of_another_teacher_or_tokenizer(

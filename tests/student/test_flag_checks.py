@@ -18,6 +18,8 @@ Run = Callable[..., tuple[int, str, str]]
 NAMES = [field.name for field in fields(TrainingArguments) if field.init]
 # A value of each flag that is refused, and a word of the reason.
 REFUSED = {
+    "max_steps": (["0"], "at least 1"),
+    "num_train_epochs": (["0"], "more than 0"),
     "label_smoothing_factor": (["0.1"], "smoothed"),
     "train_sampling_strategy": (["group_by_length"], "--pack-rows"),
     "length_column_name": (["size"], "no effect"),

@@ -105,6 +105,8 @@ def test_a_cache_is_no_output_directory(distily_train: Run, cache: Path, tmp_pat
     before = content(cache)
     for more in ((), ("--overwrite-output-dir",)):
         assert "is a cache" in refused(distily_train, cache, "--output-dir", cache, *QUICK, *more)
+        inside = cache / "students" / "one"
+        assert "lies in the cache" in refused(distily_train, cache, "--output-dir", inside, *QUICK, *more)
     assert content(cache) == before
 
 
