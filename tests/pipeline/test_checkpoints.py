@@ -14,6 +14,7 @@ from pipeline.teacher import load_teacher
 from tests import architectures, checkpoints, teachers
 from tests.checkpoints import UNTIED, Tensors, copy_of
 from tests.command import call, generate
+from tests.student.exports import save
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,28 @@ def test_a_damaged_writer(untied: Path, corpus: Path, tmp_path: Path) -> None:
     line = refusal(untied, corpus, "--out", tmp_path / "store", *flags)
     assert "--from-student" in line
     assert "lm_head.weight" in line
+
+
+def test_a_writer_without_norms_of_its_quantised_layers(tmp_path: Path) -> None:
+    """Only the quantised model has these: they are missed when it is loaded."""
+    student, chats = save(tmp_path / "student", "llama", "per-projection"), tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "the cache"}]}))
+    name = "model.layers.1.mlp.down_proj.rms_norm.weight"
+    checkpoints.without(name)(student)
+    teacher = teachers.llama(tmp_path / "teacher")
+    flags = (
+        "--engine",
+        "transformers",
+        "--continuations",
+        1,
+        "--from-student",
+        student,
+        "--max-seq-len",
+        128,
+    )
+    done = call("distily-cache", "generate", teacher, chats, "--out", tmp_path / "store", *flags, code=2)
+    assert f"lacks {name}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_tokenizer_that_is_a_pointer(untied: Path, corpus: Path, tmp_path: Path) -> None:

@@ -82,5 +82,5 @@ def test_what_the_hub_does_not_give(hub: Hub, directory: Path) -> None:
     checkpoints.shard(directory)
     (directory / INDEX).write_text("{")
     upload(hub, directory)
-    with pytest.raises(RequestError, match="TEACHER me/teacher: .*is not an index"):
+    with pytest.raises(RequestError, match=r"TEACHER me/teacher: .*is not an index"):
         load_teacher(REPO)

@@ -59,12 +59,12 @@ def test_another_tokenizer_or_half_a_model_is_refused(
     vocabulary["the"], vocabulary["a"] = vocabulary["a"], vocabulary["the"]
     (directory / "tokenizer.json").write_text(json.dumps(parsed))
     upload(hub, directory)
-    with pytest.raises(UserError, match="--student me/student: its tokenizer is not"):
+    with pytest.raises(UserError, match=r"--student me/student: its tokenizer is not"):
         plan_student(StudentOptions(student=REPO), reader)
     checkpoints.shard(directory)
     (directory / INDEX).write_text("{")
     upload(hub, directory)
-    with pytest.raises(UserError, match="--student me/student: .*is not an index"):
+    with pytest.raises(UserError, match=r"--student me/student: .*is not an index"):
         plan_student(StudentOptions(student=REPO), reader)
-    with pytest.raises(UserError, match="--student me/none: neither"):
+    with pytest.raises(UserError, match=r"--student me/none: neither"):
         plan_student(StudentOptions(student="me/none"), reader)
