@@ -89,8 +89,8 @@ def _ends(directory: Path, settings: dict[str, Any], tokens: list[str]) -> list[
     ends = [end for end in stop_tokens(directory) if end < len(tokens)]
     if len(ends) > _ENDS:
         raise UserError(
-            f"{directory}: its texts end at {len(ends)} tokens ({', '.join(map(str, ends))}) and a GGUF file "
-            f"names {_ENDS}; leave that many in the eos_token_id of its generation_config.json and config.json"
+            f"{directory}: its texts end at {len(ends)} tokens ({', '.join(map(str, ends))}) and a GGUF "
+            f"file names {_ENDS}; leave so many in eos_token_id of its generation_config.json and config.json"
         )
     return sorted(ends, key=lambda end: tokens[end] != eos)
 
