@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from featurestore.errors import CheckpointError
 
@@ -40,9 +40,8 @@ class StoredTensor:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that make up the model, sorted by name.
 
-    These are the files that `model.safetensors.index.json` names, else `model.safetensors`, else all of
-    `model-00001-of-0000N.safetensors`. Other formats and precisions beside them (`consolidated*`, `*.fp16.*`,
-    `original/`) are of no concern.
+    These are the files that `model.safetensors.index.json` names, else `model.safetensors`. Other formats and
+    precisions beside them (`consolidated*`, `*.fp16.*`, `original/`) are of no concern.
 
     Raises:
         CheckpointError: there are none, or some are missing; the line says which and what to do.
@@ -58,11 +57,26 @@ def weight_files(directory: Path) -> list[Path]:
     elif single.is_file():
         names = [SINGLE]
     else:
-        names = _shards_without_index(directory)
+        _refuse_without_weights(directory)
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise CheckpointError(f"{directory} lacks {_some(absent)}{_why_absent(directory)}; {_AGAIN}")
     return [directory / name for name in names]
+
+
+def weight_patterns(directory: Path) -> list[str]:
+    """What to download of a checkpoint's weights, where its index lies in `directory` already if it has one:
+    the files that `weight_files` will ask for. CheckpointError for an index that is none.
+    """
+    index = directory / INDEX
+    return indexed_files(index) if index.is_file() else [SINGLE]
+
+
+def unused_weights(directory: Path) -> list[Path]:
+    """The safetensors files in a directory that are not the model's weights, sorted; CheckpointError where
+    those are not there.
+    """
+    return sorted(set(directory.glob("*.safetensors")) - set(weight_files(directory)))
 
 
 def indexed_files(index: Path) -> list[str]:
@@ -162,12 +176,19 @@ def count_numbers(tensors: Mapping[str, StoredTensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
-def _shards_without_index(directory: Path) -> list[str]:
+def _refuse_without_weights(directory: Path) -> NoReturn:
+    """CheckpointError that says what a directory without index and single file holds instead."""
     names = sorted(file.name for file in directory.glob("*.safetensors"))
     totals = {int(match[2]) for name in names if (match := _SHARD.fullmatch(name))}
     if len(totals) == 1:
         total = totals.pop()
-        return [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        shards = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+        absent = [shard for shard in shards if shard not in names]
+        raise CheckpointError(
+            f"{directory} holds {next(shard for shard in shards if shard in names)} but lacks "
+            f"{_some([*absent, INDEX])}, and shards do not load without their index"
+            f"{_why_absent(directory)}; {_AGAIN}"
+        )
     if totals:
         raise CheckpointError(
             f"{directory} holds shards of several models and no {INDEX} that says which; {_AGAIN}"

@@ -12,12 +12,11 @@ from blake3 import blake3
 
 from featurestore.checkpoint import (
     INDEX,
-    SINGLE,
     count_numbers,
-    indexed_files,
     read_tensors,
     refuse_pointer,
     weight_files,
+    weight_patterns,
 )
 from featurestore.errors import CheckpointError, StoreFormatError
 from featurestore.finite import not_finite
@@ -167,10 +166,8 @@ def _download(name: str, with_weights: bool, trust_remote_code: bool) -> Path:
         path = Path(snapshot_download(name, allow_patterns=[*small, *code, INDEX]))
         if not with_weights:
             return path
-        index = path / INDEX
-        weights = indexed_files(index) if index.is_file() else [SINGLE, "model-?????-of-?????.safetensors"]
         # The same commit, should the branch have moved meanwhile.
-        return Path(snapshot_download(name, revision=path.name, allow_patterns=weights))
+        return Path(snapshot_download(name, revision=path.name, allow_patterns=weight_patterns(path)))
     except CheckpointError as error:
         raise RequestError(f"TEACHER {name}: {error}") from None
     except Exception as error:  # network, authentication and naming errors share no base class

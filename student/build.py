@@ -22,6 +22,7 @@ from student.options import StudentOptions
 from student.saving import (
     attention,
     check_latent,
+    check_saved,
     new_student,
     restore,
     saved_config,
@@ -30,7 +31,7 @@ from student.saving import (
 from student.shape import changed_config, check_positions, check_vocabulary, tokenizers_differ
 from student.tokenizer import load_tokenizer
 from student.weights import CheckpointTensors
-from student.whole import load_whole, whole_files
+from student.whole import load_whole, local_checkpoint, whole_files
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class StudentPlan:
                 copy_from_teacher(student, self.layers, self.teacher, self.narrowing)
             return student
         if self.converted:
-            return restore(self.config, self.conversion, local_checkpoint(self.checkpoint))
+            return restore(self.config, self.conversion, Path(self.checkpoint))
         return load_whole(
             self.checkpoint,
             f"--student {self.checkpoint}",
@@ -122,17 +123,20 @@ def _plan_checkpoint(
     options: StudentOptions, reader: CacheReader, checkpoint: str, longest: int
 ) -> StudentPlan:
     flag = f"--student {checkpoint}"
-    saved = saved_config(checkpoint)
-    check_latent(saved, flag)
-    if Path(checkpoint).is_dir():
-        whole_files(Path(checkpoint), flag)
+    check_latent(saved_config(checkpoint), flag)
+    directory = local_checkpoint(checkpoint, flag)
+    saved, tensors = saved_config(str(directory)), whole_files(directory, flag)
     before = layout.saved_conversion(saved)
-    config = load_config(checkpoint, "--student") if before is None else student_config(saved)
+    if before is None:
+        config = load_config(str(directory), "--student")
+    else:
+        config = student_config(saved)
+        check_saved(config, before, saved, tensors, flag)
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
-    same = same_tokenizer(Path(checkpoint), reader.teacher_dir, flag)
+    same = same_tokenizer(directory, reader.teacher_dir, flag)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, same)
     check_positions(config, longest, flag)
-    return _planned(options, config, checkpoint, [], None, before)
+    return _planned(options, config, str(directory), [], None, before)
 
 
 def plan_following(options: StudentOptions, before: StudentPlan) -> StudentPlan:
@@ -191,15 +195,6 @@ def load_config(source: str, what: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{what}: {source} is not a model that transformers can load ({reason})") from error
-
-
-def local_checkpoint(source: str) -> Path:
-    """Directory of a checkpoint; one of the hub is downloaded."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) -> None:

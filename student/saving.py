@@ -5,12 +5,13 @@ training, or all of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from featurestore.checkpoint import explain_gaps
 from student import bitnet
 from student.bitnet import layout
 from student.errors import StudentError, UserError
@@ -123,6 +124,24 @@ def check_latent(saved: Mapping[str, Any], what: str) -> None:
             f"{what}: a checkpoint quantised with {entry.get('quant_method')!r} has no latent weights to "
             "train; give the full-precision one"
         )
+
+
+def check_saved(
+    config: Any, conversion: str, saved: Mapping[str, Any], names: Iterable[str], what: str
+) -> None:
+    """UserError for a converted checkpoint whose tensors are not all of its student, which is not built.
+
+    names: of the tensors in the files; saved: the config.json beside them.
+    """
+    import torch
+
+    with torch.device("meta"):
+        student = new_student(config)
+    bitnet.convert_student(student, conversion)
+    given = {layout.from_saved_name(name, saved) for name in names}
+    missing = [name for name, _ in student.named_parameters() if name not in given]
+    if gaps := explain_gaps((layout.to_saved_name(name, saved) for name in missing), {}, names):
+        raise UserError(f"{what}: {gaps}")
 
 
 def student_config(saved: Mapping[str, Any]) -> Any:

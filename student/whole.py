@@ -5,10 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featurestore.checkpoint import StoredTensor, explain_gaps, read_tensors, weight_files
+from featurestore.checkpoint import (
+    INDEX,
+    StoredTensor,
+    explain_gaps,
+    read_tensors,
+    weight_files,
+    weight_patterns,
+)
 from featurestore.errors import CheckpointError
 from featurestore.finite import not_finite
+from featurestore.tokenizer_files import TOKENIZER_PATTERNS
 from student.errors import UserError
+
+
+def local_checkpoint(source: str | Path, what: str) -> Path:
+    """The directory of a checkpoint. Of one on the hub, its config, tokenizer and weights are downloaded, of
+    the latter those that are loaded, all of one commit; UserError where the hub does not give them.
+
+    what: the flag and the source, at the beginning of the line.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    small = ["config.json", "generation_config.json", *TOKENIZER_PATTERNS, INDEX]
+    try:
+        path = Path(snapshot_download(str(source), allow_patterns=small))
+        return Path(snapshot_download(str(source), revision=path.name, allow_patterns=weight_patterns(path)))
+    except CheckpointError as error:
+        raise UserError(f"{what}: {error}") from None
+    except Exception as error:  # network, authentication and naming errors share no base class
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{what}: neither a local directory nor a model that the hub gives us: {reason}"
+        ) from error
 
 
 def whole_files(directory: Path, what: str) -> dict[str, StoredTensor]:
@@ -35,9 +66,10 @@ def load_whole(source: str | Path, what: str, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    tensors = whole_files(Path(source), what) if Path(source).is_dir() else {}
+    directory = local_checkpoint(source, what)
+    tensors = whole_files(directory, what)
     model, info = AutoModelForCausalLM.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        directory, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     mismatched = {name: (theirs, ours) for name, theirs, ours in info["mismatched_keys"]}
     if gaps := explain_gaps(info["missing_keys"], mismatched, tensors):

@@ -132,6 +132,11 @@ def shard_missing_without_index(path: Path) -> None:
     (path / INDEX).unlink()
 
 
+def no_index(path: Path) -> None:
+    shard(path)
+    (path / INDEX).unlink()
+
+
 def half_downloaded(path: Path) -> None:
     """As the hub's client leaves a directory: the last file under a temporary name."""
     last = shard(path)[-1]
@@ -186,8 +191,9 @@ UNTIED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "shard missing": (shard_missing, ("lacks model-00002-of-00003.safetensors", "download")),
     "shard missing, no index": (
         shard_missing_without_index,
-        ("lacks model-00002-of-00003.safetensors", "download"),
+        ("lacks model-00002-of-00003.safetensors", INDEX, "download"),
     ),
+    "no index": (no_index, ("model-00001-of-00003.safetensors", f"lacks {INDEX}", "download")),
     "half downloaded": (half_downloaded, ("model-00003-of-00003.safetensors", "download was not completed")),
     "nothing downloaded": (nothing_downloaded, ("download was not completed",)),
     "index damaged": (index_damaged, (INDEX, "download")),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.links import without_unused_weights
 from pipeline.engines.supervision import EngineProcesses
 
 T = TypeVar("T")
@@ -62,6 +65,9 @@ class SupervisedLLM:
         from vllm import envs
 
         self._llm: Any = None
+        self._links = without_unused_weights(config.model)
+        if self._links is not None:
+            config = replace(config, model=Path(self._links.name))
         self._processes = EngineProcesses(verbose, separate=bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING))
         try:
             self._llm = self._processes.start(partial(_start, config, verbose, enforce_eager, options))
@@ -83,6 +89,8 @@ class SupervisedLLM:
             ending.join(_SHUTDOWN_SECONDS)
         self._llm = None
         self._processes.end()
+        if self._links is not None:
+            self._links.cleanup()
 
 
 def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from student.errors import UserError
 from student.saving import stop_tokens
 
+_ENDS = 3  # eos, eot, eom
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -78,12 +79,27 @@ def vocabulary(parsed: dict[str, Any], vocab_size: int) -> tuple[list[str], list
     return tokens, types
 
 
+def _ends(directory: Path, settings: dict[str, Any], tokens: list[str]) -> list[int]:
+    """The ids that end a text, that of the tokenizer's end token first; UserError for more than GGUF holds.
+
+    llama.cpp ends a text at its eos, eot and eom; the file has no list of others.
+    """
+    eos = settings.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    ends = [end for end in stop_tokens(directory) if end < len(tokens)]
+    if len(ends) > _ENDS:
+        raise UserError(
+            f"{directory}: its texts end at {len(ends)} tokens ({', '.join(map(str, ends))}) and a GGUF "
+            f"file names {_ENDS}; leave so many in eos_token_id of its generation_config.json and config.json"
+        )
+    return sorted(ends, key=lambda end: tokens[end] != eos)
+
+
 def _add_special(writer: Any, directory: Path, tokens: list[str]) -> None:
     settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     ids = {token: index for index, token in enumerate(tokens)}
     for name, add in (
         ("bos_token", writer.add_bos_token_id),
-        ("eos_token", writer.add_eos_token_id),
         ("unk_token", writer.add_unk_token_id),
         ("pad_token", writer.add_pad_token_id),
     ):
@@ -91,11 +107,8 @@ def _add_special(writer: Any, directory: Path, tokens: list[str]) -> None:
         token = token["content"] if isinstance(token, dict) else token
         if token in ids:
             add(ids[token])
-    eos = settings.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    # llama.cpp ends a text at each of these three; the file has no list.
-    others = [end for end in stop_tokens(directory) if end != ids.get(eos) and end < len(tokens)]
-    for end, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+    fields = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for end, add in zip(_ends(directory, settings, tokens), fields, strict=False):
         add(end)
     writer.add_add_bos_token(bool(settings.get("add_bos_token", False)))
     template = directory / "chat_template.jinja"

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.engines.base import EngineConfig
+from pipeline.engines.loading import load_causal_lm
 from pipeline.errors import RequestError
 from pipeline.teacher import load_teacher
 from tests import architectures, checkpoints, teachers
 from tests.checkpoints import UNTIED, Tensors, copy_of
 from tests.command import call, generate
+from tests.student.exports import save
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,27 @@ def test_a_damaged_writer(untied: Path, corpus: Path, tmp_path: Path) -> None:
     line = refusal(untied, corpus, "--out", tmp_path / "store", *flags)
     assert "--from-student" in line
     assert "lm_head.weight" in line
+
+
+def test_norms_that_only_quantised_layers_have(tmp_path: Path) -> None:
+    """They are missed when the model is loaded: the one that is built to compare names has none."""
+    directory = save(tmp_path / "student", "llama", "per-projection")
+    model = load_teacher(str(directory))
+    config = EngineConfig(
+        model=directory,
+        architecture=model.architecture,
+        groups=(),
+        dtype="float32",
+        max_seq_len=16,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+    )
+    load_causal_lm(config)
+    name = "model.layers.1.mlp.down_proj.rms_norm.weight"
+    checkpoints.without(name)(directory)
+    with pytest.raises(RequestError, match=f"lacks {name}"):
+        load_causal_lm(config)
 
 
 def test_a_tokenizer_that_is_a_pointer(untied: Path, corpus: Path, tmp_path: Path) -> None:

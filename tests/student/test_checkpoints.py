@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from featurestore.reader import CacheReader
+from student.build import plan_student
 from student.errors import UserError
 from student.evaluation.models import teacher_side
 from student.generation import load
+from student.options import StudentOptions
 from tests import checkpoints, teachers
 from tests.checkpoints import UNTIED, copy_of
+from tests.student.exports import save
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +39,30 @@ def test_a_damaged_teacher_is_not_evaluated(untied: Path, tmp_path: Path) -> Non
     checkpoints.without("lm_head.weight")(directory)
     with pytest.raises(UserError, match=r"--teacher .*lm_head\.weight"):
         teacher_side(str(directory), "float32").load()
+
+
+@pytest.mark.parametrize("conversion", ["none", "subln", "per-projection"])
+@pytest.mark.parametrize("lost", ["mlp.down_proj.weight", "a norm"])
+def test_a_converted_student_is_whole_before_it_is_built(
+    cache: Path, tmp_path: Path, conversion: str, lost: str
+) -> None:
+    directory = save(tmp_path / "student", "llama", conversion=conversion)
+    names = {
+        "none": "input_layernorm.weight",
+        "subln": "mlp.ffn_sub_norm.weight",
+        "per-projection": "mlp.down_proj.rms_norm.weight",
+    }
+    name = "model.layers.1." + (names[conversion] if lost == "a norm" else lost)
+    reader, options = CacheReader.open(cache), StudentOptions(student=str(directory))
+    assert plan_student(options, reader).converted
+    checkpoints.without(name)(directory)
+    with pytest.raises(UserError, match=rf"--student .* lacks {name}"):
+        plan_student(options, reader)
+
+
+def test_training_refuses_it_with_one_line(cache: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    directory, out = save(tmp_path / "student", "llama"), tmp_path / "out"
+    checkpoints.without("model.norm.weight")(directory)
+    line = refused("from-cache", cache, "--student", directory, "--output-dir", out, "--max-steps", 1)
+    assert "lacks model.norm.weight" in line
+    assert not out.exists()
