@@ -39,7 +39,7 @@ Stamp = tuple[int, str]
 
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
-    """What a run had spent when it had a shard ready: its id, positions, and wall-clock seconds, all since its
+    """What a run had spent when it had a shard ready: its id, positions, wall-clock seconds, all since its
     start. engine_seconds: until its engines were ready; capture_seconds: in the teacher, after that.
     """
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -82,7 +83,7 @@ def _until_nobody_reads() -> Iterator[None]:
     if sys.stdout is not sys.__stdout__ or sys.stdout is None:
         yield  # closed from the start, or somebody else's
         return
-    with open(os.dup(_STDOUT), "wb", buffering=0) as stdout:  # rich puts another file in its place
+    with os.fdopen(os.dup(_STDOUT), "wb", buffering=0) as stdout:  # rich puts another file in its place
         try:
             try:
                 yield
@@ -92,7 +93,7 @@ def _until_nobody_reads() -> Iterator[None]:
             broken = error if isinstance(error, BrokenPipeError) else error.__context__
             if not isinstance(broken, BrokenPipeError) or not _unread(stdout.fileno()):
                 raise
-            with open(os.devnull, "wb") as nowhere:
+            with Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), _STDOUT)  # what is still buffered is flushed when Python ends
             raise SystemExit(128 + signal.SIGPIPE) from None
 

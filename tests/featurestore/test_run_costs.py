@@ -61,8 +61,16 @@ def test_every_run_counts_once(runs: list[tuple[list[tuple[int, float]], bool]],
 
 @pytest.mark.parametrize(
     "change",
-    [{"id": "x"}, {"id": None}, {"tokens": 0}, {"tokens": 1.5}, {"capture_seconds": -1.0}]
-    + [{"engine_seconds": "1"}, {"engine_seconds": True}, {"capture_seconds": 1e300}],
+    [
+        {"id": "x"},
+        {"id": None},
+        {"tokens": 0},
+        {"tokens": 1.5},
+        {"engine_seconds": "1"},
+        {"engine_seconds": True},
+        {"capture_seconds": -1.0},
+        {"capture_seconds": 1e300},
+    ],
 )
 def test_nonsense_is_refused(change: dict[str, Any]) -> None:
     sound: dict[str, Any] = {"id": "0" * 16, "tokens": 1, "engine_seconds": 1, "capture_seconds": 0.5}
