@@ -17,6 +17,7 @@ SEAL = "blake3"
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}")
 TASK_ID = re.compile(r"[0-9a-f]{16}")
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 BUNDLE_ID = re.compile(r"[0-9a-f]{16}-[0-9a-f]{12}")
 _LAYER = r"(0|[1-9][0-9]{0,3})"
 _TEMPERATURE = r"(0|[1-9][0-9]{0,2})(\.[0-9]{0,2}[1-9])?"

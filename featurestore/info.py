@@ -48,7 +48,7 @@ class StoreInfo:
 
     length_histogram: committed samples by length, keyed "low-high" in powers of two. manifest: digest of
     the one that a reader takes, or None. sidecar: part -> bytes, of the teacher's sidecar.
-    provenance: the records of the runs, oldest first.
+    provenance: the records of the runs, oldest first; unrecorded: the cost of those that left none.
     """
 
     path: str
@@ -63,6 +63,12 @@ class StoreInfo:
     sidecar: dict[str, int]
     length_histogram: dict[str, int]
     provenance: list[dict[str, Any]]
+    unrecorded: list[dict[str, Any]]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """What every run cost, also of those that left no record."""
+        return [*self.provenance, *self.unrecorded]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -89,6 +95,7 @@ def store_info(path: str | Path) -> StoreInfo:
         sidecar={part: stamp[0] for part, (_, stamp) in store.sidecar().items()},
         length_histogram=_histogram(done),
         provenance=store.provenance(),
+        unrecorded=store.unrecorded_runs(),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from featurestore.columns import HIDDEN_STATS, LOGITS_STATS, Stats, group_files
@@ -15,6 +15,7 @@ from featurestore.identity import (
     FILE_NAME,
     GROUP_ID,
     HASH,
+    RUN_ID,
     SAMPLES,
     TASK_ID,
     check_id,
@@ -36,13 +37,37 @@ MAX_DISTINCT_IDS = 2**24
 Stamp = tuple[int, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """What a run had spent when it had a shard ready: its id, positions, wall-clock seconds, all since its
+    start. engine_seconds: until its engines were ready; capture_seconds: in the teacher, after that.
+    """
+
+    id: str
+    tokens: int = 0
+    engine_seconds: float = 0.0
+    capture_seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> RunCost:
+        """Parse and validate; raises StoreFormatError."""
+        found = _object(value, where)
+        return cls(
+            id=check_id(found.get("id"), RUN_ID, f"{where}: run"),
+            tokens=check_int(found.get("tokens"), 1, MAX_BYTES, f"{where}: tokens of the run"),
+            engine_seconds=_seconds(found.get("engine_seconds"), where),
+            capture_seconds=_seconds(found.get("capture_seconds"), where),
+        )
+
+
 @dataclass(frozen=True)
 class CommitRecord:
     """One column group (or the samples) of one task is complete, in this bundle, as these files.
 
     group: a group id, or "samples" (then spec is None). files: path relative to the bundle -> (size in
     bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS and HIDDEN_STATS. documents: of
-    "samples" only, per sample the keys of `schema.Sample.documents`; empty where none is known.
+    "samples" only, per sample the keys of `schema.Sample.documents`; empty where none is known. run: what the
+    run that wrote it had spent; None for imports, and in records of before.
     """
 
     task: str
@@ -54,6 +79,7 @@ class CommitRecord:
     files: Mapping[str, Stamp]
     stats: Stats
     documents: tuple[tuple[str, ...], ...] = ()
+    run: RunCost | None = None
 
     @property
     def size(self) -> int:
@@ -74,6 +100,7 @@ class CommitRecord:
                 "files": {name: list(stamp) for name, stamp in self.files.items()},
                 "stats": self.stats,
                 **({"documents": [list(keys) for keys in self.documents]} if self.documents else {}),
+                **({"run": asdict(self.run)} if self.run else {}),
             }
         )
 
@@ -101,6 +128,7 @@ class CommitRecord:
             files=_files(value.get("files"), spec, group, where),
             stats=_stats(value.get("stats"), spec, rows, where),
             documents=_documents(value.get("documents", []), samples if spec is None else 0, where),
+            run=RunCost.from_json(value["run"], where) if "run" in value else None,
         )
 
 
@@ -219,6 +247,16 @@ def sum_stats(records: Iterable[CommitRecord]) -> Stats:
     }
 
 
+def unrecorded(records: Iterable[CommitRecord], recorded: Iterable[Mapping[str, Any]]) -> list[RunCost]:
+    """What each run spent that has committed something and is not among `recorded`, the provenance records.
+
+    Such a run was stopped, or is still at work. What it spent after its last shard is not known.
+    """
+    known = {run for one in recorded if isinstance(run := one.get("run"), str)}
+    runs = [record.run for record in records if record.run is not None and record.run.id not in known]
+    return list({run.id: run for run in sorted(runs, key=lambda run: run.capture_seconds)}.values())
+
+
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StoreFormatError(f"{where}: expected a JSON object, found {str(value)[:80]}")
@@ -281,6 +319,12 @@ def _numbers(value: Any, where: str) -> Stats:
         if type(number) not in (int, float) or not abs(number) <= MAX_STAT:
             raise StoreFormatError(f"{where}: stat {name[:40]} is no number")
     return stats
+
+
+def _seconds(value: Any, where: str) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= MAX_STAT:
+        raise StoreFormatError(f"{where}: the seconds of the run are no number")
+    return float(value)
 
 
 def _sums(value: Any, groups: Mapping[str, GroupSpec], where: str) -> dict[str, Stats]:

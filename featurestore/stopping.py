@@ -8,6 +8,7 @@ the first one, the thread kills the processes that it started and ends it.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import sys
@@ -15,10 +16,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 GRACE_SECONDS = 3.0
+_STDOUT = 1
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -58,11 +61,52 @@ def advise(text: str) -> None:
 def stoppable(program: str) -> Iterator[None]:
     """The main function of a command: a signal ends it with one line and the exit code 128 + its number.
 
+    So does a reader of its standard output that goes away, as in `distily-cache info STORE | head`: the exit
+    code is 141, as for SIGPIPE, and nothing is printed.
+
     Raises:
         SystemExit: the command was stopped, has tidied up behind it, and none of its processes is left.
 
     Example: `with stoppable("distily-cache"): app()`
     """
+    with _until_nobody_reads(), _until_a_signal(program):
+        yield
+
+
+@contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """SIGPIPE itself stays ignored, since it would also come from the sockets of an object store or a worker.
+
+    click and rich turn the error into an exit with code 1; what was too short to fail while it was printed
+    fails when it is flushed.
+    """
+    if sys.stdout is not sys.__stdout__ or sys.stdout is None:
+        yield  # closed from the start, or somebody else's
+        return
+    with os.fdopen(os.dup(_STDOUT), "wb", buffering=0) as stdout:  # rich puts another file in its place
+        try:
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+        except (BrokenPipeError, SystemExit) as error:
+            broken = error if isinstance(error, BrokenPipeError) else error.__context__
+            if not isinstance(broken, BrokenPipeError) or not _unread(stdout.fileno()):
+                raise
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), _STDOUT)  # what is still buffered is flushed when Python ends
+            raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _unread(descriptor: int) -> bool:
+    """Whether nobody is left who could read this pipe."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+@contextmanager
+def _until_a_signal(program: str) -> Iterator[None]:
     global _current  # noqa: PLW0603
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread, and so does what they end

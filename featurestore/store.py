@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ from featurestore.records import (
     SAMPLES_FILE,
     CommitRecord,
     Manifest,
+    RunCost,
     Stamp,
     commit_name,
     files_of,
     read_commit,
     read_commit_and_digest,
     sum_stats,
+    unrecorded,
 )
 from featurestore.root import Root, root_of
 from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
@@ -170,10 +173,12 @@ class FeatureStore:
         task: Task,
         samples: Sequence[Sample],
         features: Mapping[GroupSpec, Sequence[GroupFeatures]],
+        run: RunCost | None = None,
     ) -> list[CommitRecord]:
         """Write and commit the samples and features of one task; what is committed already is kept.
 
-        samples: in the task's order. features: per group one entry per sample. Returns the record of each
+        samples: in the task's order. features: per group one entry per sample. run: what the
+        run has spent so far, kept in the records. Returns the record of each
         group in `features`, then that of the samples, whichever writer's they are. Raises ValueError for
         numbers that the contract excludes, StoreWriteError when the disk refuses.
         """
@@ -186,7 +191,7 @@ class FeatureStore:
         }
         has_samples = self._has(None, task)
         if packed or not has_samples:
-            self._write_and_commit(task, packed, None if has_samples else samples)
+            self._write_and_commit(task, packed, None if has_samples else samples, run)
         # The samples come last: a task that has them has whatever its first bundle set out to hold.
         groups = [*(group_id(spec) for spec in features), SAMPLES]
         return [read_commit(self.root, group, task.id) for group in groups]
@@ -272,6 +277,23 @@ class FeatureStore:
         """The records of all runs, oldest first."""
         return [read_provenance(self.root, name) for name in provenance_names(self.root)]
 
+    def unrecorded_runs(self) -> list[dict[str, Any]]:
+        """What runs spent that left no provenance record (they were stopped, or are at work), in the fields
+        of one.
+        """
+        records = (record for found in self.commits().values() for record in found.values())
+        return [
+            {
+                "command": "generate (stopped, or still at work)",
+                "run": run.id,
+                "request": {"engine": self.identity.engine},
+                "tokens": run.tokens,
+                "engine_seconds": run.engine_seconds,
+                "capture_seconds": run.capture_seconds,
+            }
+            for run in unrecorded(records, self.provenance())
+        ]
+
     def _stamp(self, name: str, size: int) -> Stamp:
         """Size and hash of a file, by reading back what lies there: another writer may have been first."""
         self.root.fetch({name: max(size, MAX_RECORD_BYTES)})
@@ -305,6 +327,7 @@ class FeatureStore:
         task: Task,
         packed: Mapping[GroupSpec, tuple[Mapping[str, Any], Stats]],
         samples: Sequence[Sample] | None,
+        run: RunCost | None,
     ) -> None:
         name = f"{task.id}-{secrets.token_hex(6)}"
         with writing(f"task {task.id}", self.path):
@@ -315,7 +338,7 @@ class FeatureStore:
                 # Nothing refers to the bundle yet. Once publishing has begun, something may.
                 self.root.abandon(name)
                 raise
-            self.commit(records)
+            self.commit([replace(record, run=run) for record in records])
 
     def _write_private(
         self,

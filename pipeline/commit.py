@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from featurestore.plan import Task
-from featurestore.records import CommitRecord
+from featurestore.records import CommitRecord, RunCost
 from featurestore.schema import GroupFeatures, GroupSpec, Sample
 from featurestore.stopping import advise
 from featurestore.store import FeatureStore
@@ -19,10 +21,11 @@ class Committer:
 
     One shard is in the making, one waits, and who brings another one waits too. What goes wrong is raised at
     the next `put` or at the end. size: bytes committed so far. `kept` of `total` positions were committed
-    before.
+    before. cost: what the run has spent so far; each shard is committed with what it has spent since.
     """
 
-    def __init__(self, store: FeatureStore, report: Reporter, kept: int, total: int) -> None:
+    def __init__(self, store: FeatureStore, report: Reporter, kept: int, total: int, cost: RunCost) -> None:
+        self._cost, self._clock = cost, time.monotonic()
         self._kept, self._total = kept, total
         self._advise()
         self._store, self._report = store, report
@@ -35,7 +38,12 @@ class Committer:
     ) -> None:
         while len(self._pending) > 1 or (self._pending and self._pending[0].done()):
             self._take()
-        self._pending.append(self._thread.submit(self._store.write_bundle, task, samples, features))
+        clock, before = time.monotonic(), self._cost
+        spent = before.capture_seconds + clock - self._clock
+        self._cost = replace(before, tokens=before.tokens + task.rows, capture_seconds=round(spent, 3))
+        self._clock = clock
+        write = self._store.write_bundle
+        self._pending.append(self._thread.submit(write, task, samples, features, self._cost))
 
     def _take(self) -> None:
         records = self._pending[0].result()  # it stays there for `__exit__` if we are stopped while we wait

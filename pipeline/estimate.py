@@ -108,7 +108,7 @@ def row_bytes(group: GroupSpec, hidden_size: int) -> float:
 
 def _pace(prepared: Prepared) -> Pace:
     request, store = prepared.request, prepared.store
-    earlier = earlier_pace(store.provenance(), request.engine) if store else None
+    earlier = earlier_pace([*store.provenance(), *store.unrecorded_runs()], request.engine) if store else None
     if earlier is not None:
         return earlier
     rate = matrix_product_rates()[request.torch_dtype(prepared.teacher)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import groupby
 
 from featurestore.plan import GenerationPlan, Task, Work
+from featurestore.records import RunCost
 from featurestore.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.sidecar import part_file
 from featurestore.store import FeatureStore
@@ -133,46 +135,47 @@ def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outc
     """
     request, left_out = prepared.request, prepared.left_out
     store = create_store(request.out, prepared.identity)
-    began = datetime.now(UTC)
+    began, cost = datetime.now(UTC), RunCost(id=secrets.token_hex(8))
     prepared, written = _write(prepared, store, verbose, report)
     plan = prepared.plan
     if plan.nothing_to_do and not prepared.sidecar:
         manifest = store.publish_manifest().digest
         outcome = Outcome(plan.samples_total, 0, 0, 0, 0.0, 0.0, manifest, left_out, written)
         if written and written.new:
-            store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
+            store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
         return outcome
     store.put_teacher_files(teacher_files(prepared.teacher))
     sidecar_size = _put_sidecar(store, prepared, report)
     store.add_plan(plan.new_tasks)
-    engine_seconds = capture_seconds = 0.0
-    tokens = size = 0
+    size = 0
     # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
     by_groups = sorted(plan.work, key=lambda work: repr(work.groups))
     for groups, works in groupby(by_groups, key=lambda work: work.groups):
         clock = time.monotonic()
         engine = start_engine(prepared, groups, verbose, report) if groups else None
-        engine_seconds += time.monotonic() - clock
+        ready = cost.engine_seconds + time.monotonic() - clock
+        cost = replace(cost, engine_seconds=round(ready, 3))
         clock = time.monotonic()
         try:
-            captured = _run(store, prepared, engine, list(works), report)
+            captured = _run(store, prepared, engine, list(works), report, cost)
         finally:
             if engine is not None:
                 engine.close()
-        capture_seconds += time.monotonic() - clock
-        tokens, size = tokens + captured[0], size + captured[1]
+        spent = cost.capture_seconds + time.monotonic() - clock
+        cost = replace(cost, tokens=cost.tokens + captured[0], capture_seconds=round(spent, 3))
+        size += captured[1]
     outcome = Outcome(
         samples=plan.samples_total,
-        tokens=tokens,
+        tokens=cost.tokens,
         size=size,
         sidecar_size=sidecar_size,
-        engine_seconds=engine_seconds,
-        capture_seconds=capture_seconds,
+        engine_seconds=cost.engine_seconds,
+        capture_seconds=cost.capture_seconds,
         manifest=store.publish_manifest().digest,
         left_out=left_out,
         writing=written,
     )
-    store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome))
+    store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
     return outcome
 
 
@@ -250,7 +253,12 @@ def _put_sidecar(store: FeatureStore, prepared: Prepared, report: Reporter) -> i
 
 
 def _run(
-    store: FeatureStore, prepared: Prepared, engine: Engine | None, works: Sequence[Work], report: Reporter
+    store: FeatureStore,
+    prepared: Prepared,
+    engine: Engine | None,
+    works: Sequence[Work],
+    report: Reporter,
+    cost: RunCost,
 ) -> tuple[int, int]:
     """Capture and commit each task; returns the positions captured and the bytes written.
 
@@ -262,7 +270,7 @@ def _run(
     kept = total - sum(work.task.rows for work in works)
     report.start(kept, total)
     tokens = 0
-    with Committer(store, report, kept, total) as committer:
+    with Committer(store, report, kept, total, cost) as committer:
         for work in _shuffled(works):
             if store.holds(work.task, work.groups):
                 report.skip(work.task.rows)

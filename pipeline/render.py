@@ -76,10 +76,11 @@ def render_info(console: Console, info: StoreInfo) -> None:
         )
     console.print(groups)
     _render_lengths(console, info.length_histogram)
-    for record in info.provenance:
+    for record in info.runs:
         seconds, tokens = record.get("capture_seconds") or 0.0, record.get("tokens", 0)
         rate = f"in {seconds:,.1f} s, {tokens / seconds:,.0f}/s" if seconds else "without capture"
-        console.print(f"{record.get('began', '?')}: {tokens:,} tokens {rate}{_by(record)}", highlight=False)
+        began = record.get("began", record.get("command", "?"))
+        console.print(f"{began}: {tokens:,} tokens {rate}{_by(record)}", highlight=False)
 
 
 def _by(record: dict[str, Any]) -> str:

@@ -107,8 +107,9 @@ def peak_rss_bytes() -> int:
 
 
 def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
-    """What the cache cost: samples, tokens, bytes, and the seconds that its generation recorded."""
-    runs = [record for record in info.provenance if "capture_seconds" in record]
+    """What the cache cost: samples, tokens, bytes, and the seconds of its generation, also of
+    runs that were stopped, up to their last shard."""
+    runs = [record for record in info.runs if "capture_seconds" in record]
     seconds = sum(float(record["capture_seconds"]) for record in runs)
     computed = sum(int(record["tokens"]) for record in runs)
     return {

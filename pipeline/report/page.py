@@ -43,12 +43,12 @@ def store_page(found: StoreFacts) -> str:
         sample_section(found.view, found.pieces),
         _shards(found.shards),
         _costs(info),
-        runs_section(info.provenance),
+        runs_section(info.runs),
     )
 
 
 def _key_figures(info: StoreInfo) -> Html:
-    records = [record for record in info.provenance if number_in(record, "capture_seconds")]
+    records = [record for record in info.runs if number_in(record, "capture_seconds")]
     seconds = sum(number_in(record, "capture_seconds") or 0.0 for record in records)
     tokens = sum(number_in(record, "tokens") or 0.0 for record in records)
     logits = next((group for group in info.groups.values() if group.kind == "logits"), None)
@@ -220,7 +220,7 @@ def _shards(shards: list[Shard]) -> Html:
 
 
 def _costs(info: StoreInfo) -> Html:
-    pace = earlier_pace(info.provenance, info.identity.engine)
+    pace = earlier_pace(info.runs, info.identity.engine)
     rows = [
         (cost.what, size(cost.bytes), None if cost.seconds is None else duration(cost.seconds))
         for cost in further(info, pace)

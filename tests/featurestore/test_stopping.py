@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -119,3 +120,66 @@ with stoppable("program"):
     words = [sys.executable, "-c", program]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.returncode) == ("-15\n", 0), done.stderr
+
+
+PRINTS = """
+import sys, typer
+from rich.console import Console
+from featurestore.stopping import stoppable
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+@app.command()
+def main(how: str, lines: int):
+    say = {"echo": typer.echo, "print": print, "rich": Console().print}[how]
+    for _ in range(lines):
+        say("one more line")
+
+@app.command()
+def elsewhere():
+    raise BrokenPipeError("of a worker")
+
+@app.command()
+def silent():
+    pass
+
+with stoppable("program"):
+    app()
+"""
+
+
+def without_a_reader(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run PRINTS with a standard output that nobody reads, as behind `| head -0`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", PRINTS, *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=Path(__file__).parents[2],
+        )
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("lines", ["1", "20000"])
+@pytest.mark.parametrize("how", ["echo", "print", "rich"])
+def test_a_closed_pipe_ends_it_without_a_word(how: str, lines: str) -> None:
+    done = without_a_reader("main", how, lines)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+def test_a_silent_command_needs_no_reader() -> None:
+    done = without_a_reader("silent")
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_a_broken_pipe_elsewhere_stays_an_error() -> None:
+    words = [sys.executable, "-c", PRINTS, "elsewhere"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert "of a worker" in done.stderr
+    assert done.returncode == 1
