@@ -72,7 +72,7 @@ def padding_is_exact(model: Any) -> bool:
 
 
 def _rope_types(parameters: Mapping[str, Any] | None) -> set[str]:
-    """All kinds of rotary embeddings of a configuration, which has one for the model or one per layer type."""
+    """All kinds of rotary embeddings of a configuration, which has one, or one per layer type."""
     parameters = parameters or {}
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     return {str(one.get("rope_type", "default")) for one in (parameters, *nested)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,6 @@ def test_batches_take_each_place_once_within_the_limit(limit: int) -> None:
 def test_pieces_keep_the_order_within_the_limit() -> None:
     samples = prompts()
     found = list(pieces(samples, 64))
-    assert [tokens is sample for tokens, sample in zip(sum(found, []), samples, strict=True)]
+    assert all(tokens is sample for tokens, sample in zip(chain(*found), samples, strict=True))
     assert all(sum(map(len, piece)) <= 64 or len(piece) == 1 for piece in found)
     assert len(found) < len(samples)
