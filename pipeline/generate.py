@@ -95,6 +95,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     check_kept_files(teacher, tokenizer, request.trust_remote_code)
     teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
+    _check_device(request)
     writer = find_writer(request, teacher) if request.writing else None
     request, precision, first_tokens = settle(request, teacher, stored_dtype(request.out))
     identity = identity_of(request, teacher, engine_version(request))
@@ -126,6 +127,17 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
         writer=writer,
         writing=writing,
     )
+
+
+def _check_device(request: GenerateRequest) -> None:
+    """RequestError for a share of a GPU's memory where torch sees no GPU."""
+    import torch
+
+    if request.gpu_memory_utilization is not None and not torch.cuda.is_available():
+        raise RequestError(
+            f"--gpu-memory-utilization {request.gpu_memory_utilization}: there is no GPU here; leave it out "
+            "(on a CPU the environment variable VLLM_CPU_KVCACHE_SPACE sets the GiB of vLLM's KV cache)"
+        )
 
 
 def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:

@@ -69,6 +69,7 @@ class GenerateRequest:
     teacher_load_in_4bit: bool = False
     tensor_parallel_size: int = 1
     max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
     shard_tokens: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
@@ -92,6 +93,11 @@ class GenerateRequest:
                 raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"--top-p {self.top_p}: a probability in (0, 1] is needed")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0.0 < share <= 1.0:
+            raise RequestError(f"--gpu-memory-utilization {share}: a share in (0, 1] is needed")
+        if share is not None and self.engine != "vllm":
+            raise RequestError("--gpu-memory-utilization: only for --engine vllm; leave it out")
         for flag, value, least in (
             ("--num-samples", self.num_samples, 1),
             ("--shuffle-seed", self.shuffle_seed, 0),
@@ -253,6 +259,7 @@ def engine_config(
         quantize_to=quantize_to,
         tensor_parallel_size=request.tensor_parallel_size,
         max_num_batched_tokens=request.step_size,
+        gpu_memory_utilization=request.gpu_memory_utilization,
         trust_remote_code=request.trust_remote_code,
         seed=request.seed,
     )

@@ -88,8 +88,16 @@ ParallelOption = Annotated[int, typer.Option(help="GPUs that share one teacher (
 BatchOption = Annotated[
     int | None,
     typer.Option(
-        help="Positions of one vLLM step, and of a batch of texts written in transformers; smaller needs "
-        "less memory, longer samples are chunked. (default: 4096; on a CPU what it computes in 5 seconds)"
+        help="Positions of one vLLM step, and of a batch of samples or texts in transformers. Smaller "
+        "needs less memory; longer samples are chunked in vLLM and run alone in transformers. (default: "
+        "4096; on a CPU what it computes in 5 seconds)"
+    ),
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the GPU's memory, in (0, 1], that vLLM may take (its default is 0.92): for weights "
+        "and work, and with --continuations for the KV cache. Refused on a CPU."
     ),
 ]
 SeedOption = Annotated[

@@ -38,7 +38,7 @@ def generate(
         _print_outcome(request.out, outcome, as_json)
 
 
-@takes_request(without=("tensor_parallel_size", "max_num_batched_tokens"))
+@takes_request(without=("tensor_parallel_size", "max_num_batched_tokens", "gpu_memory_utilization"))
 def plan(
     flags: RequestFlags,
     as_json: JsonOption = False,

@@ -17,6 +17,7 @@ from pipeline.cli.capture_options import (
     FourBitOption,
     HiddenDtypeOption,
     LayersOption,
+    MemoryOption,
     ParallelOption,
     RelationOption,
     SeedOption,
@@ -95,6 +96,7 @@ class RequestFlags:
     teacher_load_in_4bit: FourBitOption = False
     tensor_parallel_size: ParallelOption = 1
     max_num_batched_tokens: BatchOption = None
+    gpu_memory_utilization: MemoryOption = None
     shard_tokens: ShardSizeOption = None
     seed: SeedOption = 0
     trust_remote_code: TrustOption = False

@@ -20,6 +20,8 @@ class EngineConfig:
     where logits are cut: columns beyond it are padding of the LM head.
     `quantize_to` names what the weights are quantised to while they are loaded (pipeline/quantization.py).
     `max_num_batched_tokens`: positions of one vLLM step; a longer prompt is prefilled in chunks.
+    In transformers those of a batch; a longer prompt is a batch of its own.
+    `gpu_memory_utilization`: the share of a GPU's memory that vLLM may take; None leaves it vLLM's own.
     """
 
     model: Path
@@ -33,6 +35,7 @@ class EngineConfig:
     quantize_to: str | None = None
     tensor_parallel_size: int = 1
     max_num_batched_tokens: int = 4096
+    gpu_memory_utilization: float | None = None
     trust_remote_code: bool = False
     seed: int = 0
 

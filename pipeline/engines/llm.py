@@ -101,6 +101,8 @@ def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: di
     if on_cpu:
         for name, value in _CPU_DEFAULTS.items():
             os.environ.setdefault(name, value)
+    if config.gpu_memory_utilization is not None:
+        options = options | {"gpu_memory_utilization": config.gpu_memory_utilization}
     return LLM(
         model=str(config.model),
         load_format="safetensors",

@@ -34,7 +34,8 @@ _LOG_TAIL = 2**20
 _LONG = 300
 _SHOW_LOG = "--verbose shows vLLM's own log"
 _LESS_MEMORY = (
-    "lower --max-num-batched-tokens or --max-seq-len, or load the teacher with --teacher-load-in-8bit"
+    "lower --max-num-batched-tokens or --max-seq-len, load the teacher with --teacher-load-in-8bit, "
+    "or change --gpu-memory-utilization on a GPU that other programs use"
 )
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
 # vLLM repeats a failure in every process above the one that failed, pointing downwards.

@@ -17,6 +17,7 @@ from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.plugin import capture_from, register
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.batching import pieces
 from pipeline.engines.llm import SupervisedLLM, set_environment
 from pipeline.errors import EngineError, RequestError
 
@@ -69,7 +70,7 @@ class VllmEngine:
         self._heed_complaint()
 
     def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
-        for piece in _pieces(prompts, self._piece_tokens):
+        for piece in pieces(prompts, self._piece_tokens):
             outputs = self._llm.call(partial(_encode, piece))
             self._heed_complaint()
             for tokens, output in zip(piece, outputs, strict=True):
@@ -124,16 +125,3 @@ def _check_architecture(architecture: str) -> None:
         raise RequestError(
             f"--engine vllm: {architecture} is not a text-only language model; use --engine transformers"
         )
-
-
-def _pieces(prompts: Sequence[np.ndarray], limit: int) -> Iterator[list[np.ndarray]]:
-    piece: list[np.ndarray] = []
-    size = 0
-    for tokens in prompts:
-        if piece and size + len(tokens) > limit:
-            yield piece
-            piece, size = [], 0
-        piece.append(tokens)
-        size += len(tokens)
-    if piece:
-        yield piece

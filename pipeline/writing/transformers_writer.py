@@ -6,7 +6,7 @@ B texts of a batch, P the longest prompt of it, S tokens of a text, V vocabulary
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from featurestore.written import WriterSpec
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.batching import batches
 from pipeline.engines.loading import load_causal_lm
 from pipeline.engines.memory import memory_for
 from pipeline.writing.base import Wrote
@@ -50,7 +51,7 @@ class TransformersWriter:
 
     def write(self, jobs: Sequence[Job], wrote: Wrote) -> list[Array]:
         texts: dict[int, Array] = {}
-        for places in _batches([len(job.prompt) for job in jobs], self._spec.max_tokens, self._limit):
+        for places in batches([len(job.prompt) for job in jobs], self._limit, self._spec.max_tokens):
             with memory_for(f"writing {len(places):,} texts together", _FEWER):
                 batch = self._write_batch([jobs[place] for place in places])
             texts |= zip(places, batch, strict=True)
@@ -95,19 +96,6 @@ class _Drawn(LogitsProcessor):  # type: ignore[misc]
         uniform_B = self._uniform_BS[:, input_ids.shape[1] - self._prompt]
         token_B = draw(scores[:, : self._vocab_size], uniform_B, self._spec.temperature, self._spec.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
-
-
-def _batches(lengths: Sequence[int], max_tokens: int, limit: int) -> Iterator[list[int]]:
-    """Places of prompts of like length, whose padded positions stay within `limit`, or of one alone."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        # Sorted, so this one is the longest.
-        if batch and (len(batch) + 1) * (lengths[place] + max_tokens) > limit:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _eager() -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
 import pipeline.generate
 from pipeline.cli import main
@@ -328,6 +329,19 @@ def test_store_of_another_teacher_or_tokenizer(
     assert "tokenizer" in refuse(renamed, corpus, "--out", out, "--engine", "transformers")
     assert "engine" in refuse(tiny_teacher, corpus, "--out", out)
     assert sorted(str(file) for file in out.rglob("*")) == before
+
+
+def test_a_share_of_gpu_memory_without_a_gpu(
+    refuse: Callable[..., str], tiny_teacher: Path, corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = ("--out", out, "--gpu-memory-utilization", 0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refuse(tiny_teacher, corpus, *flag)
+    assert "--gpu-memory-utilization 0.5: there is no GPU here; leave it out" in line
+    assert not out.exists()
+    # Where there is one the flag is taken, and the next thing that is wrong is named.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "no such file" in refuse(tiny_teacher, corpus.with_name("none.txt"), *flag)
 
 
 def test_as_a_process_it_exits_with_2_and_imports_no_vllm(corpus: Path) -> None:

@@ -99,6 +99,30 @@ def test_at_work(
     assert "you tried to allocate" in line and mend in line
 
 
+def test_at_samples_that_are_taken_together(
+    fail: Callable[..., str],
+    run_out: Callable[[], None],
+    wide_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """3 x 500 x 100,003 logits of 4 bytes."""
+    start = pipeline.generate.start_engine
+
+    def started(*arguments: Any) -> Any:
+        engine = start(*arguments)
+        run_out()
+        return engine
+
+    monkeypatch.setattr(pipeline.generate, "start_engine", started)
+    texts = [json.dumps({"text": text_of(size)}) for size in (500, 499, 498)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(texts))
+    line = fail(wide_teacher, "--max-num-batched-tokens", 4096, "--shard-tokens", 4096)
+    running = "running the teacher over 3 samples of up to 500 tokens together"
+    assert line.startswith(f"distily-cache: out of memory while {running} (")
+    assert "lower --max-num-batched-tokens; or lower --max-seq-len" in line
+
+
 def test_while_loading(
     fail: Callable[..., str],
     run_out: Callable[[], None],

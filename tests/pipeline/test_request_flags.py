@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import typer
 
 from pipeline.cli import app
 from pipeline.cli.request_flags import RequestFlags
-from pipeline.request import GenerateRequest
+from pipeline.engines.llm import _start
+from pipeline.errors import RequestError
+from pipeline.request import GenerateRequest, engine_config
+from pipeline.teacher import load_teacher
 
 
 def options_of(command: str) -> dict[str, object]:
@@ -22,4 +28,38 @@ def test_defaults_are_those_of_the_request() -> None:
 def test_generate_takes_what_plan_takes_and_little_more() -> None:
     generate, plan = options_of("generate"), options_of("plan")
     assert plan.items() <= generate.items()
-    assert generate.keys() - plan.keys() == {"tensor_parallel_size", "max_num_batched_tokens", "verbose"}
+    assert generate.keys() - plan.keys() == {
+        "tensor_parallel_size",
+        "max_num_batched_tokens",
+        "gpu_memory_utilization",
+        "verbose",
+    }
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01, float("nan")])
+def test_a_share_of_memory_is_in_zero_to_one(share: float) -> None:
+    with pytest.raises(RequestError, match=r"--gpu-memory-utilization .*\(0, 1\]"):
+        GenerateRequest("./teacher", "./corpus.txt", "./store", gpu_memory_utilization=share)
+
+
+def test_a_share_of_memory_is_vllms() -> None:
+    with pytest.raises(RequestError, match="--gpu-memory-utilization: only for --engine vllm"):
+        GenerateRequest(
+            "./teacher", "./corpus.txt", "./store", engine="transformers", gpu_memory_utilization=0.5
+        )
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_a_share_of_memory_is_handed_to_vllm(
+    share: float | None, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = pytest.importorskip("vllm")
+    taken: dict[str, object] = {}
+    monkeypatch.setattr(vllm, "LLM", taken.update)
+    request = GenerateRequest(str(tiny_teacher), "./corpus.txt", "./store", gpu_memory_utilization=share)
+    config = engine_config(request, load_teacher(str(tiny_teacher)), "float32")
+    _start(config, verbose=False, enforce_eager=True, options={"runner": "pooling"})
+    assert taken["runner"] == "pooling"
+    # Without the flag the choice is vLLM's own.
+    assert taken.get("gpu_memory_utilization") == share
+    assert ("gpu_memory_utilization" in taken) == (share is not None)
