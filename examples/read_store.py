@@ -4,7 +4,6 @@ python examples/read_store.py STORE (see docs/FORMAT.md; checks of seals and has
 """
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import zarr
 
-if os.name == "posix":
-    # `read_store.py STORE | head` ends with `head`, as other commands in a pipe do.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `read_store.py STORE | head` ends with `head`
 root = Path(sys.argv[1])
 manifests = [json.loads(path.read_text()) for path in sorted(root.glob("MANIFEST-*.json"))]
 manifest = max(manifests, key=lambda m: sum(map(len, m["tasks"].values())))

@@ -21,7 +21,7 @@ NAMES = ("x [/x]", "[bold]y", "a*b?[1]", "-dash", "two\nlines", "plain [red]z[/r
 def test_a_store_at_any_path(tiny_teacher: Path, tmp_path: Path, name: str) -> None:
     data = tmp_path / "in" / name / "data.jsonl"
     data.parent.mkdir(parents=True)
-    data.write_text(json.dumps({"text": "the teacher learns of a student"}))
+    data.write_text(json.dumps({"text": f"the teacher learns of {name}"}))
     store = tmp_path / "out" / name
     made = generate(tiny_teacher, data, store)
     assert made["samples"] == 1 and store.is_dir()

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from featurestore.stopping import advise
 from pipeline.cli.data_options import ConfigOption, DatasetArgument, SplitOption
-from pipeline.cli.exits import exit_codes
+from pipeline.cli.exits import RESUMES, exit_codes
 from pipeline.cli.options import JsonOption, OutOption, ShardOption, StoreArgument, TrustOption
 from pipeline.cli.output import console, print_json, say
 
@@ -29,6 +30,7 @@ def merge(
     from featurestore.merge import merge_stores
     from pipeline.progress import bytes_progress
 
+    advise(RESUMES)
     with exit_codes():
         with bytes_progress(console(stderr=True), "merge") as advance:
             merged = merge_stores(store, sources, advance)
@@ -108,6 +110,7 @@ def import_command(
     from pipeline.importing import ImportRequest, import_dataset
     from pipeline.progress import tokens_progress
 
+    advise(RESUMES)
     with exit_codes():
         request = ImportRequest(
             dataset=dataset,

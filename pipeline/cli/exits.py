@@ -12,6 +12,9 @@ import typer
 from featurestore.errors import BAD_REQUESTS, FeatureStoreError
 from pipeline.errors import PipelineError, RequestError
 
+# What a command that is stopped says, where it may be repeated.
+RESUMES = "what is committed is kept, the same command resumes"
+
 
 @contextmanager
 def exit_codes(verbose: bool = False) -> Iterator[None]:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.exits import exit_codes
+from featurestore.stopping import advise
+from pipeline.cli.exits import RESUMES, exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
 from pipeline.cli.output import print_json, say
 
@@ -27,6 +28,7 @@ def push(
     """
     from pipeline.hub import push_store
 
+    advise(RESUMES)
     with exit_codes():
         pushed = push_store(store, repo, private)
         if as_json:
@@ -51,6 +53,7 @@ def pull(
     """
     from pipeline.hub import pull_store
 
+    advise(RESUMES)
     with exit_codes():
         pulled = pull_store(repo, store, revision)
         if as_json:

@@ -233,7 +233,7 @@ def test_a_student_that_cannot_write_for_this_teacher(
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny_teacher, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    assert f"--from-student {pickled}: no *.safetensors" in refused(pickled)
+    assert f"--from-student {pickled}: no safetensors weights" in refused(pickled)
     wide = teachers.llama(tmp_path / "wide", vocab_size=203)
     assert f"--from-student {wide}: its tokenizer is not the teacher's" in refused(wide)
     narrow = teachers.llama(tmp_path / "narrow", vocab_size=150)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import pipeline.generate
 from pipeline.cli import main
@@ -21,6 +22,7 @@ from tests.pipeline.test_generate_cli import text_of
 
 # Far more than a small run takes, far less than what is made to fail.
 SPARE = 2**28
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -138,11 +140,19 @@ def test_while_loading(
     rows, size = 2**21, 2**29
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
-    tensor = {"dtype": "F32", "shape": [rows, size // rows // 4], "data_offsets": [0, size]}
-    header = json.dumps({"model.embed_tokens.weight": tensor, "__metadata__": {"format": "pt"}}).encode()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for name, weight in load_file(tiny_teacher / "model.safetensors").items():
+        if name != EMBEDDINGS:
+            end = len(data) + weight.nbytes
+            header[name] = {"dtype": "F32", "shape": weight.shape, "data_offsets": [len(data), end]}
+            data += weight.tobytes()
+    offsets = [len(data), len(data) + size]
+    header[EMBEDDINGS] = {"dtype": "F32", "shape": [rows, size // rows // 4], "data_offsets": offsets}
+    words = json.dumps(header).encode()
     with (teacher / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
+        file.write(len(words).to_bytes(8, "little") + words + data)
+        file.truncate(8 + len(words) + len(data) + size)
     start = pipeline.generate.start_engine
 
     def limited(*arguments: Any) -> Any:

@@ -63,6 +63,7 @@ def learn(
             "eval-fraction": 0,
             "save-strategy": "no",
             "report-to": "none",
+            "overwrite-output-dir": "True",
         }
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         code, _, err = distily_train(full_cache, "--output-dir", tmp_path / "out", *words, *more)

@@ -81,6 +81,7 @@ def test_a_card_goes_up_with_its_student(
     (directory / "config.json").write_text("{}")
     (directory / "trainer_state.json").write_text("{}")
     made(directory, SUMMARY)
+    (directory / "README.md").unlink()  # one that `card` did not write is not replaced
     with Hub().running() as hub:
         code, out, err = distily("card", directory, "--push-to-hub", "me/student", "--private", "--json")
         assert code == 0, err

@@ -17,7 +17,16 @@ def test_training_from_an_imported_cache(
     write_axolotl(tmp_path / "rows.parquet", *texts_and_heads(16, 199, 5), prompt=3, own=False)
     request = ImportRequest(str(tmp_path / "rows.parquet"), tmp_path / "cache", str(teacher), "axolotl")
     import_dataset(request)
-    arguments = ["--output-dir", tmp_path / "student", "--max_steps", 2, "--report-to", "none", "--json"]
+    arguments = [
+        "--output-dir",
+        tmp_path / "student",
+        "--overwrite-output-dir",
+        "--max_steps",
+        2,
+        "--report-to",
+        "none",
+        "--json",
+    ]
     small = ["--student-model-config", '{"num_hidden_layers": 2}', "--eval-fraction", 0.25]
     code, out, err = distily_train(tmp_path / "cache", *arguments, *small, "--ce-weight", 0.1)
     assert code == 0, err

@@ -18,7 +18,7 @@ from student.objective.catalogue import catalogue
 from student.objective.requests import parse_objective, read_objective
 from student.objective.weights import Weight
 from student.options import OBJECTIVE_FLAGS
-from student.plan import plan_objective, split_cache
+from student.plan import plan_objective, plan_split
 from tests.student.caches import random_samples, write_cache
 
 Run = Callable[..., tuple[int, str, str]]
@@ -174,7 +174,8 @@ def test_confidence_is_the_mean_probability_of_what_is_trained_on(cache: Path) -
     """Of learned tokens of the training samples: neither prompts nor held-out samples count."""
     reader = CacheReader.open(cache)
     wanted = parse_objective({"terms": [{"loss": "cakld"}]}, "file")
-    training, held_out = split_cache(reader, 0.25, None)
+    split = plan_split(reader, 0.25, None)
+    training, held_out = split.training, split.held_out
     (one,) = plan_objective(wanted, reader, None, training).terms
     found = {}
     for name, indices in (("training", training), ("all", [*training, *held_out])):

@@ -151,6 +151,7 @@ def test_a_run_goes_on_where_the_cache_was(
     assert code == 0, err
     straight, again = weights(tmp_path / "straight"), weights(tmp_path / "on")
     assert all(torch.equal(tensor, again[name]) for name, tensor in straight.items())
+    command = (grown, "--output-dir", tmp_path / "not", *command[3:])
     code, _, err = distily_train(*command, "--manifest", "0" * 32)
     assert code == 2 and "--manifest" in err and old in err
 
