@@ -15,13 +15,14 @@ from filelock import FileLock
 
 # What is remembered of a data set that was tokenised is not shared with other runs of the tests.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="distily-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 # Read when the hub's client is imported, so before anything that imports it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests import teachers
 from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
