@@ -124,6 +124,7 @@ def generate(teacher: Path, out: Path, **flags: Any) -> Outcome:
         out=str(out),
         engine="transformers",
         dtype="float32",
+        max_num_batched_tokens=16,  # each sample alone: batches round the forward pass otherwise
         **flags,
     )
     report = ConsoleReporter(Console(quiet=True))
