@@ -14,11 +14,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+import psutil
 
 GRACE_SECONDS = 3.0
 _STDOUT = 1
@@ -112,9 +114,10 @@ def _until_a_signal(program: str) -> Iterator[None]:
         yield  # signals go to the main thread, and so does what they end
         return
     line = _current = _Line(program)
+    others = _children()
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    threading.Thread(target=_watch, args=(ours, line), daemon=True, name="stopping").start()
+    threading.Thread(target=_watch, args=(ours, line, others), daemon=True, name="stopping").start()
     before_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     # What our parent has us ignore, as a shell does for a command in the background, stays ignored.
     numbers = [number for number in _WORDS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -122,7 +125,7 @@ def _until_a_signal(program: str) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        end_children()
+        _end_children(others)
         line.print(stopped.number)
         raise SystemExit(128 + stopped.number) from None
     finally:
@@ -137,7 +140,7 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def _watch(signals: socket.socket, line: _Line) -> None:
+def _watch(signals: socket.socket, line: _Line, others: Collection[psutil.Process]) -> None:
     """End the process if it has not ended by itself a few seconds after its first signal."""
     with signals:
         while heard := signals.recv(1):
@@ -147,7 +150,7 @@ def _watch(signals: socket.socket, line: _Line) -> None:
             return  # the command ended without a signal
     time.sleep(GRACE_SECONDS)
     line.print(heard[0])
-    end_children()
+    _end_children(others)
     os._exit(128 + heard[0])
 
 
@@ -162,11 +165,16 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def end_children() -> None:
-    """Kill every process that this one has started, and those that they have started."""
-    import psutil
+def _children() -> frozenset[psutil.Process]:
+    return frozenset(psutil.Process().children(recursive=True))
 
-    for child in psutil.Process().children(recursive=True):
+
+def _end_children(others: Collection[psutil.Process]) -> None:
+    """Kill every process that the command has started, and those that they have started.
+
+    others: the processes that were there before the command; a program that calls it keeps them.
+    """
+    for child in _children().difference(others):
         with suppress(psutil.Error):
             # It removes what the others leave behind, and ends when they have.
             if not any("resource_tracker" in word for word in child.cmdline()):

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from featurestore.stopping import Stopped, stoppable
+
 # The promise is 5 seconds; a machine that runs other tests on all of its cores may schedule us later.
 SECONDS = 10.0
 STOPS = [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
@@ -97,6 +99,19 @@ def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
     process.terminate()
     assert process.wait(timeout=SECONDS) == 143
     assert not psutil.wait_procs([child], timeout=SECONDS)[1]
+
+
+def test_what_was_started_before_the_command_stays() -> None:
+    """A program that calls a command, as these tests do, keeps its own processes."""
+    earlier = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    with pytest.raises(SystemExit) as ended, stoppable("program"):
+        started = psutil.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        raise Stopped(signal.SIGTERM)
+    assert ended.value.code == 143
+    assert not psutil.wait_procs([started], timeout=SECONDS)[1]
+    assert earlier.poll() is None
+    earlier.kill()
+    earlier.wait()
 
 
 def test_a_forked_process_has_its_own_signals() -> None:
