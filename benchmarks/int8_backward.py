@@ -27,7 +27,7 @@ from student.bitnet import backward
 from student.data import CachedDataset, Collator
 from student.model import DistillationModel
 from student.objective.terms import Objective, term
-from student.plan import load_teacher, plan_data
+from student.plan import load_teacher, plan_data, plan_split
 from student.saving import load_saved
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "300")), range(int(os.environ.get("SEEDS", "3")))
@@ -106,7 +106,7 @@ class Trained:
         student = load_saved(WORK / "int8-0")
         student.get_input_embeddings().requires_grad_(False)
         self.model = DistillationModel(student, objective, load_teacher(objective, reader)).train()
-        self.data: CachedDataset = plan_data(objective, reader, HELD_OUT).train
+        self.data: CachedDataset = plan_data(objective, reader, plan_split(reader, HELD_OUT)).train
         self.collate = Collator(self.data.groups, 0, False, True)
         self.layers = dict(bitnet.bit_linears(student))
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from featurestore.directory import SPEC_FILE, committed_groups
+from featurestore.directory import SPEC_FILE
 from featurestore.errors import StoreAccessError, StoreFormatError, StoreWriteError
 from featurestore.plan import GenerationPlan, plan_generation
 from featurestore.root import is_url, root_of
@@ -41,10 +41,10 @@ def check_store_directory(place: str) -> None:
 
 def stored_dtype(place: str) -> str | None:
     """The teacher's compute type in the rows that the store at `place` holds; None where it holds none."""
-    root = root_of(place)
-    if not root.exists(SPEC_FILE) or not committed_groups(root):
+    if not root_of(place).exists(SPEC_FILE):
         return None
-    return FeatureStore.open(place).identity.dtype
+    store = FeatureStore.open(place)
+    return None if store.is_empty() else store.identity.dtype
 
 
 def existing_store(place: str, identity: TeacherIdentity) -> FeatureStore | None:

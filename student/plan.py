@@ -219,7 +219,7 @@ def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
     return load_parts(reader, objective.needs_head, blocks)
 
 
-def plan_split(reader: CacheReader, fraction: float, samples: int | None) -> Split:
+def plan_split(reader: CacheReader, fraction: float, samples: int | None = None) -> Split:
     """The samples that are trained on, and those that are held out.
 
     samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
@@ -235,19 +235,16 @@ def plan_split(reader: CacheReader, fraction: float, samples: int | None) -> Spl
 def plan_data(
     objective: Objective,
     reader: CacheReader,
-    fraction: float,
+    split: Split,
     learned: LogitsSpec | None = None,
-    samples: int | None = None,
 ) -> DataPlan:
     """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers.
-    samples: as for `plan_split`.
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs)]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
-    split = plan_split(reader, fraction, samples)
     train, held_out = split.training, split.held_out
     if not held_out:
         return DataPlan(CachedDataset(reader, train, trained), None, split)

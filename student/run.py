@@ -89,7 +89,7 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
-    data = plan_data(objective, reader, options.eval_fraction, learned, options.train_samples)
+    data = plan_data(objective, reader, split, learned)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         _check_needs_evaluation(args)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,8 @@ from featurestore.reader import CacheReader
 from tests import teachers
 from tests.command import call, command, spawn
 from tests.teachers import text_of
+
+Tree = list[psutil.Process]
 
 SAMPLES, LENGTH = 160, 250
 # Wide enough a vocabulary to take a few seconds, so that the kill finds it at work.
@@ -38,17 +41,29 @@ def test_kills_are_reported_and_the_same_command_completes(tmp_path: Path) -> No
     call("distily-cache", "verify", store, "--deep")
 
 
-def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: Path) -> None:
-    """Starts the command, kills that process of it after its first commit, and checks how it ends."""
+def at_work(
+    arguments: tuple[object, ...], store: Path, log: Path, strike: Callable[[Tree], None], seconds: float
+) -> tuple[int, list[str], Tree]:
+    """Starts the command and strikes after its first commit: exit code, lines on stderr, its processes."""
     before = committed(store)
     with log.open("w") as stderr:
         process = subprocess.Popen(command("distily-cache", *arguments), stderr=stderr)
         while process.poll() is None and committed(store) == before:
             time.sleep(0.05)
-        tree = psutil.Process(process.pid).children(recursive=True)
+        driver = psutil.Process(process.pid)
+        tree = [driver, *driver.children(recursive=True)]
+        strike(tree)
+        code = process.wait(timeout=seconds)
+    return code, log.read_text().splitlines(), tree[1:]
+
+
+def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: Path) -> None:
+    """One process of the engine is killed."""
+
+    def strike(tree: Tree) -> None:
         next(one for one in tree if victim in " ".join(one.cmdline())).kill()
-        code = process.wait(timeout=120)
-    lines = log.read_text().splitlines()
+
+    code, lines, tree = at_work(arguments, store, log, strike, seconds=120)
     assert code == 1, lines
     assert lines[-1].startswith("distily-cache: ") and "worker died" in lines[-1]
     assert not any("Traceback" in line for line in lines)
@@ -58,15 +73,7 @@ def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: P
 
 def stop_at_work(arguments: tuple[object, ...], store: Path, log: Path) -> None:
     """SIGTERM in the middle of a step: one line says what is kept, and no process is left."""
-    before = committed(store)
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command("distily-cache", *arguments), stderr=stderr)
-        while process.poll() is None and committed(store) == before:
-            time.sleep(0.05)
-        tree = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        code = process.wait(timeout=STOP_SECONDS)
-    lines = log.read_text().splitlines()
+    code, lines, tree = at_work(arguments, store, log, lambda tree: tree[0].terminate(), STOP_SECONDS)
     assert code == 143, lines
     assert re.fullmatch(
         r"distily-cache: terminated; [\d,]+ of 40,000 tokens are committed and kept, "

@@ -20,7 +20,7 @@ from student.model import DistillationModel
 from student.objective.catalogue import catalogue
 from student.objective.requests import read_objective
 from student.objective.terms import Objective, term
-from student.plan import plan_data
+from student.plan import plan_data, plan_split
 from student.projectors import ProjectorSpec
 from student.trainer import DistillationTrainer
 from tests.student.conftest import SPECS
@@ -142,7 +142,8 @@ def test_weight_decay_leaves_orthogonal_projectors_alone(teacher: Path, cache: P
         for kind in ("linear", "mlp", "orthogonal")
     ]
     model = DistillationModel(narrow_student(teacher), Objective.of(terms))
-    data = plan_data(model.objective, CacheReader.open(cache), 0.0)
+    reader = CacheReader.open(cache)
+    data = plan_data(model.objective, reader, plan_split(reader, 0.0))
     arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
     trainer = DistillationTrainer(model, arguments, data.train, None, 199, teacher)
     decayed = [name for name in trainer.get_decay_parameter_names(model) if name.startswith("projectors.")]

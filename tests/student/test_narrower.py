@@ -13,7 +13,7 @@ from featurestore.schema import LogitsSpec, narrowed
 from student.errors import UserError
 from student.objective.requests import read_objective
 from student.objective.terms import Objective, term
-from student.plan import plan_data
+from student.plan import plan_data, plan_split
 from tests.student.caches import random_samples, write_cache
 
 WIDE, DEFAULT = LogitsSpec(50), LogitsSpec(12, 0.7, 16, 5)
@@ -54,7 +54,7 @@ def test_of_several_groups_the_widest_that_covers_serves(teacher: Path, tmp_path
 
 def test_training_reads_the_part_and_evaluation_all(cache: Path) -> None:
     reader = CacheReader.open(cache)
-    data = plan_data(Objective.of((term("kl"),)), reader, 0.25, LogitsSpec(4))
+    data = plan_data(Objective.of((term("kl"),)), reader, plan_split(reader, 0.25), LogitsSpec(4))
     assert data.train.groups == (LogitsSpec(4),)
     assert data.held_out is not None and data.held_out.groups == (LogitsSpec(16),)
 
@@ -96,9 +96,9 @@ def test_an_objective_can_stand_in_the_flag_itself(
 
 def test_fewer_samples_leave_the_held_out_ones_alone(cache: Path) -> None:
     reader, objective = CacheReader.open(cache), Objective.of((term("kl"),))
-    every, few = plan_data(objective, reader, 0.25), plan_data(objective, reader, 0.25, samples=7)
+    every, few = (plan_data(objective, reader, plan_split(reader, 0.25, samples)) for samples in (None, 7))
     assert [few.train[i].id for i in range(len(few.train))] == [every.train[i].id for i in range(7)]
     assert few.held_out is not None and every.held_out is not None
     assert [one.id for one in few.held_out] == [one.id for one in every.held_out]
     with pytest.raises(UserError, match="--train-samples 99: the cache has"):
-        plan_data(objective, reader, 0.25, samples=99)
+        plan_split(reader, 0.25, 99)
