@@ -75,13 +75,15 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Students:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Path]:
     """The output of one training step on `cache`, with a quarter held out; not to be written to."""
     path = tmp_path_factory.mktemp("trained") / "student"
     shape = ["--student-model-config", '{"num_hidden_layers": 1}']
     flags = [*shape, "--eval-fraction", 0.25, "--max-steps", 1, "--report-to", "none", "--json"]
     call("distily-train", "from-cache", cache, "--output-dir", path, *flags)
-    return path
+    files = sorted(path.rglob("*"))
+    yield path
+    assert sorted(path.rglob("*")) == files, "a test wrote into the student that all tests share"
 
 
 @pytest.fixture
