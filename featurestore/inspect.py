@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.codec import head_mass, row_starts
+from featurestore.errors import MissingFeatureError
 from featurestore.reader import CacheReader
 from featurestore.schema import LogitsFeatures
 from featurestore.tail import van_der_corput
@@ -22,9 +23,10 @@ MAX_ENTRIES = 2**23
 
 @dataclass(frozen=True)
 class RankMass:
-    """How the stored heads spread their mass: from `samples` samples (of `of` in the store) with `rows` rows.
+    """How the stored heads spread their mass: from `samples` samples (of `of` in the store) with `rows` rows
+    that are learned from, those whose next token is in the loss mask.
 
-    ranks: 1, 2, 4, ... and the widest head. Per rank: probability, the mean over all rows of the probability
+    ranks: 1, 2, 4, ... and the widest head. Per rank: probability, the mean over the rows of the probability
     at that rank (0 where a head ends before); cumulative, the mean mass of the ranks up to it; reached, the
     share of rows whose head is that wide.
     """
@@ -44,10 +46,10 @@ class RankMass:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What the rows of some samples look like, R rows in all.
+    """What the rows of some samples look like that are learned from, R rows in all.
 
     head_sizes: uint16 [R]; entropy: float32 [R], nats, NaN where unknown; label_logprob: float32 [R], nats,
-    NaN at ends of samples and where unknown.
+    NaN where unknown.
     """
 
     ranks: RankMass
@@ -92,7 +94,8 @@ class SampleView:
 def survey(reader: CacheReader, limit: int = MAX_SAMPLES) -> Survey:
     """Look at up to `limit` samples that are spread evenly over the store, as far as MAX_ENTRIES allows.
 
-    Raises MissingFeatureError when not every sample has logits, CorruptionError for damaged data.
+    Raises MissingFeatureError when not every sample has logits or none of them is learned from,
+    CorruptionError for damaged data.
     """
     spec = reader.find("logits")
     parts: list[tuple[npt.NDArray[Any], ...]] = []
@@ -101,18 +104,23 @@ def survey(reader: CacheReader, limit: int = MAX_SAMPLES) -> Survey:
     # Any start of the van der Corput sequence is spread over the store, wherever the limit falls.
     spread = (van_der_corput(limit) * len(reader)).astype(int).tolist()
     for index in dict.fromkeys(spread):
-        head = reader.read(index, [spec]).features[spec]
+        sample = reader.read(index, [spec])
+        head = sample.features[spec]
         assert isinstance(head, LogitsFeatures)
+        learned = np.append(sample.loss_mask[1:], False)
+        inside = np.repeat(learned, head.counts)
         starts = row_starts(head.counts)[:-1]
-        rank = np.arange(len(head.logits)) - np.repeat(starts, head.counts)
-        p = np.exp(head.logits.astype(np.float64) - np.repeat(head.lse, head.counts))
+        rank = (np.arange(len(head.logits)) - np.repeat(starts, head.counts))[inside]
+        p = np.exp(head.logits.astype(np.float64) - np.repeat(head.lse, head.counts))[inside]
         mass = _added(mass, np.bincount(rank, weights=p))
         reached = _added(reached, np.bincount(rank))
-        parts.append((head.counts, head.entropy, head.label_logprob))
+        parts.append((head.counts[learned], head.entropy[learned], head.label_logprob[learned]))
         entries += len(head.logits)
         if entries >= MAX_ENTRIES:
             break
     counts, entropy, label_logprob = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not len(counts):
+        raise MissingFeatureError(f"no position of {len(parts)} samples is learned from")
     return Survey(
         _rank_mass(mass, reached, len(counts), len(parts), len(reader)), counts, entropy, label_logprob
     )

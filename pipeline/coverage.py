@@ -14,6 +14,7 @@ from typing import Any
 
 from featurestore.checkpoint import StoredTensor, explain_gaps, missing_experts, packed_weights
 from pipeline.errors import RequestError, one_line
+from pipeline.model_class import auto_class
 
 
 def check_coverage(config: Any, tensors: Mapping[str, StoredTensor], trust_remote_code: bool) -> set[str]:
@@ -48,11 +49,10 @@ def _loading_info(
     config: Any, tensors: Mapping[str, StoredTensor], trust_remote_code: bool
 ) -> dict[str, Any]:
     import torch
-    from transformers import AutoModelForCausalLM
 
     with _silent():
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            built = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
             state = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
         loaded = type(built).from_pretrained(
             None,

@@ -35,7 +35,8 @@ def render_sizes(console: Console, info: StoreInfo) -> None:
 
 def render_ranks(console: Console, found: RankMass) -> None:
     """Mean probability at ranks 1, 2, 4, ..., and the mean mass up to them as bars."""
-    title = f"mass by rank, from {found.samples:,} of {found.of:,} samples ({found.rows:,} tokens)"
+    positions = f"{found.rows:,} positions that are learned from"
+    title = f"mass by rank, from {found.samples:,} of {found.of:,} samples ({positions})"
     table = Table("rank", "p", "up to it", "", "heads that reach it", title=title, box=box.SIMPLE)
     for rank, probability, mass, reached in zip(
         found.ranks, found.probability, found.cumulative, found.reached, strict=True

@@ -74,6 +74,7 @@ def render_info(console: Console, info: StoreInfo) -> None:
             f"{group.bytes_per_row:,.1f}",
             ", ".join(f"{label} {value:,.3g}" for label, value in measured.items() if value is not None),
         )
+    groups.caption = "means are over all positions, those of prompts included"
     console.print(groups)
     _render_lengths(console, info.length_histogram)
     for record in info.runs:

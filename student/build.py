@@ -104,7 +104,7 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     if options.student is not None:
         return _plan_checkpoint(options, reader, options.student, longest)
     flag = "--student-model-config"
-    teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
+    teacher_config = text_config(load_config(str(reader.teacher_dir), "the cache's teacher/"))
     config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
     check_positions(config, longest, flag)
@@ -195,6 +195,23 @@ def load_config(source: str, what: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{what}: {source} is not a model that transformers can load ({reason})") from error
+
+
+def text_config(teacher: Any) -> Any:
+    """The configuration of a student with the teacher's architecture: of a teacher that also sees or hears,
+    that of the class for text alone. UserError where its family has none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = teacher.get_text_config()
+    if text is teacher:
+        return teacher
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"the cache's teacher is a {teacher.model_type}, whose text part is no model by itself in "
+            "transformers; give a student with the teacher's tokenizer: --student DIR"
+        )
+    return text
 
 
 def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) -> None:

@@ -21,6 +21,22 @@ def layer_prefix(model: Any) -> str:
     return name + "."
 
 
+# How the decoder's names begin in a checkpoint of a class that also sees: ours -> theirs.
+_NESTED = (
+    ("model.", "model.language_model."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+
+
+def named_in(available: CheckpointTensors, name: str) -> str:
+    """The tensor that a text model calls `name`, by its name in the checkpoint, also where the text model is
+    a part of that; `name` itself where there is none.
+    """
+    nested = (theirs + name.removeprefix(ours) for ours, theirs in _NESTED if name.startswith(ours))
+    return next((candidate for candidate in (name, *nested) if candidate in available), name)
+
+
 def source_names(
     model: Any, layers: Sequence[int], available: CheckpointTensors, tied: bool
 ) -> dict[str, str]:
@@ -40,9 +56,9 @@ def source_names(
         if name.startswith(prefix):
             index, rest = name[len(prefix) :].split(".", 1)
             source = f"{prefix}{layers[int(index)]}.{rest}"
-        elif name == head and name not in available and tied:
+        elif name == head and tied and named_in(available, name) not in available:
             source = embeddings
-        names[name] = source
+        names[name] = named_in(available, source)
     return names
 
 

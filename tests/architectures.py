@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from tests.teachers import word_tokenizer
 
@@ -77,14 +77,72 @@ MANY_STREAMS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     }
 }
+# Classes that also see, used for their text: model_type -> settings of the text part. The encoder of each is
+# tiny, and has as many layers as the text part.
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "gemma3": {"sliding_window": 32, "query_pre_attn_scalar": 24},
+    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+    "qwen3_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 4, 4]}},
+    "mistral3": {"model_type": "mistral"},
+    "llama4": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 96,
+        "attention_chunk_size": 128,
+        "pad_token_id": None,
+    },
+    "llava": {"model_type": "llama"},
+}
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"depth": 4, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [3]},
+    "qwen3_vl": {"depth": 4, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [1, 2]},
+    "mistral3": {"model_type": "pixtral", "head_dim": 16},
+    "llama4": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    "llava": {"model_type": "clip_vision_model"},
+}
+_OUTER: dict[str, dict[str, Any]] = {"gemma3": {"mm_tokens_per_image": 4}}
+# Those below stand for images in a prompt.
+FIRST_TEXT_ID = 9
+# Unknown to vLLM 0.32 by name, and run in its wrapper around transformers' class; the last one in part only.
+WRAPPED: dict[str, dict[str, Any]] = {
+    "ministral3": {},
+    "helium": {},
+    "nanochat": {},
+    "persimmon": {"num_key_value_heads": 2},
+    "doge": {"num_experts": 4},
+}
+
+
+def make_multimodal(model_type: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write the teacher of that multimodal type; no image processor lies beside it."""
+    tied = model_type == "gemma3"
+    text = _COMMON | {"tie_word_embeddings": tied} | MULTIMODAL[model_type] | changes
+    vision = _ENCODER | _ENCODERS.get(model_type, {})
+    outer = {"tie_word_embeddings": tied, "image_token_id": 5, "image_token_index": 5, "video_token_id": 6}
+    outer |= {"vision_start_token_id": 7, "vision_end_token_id": 8} | _OUTER.get(model_type, {})
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **outer)
+    torch.manual_seed(seed)
+    return _write(AutoModelForMultimodalLM.from_config(config, dtype=torch.float32), directory)
 
 
 def make(model_type: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
     """Write the teacher of that type, with weights so large that every part of it shows in its outputs."""
-    given = _COMMON | (CONFIGS | MANY_STREAMS)[model_type] | changes
+    given = _COMMON | (CONFIGS | MANY_STREAMS | WRAPPED)[model_type] | changes
     config = AutoConfig.for_model(model_type, **given)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _write(AutoModelForCausalLM.from_config(config, dtype=torch.float32), directory)
+
+
+def _write(model: Any, directory: Path) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             # Matrices by the factor; norms and biases away from their neutral ones and zeros.

@@ -15,7 +15,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.sequence import IntermediateTensors
 
 from pipeline.capture.complaint import complain
-from pipeline.capture.plugin import PREFIX, original
+from pipeline.capture.plugin import PREFIX, WRAPPERS, original
 from pipeline.capture.pooler import CapturePooler
 from pipeline.capture.spec import CONFIG_KEY, CaptureSpec
 from pipeline.capture.tap import ResidualTap
@@ -64,7 +64,12 @@ def __getattr__(name: str) -> type[nn.Module]:
     """Build `DistilyCapture_<Architecture>` from vLLM's own registry on first use."""
     if not name.startswith(PREFIX):
         raise AttributeError(name)
-    twin = make_capture_class(original(name.removeprefix(PREFIX)).load_model_cls())
+    base = original(name.removeprefix(PREFIX)).load_model_cls()
+    if base.__name__ in WRAPPERS:
+        from pipeline.capture.wrapped import watch_attention
+
+        watch_attention()
+    twin = make_capture_class(base)
     twin.__module__ = __name__
     globals()[name] = twin
     return twin

@@ -8,29 +8,44 @@ built by `pipeline.capture.model` when vLLM asks for it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
-from pipeline.capture.watch import end_with_driver
+from pipeline.capture.stand_in import stand_in_for_torchvision
+from pipeline.capture.watch import end_with_driver, has_driver
 
 PREFIX = "DistilyCapture_"
+# vLLM's wrapper around transformers' classes ("Transformers modeling backend") goes by these names, of which
+# vLLM picks one by itself.
+WRAPPERS = (
+    "TransformersForCausalLM",
+    "TransformersMoEForCausalLM",
+    "TransformersMultiModalForCausalLM",
+    "TransformersMultiModalMoEForCausalLM",
+)
 # Set by the engine and inherited by its processes; in any other vLLM process the plug-in does nothing.
 _VARIABLE = "DISTILY_CAPTURE"
 _originals: dict[str, Any] = {}
 
 
-def capture_from(architecture: str) -> None:
-    """In the command: tell `register`, here and in vLLM's processes, which architecture to capture."""
-    os.environ[_VARIABLE] = architecture
+def capture_from(architectures: Iterable[str]) -> None:
+    """In the command: tell `register`, here and in vLLM's processes, which architectures to capture."""
+    os.environ[_VARIABLE] = ",".join(architectures)
 
 
 def register() -> None:
+    """Called by vLLM in each of its processes, and by the command that starts them."""
     end_with_driver()
-    architecture = os.environ.get(_VARIABLE)
-    if architecture is None or architecture in _originals:
-        return
+    if has_driver():
+        stand_in_for_torchvision()
+    for architecture in filter(None, os.environ.get(_VARIABLE, "").split(",")):
+        _register_twin(architecture)
+
+
+def _register_twin(architecture: str) -> None:
     from vllm import ModelRegistry
 
-    if architecture in ModelRegistry.models:
+    if architecture in ModelRegistry.models and architecture not in _originals:
         _originals[architecture] = ModelRegistry.models[architecture]
         ModelRegistry.register_model(architecture, f"pipeline.capture.model:{PREFIX}{architecture}")
 

@@ -38,7 +38,7 @@ class ResidualTap:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
         self._watches: list[RemovableHandle] = []
         try:
-            owner, layers = decoder_layers(model, depth)
+            owner, layers = decoder_layers(text_model(model), depth)
         except EngineError as error:
             self._refusal = error
             return
@@ -131,6 +131,12 @@ class ResidualTap:
         raise EngineError(
             f"--hidden-layers: not from {self._name} in vLLM, {reason}; use --engine transformers"
         )
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The part of a multimodal model that reads text, whose encoders may have as many layers; else itself."""
+    language_model = getattr(model, "get_language_model", None)
+    return language_model() if callable(language_model) else model
 
 
 def decoder_layers(model: nn.Module, depth: int) -> tuple[nn.Module, nn.ModuleList]:

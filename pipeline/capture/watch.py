@@ -20,6 +20,11 @@ def announce_driver() -> None:
     os.environ[_VARIABLE] = str(os.getpid())
 
 
+def has_driver() -> bool:
+    """Whether this is the command or one of its processes, and not anyone else's use of vLLM."""
+    return _VARIABLE in os.environ
+
+
 def end_with_driver() -> None:
     """In an engine process: end hard once the announced process is gone; a no-op in that process."""
     driver = int(os.environ.get(_VARIABLE, "0"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
+from pipeline.capture.stand_in import stand_in_for_torchvision
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.links import without_unused_weights
@@ -22,10 +23,8 @@ T = TypeVar("T")
 _NEVER = str(10**6)
 _SHUTDOWN_SECONDS = 1.5
 # Sequences of one step; vLLM's own default.
-_SEQUENCES = 256
-# One batch is all that is ever in flight; the default would take half of the memory.
+SEQUENCES = 256
 _CPU_DEFAULTS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     # Threads that spin while they wait take the time of those they wait for, where other programs run too.
     "OMP_WAIT_POLICY": "passive",
@@ -53,15 +52,24 @@ def set_environment(verbose: bool) -> None:
 class SupervisedLLM:
     """A vLLM `LLM` of a checkpoint, and its processes; `options` are vLLM's own.
 
+    kv_cache_memory_bytes: room for keys and values; None leaves it to vLLM, on a GPU.
+
     Raises:
         EngineError: vLLM did not start, or its processes died during a call; the message says why.
     """
 
     def __init__(
-        self, config: EngineConfig, verbose: bool, *, enforce_eager: bool = False, **options: Any
+        self,
+        config: EngineConfig,
+        verbose: bool,
+        *,
+        enforce_eager: bool = False,
+        kv_cache_memory_bytes: int | None = None,
+        **options: Any,
     ) -> None:
         set_environment(verbose)
         announce_driver()
+        stand_in_for_torchvision()
         from vllm import envs
 
         self._llm: Any = None
@@ -70,7 +78,8 @@ class SupervisedLLM:
             config = replace(config, model=Path(self._links.name))
         self._processes = EngineProcesses(verbose, separate=bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING))
         try:
-            self._llm = self._processes.start(partial(_start, config, verbose, enforce_eager, options))
+            start = partial(_start, config, verbose, enforce_eager, kv_cache_memory_bytes, options)
+            self._llm = self._processes.start(start)
         except BaseException:
             self.close()
             raise
@@ -93,7 +102,13 @@ class SupervisedLLM:
             self._links.cleanup()
 
 
-def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: dict[str, Any]) -> Any:
+def _start(
+    config: EngineConfig,
+    verbose: bool,
+    enforce_eager: bool,
+    kv_cache_memory_bytes: int | None,
+    options: dict[str, Any],
+) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -101,8 +116,7 @@ def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: di
     if on_cpu:
         for name, value in _CPU_DEFAULTS.items():
             os.environ.setdefault(name, value)
-    if config.gpu_memory_utilization is not None:
-        options = options | {"gpu_memory_utilization": config.gpu_memory_utilization}
+    memory = _memory(config, kv_cache_memory_bytes, on_cpu)
     return LLM(
         model=str(config.model),
         load_format="safetensors",
@@ -112,13 +126,26 @@ def _start(config: EngineConfig, verbose: bool, enforce_eager: bool, options: di
         max_model_len=config.max_seq_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
         # vLLM wants room for a position of each sequence in a step.
-        max_num_seqs=min(_SEQUENCES, config.max_num_batched_tokens),
+        max_num_seqs=min(SEQUENCES, config.max_num_batched_tokens),
         enable_chunked_prefill=True,
         tensor_parallel_size=config.tensor_parallel_size,
         trust_remote_code=config.trust_remote_code,
+        # Of a class that also sees or hears only the part that reads text is run, and the rest not loaded.
+        language_model_only=True,
         # On the CPU compiling costs more than it saves.
         enforce_eager=on_cpu or enforce_eager,
         disable_log_stats=True,
         seed=config.seed,
+        **memory,
         **options,
     )
+
+
+def _memory(config: EngineConfig, kv_cache_memory_bytes: int | None, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's options for the memory of its KV cache; VLLM_CPU_KVCACHE_SPACE goes before them on a CPU."""
+    if config.gpu_memory_utilization is not None:
+        return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if kv_cache_memory_bytes is None and on_cpu:
+        # The default would be nearly all of the machine's memory.
+        kv_cache_memory_bytes = 2**30
+    return {"kv_cache_memory_bytes": kv_cache_memory_bytes}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from featurestore.checkpoint import explain_gaps
 from pipeline.engines.base import EngineConfig
 from pipeline.errors import RequestError
+from pipeline.model_class import auto_class
 from pipeline.quantization import bitsandbytes_config
 
 
@@ -28,7 +29,7 @@ def load_causal_lm(config: EngineConfig) -> Any:
         # Loaded where it will stay: an 8-bit model cannot be moved.
         quantization = bitsandbytes_config(config.quantize_to, dtype)
         how = {"quantization_config": quantization, "device_map": {"": device}}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(given).from_pretrained(
         config.model,
         config=given,
         attn_implementation="eager" if capped else None,

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoConfig
 
 from featurestore.schema import GroupFeatures, GroupSpec
 from pipeline.capture.complaint import listen_at
 from pipeline.capture.packing import RowLayout, to_features
-from pipeline.capture.plugin import capture_from, register
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
+from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.batching import pieces
-from pipeline.engines.llm import SupervisedLLM, set_environment
+from pipeline.engines.kv_cache import kv_cache_bytes
+from pipeline.engines.llm import SEQUENCES, SupervisedLLM, set_environment
+from pipeline.engines.vllm_models import find_in_vllm
 from pipeline.errors import EngineError, RequestError
 
 # Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
@@ -47,8 +51,9 @@ class VllmEngine:
         set_environment(verbose)
         from vllm.config import PoolerConfig
 
-        capture_from(config.architecture)
-        _check_architecture(config.architecture)
+        announce_driver()
+        given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        kind = find_in_vllm(config.architecture, given)
         spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
         self._piece_tokens = _STEPS_PER_PIECE * config.max_num_batched_tokens
@@ -64,8 +69,9 @@ class VllmEngine:
             hf_overrides={"head_dtype": "model"},
             additional_config={CONFIG_KEY: spec.to_json()},
             enable_prefix_caching=False,
-            # Layer hooks see nothing under torch.compile.
-            enforce_eager=any(layer < config.num_layers for layer in spec.layers),
+            kv_cache_memory_bytes=None if kind.has_states else _kv_cache_bytes(config, given),
+            # Layer hooks and the watch over wrapped classes see nothing under torch.compile.
+            enforce_eager=kind.wrapped or any(layer < config.num_layers for layer in spec.layers),
         )
         self._heed_complaint()
 
@@ -94,34 +100,18 @@ class VllmEngine:
             raise RequestError(line)
 
 
+def _kv_cache_bytes(config: EngineConfig, given: Any) -> int:
+    return kv_cache_bytes(
+        given.get_text_config(),
+        max_seq_len=config.max_seq_len,
+        step_positions=config.max_num_batched_tokens,
+        sequences=min(SEQUENCES, config.max_num_batched_tokens),
+        item_bytes=getattr(torch, config.dtype).itemsize,
+        ranks=config.tensor_parallel_size,
+    )
+
+
 def _encode(piece: Sequence[np.ndarray], llm: Any) -> list[Any]:
     prompts = [{"prompt_token_ids": tokens.tolist()} for tokens in piece]
     outputs: list[Any] = llm.encode(prompts, pooling_task=POOLING_TASK, use_tqdm=False)
     return outputs
-
-
-def _check_architecture(architecture: str) -> None:
-    """RequestError unless this vLLM has the architecture, as a language model and nothing more."""
-    from vllm import ModelRegistry
-    from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
-
-    if register not in load_plugins_by_group(DEFAULT_PLUGINS_GROUP).values():
-        raise RequestError(
-            "--engine vllm: the capture plug-in is not registered; install distily-cache as a package "
-            "(pip install -e .) and leave `distily_cache` in VLLM_PLUGINS if that variable is set"
-        )
-    if architecture not in ModelRegistry.models:
-        raise RequestError(
-            f"--engine vllm: this vLLM does not know {architecture}; use --engine transformers"
-        )
-    register()
-    try:
-        facts = ModelRegistry.models[architecture].inspect_model_cls()
-    except Exception as error:
-        raise RequestError(
-            f"--engine vllm: vLLM cannot load its {architecture} here; use --engine transformers"
-        ) from error
-    if facts.supports_multimodal or not facts.is_text_generation_model:
-        raise RequestError(
-            f"--engine vllm: {architecture} is not a text-only language model; use --engine transformers"
-        )

@@ -164,7 +164,10 @@ def _features(found: StoreFacts) -> Html:
     sampled = "all" if ranks.samples == ranks.of else f"{ranks.samples:,} of {ranks.of:,}"
     return section(
         "What the teacher said",
-        note(f"Measured on {sampled} samples ({ranks.rows:,} tokens); the lengths are those of all samples."),
+        note(
+            f"Measured on {sampled} samples, at the {ranks.rows:,} positions that are learned from; "
+            "the lengths are those of all samples."
+        ),
         row(
             line_chart("How its mass falls with rank", [falls], "rank", "probability", log=True, log_x=True),
             line_chart("What the stored heads cover", [mass, wide], "rank", "share", log_x=True),

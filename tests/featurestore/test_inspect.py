@@ -24,12 +24,16 @@ def heads(given: LogitsFeatures) -> list[list[float]]:
     return [np.exp(given.logits[e - c : e].astype(np.float64) - lse).tolist() for c, e, lse in rows]
 
 
-def test_mass_by_rank_is_the_mean_over_rows(filled: Filled) -> None:
+def test_mass_by_rank_is_the_mean_over_rows_that_are_learned_from(filled: Filled) -> None:
     reader = CacheReader.open(filled.path)
     found = mass_by_rank(reader)
     json.dumps(found.to_json(), allow_nan=False)
-    given = [filled.given[one][SPECS[0]] for one in reader.sample_ids]
-    rows = [row for one in given if isinstance(one, LogitsFeatures) for row in heads(one)]
+    rows = []
+    for index, one in enumerate(reader.sample_ids):
+        given, mask = filled.given[one][SPECS[0]], reader.read(index, []).loss_mask
+        assert isinstance(given, LogitsFeatures)
+        rows += [row for row, next_is_learned in zip(heads(given), mask[1:], strict=False) if next_is_learned]
+    assert len(rows) < int(reader.lengths.sum()) - len(reader)  # some are prompts
     assert (found.samples, found.of, found.rows) == (len(reader), len(reader), len(rows))
     widest = max(map(len, rows))
     assert found.ranks == [1, 2, 4, 8][: len(found.ranks)] and found.ranks[-1] == widest
@@ -61,7 +65,8 @@ def test_the_cost_is_bounded_and_the_samples_are_spread(
     monkeypatch.setattr(inspect, "MAX_ENTRIES", 300)
     read.clear()
     few = mass_by_rank(reader)
-    assert 300 <= 2 * few.rows < 300 + 2 * 40 and few.samples == len(read) < 20
+    entries = 2 * int(reader.lengths[read].sum())
+    assert 300 <= entries < 300 + 2 * 40 and few.samples == len(read) < 20
     assert read[:4] == [0, 45, 22, 67]
 
 

@@ -53,9 +53,9 @@ def check(report: dict[str, Any], layers: int) -> None:
             assert sample[name] <= LOGIT_BOUND, report
 
 
-def random_prompts(vocab: int) -> list[list[int]]:
+def random_prompts(vocab: int, first: int = 3) -> list[list[int]]:
     chance = np.random.default_rng(0)
-    return [chance.integers(3, vocab, size=length).tolist() for length in LENGTHS]
+    return [chance.integers(first, vocab, size=length).tolist() for length in LENGTHS]
 
 
 @pytest.mark.vllm

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from featurestore.codec import head_mass
 from featurestore.inspect import RowView, SampleView
 from featurestore.reader import CacheReader
+from featurestore.schema import LogitsFeatures, LogitsSpec
 from pipeline.inside import bar, render_sample, sample_json
 from pipeline.pieces import load_pieces
 from tests.command import call, generate
@@ -39,8 +41,12 @@ def test_info_draws_bytes_and_mass(store: Path) -> None:
         assert part in text
     found = json.loads(run("info", store, "--json").stdout)
     assert found["mass_by_rank"]["ranks"] == [1, 2, 4, 6]
-    logits = next(group for group in found["groups"].values() if group["kind"] == "logits")
-    assert found["mass_by_rank"]["cumulative"][-1] == pytest.approx(logits["mean_head_mass"], abs=1e-3)
+    masses = []
+    for index in range(5):
+        (head,) = CacheReader.open(store).read(index, [LogitsSpec(6)]).features.values()
+        assert isinstance(head, LogitsFeatures)
+        masses += head_mass(head.counts, head.logits, head.lse)[:-1].tolist()  # the last has no next token
+    assert found["mass_by_rank"]["cumulative"][-1] == pytest.approx(np.mean(masses), abs=1e-3)
 
 
 def test_a_sample_is_shown_as_the_teacher_saw_it(store: Path, tiny_teacher: Path) -> None:
