@@ -22,6 +22,8 @@ from student.precision import settle, uses_cpu
 _BOOLEANS = frozenset({"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"})
 _COUNTING = ("--include_num_input_tokens_seen", "--include-num-input-tokens-seen")
 _TOKEN_COUNTS = frozenset({"all", "non_padding"})
+# Runs of fewer steps are evaluated every so many, others ten times.
+_SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
 _DESCRIPTION = """\
 Train a student from a cache of teacher features, without the teacher. STORE is what `distily-cache generate`
 made; --output-dir receives checkpoints, the trained student (`from_pretrained` loads it), report.html and
@@ -78,6 +80,11 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
             namespace.dataloader_num_workers = min(4, os.cpu_count() or 1) if on_gpu else 0
         if namespace.dataloader_pin_memory is None:
             namespace.dataloader_pin_memory = on_gpu
+        if namespace.eval_steps is None:
+            # A tenth of a short run is a step or two, and an evaluation may cost as much as several. Trainer
+            # wants both intervals as shares of the run where it is to find the best of the saved models.
+            short = 0 < namespace.max_steps < _SHORT_RUN and not namespace.load_best_model_at_end
+            namespace.eval_steps = _SHORT_RUN_EVAL_STEPS if short else 0.1
         return namespace, rest
 
 
@@ -86,13 +93,13 @@ def defaults() -> dict[str, Any]:
     wins.
     """
     return {
-        # Follow from the machine once all flags are known.
+        # Follow from the machine and other flags once all are known.
+        "eval_steps": None,
         "use_cpu": None,
         "bf16": None,
         "dataloader_num_workers": None,
         "dataloader_pin_memory": None,
         "eval_strategy": "steps",
-        "eval_steps": 0.1,
         "eval_on_start": True,
         "logging_steps": 0.02,
         "logging_first_step": True,

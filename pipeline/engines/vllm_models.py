@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.capture.plugin import WRAPPERS, capture_from, register
+from pipeline.capture.plugin import WRAPPERS, capture_from, original, register
 from pipeline.errors import RequestError, one_line
 from pipeline.model_class import auto_class
 from pipeline.plain_head import has_plain_head
@@ -39,13 +39,14 @@ def find_in_vllm(architecture: str, config: Any) -> VllmModel:
             "--engine vllm: the capture plug-in is not registered; install distily-cache as a package "
             "(pip install -e .) and leave `distily_cache` in VLLM_PLUGINS if that variable is set"
         )
-    own = architecture in ModelRegistry.models
-    if not own:
+    known = architecture in ModelRegistry.models
+    wrapped = not known or getattr(original(architecture), "class_name", None) in WRAPPERS
+    if wrapped:
         _check_wrapped(architecture, config)
-    capture_from((architecture,) if own else WRAPPERS)
+    capture_from((architecture,) if known else WRAPPERS)
     register()
     try:
-        facts = ModelRegistry.models[architecture if own else WRAPPERS[0]].inspect_model_cls()
+        facts = ModelRegistry.models[architecture if known else WRAPPERS[0]].inspect_model_cls()
     except Exception as error:
         raise RequestError(
             f"--engine vllm: vLLM cannot load its {architecture} here ({_reason(error)}); install what is "
@@ -54,14 +55,14 @@ def find_in_vllm(architecture: str, config: Any) -> VllmModel:
     if not facts.is_text_generation_model:
         raise RequestError(f"--engine vllm: {architecture} is not a language model in vLLM; {_OTHER_ENGINE}")
     has_states = facts.has_inner_state or facts.is_hybrid or facts.is_attention_free
-    return VllmModel(wrapped=not own, has_states=has_states)
+    return VllmModel(wrapped=wrapped, has_states=has_states)
 
 
 def _check_wrapped(architecture: str, config: Any) -> None:
     """RequestError unless vLLM's wrapper gives what transformers' class of that name gives."""
     import transformers
 
-    unknown = f"--engine vllm: this vLLM does not know {architecture}"
+    unknown = f"--engine vllm: this vLLM does not know {architecture} by itself"
     known = getattr(transformers, architecture, None)
     if known is None or not known.is_backend_compatible():
         raise RequestError(f"{unknown}, and cannot wrap transformers' class; {_OTHER_ENGINE}")

@@ -87,6 +87,18 @@ def test_our_defaults_yield_to_explicit_flags(tmp_path: Path) -> None:
     assert (explicit.save_steps, explicit.learning_rate) == (7, 1e-5)
 
 
+def test_short_runs_are_not_evaluated_at_every_step(tmp_path: Path) -> None:
+    best = ("--load-best-model-at-end", "--save-steps", "0.5")
+    for flags, expected in (
+        ([], 0.1),
+        (["--max-steps", "8"], 5),
+        (["--max-steps", "50"], 0.1),
+        (["--max-steps", "8", "--eval-steps", "0.1"], 0.1),
+        (["--max-steps", "8", *best], 0.1),
+    ):
+        assert parse(["STORE", "--output-dir", str(tmp_path), *flags]).training.eval_steps == expected, flags
+
+
 def test_metrics_that_fall_are_better_when_lower() -> None:
     flags = ["--metric-for-best-model=eval_kl"]
     assert lower_is_better(flags) == [*flags, "--greater_is_better", "False"]
