@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=self._train_collator,
-            compute_metrics=held_out_metrics,
+            compute_metrics=eval_dataset and partial(held_out_metrics, eval_dataset.documents()),
             optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
         )
         self.add_callback(KeptCallback())
@@ -237,14 +238,16 @@ def _rounding(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dic
     }
 
 
-def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def held_out_metrics(document_G: np.ndarray[Any, Any], prediction: EvalPrediction) -> dict[str, float]:
     """Means per learned position over the held-out samples.
 
     loss: the objective. kl: KL(teacher || student), coarse-grained (a lower bound, see
     losses.sparse.forward_kl), nats. ce: nats per token, and perplexity = exp(ce). top1_agreement: share of
     positions where both prefer the same token. teacher_perplexity: of the teacher on the same tokens. The
     teacher's columns need a cached `logits` group, its perplexity one that is not partial. kl_se: standard
-    error of kl, by sample, see `cluster_error`.
+    error of kl over documents, see `cluster_error`.
+
+    document_G: the number of each sample's document.
     """
     by_sample = np.asarray(prediction.predictions, np.float64)
     sums = dict(zip(EVAL_COLUMNS, by_sample.sum(0), strict=True))
@@ -259,8 +262,9 @@ def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
             "kl": sums["kl"] / known,
             "top1_agreement": sums["top1_agreement"] / known,
         }
-        kl_G, known_G = (by_sample[:, EVAL_COLUMNS.index(name)] for name in ("kl", "kl_positions"))
-        if (error := cluster_error(kl_G, known_G)) is not None:
+        columns = (by_sample[:, EVAL_COLUMNS.index(name)] for name in ("kl", "kl_positions"))
+        kl_D, known_D = (np.bincount(document_G, column_G) for column_G in columns)
+        if (error := cluster_error(kl_D, known_D)) is not None:
             metrics["kl_se"] = error
         # NaN when the cache does not know it of every label, as one that was imported.
         if math.isfinite(sums["teacher_nll"]):

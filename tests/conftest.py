@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from filelock import FileLock
 
 # What is remembered of a data set that was tokenised is not shared with other runs of the tests.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="distily-tests-")
+# Read when torch is imported. Test files run side by side, one a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when the hub's client is imported, so before anything that imports it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +26,15 @@ from tests import teachers
 from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded_modules_are_no_garbage() -> None:
+    """What is loaded by now is not looked through again: Trainer collects garbage in every training, and a
+    session holds millions of objects of torch, transformers and vLLM.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

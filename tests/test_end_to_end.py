@@ -75,7 +75,7 @@ def test_a_ternary_student_learns_from_it(cache: Path, tmp_path: Path) -> None:
         "distily-train",
         *("from-cache", cache, "--output-dir", out, "--student-model-config", config),
         *("--student-model-as-bitnet", "--hidden-loss", "cosine", "--ce-weight", "0.1"),
-        *("--max-steps", 12, "--per-device-train-batch-size", 2, "--learning-rate", "1e-3", "--json"),
+        *("--max-steps", 8, "--per-device-train-batch-size", 2, "--learning-rate", "1e-3", "--json"),
     )
     summary = json.loads(done.stdout)
     assert summary["last_eval"]["eval_kl"] < 0.9 * summary["first_eval"]["eval_kl"]

@@ -76,7 +76,8 @@ class SupervisedLLM:
         self._links = without_unused_weights(config.model)
         if self._links is not None:
             config = replace(config, model=Path(self._links.name))
-        self._processes = EngineProcesses(verbose, separate=bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING))
+        self._separate = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+        self._processes = EngineProcesses(verbose, separate=self._separate)
         try:
             start = partial(_start, config, verbose, enforce_eager, kv_cache_memory_bytes, options)
             self._llm = self._processes.start(start)
@@ -92,10 +93,11 @@ class SupervisedLLM:
         """End the processes, and with them the memory that they hold."""
         core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if core is not None:
-            # vLLM waits for a step in progress; whoever closes an engine has no use for it any more.
+            # vLLM waits for a step in progress; whoever closes an engine has no use for it any more. Within
+            # our own process there is none, and nothing that could be ended for good.
             ending = Thread(target=core.shutdown, daemon=True, name="vllm-shutdown")
             ending.start()
-            ending.join(_SHUTDOWN_SECONDS)
+            ending.join(_SHUTDOWN_SECONDS if self._separate else None)
         self._llm = None
         self._processes.end()
         if self._links is not None:

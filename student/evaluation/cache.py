@@ -22,7 +22,7 @@ from student.data import IGNORE, CachedDataset, Collator, pad
 from student.decoding import decode_hidden, decode_labels, decode_targets
 from student.evaluation.measures import (
     calibration_error,
-    cluster_error,
+    error_of_mean,
     kl_exactness,
     mean,
     means_by,
@@ -37,6 +37,7 @@ from student.losses.head import HeadTransform
 from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, cross_entropy, forward_kl
 from student.model import select
 from student.sidecar import load_parts
+from student.split import document_of_each
 
 Array = npt.NDArray[Any]
 ENTROPY_BUCKETS = 8
@@ -67,11 +68,15 @@ class CachePlan:
 def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:
     """The `cache` section of eval.json, but for the command. Kept in memory: ten numbers per position."""
     parts = list(_batches(student, plan, batch_size))
-    return summarise({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, plan)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns["document"] = document_of_each(plan.reader, plan.indices)[columns["sample"]]
+    return summarise(columns, plan)
 
 
 def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
-    """Means over all positions and by bucket; columns: what `_batches` gives, joined."""
+    """Means over all positions and by bucket, with standard errors over documents; columns: what `_batches`
+    gives, joined, and the number of each position's document.
+    """
     ce, teacher_ce = mean(columns["ce"]), mean(columns["teacher_ce"])
     assert ce is not None
     shown = {name: columns[name] for name in ("kl", "ce", "teacher_ce")}
@@ -87,9 +92,9 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
             "ce": ce,
             "perplexity": perplexity(ce),
             "kl": mean(columns["kl"]),
-            "kl_se": _error(columns, "kl"),
+            "kl_se": error_of_mean(columns["kl"], columns["document"]),
             "reverse_kl": mean(columns["reverse_kl"]),
-            "reverse_kl_se": _error(columns, "reverse_kl"),
+            "reverse_kl_se": error_of_mean(columns["reverse_kl"], columns["document"]),
             "top1_agreement": mean(columns["agree"]),
             "calibration_error": calibration_error(columns["confidence"], columns["right"]),
         },
@@ -98,15 +103,13 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
             "perplexity": None if teacher_ce is None else perplexity(teacher_ce),
             "calibration_error": calibration_error(columns["teacher_confidence"], columns["teacher_right"]),
         },
-        "by_position": means_by(columns["position"], power_edges(int(columns["position"].max())), shown),
-        "by_entropy": means_by(entropy[known], edges, {n: c[known] for n, c in shown.items()}),
+        "by_position": means_by(
+            columns["position"], power_edges(int(columns["position"].max())), shown, columns["document"]
+        ),
+        "by_entropy": means_by(
+            entropy[known], edges, {n: c[known] for n, c in shown.items()}, columns["document"][known]
+        ),
     }
-
-
-def _error(columns: dict[str, Array], name: str) -> float | None:
-    """Standard error of a mean, by sample."""
-    sample_N = columns["sample"]
-    return cluster_error(np.bincount(sample_N, columns[name]), np.bincount(sample_N))
 
 
 def _batches(student: Any, plan: CachePlan, batch_size: int) -> Iterator[dict[str, Array]]:

@@ -58,25 +58,38 @@ def quantile_edges(values_N: Array, count: int) -> list[float]:
 
 
 def means_by(
-    values_N: Array, edges: Sequence[float], columns: Mapping[str, Array]
+    values_N: Array, edges: Sequence[float], columns: Mapping[str, Array], cluster_N: Array
 ) -> list[dict[str, float | int | None]]:
-    """For each bucket edges[i] <= value < edges[i + 1] that is not empty: from, to, positions, and the mean
-    of every column (None where it is not known at all of them).
+    """For each bucket edges[i] <= value < edges[i + 1] that is not empty: from, to, positions, and of every
+    column the mean and, as `NAME_se`, its standard error (None where it is not known at all of them).
+
+    cluster_N: the cluster that each position belongs to, see `cluster_error`.
     """
     bucket_N = np.searchsorted(np.asarray(edges), values_N, side="right") - 1
     rows: list[dict[str, float | int | None]] = []
     for index, (low, high) in enumerate(itertools.pairwise(edges)):
         chosen_N = bucket_N == index
         if chosen_N.any():
-            means = {name: mean(column_N[chosen_N]) for name, column_N in columns.items()}
-            rows.append({"from": low, "to": high, "positions": int(chosen_N.sum()), **means})
+            inside_N = cluster_N[chosen_N]
+            row: dict[str, float | int | None] = {"from": low, "to": high, "positions": int(chosen_N.sum())}
+            for name, column_N in columns.items():
+                row[name] = mean(column_N[chosen_N])
+                row[f"{name}_se"] = error_of_mean(column_N[chosen_N], inside_N)
+            rows.append(row)
     return rows
 
 
+def error_of_mean(values_N: Array, cluster_N: Array) -> float | None:
+    """Standard error of the mean of values at positions, of which those of one cluster depend on each other;
+    see `cluster_error`.
+    """
+    return cluster_error(np.bincount(cluster_N, values_N), np.bincount(cluster_N))
+
+
 def cluster_error(sums_G: Array, counts_G: Array) -> float | None:
-    """Standard error of the mean per position, sum(sums) / sum(counts), where positions of one cluster (a
-    sample) depend on each other: that of a ratio estimator (Cochran, Sampling Techniques, 6.4). sums, counts:
-    per cluster. None for fewer than two clusters with positions, or where a value is not known.
+    """Standard error of the mean per position, sum(sums) / sum(counts), where positions of one cluster, a
+    document, depend on each other: that of a ratio estimator (Cochran, Sampling Techniques, 6.4). sums and
+    counts are per cluster. None for fewer than two clusters with positions, or where a value is not known.
     """
     sums_G, counts_G = sums_G[counts_G > 0].astype(np.float64), counts_G[counts_G > 0].astype(np.float64)
     clusters, total = len(counts_G), counts_G.sum()

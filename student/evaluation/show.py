@@ -44,7 +44,7 @@ def _show_cache(cache: dict[str, Any], console: Console) -> None:
         table = _table("from", "below", "positions", "KL", "student CE", "teacher CE")
         for row in rows:
             ends = [f"{row[end]:.0f}" if whole else f"{row[end]:.3f}" for end in ("from", "to")]
-            values = [_number(row[name]) for name in ("kl", "ce", "teacher_ce")]
+            values = [_with_error(row[name], row.get(f"{name}_se")) for name in ("kl", "ce", "teacher_ce")]
             _add(table, *ends, f"{row['positions']:,}", *values)
         console.print(title, table)
 

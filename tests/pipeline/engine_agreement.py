@@ -101,9 +101,9 @@ def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
     oracle = list(TransformersEngine(config).capture(prompts))
     try:
         engine = VllmEngine(config)
+        captured = list(engine.capture(prompts))
     except RequestError as refusal:
         return {"architecture": teacher.architecture, "refused": str(refusal)}
-    captured = list(engine.capture(prompts))
     engine.close()
     report = [compare(a, b) for a, b in zip(captured, oracle, strict=True)]
     return {"architecture": teacher.architecture, "vocabulary": teacher.vocab_size, "samples": report}

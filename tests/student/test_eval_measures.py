@@ -48,7 +48,8 @@ def test_buckets_by_position_are_powers_of_two() -> None:
     assert power_edges(0) == [0, 1]
     assert power_edges(8) == [0, 1, 2, 4, 8, 16]
     position = np.array([0, 1, 2, 3, 4, 7, 8])
-    rows = means_by(position, power_edges(8), {"kl": np.arange(7.0), "teacher_ce": np.full(7, np.nan)})
+    columns = {"kl": np.arange(7.0), "teacher_ce": np.full(7, np.nan)}
+    rows = means_by(position, power_edges(8), columns, np.array([0, 0, 0, 1, 1, 1, 1]))
     assert [(row["from"], row["to"], row["positions"], row["kl"]) for row in rows] == [
         (0, 1, 1, 0.0),
         (1, 2, 1, 1.0),
@@ -56,19 +57,21 @@ def test_buckets_by_position_are_powers_of_two() -> None:
         (4, 8, 2, 4.5),
         (8, 16, 1, 6.0),
     ]
-    assert all(row["teacher_ce"] is None for row in rows)
+    assert all(row["teacher_ce"] is None and row["teacher_ce_se"] is None for row in rows)
+    # Two positions of two documents: their difference, halved. One document says nothing of its error.
+    assert [row["kl_se"] for row in rows] == [None, None, pytest.approx(0.5), None, None]
 
 
 def test_buckets_by_quantile_hold_everything_once() -> None:
     values = np.random.default_rng(0).gamma(1.0, 2.0, 333).astype(np.float32)
-    rows = means_by(values, quantile_edges(values, 8), {"value": values})
+    rows = means_by(values, quantile_edges(values, 8), {"value": values}, np.arange(333))
     assert sum(int(row["positions"] or 0) for row in rows) == 333
     assert all(40 <= int(row["positions"] or 0) <= 43 for row in rows)
     for row in rows:
         inside = [v for v in values.astype(np.float64) if row["from"] <= v < row["to"]]  # type: ignore[operator]
         assert (len(inside), row["value"]) == (row["positions"], pytest.approx(sum(inside) / len(inside)))
     ties = np.array([1.0] * 9 + [2.0])
-    assert [row["positions"] for row in means_by(ties, quantile_edges(ties, 4), {})] == [10]
+    assert [row["positions"] for row in means_by(ties, quantile_edges(ties, 4), {}, np.arange(10))] == [10]
 
 
 def test_the_error_of_a_mean_is_that_of_dependent_positions() -> None:

@@ -88,7 +88,7 @@ def test_a_ternary_student_learns_everything_at_once(learn: Callable[..., list[d
         {"loss": name, **({"temperature": 2.0} if "temperature" in loss.options else {})}
         for name, loss in catalogue().items()
     ]
-    bitnet = ("--student-model-as-bitnet", "--gradient_checkpointing", "True", "--bf16", "--max_steps", 8)
+    bitnet = ("--student-model-as-bitnet", "--gradient_checkpointing", "True", "--bf16", "--max_steps", 4)
     entries = learn({"terms": terms, "balance": "gradient_norm"}, *bitnet)
     assert sum(key.startswith("loss_") for key in entries[0]) >= len(terms)
     assert all(np.isfinite(list(entry.values())).all() for entry in entries)
