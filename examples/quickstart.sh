@@ -21,4 +21,4 @@ step "3/3 a BitNet b1.58 student, trained from the cache alone"
   --student-model-config '{"num_hidden_layers": 6}' --student-model-as-bitnet \
   --logits-loss kl --ce-weight 0.1 --hidden-loss cosine --hidden-weight 1.0 \
   --per-device-train-batch-size 4 --learning-rate 1e-3 --max-steps "$STEPS" \
-  --eval-fraction 0.05 --eval-steps 0.25 --save-strategy no --overwrite-output-dir
+  --eval-fraction 0.05 --eval-steps 0.5 --save-strategy no --overwrite-output-dir
