@@ -58,8 +58,8 @@ def test_a_share_of_memory_is_handed_to_vllm(
     monkeypatch.setattr(vllm, "LLM", taken.update)
     request = GenerateRequest(str(tiny_teacher), "./corpus.txt", "./store", gpu_memory_utilization=share)
     config = engine_config(request, load_teacher(str(tiny_teacher)), "float32")
-    _start(config, verbose=False, enforce_eager=True, options={"runner": "pooling"})
+    _start(config, False, enforce_eager=True, kv_cache_memory_bytes=1000, options={"runner": "pooling"})
     assert taken["runner"] == "pooling"
-    # Without the flag the choice is vLLM's own.
-    assert taken.get("gpu_memory_utilization") == share
-    assert ("gpu_memory_utilization" in taken) == (share is not None)
+    # With the flag the choice is vLLM's own, within that share.
+    expected = {"kv_cache_memory_bytes": 1000} if share is None else {"gpu_memory_utilization": share}
+    assert {name: taken[name] for name in taken if "memory" in name} == expected
