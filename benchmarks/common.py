@@ -51,10 +51,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_result(name: str, title: str, body: str) -> None:
-    """Print a result and keep it as benchmarks/results/<name>.md with the command, machine and date."""
+def write_result(name: str, title: str, body: str, command: str = "") -> None:
+    """Print a result and keep it as benchmarks/results/<name>.md with the command, machine and date.
+
+    command: what made it, where that is not `python benchmarks/<name>.py`.
+    """
+    made_by = command or f"python benchmarks/{name}.py"
     text = (
-        f"# {title}\n\n`python benchmarks/{name}.py` on {cpu_name()}, {os.cpu_count()} cores, Python "
+        f"# {title}\n\n`{made_by}` on {cpu_name()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}.\n\n{body}\n"
     )
     RESULTS.mkdir(exist_ok=True)
