@@ -56,6 +56,7 @@ class CodedSample:
     tokens: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     features: dict[GroupSpec, GroupCodes]
+    documents: tuple[str, ...] = ()
 
 
 class CacheReader:
@@ -225,7 +226,9 @@ class CacheReader:
         bundle, position = self._place(index)
         sample = bundle.samples()[position]
         features = {spec: bundle.codes(position, spec) for spec in groups}
-        return CodedSample(self.sample_ids[index], sample.tokens, sample.loss_mask, features)
+        return CodedSample(
+            self.sample_ids[index], sample.tokens, sample.loss_mask, features, sample.documents
+        )
 
     def _place(self, index: int) -> tuple[Bundle, int]:
         if not 0 <= index < len(self):

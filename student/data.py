@@ -22,7 +22,6 @@ from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
 from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseFeatures, LseSpec
 from student.packing import pack, position_ids
-from student.split import document_of_each
 
 Array = npt.NDArray[Any]
 
@@ -40,10 +39,6 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
     def manifest_digest(self) -> str:
         """Digest of the manifest that the samples are read from."""
         return self._reader.manifest_digest
-
-    def documents(self) -> npt.NDArray[np.int64]:
-        """The number of each sample's document, int64 [samples]; see `document_of_each`."""
-        return document_of_each(self._reader, self._indices)
 
     def shards(self) -> list[list[int]]:
         """Positions in this data set by the shard that holds them."""

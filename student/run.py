@@ -117,7 +117,15 @@ def build(prepared: Prepared) -> Built:
     model = DistillationModel(student, objective, load_teacher(objective, reader))
     sizes = (reader.identity.vocab_size, reader.teacher_dir)
     trainer = DistillationTrainer(
-        model, args, data.train, data.held_out, *sizes, options.pack_rows, options.ternary(), drift
+        model,
+        args,
+        data.train,
+        data.held_out,
+        *sizes,
+        options.pack_rows,
+        options.ternary(),
+        drift,
+        data.split.held_out_documents,
     )
     trainer.add_callback(UniformGuess(reader.identity.vocab_size, prepared.plan.copied))
     return Built(prepared, model, trainer, drift)

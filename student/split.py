@@ -4,11 +4,8 @@ sides, and that a growing cache never moves a sample from one side to the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from featurestore.reader import CacheReader
 from student.errors import UserError
@@ -24,12 +21,14 @@ Documents = Sequence[tuple[str, ...]]
 class Split:
     """Indices of training and held-out samples, in the order of the cache.
 
+    held_out_documents: of each held-out sample, see `number_documents`.
     left_out: how many are on neither side, since they share a document with the held-out side. unknown: how
     many samples have no document's key (caches of before, imported ones) and are split on their own.
     """
 
     training: list[int]
     held_out: list[int]
+    held_out_documents: list[int] = field(default_factory=list)
     left_out: int = 0
     unknown: int = 0
 
@@ -81,6 +80,9 @@ def split_samples(
     return Split(
         training=training,
         held_out=held_out,
+        held_out_documents=number_documents(
+            ((sample_ids[index], next(filter(None, copies[index]), ())) for index in held_out), {}
+        ),
         left_out=len(sample_ids) - len(training) - len(held_out),
         unknown=sum(not all(known or [()]) for known in copies) if fraction else 0,
     )
@@ -93,13 +95,13 @@ def split_cache(reader: CacheReader, fraction: float) -> Split:
     return split_samples(reader.sample_ids, fraction, reader.documents())
 
 
-def document_of_each(reader: CacheReader, indices: Sequence[int]) -> npt.NDArray[np.int64]:
-    """A number per sample of `indices`, int64 [G]: equal where samples begin in one document. A sample whose
-    document is not known has a number of its own.
+def number_documents(samples: Iterable[tuple[str, tuple[str, ...]]], numbers: dict[str, int]) -> list[int]:
+    """A number per sample, of which the id and the keys of its documents are given: equal where samples begin
+    in one document. A sample whose document is not known has a number of its own.
+
+    numbers: those given so far by name; new ones are added.
     """
-    known, numbers = reader.documents(), dict[str, int]()
-    names = [next((keys[0] for keys in known[i] if keys), reader.sample_ids[i]) for i in indices]
-    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+    return [numbers.setdefault(keys[0] if keys else sample_id, len(numbers)) for sample_id, keys in samples]
 
 
 def _empty_side(sample_ids: Sequence[str], fraction: float, copies: Sequence[Documents], side: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         pack_rows: bool = False,
         ternary: TernaryPlan | None = None,
         drift: Drift | None = None,
+        held_out_documents: Sequence[int] = (),
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
@@ -51,7 +53,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=self._train_collator,
-            compute_metrics=eval_dataset and partial(held_out_metrics, eval_dataset.documents()),
+            compute_metrics=partial(held_out_metrics, held_out_documents),
             optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
         )
         self.add_callback(KeptCallback())
@@ -238,7 +240,7 @@ def _rounding(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dic
     }
 
 
-def held_out_metrics(document_G: np.ndarray[Any, Any], prediction: EvalPrediction) -> dict[str, float]:
+def held_out_metrics(document_G: Sequence[int], prediction: EvalPrediction) -> dict[str, float]:
     """Means per learned position over the held-out samples.
 
     loss: the objective. kl: KL(teacher || student), coarse-grained (a lower bound, see
@@ -247,7 +249,7 @@ def held_out_metrics(document_G: np.ndarray[Any, Any], prediction: EvalPredictio
     teacher's columns need a cached `logits` group, its perplexity one that is not partial. kl_se: standard
     error of kl over documents, see `cluster_error`.
 
-    document_G: the number of each sample's document.
+    document_G: the number of each sample's document, see `split.number_documents`.
     """
     by_sample = np.asarray(prediction.predictions, np.float64)
     sums = dict(zip(EVAL_COLUMNS, by_sample.sum(0), strict=True))

@@ -19,6 +19,7 @@ from pipeline.capture.plugin import PREFIX, WRAPPERS, original
 from pipeline.capture.pooler import CapturePooler
 from pipeline.capture.spec import CONFIG_KEY, CaptureSpec
 from pipeline.capture.tap import ResidualTap
+from pipeline.capture.wrapped import watch_attention
 from pipeline.errors import EngineError
 
 
@@ -66,8 +67,6 @@ def __getattr__(name: str) -> type[nn.Module]:
         raise AttributeError(name)
     base = original(name.removeprefix(PREFIX)).load_model_cls()
     if base.__name__ in WRAPPERS:
-        from pipeline.capture.wrapped import watch_attention
-
         watch_attention()
     twin = make_capture_class(base)
     twin.__module__ = __name__

@@ -56,11 +56,12 @@ def unheeded(layer: Any, attention_mask: Any, wanted: dict[str, Any]) -> str | N
     if wanted.get("is_causal") is False:
         return "its attention is not causal"
     impl = getattr(layer, "impl", None)
-    for name, given in (
-        ("scaling", getattr(impl, "scale", None)),
-        ("softcap", getattr(impl, "logits_soft_cap", None)),
-        ("sliding_window", getattr(layer, "sliding_window", None)),
-    ):
+    served = {
+        "scaling": getattr(impl, "scale", None),
+        "softcap": getattr(impl, "logits_soft_cap", None),
+        "sliding_window": getattr(layer, "sliding_window", None),
+    }
+    for name, given in served.items():
         asked = wanted.get(name)
         # Where it asks for nothing, and vLLM does something, the class has another way of saying it.
         if asked is not None and not math.isclose(float(asked), float(given or 0.0), rel_tol=1e-5):
@@ -68,7 +69,7 @@ def unheeded(layer: Any, attention_mask: Any, wanted: dict[str, Any]) -> str | N
     other = [
         name
         for name, value in wanted.items()
-        if value is not None and name not in _HEEDED | {"scaling", "softcap", "sliding_window"}
+        if value is not None and name not in _HEEDED and name not in served
     ]
     return f"its attention takes {', '.join(sorted(other))}" if other else None
 

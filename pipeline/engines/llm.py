@@ -11,7 +11,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from pipeline.capture.stand_in import stand_in_for_torchvision
 from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.links import without_unused_weights
@@ -36,7 +35,8 @@ _CPU_DEFAULTS = {
 
 
 def set_environment(verbose: bool) -> None:
-    """Defaults that vLLM reads from the environment at import; what the user has set stays."""
+    """What vLLM reads from the environment at import, and its processes; what the user has set stays."""
+    announce_driver()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A step that still computes is not late, whatever the machine; processes that died are noticed as such.
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", _NEVER)
@@ -68,8 +68,6 @@ class SupervisedLLM:
         **options: Any,
     ) -> None:
         set_environment(verbose)
-        announce_driver()
-        stand_in_for_torchvision()
         from vllm import envs
 
         self._llm: Any = None

@@ -34,7 +34,7 @@ _SHORTER = f"lower --max-seq-len, or use --engine vllm or --teacher-load-in-8bit
 
 
 class TransformersEngine:
-    """One `AutoModelForCausalLM` in evaluation mode, over batches of samples that are padded on the right.
+    """One causal language model in evaluation mode, over batches of samples that are padded on the right.
 
     The padded positions of a batch are at most `max_num_batched_tokens` and at most `max_seq_len`, so that
     its B x T x V logits take no more than those of the longest sample. A teacher whose numbers depend on what

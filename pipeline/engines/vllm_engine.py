@@ -17,7 +17,6 @@ from featurestore.schema import GroupFeatures, GroupSpec
 from pipeline.capture.complaint import listen_at
 from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
-from pipeline.capture.watch import announce_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.batching import pieces
 from pipeline.engines.kv_cache import kv_cache_bytes
@@ -51,7 +50,6 @@ class VllmEngine:
         set_environment(verbose)
         from vllm.config import PoolerConfig
 
-        announce_driver()
         given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         kind = find_in_vllm(config.architecture, given)
         spec = CaptureSpec.from_groups(config.groups, config.vocab_size)

@@ -28,7 +28,7 @@ _FEWER = "lower --max-num-batched-tokens, or --continuation-max-tokens"
 
 
 class TransformersWriter:
-    """One `AutoModelForCausalLM`; batches, padded on the left, hold `max_num_batched_tokens` at most.
+    """One causal language model; batches, padded on the left, hold `max_num_batched_tokens` at most.
 
     Raises:
         EngineError: memory ran out, while it was loaded or at a batch.

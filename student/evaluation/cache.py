@@ -37,7 +37,7 @@ from student.losses.head import HeadTransform
 from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, cross_entropy, forward_kl
 from student.model import select
 from student.sidecar import load_parts
-from student.split import document_of_each
+from student.split import number_documents
 
 Array = npt.NDArray[Any]
 ENTROPY_BUCKETS = 8
@@ -68,14 +68,12 @@ class CachePlan:
 def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:
     """The `cache` section of eval.json, but for the command. Kept in memory: ten numbers per position."""
     parts = list(_batches(student, plan, batch_size))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    columns["document"] = document_of_each(plan.reader, plan.indices)[columns["sample"]]
-    return summarise(columns, plan)
+    return summarise({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, plan)
 
 
 def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
     """Means over all positions and by bucket, with standard errors over documents; columns: what `_batches`
-    gives, joined, and the number of each position's document.
+    gives, joined.
     """
     ce, teacher_ce = mean(columns["ce"]), mean(columns["teacher_ce"])
     assert ce is not None
@@ -116,12 +114,14 @@ def _batches(student: Any, plan: CachePlan, batch_size: int) -> Iterator[dict[st
     groups: list[GroupSpec] = [plan.logits, *([plan.final] if plan.final else [])]
     dataset, collate = CachedDataset(plan.reader, plan.indices, groups), Collator(groups, 0)
     head = load_parts(plan.reader, plan.final is not None, ()).to(student.device).head
+    numbers: dict[str, int] = {}
     for start in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         batch = collate(samples) | {"entropy": _entropies(samples, plan.logits)}
         if bool((batch["labels"] != IGNORE).any()):
             columns = measure_batch(student, batch, head)
-            columns["sample"] += start
+            documents = number_documents(((one.id, one.documents) for one in samples), numbers)
+            columns["document"] = torch.tensor(documents, device=student.device)[columns.pop("sample")]
             yield {name: column.cpu().numpy() for name, column in columns.items()}
 
 

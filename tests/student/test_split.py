@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from featurestore.merge import merge_stores
 from featurestore.reader import CacheReader
 from student.errors import UserError
-from student.split import Split, document_of_each, is_held_out, split_cache, split_samples
+from student.split import Split, is_held_out, split_cache, split_samples
 from tests import teachers
 from tests.command import generate
 from tests.teachers import text_of
@@ -116,7 +116,7 @@ def test_long_documents_do_not_leak(teacher: Path, tmp_path: Path, distily: Run,
     assert len(found.training) + len(found.held_out) + found.left_out == len(reader)
     assert (found.left_out > 0) == (pack == "--pack")
     starts = [texts_in(reader.read(index).tokens) for index in found.held_out]
-    documents = document_of_each(reader, found.held_out)
+    documents = found.held_out_documents
     assert len(set(documents)) < len(documents)
     if pack == "--no-pack":  # then a sample is of one document
         assert all(
