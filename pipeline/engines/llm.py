@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def set_environment(verbose: bool) -> None:
         # Import-time noise of the engine's processes: deprecations, and that a CPU has no Triton.
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
         os.environ.setdefault("TORCH_LOGS", "-torch._library")
+        # The same here, where torch has read its environment already.
+        logging.getLogger("torch._library").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 

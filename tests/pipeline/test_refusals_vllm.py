@@ -56,7 +56,7 @@ def test_a_line_from_the_worker_is_the_commands_last(tmp_path: Path) -> None:
     corpus.write_text(json.dumps({"text": text_of(30)}))
     store = tmp_path / "store"
     done = spawn("distily-cache", "generate", teacher, corpus, "--out", store, "--hidden-layers", 1, code=2)
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "Triton" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert "--hidden-layers" in last and "--engine transformers" in last and "[4, 30, 64]" in last
     assert not list(store.glob("commit/*/*.json"))
