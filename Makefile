@@ -23,7 +23,7 @@ quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
 test: $(VENV)/.ready
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 ci: lint types test
 
