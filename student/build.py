@@ -41,7 +41,8 @@ class StudentPlan:
     checkpoint: load this one; None makes a new model of `config`. layers: teacher layer of each student
     layer. teacher: files to copy from, of which `narrowing` keeps a part; None leaves random weights.
     conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
-    checkpoint has gone through it already.
+    checkpoint has gone through it already. alternatives: the same student from other layers of the teacher,
+    for --copy-layers auto.
     """
 
     config: Any
@@ -53,6 +54,7 @@ class StudentPlan:
     masters: str
     freeze_embeddings: bool
     narrowing: Narrowing = NO_NARROWING
+    alternatives: tuple[StudentPlan, ...] = ()
 
     @property
     def copied(self) -> str | None:
@@ -68,7 +70,7 @@ class StudentPlan:
         samples: token ids, int64 [T] each, by which norms are calibrated and the drift is measured; without
         them norms start as ones. Weights are float32, but for latent ones with bf16 masters.
         """
-        student, drift = self._start().to(device), None
+        student, drift = self.start().to(device), None
         if self.conversion is not None and not self.converted:
             if samples:
                 drift = bitnet.convert_calibrated(student, self.conversion, samples)
@@ -81,7 +83,8 @@ class StudentPlan:
                 module.requires_grad_(False)
         return student, drift
 
-    def _start(self) -> Any:
+    def start(self) -> Any:
+        """The student before any conversion, in float32."""
         if self.checkpoint is None:
             student = new_student(self.config)
             if self.teacher is not None:
@@ -103,9 +106,17 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     longest = int(reader.lengths.max())
     if options.student is not None:
         return _plan_checkpoint(options, reader, options.student, longest)
+    plan = _plan_new(options, reader, options.copy_layers, longest)
+    if plan.teacher is None or options.copy_layers != "auto":
+        return plan
+    others = [_plan_new(options, reader, layers, longest) for layers in ("first", "last")]
+    return replace(plan, alternatives=tuple(other for other in others if other.layers != plan.layers))
+
+
+def _plan_new(options: StudentOptions, reader: CacheReader, copy_layers: str, longest: int) -> StudentPlan:
     flag = "--student-model-config"
     teacher_config = text_config(load_config(str(reader.teacher_dir), "the cache's teacher/"))
-    config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers)
+    config, layers = changed_config(teacher_config, options.config_changes(), copy_layers)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
     check_positions(config, longest, flag)
     teacher = None

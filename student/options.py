@@ -95,9 +95,10 @@ class StudentOptions:
         "--copy-layers (read from its safetensors, the model is never built), or random numbers.",
     )
     copy_layers: str = _flag(
-        "uniform",
+        "auto",
         "Teacher layers to copy: uniform (spread over the depth, ends included), first, last, or a list "
-        "0,4,9,...",
+        "0,4,9,... auto: uniform, unless that student is worse than a uniform guess at the start; then "
+        "whichever of the three is best there.",
     )
     teacher: str | None = _flag(
         None,

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ from student.report import write_report
 from student.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.summary import Run, summarise
 from student.trainer import DistillationTrainer
-from student.uniform import UniformGuess
+from student.uniform import UniformGuess, best_copy
 
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -110,8 +110,13 @@ def build(prepared: Prepared) -> Built:
     if args.process_index == 0:
         for note in prepared.request.notes:
             typer.echo(note, err=True)
+    samples = calibration_samples(data.train)
+    plan, note = best_copy(prepared.plan, samples, args.device)
+    if note is not None and args.process_index == 0:
+        typer.echo(f"distily-train: {note}", err=True)
+    prepared = replace(prepared, plan=plan)
     set_seed(args.seed)
-    student, drift = prepared.plan.build(calibration_samples(data.train), args.device)
+    student, drift = prepared.plan.build(samples, args.device)
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))

@@ -18,10 +18,10 @@ _NOT_INHERITED = ("quantization_config", "transformers_version", "_name_or_path"
 def choose_layers(spec: str, count: int, depth: int) -> list[int]:
     """The `count` teacher layers (0..depth-1) that --copy-layers names.
 
-    uniform spreads them evenly with both ends included; first and last take a block; a list is taken as it is
-    and may repeat layers.
+    uniform, and auto before anything is measured, spread them evenly with both ends included; first and last
+    take a block; a list is taken as it is and may repeat layers.
     """
-    if spec not in ("uniform", "first", "last"):
+    if spec not in ("auto", "uniform", "first", "last"):
         return _explicit_layers(spec, count, depth)
     if count > depth:
         raise UserError(
@@ -40,7 +40,7 @@ def _explicit_layers(spec: str, count: int, depth: int) -> list[int]:
         layers = [int(part) for part in spec.split(",")]
     except ValueError:
         raise UserError(
-            f"--copy-layers {spec!r} is none of uniform, first, last, or a list like 0,4,9"
+            f"--copy-layers {spec!r} is none of auto, uniform, first, last, or a list like 0,4,9"
         ) from None
     if len(layers) != count:
         raise UserError(f"--copy-layers names {len(layers)} layers, but the student has {count}")

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
+
+from student.build import StudentPlan
 
 # Cross-entropy and KL(teacher || student) of a uniform student are at most log V, whatever the teacher; the
 # logged KL is at most the full one (a bound, or in expectation). So no student is called worse that is not.
@@ -38,6 +43,44 @@ def worse_than_uniform(log: Sequence[Mapping[str, Any]], vocab_size: int, start:
         f"{line}; it is a copy of the teacher's layers {start}, which do not fit together; try --copy-layers "
         "first, another list, or --init random"
     )
+
+
+def best_copy(
+    plan: StudentPlan, samples: Sequence[Tensor], device: torch.device | str
+) -> tuple[StudentPlan, str | None]:
+    """The plan itself, unless it leaves the choice of layers open and its student starts worse than a uniform
+    guess; then the one of it and its alternatives that starts with the lowest cross-entropy, and a sentence
+    that says so.
+
+    samples: token ids, int64 [T] each. Of several students one is in memory at a time, and none stays.
+    """
+    samples = [tokens for tokens in samples if len(tokens) > 1]
+    if not plan.alternatives or not samples:
+        return plan, None
+    loss, guess = _start_loss(plan, samples, device), math.log(plan.config.vocab_size)
+    if loss <= (1 + _MARGIN) * guess:
+        return plan, None
+    losses = [_start_loss(other, samples, device) for other in plan.alternatives]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if losses[best] >= loss:
+        return plan, None
+    chosen = plan.alternatives[best]
+    return chosen, (
+        f"--copy-layers auto: a copy of teacher layers {plan.copied} starts at {loss:.3g} nats a token, "
+        f"worse than a uniform guess ({guess:.3g}); layers {chosen.copied} are copied, which start at "
+        f"{losses[best]:.3g}"
+    )
+
+
+@torch.no_grad()
+def _start_loss(plan: StudentPlan, samples: Sequence[Tensor], device: torch.device | str) -> float:
+    """Cross-entropy in nats per token of the student before any conversion; infinite for NaN."""
+    student, total, count = plan.start().to(device).eval(), 0.0, 0
+    for tokens in samples:
+        logits_TV = student(input_ids=tokens[None].to(device)).logits[0, :-1].float()
+        total += float(cross_entropy(logits_TV, tokens[1:].to(device), reduction="sum"))
+        count += len(tokens) - 1
+    return total / count if math.isfinite(total) else math.inf
 
 
 class UniformGuess(TrainerCallback):  # type: ignore[misc]

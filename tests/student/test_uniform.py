@@ -47,7 +47,8 @@ def test_a_bad_copy_is_said_once_in_summary_and_report(
         assert code == 0, err
         return json.loads(out), err
 
-    summary, err = run("bad", "--student-model-config", '{"num_hidden_layers": 2}')
+    shape = ["--student-model-config", '{"num_hidden_layers": 2}']
+    summary, err = run("bad", *shape, "--copy-layers", "uniform")
     assert summary["first_eval"]["eval_ce"] > 1.1 * GUESS
     (line,) = [line for line in err.splitlines() if "uniform guess" in line]
     assert line == f"distily-train: {summary['start_warning']}" and "layers 0,2" in line
@@ -55,6 +56,28 @@ def test_a_bad_copy_is_said_once_in_summary_and_report(
     small = '{"num_hidden_layers": 2, "initializer_range": 0.02}'
     summary, err = run("random", "--init", "random", "--student-model-config", small)
     assert summary["start_warning"] is None and "uniform guess" not in err
+
+
+def test_another_copy_is_taken_where_the_default_breaks(
+    cache: Path, tmp_path: Path, distily_train: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Measured on the starts of eight samples; the list that is named in the line gives the same student."""
+
+    def first_ce(name: str, *flags: object) -> tuple[float, str]:
+        code, out, err = distily_train(
+            cache, "--output-dir", tmp_path / name, "--eval-fraction", 0.25, "--max-steps", 1, "--json",
+            "--report-to", "none", "--student-model-config", '{"num_hidden_layers": 2}', *flags,
+        )  # fmt: skip
+        assert code == 0, err
+        return json.loads(out)["first_eval"]["eval_ce"], err
+
+    found = {layers: first_ce(layers, "--copy-layers", layers) for layers in ("uniform", "first", "last")}
+    best = min(found, key=lambda layers: found[layers][0])
+    assert best != "uniform" and all("--copy-layers auto" not in err for _, err in found.values())
+    chosen, err = first_ce("auto")
+    (line,) = [line for line in err.splitlines() if "--copy-layers auto" in line]
+    assert chosen == found[best][0] and "layers 0,2 starts at" in line
+    assert f"layers {'0,1' if best == 'first' else '1,2'} are copied," in line
 
 
 def test_the_card_knows_the_teachers_sizes(
