@@ -5,13 +5,15 @@ VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
 RUN ?= run
-# Test files that run side by side; each may start a vLLM of its own.
-WORKERS ?= 2
+# Test files that run side by side; each may start a vLLM of its own, which waits now and then.
+WORKERS ?= 3
 PY := $(VENV)/bin/python
 
 # Threads that spin at barriers slow each other down many times over on a shared machine.
 export OMP_WAIT_POLICY ?= passive
 export VENV PYTHON ACCELERATOR
+# Hundreds of processes load the same modules.
+unexport PYTHONDONTWRITEBYTECODE
 # Whoever asked for the CPU build wants the GPU left alone; the commands would otherwise ask.
 ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=

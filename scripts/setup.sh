@@ -35,7 +35,9 @@ cpu)
   index=(--extra-index-url "$TORCH_CPU_INDEX")
   # A CPU wheel in a local wheel directory (pip's find-links setting) makes PyTorch's index unnecessary.
   if pip install -q --dry-run --no-deps --no-index "$torch" >/dev/null 2>&1; then index=(); fi
-  pip install -q --no-deps "${index[@]}" -r requirements/cpu.lock
+  # pip would compile 33,000 files one after another.
+  pip install -q --no-deps --no-compile "${index[@]}" -r requirements/cpu.lock
+  "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" >/dev/null 2>&1 || true  # some are of another Python
   pip install -q --no-deps --no-build-isolation -e .
   ;;
 cuda)

@@ -28,6 +28,13 @@ from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole runs first, so that no worker is left with a long one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("vllm")}
+    long |= {item.path for item in items if item.path.parent == Path(__file__).parent}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def loaded_modules_are_no_garbage() -> None:
     """What is loaded by now is not looked through again: Trainer collects garbage in every training, and a

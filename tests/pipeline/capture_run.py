@@ -1,6 +1,6 @@
 """Capture samples in vLLM and keep the features as .npz: `python -m tests.pipeline.capture_run TEACHER
-SAMPLES.json OUT.npz STEP_TOKENS ORDER_SEED PROCESSES`. A program of its own, because a process has
-one engine in its life.
+SAMPLES.json FOLDER RUNS.json`; the runs are {name: [step tokens, order's seed, processes]}. A program of its
+own, with the engines inside it one after another.
 """
 
 from __future__ import annotations
@@ -15,23 +15,34 @@ import numpy as np
 from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
-from pipeline.teacher import load_teacher
+from pipeline.teacher import Teacher, load_teacher
 
 LOGITS, HIDDEN = LogitsSpec(12, 0.7, 16, seed=5), HiddenSpec(1, "f32")
 
 
 def main() -> None:
-    directory, samples, out, step, seed, processes = sys.argv[1:]
+    directory, samples, folder, runs = sys.argv[1:]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     teacher = load_teacher(directory)
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(samples).read_text())]
-    order = np.random.default_rng(int(seed)).permutation(len(prompts)) if int(seed) else range(len(prompts))
-    if int(processes) > 1:
+    for name, (step, seed, processes) in json.loads(Path(runs).read_text()).items():
+        np.savez(Path(folder) / f"{name}.npz", **capture(teacher, prompts, step, seed, processes))
+        # What an engine inside the process leaves behind.
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+
+def capture(
+    teacher: Teacher, prompts: list[np.ndarray], step: int, seed: int, processes: int
+) -> dict[str, np.ndarray]:
+    order = np.random.default_rng(seed).permutation(len(prompts)) if seed else range(len(prompts))
+    if processes > 1:
         # vLLM would give each process a NUMA node, of which a small machine has one.
         cores = sorted(os.sched_getaffinity(0))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-            str(cores[rank % len(cores)]) for rank in range(int(processes))
+            str(cores[rank % len(cores)]) for rank in range(processes)
         )
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = VllmEngine(
         EngineConfig(
             model=teacher.path,
@@ -42,8 +53,8 @@ def main() -> None:
             vocab_size=teacher.vocab_size,
             hidden_size=teacher.hidden_size,
             num_layers=teacher.num_layers,
-            max_num_batched_tokens=int(step),
-            tensor_parallel_size=int(processes),
+            max_num_batched_tokens=step,
+            tensor_parallel_size=processes,
         )
     )
     arrays = {}
@@ -54,7 +65,7 @@ def main() -> None:
             arrays[f"{place}.{name}"] = getattr(logits, name)
         arrays[f"{place}.hidden"] = hidden.values
     engine.close()
-    np.savez(out, **arrays)
+    return arrays
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A vLLM process is killed at work: one line, no process left, and the second start completes."""
+"""vLLM killed at work, its command killed, and stopped: no process left, and the last start completes."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ STOP_SECONDS = 10.0
 
 @pytest.mark.vllm
 def test_kills_are_reported_and_the_same_command_completes(tmp_path: Path) -> None:
-    """One process of vLLM is killed, at the next start the other; the third start completes."""
+    """The worker is killed, at the next start the command, the third is stopped; the fourth completes."""
     teacher, store = teachers.llama(tmp_path / "teacher", vocab_size=VOCABULARY), tmp_path / "store"
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": text_of(LENGTH, seed)}) for seed in range(SAMPLES)))
     arguments = ("generate", teacher, corpus, "--out", store, "--max-seq-len", 256, "--shard-tokens", 2000)
-    for victim in ("VLLM::EngineCore", "VLLM::Worker"):
-        kill_at_work(victim, arguments, store, tmp_path / "stderr.txt")
+    kill_the_worker(arguments, store, tmp_path / "stderr.txt")
+    kill_the_command(arguments, store, tmp_path / "stderr.txt")
     stop_at_work(arguments, store, tmp_path / "stderr.txt")
+    kept = {file: file.read_bytes() for file in store.glob("commit/*/*.json")}
     done = json.loads(spawn("distily-cache", *arguments, "--json").stdout)
     assert 0 < done["tokens"] < SAMPLES * LENGTH == int(sum(CacheReader.open(store).lengths))
+    assert {file: file.read_bytes() for file in kept} == kept
     call("distily-cache", "verify", store, "--deep")
 
 
@@ -57,11 +59,11 @@ def at_work(
     return code, log.read_text().splitlines(), tree[1:]
 
 
-def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: Path) -> None:
-    """One process of the engine is killed."""
+def kill_the_worker(arguments: tuple[object, ...], store: Path, log: Path) -> None:
+    """Of the engine's processes the one that computes; those above it end with it."""
 
     def strike(tree: Tree) -> None:
-        next(one for one in tree if victim in " ".join(one.cmdline())).kill()
+        next(one for one in tree if "VLLM::Worker" in " ".join(one.cmdline())).kill()
 
     code, lines, tree = at_work(arguments, store, log, strike, seconds=120)
     assert code == 1, lines
@@ -69,6 +71,14 @@ def kill_at_work(victim: str, arguments: tuple[object, ...], store: Path, log: P
     assert not any("Traceback" in line for line in lines)
     # multiprocessing's own resource tracker notices last that its master is gone.
     assert not psutil.wait_procs(tree, timeout=30)[1]
+
+
+def kill_the_command(arguments: tuple[object, ...], store: Path, log: Path) -> None:
+    """SIGKILL, of which nobody is told: the engine's processes notice by themselves."""
+    code, _, tree = at_work(arguments, store, log, lambda tree: tree[0].kill(), STOP_SECONDS)
+    assert code == -9
+    assert len(tree) > 1, "vLLM runs in processes of its own"
+    assert not psutil.wait_procs(tree, timeout=20)[1], "the engine outlived the command"
 
 
 def stop_at_work(arguments: tuple[object, ...], store: Path, log: Path) -> None:

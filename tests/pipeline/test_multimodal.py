@@ -1,4 +1,7 @@
-"""Teachers whose classes also see, used for their text; and those that vLLM only wraps."""
+"""Teachers whose classes also see, used for their text; and those that vLLM only wraps.
+
+That both engines give the same of them is in test_engine_agreement.py.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +24,6 @@ from pipeline.model_class import auto_class
 from pipeline.plain_head import has_plain_head
 from pipeline.teacher import load_teacher
 from tests import architectures
-from tests.pipeline.test_engine_agreement import agreement, check, random_prompts
-
-
-@pytest.mark.vllm
-def test_both_engines_give_the_text_part(tmp_path: Path) -> None:
-    prompts = random_prompts(architectures.VOCAB, first=architectures.FIRST_TEXT_ID)
-    plan = {
-        architectures.make_multimodal(kind, tmp_path / kind): prompts for kind in architectures.MULTIMODAL
-    }
-    for report in agreement(plan, tmp_path):
-        check(report, layers=5)
-
-
-@pytest.mark.vllm
-def test_what_vllm_only_wraps_is_equal_or_refused(tmp_path: Path) -> None:
-    """Doge computes a mask from its tokens, which vLLM's attention would pass over without a word."""
-    prompts = random_prompts(architectures.VOCAB)
-    plan = {architectures.make(kind, tmp_path / kind): prompts for kind in architectures.WRAPPED}
-    *equal, doge = agreement(plan, tmp_path)
-    assert len(equal) == len(architectures.WRAPPED) - 1
-    for report in equal:
-        check(report, layers=5)
-    assert "attention mask of its own" in doge["refused"] and "--engine transformers" in doge["refused"]
 
 
 @pytest.mark.parametrize("kind", architectures.MULTIMODAL)

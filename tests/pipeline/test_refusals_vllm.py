@@ -49,8 +49,9 @@ def test_architectures_are_refused_before_the_engine_starts(
 
 
 @pytest.mark.vllm
-def test_a_line_from_the_worker_is_the_commands_last(tmp_path: Path) -> None:
+def test_a_line_from_the_worker_is_the_commands_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3n passes four streams at a time from layer to layer."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts faster
     teacher = architectures.make("gemma3n_text", tmp_path / "teacher")
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": text_of(30)}))

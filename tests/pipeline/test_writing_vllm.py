@@ -23,7 +23,7 @@ def generate(*arguments: object) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.vllm
-def test_the_teacher_writes_is_captured_and_resumed(tmp_path: Path) -> None:
+def test_the_teacher_writes_is_captured_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = teacher(tmp_path / "teacher"), corpus(tmp_path / "corpus.jsonl")
     flags = ("--dtype", "float32", "--max-seq-len", 32, "--shard-tokens", 64, "--top-k", 4)
     flags += ("--continuations", 2, "--prompt-tokens", 8, "--continuation-max-tokens", 12)
@@ -42,6 +42,7 @@ def test_the_teacher_writes_is_captured_and_resumed(tmp_path: Path) -> None:
     last = sorted(killed.glob("written/*/*.json"))[-1]
     left = len(json.loads(last.read_text())["texts"])
     last.unlink()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one engine only, which starts faster so
     resumed, _ = generate(model, data, "--out", killed, *flags)
     assert (resumed["writing"]["new"], resumed["tokens"]) == (left, 0)
     assert texts_of(killed) == texts

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ import pytest
 import yaml
 
 from student.objective.catalogue import catalogue
+from tests.command import generate
 from tests.teachers import WORDS
 
-STEPS = 20
+STEPS = 10
 # Hidden states 1 and 2 serve losses between layers, 1 is also the input of block 1.
 FEATURES = ("--top-k", 8, "--tail", 8, "--temperatures", 2, "--hidden-layers", "1,2")
 FEATURES += ("--final", "--relation-layers", 1)
@@ -30,12 +29,7 @@ def full_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     texts = [" ".join(random.choice(WORDS, size=random.integers(12, 24))) for _ in range(64)]
     data = folder / "texts.jsonl"
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    command = [Path(sys.executable).parent / "distily-cache", "generate", teacher, data]
-    options = ["--out", folder / "store", "--engine", "transformers", "--hidden-dtype", "f32", *FEATURES]
-    done = subprocess.run(
-        [*map(str, command), *map(str, options)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    generate(teacher, data, folder / "store", "--hidden-dtype", "f32", *FEATURES)
     return folder / "store"
 
 
@@ -88,7 +82,7 @@ def test_a_ternary_student_learns_everything_at_once(learn: Callable[..., list[d
         {"loss": name, **({"temperature": 2.0} if "temperature" in loss.options else {})}
         for name, loss in catalogue().items()
     ]
-    bitnet = ("--student-model-as-bitnet", "--gradient_checkpointing", "True", "--bf16", "--max_steps", 4)
+    bitnet = ("--student-model-as-bitnet", "--gradient_checkpointing", "True", "--bf16", "--max_steps", 2)
     entries = learn({"terms": terms, "balance": "gradient_norm"}, *bitnet)
     assert sum(key.startswith("loss_") for key in entries[0]) >= len(terms)
     assert all(np.isfinite(list(entry.values())).all() for entry in entries)
