@@ -111,9 +111,9 @@ def build(prepared: Prepared) -> Built:
         for note in prepared.request.notes:
             typer.echo(note, err=True)
     samples = calibration_samples(data.train)
-    plan, note = best_copy(prepared.plan, samples, args.device)
-    if note is not None and args.process_index == 0:
-        typer.echo(f"distily-train: {note}", err=True)
+    plan, said = best_copy(prepared.plan, samples, args.device)
+    if said is not None and args.process_index == 0:
+        typer.echo(f"distily-train: {said}", err=True)
     prepared = replace(prepared, plan=plan)
     set_seed(args.seed)
     student, drift = prepared.plan.build(samples, args.device)
