@@ -19,13 +19,13 @@ import torch
 from capture_speed import LENGTH, prompts
 from common import RUN, table, write_result
 
-from featurestore.plan import plan_generation
-from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec, Sample
+from featurestore.format.plan import plan_generation
+from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec, Sample
 from featurestore.store import FeatureStore
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
-from pipeline.request import GenerateRequest, identity_of
-from pipeline.teacher import load_teacher
+from pipeline.request.generate import GenerateRequest, identity_of
+from pipeline.teacher.checkpoint import load_teacher
 
 SAMPLES, ROUNDS, CHUNK = 8, 5, 512
 LAYERS = (HiddenSpec(10, "int8"), HiddenSpec(20, "int8"))

@@ -62,9 +62,9 @@ def timed(run: Callable[[list[np.ndarray]], object]) -> float:
 
 def settled(**request: Any) -> tuple[Any, Any]:
     """The teacher, and a request with what `generate` would choose on this machine."""
-    from pipeline.request import GenerateRequest
-    from pipeline.sizing import settle
-    from pipeline.teacher import load_teacher
+    from pipeline.generate.sizing import settle
+    from pipeline.request.generate import GenerateRequest
+    from pipeline.teacher.checkpoint import load_teacher
 
     teacher = load_teacher(str(RUN / "teacher"))
     wanted = GenerateRequest(teacher=str(RUN / "teacher"), dataset="", out="", max_seq_len=LENGTH, **request)
@@ -120,14 +120,14 @@ def ours(**request: Any) -> float:
     """The pipeline's own code from samples to committed shards."""
     from rich.console import Console
 
-    from featurestore.plan import plan_generation
-    from featurestore.records import RunCost
-    from featurestore.schema import Sample
+    from featurestore.format.plan import plan_generation
+    from featurestore.format.records import RunCost
+    from featurestore.format.schema import Sample
     from featurestore.store import FeatureStore
-    from pipeline.generate import Prepared, _run, engine_version, start_engine
-    from pipeline.precision import Precision
+    from pipeline.generate.precision import Precision
+    from pipeline.generate.run import Prepared, _run, engine_version, start_engine
     from pipeline.progress import ConsoleReporter
-    from pipeline.request import identity_of
+    from pipeline.request.generate import identity_of
 
     teacher, wanted = settled(shard_tokens=4096, **request)
     print(f"{wanted.dtype}, steps of {wanted.step_size:,} positions", file=sys.stderr)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from featurestore.machine import cpu_name
+from distily.system.machine import cpu_name
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / os.environ.get("RUN", "run")

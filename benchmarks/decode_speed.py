@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from common import RUN, table, write_result
 
-from featurestore.codec import row_starts
+from featurestore.format.codec import row_starts
+from featurestore.format.schema import HiddenSpec, LogitsSpec
 from featurestore.order import epoch_order
 from featurestore.reader import CacheReader, CodedSample
-from featurestore.schema import HiddenSpec, LogitsSpec
-from student.data import Collator, pad
-from student.decoding import decode_targets
+from student.data.batches import Collator, pad
+from student.data.decoding import decode_targets
 
 BATCH, ROUNDS = 16, 15
 PEER_ROWS = 4096

@@ -12,11 +12,11 @@ import torch
 from common import RUN, table, write_result
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import decode_hidden
+from featurestore.format.codec import decode_hidden
 from pipeline.capture.reduce import encode_hidden
-from pipeline.sidecar import plan_sidecar
-from pipeline.teacher import load_teacher
-from pipeline.tokenizer import load_tokenizer
+from pipeline.teacher.checkpoint import load_teacher
+from pipeline.teacher.tokenizer import load_tokenizer
+from pipeline.teacher.weights import plan_sidecar
 
 LENGTH, SAMPLES, CHUNK = 512, 2, 128
 TEMPERATURES = (1.0, 2.0)

@@ -24,11 +24,11 @@ from torch import Tensor
 from featurestore.reader import CacheReader
 from student import bitnet
 from student.bitnet import backward
-from student.data import CachedDataset, Collator
-from student.model import DistillationModel
+from student.data.batches import CachedDataset, Collator
+from student.modeling.saving import load_saved
 from student.objective.terms import Objective, term
-from student.plan import load_teacher, plan_data, plan_split
-from student.saving import load_saved
+from student.training.model import DistillationModel
+from student.training.plan import load_teacher, plan_data, plan_split
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "300")), range(int(os.environ.get("SEEDS", "3")))
 LAYERS, RATE, HELD_OUT, LOGGED = 4, 1e-3, 0.08, 10

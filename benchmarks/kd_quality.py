@@ -31,20 +31,20 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
-from student.arguments import defaults
-from student.build import plan_student
-from student.data import IGNORE, CachedDataset
+from student.config.flags import StudentOptions
+from student.config.parser import defaults
+from student.data.batches import IGNORE, CachedDataset
+from student.data.held_out import split_cache
+from student.losses.catalogue import Loss, Paper
 from student.losses.sparse import ReducedLogits, SparseTargets
-from student.model import DistillationModel
-from student.objective.catalogue import Loss, Paper
+from student.modeling.plan import plan_student
 from student.objective.terms import Objective, Term, term
 from student.objective.weights import Weight
-from student.options import StudentOptions
-from student.plan import load_teacher
-from student.split import split_cache
-from student.trainer import DistillationTrainer
+from student.training.model import DistillationModel
+from student.training.plan import load_teacher
+from student.training.trainer import DistillationTrainer
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "150")), range(int(os.environ.get("SEEDS", "3")))
 BATCH, LENGTH, RATE, LAYERS = 1, 256, 2e-3, 4

@@ -22,9 +22,9 @@ from common import ROOT, table, write_result
 os.environ["PYTHONPATH"] = str(ROOT)
 sys.path.insert(0, str(ROOT))
 
-from featurestore.gc import collect
+from featurestore.maintenance.gc import collect
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests import teachers
 from tests.pipeline.racing import assert_equal_stores, generate, make_request, race_and_kill
 

@@ -28,14 +28,14 @@ from common import RUN, table, write_result
 from llama_cpp_emulation import emulate
 from torch import Tensor
 
-from student.build import StudentPlan
 from student.export import gguf
 from student.export.command import export
 from student.export.formats import ExportRequest
 from student.export.gguf_types import TYPES
 from student.export.source import open_source
 from student.export.verify import compare, logits_of
-from student.saving import load_saved, save_student
+from student.modeling.plan import StudentPlan
+from student.modeling.saving import load_saved, save_student
 
 WORK = RUN / "llama_cpp"
 SAMPLES, LENGTH = 16, 128

@@ -37,7 +37,7 @@ from common import BIN, ROOT, table, write_result
 os.environ["PYTHONPATH"] = str(ROOT)
 sys.path.insert(0, str(ROOT))
 
-from featurestore.schema import HiddenSpec, LogitsSpec
+from featurestore.format.schema import HiddenSpec, LogitsSpec
 from pipeline.capture.packing import RowLayout
 from pipeline.capture.spec import CaptureSpec
 from tests import teachers

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student import bitnet
 from student.bitnet.calibration import distance, final_states
-from student.shape import choose_layers
+from student.modeling.shape import choose_layers
 
 LENGTH, CALIBRATED, MEASURED = 128, 8, 4  # tokens per sample, samples
 STAGES = (bitnet.Strengths(0, 0, 1), bitnet.Strengths(0, 1, 1), bitnet.FULL)

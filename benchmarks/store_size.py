@@ -20,22 +20,22 @@ import numpy as np
 import torch
 from common import RESULTS, RUN, table, write_result
 
-from featurestore.codec import head_mass, narrow_mask, row_starts
-from featurestore.codes import LogitsCodes
-from featurestore.plan import split_tasks
+from featurestore.format.codec import head_mass, narrow_mask, row_starts
+from featurestore.format.codes import LogitsCodes
+from featurestore.format.plan import split_tasks
+from featurestore.format.schema import LogitsFeatures, LogitsSpec, Sample
+from featurestore.format.tail import first_draws, row_shifts
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec, Sample
 from featurestore.store import FeatureStore
-from featurestore.tail import first_draws, row_shifts
 from pipeline.capture.packing import logit_fields, to_features
 from pipeline.capture.reduce import reduce_logits
-from pipeline.request import GenerateRequest, identity_of
-from pipeline.teacher import load_teacher
-from student.data import pad_logits
-from student.decoding import decode_targets
-from student.losses.fused import sparse_head_loss
-from student.losses.head import HeadTransform
+from pipeline.request.generate import GenerateRequest, identity_of
+from pipeline.teacher.checkpoint import load_teacher
+from student.data.batches import pad_logits
+from student.data.decoding import decode_targets
+from student.losses.lm_head import HeadTransform
 from student.losses.sparse import SparseTargets, forward_kl
+from student.losses.sparse_pass import sparse_head_loss
 
 LENGTH, SAMPLES, ANGLE_ROWS = 512, 40, 4096
 DROPPED_LAYERS = (5, 15, 25)

@@ -31,12 +31,12 @@ import torch
 from common import BIN, RESULTS, ROOT, RUN, table, train, write_result
 from quality_report import shown, spread
 
+from featurestore.format.schema import HiddenSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec
+from student.data.held_out import split_cache
+from student.modeling.saving import load_saved
 from student.objective.terms import Objective, term
-from student.plan import load_teacher
-from student.saving import load_saved
-from student.split import split_cache
+from student.training.plan import load_teacher
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "400")), range(3)
 LENGTH, LAYERS, DEPTH, RELATION_LAYER = 256, 4, 30, 20

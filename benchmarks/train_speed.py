@@ -29,14 +29,14 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
-from student.data import CachedDataset, Collator
-from student.decoding import decode_targets
-from student.losses.fused import sparse_head_loss
-from student.losses.head import HeadTransform
+from student.data.batches import CachedDataset, Collator
+from student.data.decoding import decode_targets
+from student.losses.lm_head import HeadTransform
 from student.losses.sparse import forward_kl
-from student.model import DistillationModel
+from student.losses.sparse_pass import sparse_head_loss
 from student.objective.terms import Objective, Term, term
-from student.plan import load_teacher
+from student.training.model import DistillationModel
+from student.training.plan import load_teacher
 
 BATCH, STEPS, ROUNDS = 2, 6, int(os.environ.get("ROUNDS", "3"))
 CACHE, LENGTH = RUN / "speed-cache", 512

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.codec import LSE_STEPS, decode_rows, row_starts
-from featurestore.codes import LogitsCodes, count_repeats
-from featurestore.columns import Extent, layouts
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
-from featurestore.identity import SAMPLES
-from featurestore.plan import Task
-from featurestore.records import SAMPLES_FILE, CommitRecord
-from featurestore.root import PARTS, Root
-from featurestore.schema import (
+from featurestore.format.arrays import ChunkCache, ShardArray
+from featurestore.format.codec import LSE_STEPS, decode_rows, row_starts
+from featurestore.format.codes import LogitsCodes, count_repeats
+from featurestore.format.columns import Extent, layouts
+from featurestore.format.plan import Task
+from featurestore.format.records import SAMPLES_FILE, CommitRecord
+from featurestore.format.schema import (
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,
@@ -28,8 +27,9 @@ from featurestore.schema import (
     TeacherIdentity,
     covers,
 )
-from featurestore.shard import ChunkCache, ShardArray
-from featurestore.tables import samples_from_bytes
+from featurestore.format.tables import samples_from_bytes
+from featurestore.identity import SAMPLES
+from featurestore.storage.root import PARTS, Root
 
 Array = npt.NDArray[Any]
 GroupCodes = LogitsCodes | LseFeatures | HiddenFeatures

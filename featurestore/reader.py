@@ -13,23 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.bundle import Bundle, GroupCodes, check_extent
-from featurestore.directory import (
+from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
+from featurestore.format.arrays import ChunkCache
+from featurestore.format.directory import (
     fullest_manifest,
     manifest_digests,
     read_manifest,
     read_spec,
     read_teacher_listing,
 )
-from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
-from featurestore.files import MAX_RECORD_BYTES
+from featurestore.format.plan import Task
+from featurestore.format.records import Manifest, commit_name, read_commit
+from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers, narrowed
+from featurestore.format.sidecar import Sidecar, part_of
+from featurestore.format.tables import read_plan
 from featurestore.identity import SAMPLES
-from featurestore.plan import Task
-from featurestore.records import Manifest, commit_name, read_commit
-from featurestore.root import Root, root_of
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers, narrowed
-from featurestore.shard import ChunkCache
-from featurestore.sidecar import Sidecar, part_of
-from featurestore.tables import read_plan
+from featurestore.storage.files import MAX_RECORD_BYTES
+from featurestore.storage.root import Root, root_of
 
 OPEN_BUNDLES = 128
 MEND = "run the same `distily-cache generate` again to complete it"

@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.bundle import read_samples
-from featurestore.columns import Extent, Stats, layouts, pack
-from featurestore.directory import (
+from featurestore.errors import (
+    MissingFeatureError,
+    SpecMismatchError,
+    StoreFormatError,
+)
+from featurestore.format.arrays import write_group
+from featurestore.format.columns import Extent, Stats, layouts, pack
+from featurestore.format.directory import (
     SPEC_FILE,
     committed_groups,
     committed_tasks,
@@ -27,16 +33,9 @@ from featurestore.directory import (
     read_spec,
     teacher_listings,
 )
-from featurestore.errors import (
-    MissingFeatureError,
-    SpecMismatchError,
-    StoreFormatError,
-)
-from featurestore.files import MAX_RECORD_BYTES, hash_file, write_new, writing
-from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
-from featurestore.mismatch import explain
-from featurestore.plan import Task
-from featurestore.records import (
+from featurestore.format.mismatch import explain
+from featurestore.format.plan import Task
+from featurestore.format.records import (
     SAMPLES_FILE,
     CommitRecord,
     Manifest,
@@ -49,11 +48,12 @@ from featurestore.records import (
     sum_stats,
     unrecorded,
 )
-from featurestore.root import Root, root_of
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
-from featurestore.shard import write_group
-from featurestore.sidecar import sidecar_files
-from featurestore.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
+from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
+from featurestore.format.sidecar import sidecar_files
+from featurestore.format.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
+from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
+from featurestore.storage.files import MAX_RECORD_BYTES, hash_file, write_new, writing
+from featurestore.storage.root import Root, root_of
 
 
 def _spec(identity: TeacherIdentity) -> bytes:

@@ -51,7 +51,7 @@ def _bar(console: Console, what: str, amount: ProgressColumn) -> Iterator[Callab
 
 
 class Reporter(Protocol):
-    """Told of the work by `pipeline.generate`; shows it or not."""
+    """Told of the work by `pipeline.generate.run`; shows it or not."""
 
     def stage(self, text: str) -> None: ...
     def reading(self, rows: int) -> None: ...

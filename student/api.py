@@ -1,7 +1,7 @@
 """For notebooks: what `distily-train from-cache` does, in parts that can be looked at.
 
 Open a store with `featurestore.reader.CacheReader.open`, look into it with `expectations` and the functions
-of `featurestore.inspect`; an `Experiment` is a training that stands still until it is told to go.
+of `featurestore.maintenance.inspect`; an `Experiment` is a training that stands still until it is told to go.
 
     reader = CacheReader.open("run/cache")
     expectations(reader, 0)
@@ -21,13 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
-from featurestore.inspect import look_at
+from featurestore.maintenance.inspect import look_at
 from featurestore.reader import CacheReader
-from student.arguments import parse
-from student.flagfile import command_line
-from student.outputs import check_output
-from student.run import build, prepare, train
-from student.tokenizer import load_tokenizer
+from student.config.flagfile import command_line
+from student.config.parser import parse
+from student.modeling.tokenizer import load_tokenizer
+from student.training.outputs import check_output
+from student.training.run import build, prepare, train
 
 
 def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ class Experiment:
         """The batches of the first epoch, in the order in which training reads them, on its device.
 
         input_ids, attention_mask and labels int64 [B, T] (a label is the token that follows, -100 where
-        nothing is learned), and the teacher's features as stored: see `student.data.Collator`.
+        nothing is learned), and the teacher's features as stored: see `student.data.batches.Collator`.
         """
         return iter(self.trainer.get_train_dataloader())
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
-from pipeline.estimate import row_bytes
-from pipeline.pace import rough_pace
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
+from pipeline.generate.estimate import row_bytes
+from pipeline.generate.pace import rough_pace
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from featurestore.format.schema import HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsSpec
 from tests.command import call, spawn
 from tests.teachers import text_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from featurestore.schema import HiddenSpec, LogitsSpec
+from featurestore.format.schema import HiddenSpec, LogitsSpec
 from scripts.run_notebook import NOTEBOOK, code_cells, executed, source_digest
 from tests.student.caches import random_samples, save_teacher, write_cache
 

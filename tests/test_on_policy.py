@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from featurestore.format.written import piece_names, read_piece
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.root import LocalRoot
-from featurestore.verify import verify_store
-from featurestore.written import piece_names, read_piece
-from pipeline.teacher import load_teacher
+from featurestore.storage.root import LocalRoot
+from pipeline.teacher.checkpoint import load_teacher
 from tests.pipeline.writing import corpus, teacher
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "on_policy.sh"

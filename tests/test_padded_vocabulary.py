@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import ROW_ERROR
+from featurestore.format.codec import ROW_ERROR
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec
 from tests import architectures
 from tests.command import call
 from tests.teachers import text_of

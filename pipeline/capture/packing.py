@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featurestore.columns import HIDDEN_STATS
-from featurestore.schema import (
+from featurestore.format.columns import HIDDEN_STATS
+from featurestore.format.schema import (
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,

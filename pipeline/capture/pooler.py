@@ -16,7 +16,7 @@ from vllm.model_executor.layers.pooler.common import PoolingParamsUpdate
 from vllm.platforms import current_platform
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from featurestore.tail import row_shifts
+from featurestore.format.tail import row_shifts
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields
 from pipeline.capture.spec import POOLING_TASK, CaptureSpec
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from featurestore.tail import van_der_corput
+from featurestore.format.tail import van_der_corput
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
@@ -59,7 +59,8 @@ def reduce_logits(
         top_k: K, 1..V: the head size, or its cap when `top_p` is given.
         top_p: stop the head at the first rank where its cumulative mass reaches p (nucleus, Holtzman 2020).
         tail: M, how often to draw from what is outside the head.
-        shifts_N: float64 in [0, 1), where each row's draws begin (featurestore.tail.row_shifts); with `tail`.
+        shifts_N: float64 in [0, 1), where each row's draws begin (featurestore.format.tail.row_shifts); with
+            `tail`.
     """
     logits = logits_NV.float()
     head_logits, head_ids = top(logits, top_k)

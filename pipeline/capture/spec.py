@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
 
 # What our side and vLLM's worker call each other by: the key of vLLM's additional_config that holds the spec,
 # and the pooling task whose output is one tensor row per position.

@@ -6,13 +6,13 @@ import sys
 
 import typer
 
-from featurestore.stopping import stoppable
+from distily.system.stopping import stoppable
 from pipeline.cli.exchange import export, import_command, merge
 from pipeline.cli.generating import generate, plan
 from pipeline.cli.reporting import report
 from pipeline.cli.sharing import pull, push
+from pipeline.cli.spelling import spelled
 from pipeline.cli.stores import gc, info, list_command, verify
-from pipeline.spelling import spelled
 
 app = typer.Typer(
     name="distily-cache",

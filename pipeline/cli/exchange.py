@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featurestore.stopping import advise
+from distily.system.stopping import advise
 from pipeline.cli.data_options import ConfigOption, DatasetArgument, SplitOption
 from pipeline.cli.exits import RESUMES, exit_codes
 from pipeline.cli.options import JsonOption, OutOption, ShardOption, StoreArgument, TrustOption
@@ -27,7 +27,7 @@ def merge(
 
     Example: distily-cache merge ./all ./machine-1 ./machine-2
     """
-    from featurestore.merge import merge_stores
+    from featurestore.maintenance.merge import merge_stores
     from pipeline.progress import bytes_progress
 
     advise(RESUMES)
@@ -60,7 +60,7 @@ def export(
 
     Example: distily-cache export ./cache ./rows --groups logits
     """
-    from pipeline.export import export_store
+    from pipeline.interchange.export import export_store
     from pipeline.progress import tokens_progress
 
     with exit_codes():
@@ -107,7 +107,7 @@ def import_command(
 
     Example: distily-cache import ./captured --out ./cache --teacher ./teacher --layout distillkit
     """
-    from pipeline.importing import ImportRequest, import_dataset
+    from pipeline.interchange.importing import ImportRequest, import_dataset
     from pipeline.progress import tokens_progress
 
     advise(RESUMES)

@@ -1,4 +1,4 @@
-"""How a command ends: 0 done, 2 bad request, 1 failure; 130 and 143: see `featurestore.stopping`."""
+"""How a command ends: 0 done, 2 bad request, 1 failure; 130 and 143: see `distily.system.stopping`."""
 
 from __future__ import annotations
 

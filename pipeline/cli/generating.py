@@ -28,7 +28,7 @@ def generate(
 
     Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
     """
-    from pipeline.generate import execute, prepare
+    from pipeline.generate.run import execute, prepare
 
     with exit_codes(verbose):
         request = flags.request()
@@ -47,9 +47,9 @@ def plan(
 
     Starts and writes nothing. The time is that of earlier runs of the store, else a rough one.
     """
-    from pipeline.estimate import estimate
-    from pipeline.generate import prepare
-    from pipeline.render import render_plan
+    from pipeline.generate.estimate import estimate
+    from pipeline.generate.run import prepare
+    from pipeline.report.tables import render_plan
 
     with exit_codes():
         with _reporter() as report:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featurestore.page import why_not_page, write
+from distily.html.page import why_not_page, write
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
 from pipeline.cli.output import print_json

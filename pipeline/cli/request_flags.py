@@ -56,7 +56,7 @@ from pipeline.cli.writing_options import (
 from pipeline.errors import RequestError
 
 if TYPE_CHECKING:
-    from pipeline.request import GenerateRequest
+    from pipeline.request.generate import GenerateRequest
 
 Command = Callable[..., None]
 
@@ -109,8 +109,8 @@ class RequestFlags:
 
     def request(self) -> GenerateRequest:
         """The flags as a validated request; RequestError names the flag that cannot be served."""
-        from pipeline.request import GenerateRequest
-        from pipeline.writing.request import writing_request
+        from pipeline.request.generate import GenerateRequest
+        from pipeline.request.writing import writing_request
 
         flags = asdict(self)
         for name, kind, example in (

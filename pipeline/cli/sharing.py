@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from featurestore.stopping import advise
+from distily.system.stopping import advise
 from pipeline.cli.exits import RESUMES, exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
 from pipeline.cli.output import print_json, say
@@ -26,7 +26,7 @@ def push(
 
     Example: distily-cache push ./cache me/smollm2-features --private
     """
-    from pipeline.hub import push_store
+    from pipeline.interchange.hub import push_store
 
     advise(RESUMES)
     with exit_codes():
@@ -51,7 +51,7 @@ def pull(
 
     Example: distily-cache pull me/smollm2-features ./cache
     """
-    from pipeline.hub import pull_store
+    from pipeline.interchange.hub import pull_store
 
     advise(RESUMES)
     with exit_codes():

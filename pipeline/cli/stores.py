@@ -27,9 +27,9 @@ def info(
     With --sample N: each token's text, the teacher's probability of the token that follows, what it held for
     more probable, the mass in the stored head, and the entropy.
     """
-    from featurestore.info import store_info
-    from pipeline.inside import render_ranks, render_sizes
-    from pipeline.render import render_info
+    from featurestore.maintenance.info import store_info
+    from pipeline.report.tables import render_info
+    from pipeline.report.terminal import render_ranks, render_sizes
 
     with exit_codes():
         if sample is not None:
@@ -56,8 +56,8 @@ def verify(
 
     Without --deep the records, the files and their sizes are checked.
     """
-    from featurestore.verify import verify_store
-    from pipeline.render import render_report
+    from featurestore.maintenance.verify import verify_store
+    from pipeline.report.tables import render_report
 
     with exit_codes():
         report = verify_store(store, deep=deep)
@@ -71,8 +71,8 @@ def verify(
 
 def list_command(store: StoreArgument, as_json: JsonOption = False) -> None:
     """List the shards of STORE: samples, tokens, column groups, bytes."""
-    from featurestore.listing import list_shards
-    from pipeline.render import render_shards
+    from featurestore.maintenance.listing import list_shards
+    from pipeline.report.tables import render_shards
 
     with exit_codes():
         shards = list_shards(store)
@@ -96,8 +96,8 @@ def gc(
 
     Nothing that was committed is touched. What is younger than --min-age may belong to a run that is at work.
     """
-    from featurestore.gc import collect
-    from pipeline.render import render_collection
+    from featurestore.maintenance.gc import collect
+    from pipeline.report.tables import render_collection
 
     with exit_codes():
         found = collect(store, delete, min_age)
@@ -108,10 +108,10 @@ def gc(
 
 
 def _show_sample(store: str, index: int, tokens: int, as_json: bool) -> None:
-    from featurestore.inspect import look_at
+    from featurestore.maintenance.inspect import look_at
     from featurestore.reader import CacheReader
-    from pipeline.inside import render_sample, sample_json
-    from pipeline.pieces import load_pieces
+    from pipeline.report.terminal import render_sample, sample_json
+    from pipeline.report.token_text import load_pieces
 
     reader = CacheReader.open(store)
     if not 0 <= index < len(reader):
@@ -125,7 +125,7 @@ def _show_sample(store: str, index: int, tokens: int, as_json: bool) -> None:
 
 def _mass_by_rank(store: str) -> Any:
     """None where there are no logits; damage is named, and the rest of `info` still shown."""
-    from featurestore.inspect import mass_by_rank
+    from featurestore.maintenance.inspect import mass_by_rank
     from featurestore.reader import CacheReader
 
     try:

@@ -9,16 +9,17 @@ from typing import Protocol
 
 import numpy as np
 
-from featurestore.schema import GroupFeatures, GroupSpec
+from featurestore.format.schema import GroupFeatures, GroupSpec
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything an engine needs to start; validated by `pipeline.request` before.
+    """Everything an engine needs to start; validated by `pipeline.request.generate` before.
 
     `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces. `vocab_size` is
     where logits are cut: columns beyond it are padding of the LM head.
-    `quantize_to` names what the weights are quantised to while they are loaded (pipeline/quantization.py).
+    `quantize_to` names what the weights are quantised to while they are loaded
+    (pipeline/teacher/quantization.py).
     `max_num_batched_tokens`: positions of one vLLM step; a longer prompt is prefilled in chunks.
     In transformers those of a batch; a longer prompt is a batch of its own.
     `gpu_memory_utilization`: the share of a GPU's memory that vLLM may take; None leaves it vLLM's own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from featurestore.checkpoint import unused_weights
+from distily.checkpoint.weights import unused_weights
 
 
 def without_unused_weights(directory: Path) -> tempfile.TemporaryDirectory[str] | None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from featurestore.checkpoint import explain_gaps
+from distily.checkpoint.weights import explain_gaps
 from pipeline.engines.base import EngineConfig
 from pipeline.errors import RequestError
-from pipeline.model_class import auto_class
-from pipeline.quantization import bitsandbytes_config
+from pipeline.teacher.model_class import auto_class
+from pipeline.teacher.quantization import bitsandbytes_config
 
 
 def load_causal_lm(config: EngineConfig) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurestore.schema import GroupFeatures, GroupSpec
-from featurestore.tail import row_shifts
+from featurestore.format.schema import GroupFeatures, GroupSpec
+from featurestore.format.tail import row_shifts
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
 from pipeline.engines.base import EngineConfig

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from featurestore.schema import GroupFeatures, GroupSpec
+from featurestore.format.schema import GroupFeatures, GroupSpec
 from pipeline.capture.complaint import listen_at
 from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec

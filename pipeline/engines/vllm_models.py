@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.capture.plugin import WRAPPERS, capture_from, original, register
+from pipeline.engines.plain_head import has_plain_head
 from pipeline.errors import RequestError, one_line
-from pipeline.model_class import auto_class
-from pipeline.plain_head import has_plain_head
+from pipeline.teacher.model_class import auto_class
 
 _OTHER_ENGINE = "use --engine transformers"
 

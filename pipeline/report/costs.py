@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featurestore.info import StoreInfo
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
-from pipeline.estimate import row_bytes
-from pipeline.pace import Pace
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
+from featurestore.maintenance.info import StoreInfo
+from pipeline.generate.estimate import row_bytes
+from pipeline.generate.pace import Pace
 
 _MORE_SAMPLES = 1_000
 

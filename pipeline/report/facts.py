@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from featurestore.errors import CorruptionError, MissingFeatureError
-from featurestore.info import StoreInfo, store_info
-from featurestore.inspect import SampleView, Survey, look_at, survey
-from featurestore.listing import Shard, list_shards
+from featurestore.maintenance.info import StoreInfo, store_info
+from featurestore.maintenance.inspect import SampleView, Survey, look_at, survey
+from featurestore.maintenance.listing import Shard, list_shards
 from featurestore.reader import CacheReader
-from pipeline.pieces import Pieces, load_pieces
+from pipeline.report.token_text import Pieces, load_pieces
 
 # The sample that is shown: the first with so many tokens, else the longest; and what of it.
 _LONG_ENOUGH = 64

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from featurestore.amounts import duration, size
-from featurestore.chart import Bar, Series, bar_chart, histogram, line_chart
-from featurestore.info import GroupInfo, StoreInfo
-from featurestore.listing import Shard
-from featurestore.page import Cell, Html, cards, facts, note, page, paragraph, row, section, table
-from pipeline.pace import earlier_pace
+from distily.html.chart import Bar, Series, bar_chart, histogram, line_chart
+from distily.html.page import Cell, Html, cards, facts, note, page, paragraph, row, section, table
+from distily.units import duration, size
+from featurestore.maintenance.info import GroupInfo, StoreInfo
+from featurestore.maintenance.listing import Shard
+from pipeline.generate.pace import earlier_pace
 from pipeline.report.costs import further
 from pipeline.report.facts import StoreFacts
 from pipeline.report.runs import number_in, runs_section

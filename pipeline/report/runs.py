@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from featurestore.amounts import duration
-from featurestore.page import Html, code, note, section
+from distily.html.page import Html, code, note, section
+from distily.units import duration
 
 
 def number_in(record: Mapping[str, Any], name: str) -> float | None:

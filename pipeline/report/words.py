@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from featurestore.inspect import RowView, SampleView
-from featurestore.page import Cell, Html, html, note, section, table
-from pipeline.inside import shown, text_of
-from pipeline.pieces import Pieces
+from distily.html.page import Cell, Html, html, note, section, table
+from featurestore.maintenance.inspect import RowView, SampleView
+from pipeline.report.terminal import shown, text_of
+from pipeline.report.token_text import Pieces
 
 # Least probability of each colour, from expected to surprising.
 _STEPS = (0.5, 0.1, 0.01, 0.001, 0.0)

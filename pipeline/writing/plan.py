@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from featurestore.format.schema import Sample, joined
+from featurestore.format.written import Key, WriterSpec, prompt_id
 from featurestore.identity import digest
-from featurestore.schema import Sample, joined
-from featurestore.written import Key, WriterSpec, prompt_id
 
 Array = npt.NDArray[Any]
 

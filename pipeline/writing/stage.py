@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from featurestore.root import Root
-from featurestore.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
+from featurestore.format.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
+from featurestore.storage.root import Root
+from pipeline.data.selection import Selection
 from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter
-from pipeline.request import GenerateRequest, engine_config
-from pipeline.selection import Selection
-from pipeline.teacher import Teacher, load_teacher, without_padding
-from pipeline.tokenizer import load_tokenizer
+from pipeline.request.generate import GenerateRequest, engine_config
+from pipeline.teacher.checkpoint import Teacher, load_teacher, without_padding
+from pipeline.teacher.tokenizer import load_tokenizer
 from pipeline.writing.base import Writer
 from pipeline.writing.plan import Array, Job, WritingPlan, documents_of, jobs_of, prompts_of
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from featurestore.written import WriterSpec
+from featurestore.format.written import WriterSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.batching import batches
 from pipeline.engines.loading import load_causal_lm

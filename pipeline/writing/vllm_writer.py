@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from featurestore.written import WriterSpec
+from featurestore.format.written import WriterSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.llm import SupervisedLLM
 from pipeline.writing.base import Wrote

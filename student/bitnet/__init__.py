@@ -21,7 +21,7 @@ from student.bitnet.linear import (
     quantize_once,
     set_strengths,
 )
-from student.bitnet.masters import MASTERS, RoundingAdamW, halve_masters
+from student.bitnet.master_weights import MASTERS, RoundingAdamW, halve_masters
 from student.bitnet.meter import FlipMeter
 from student.bitnet.quantizers import EPSILON, LEVELS, quantize_activation, quantize_weight, to_int8
 from student.bitnet.training import TernaryCallback, TernaryPlan, staged

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from featurestore.page import why_not, write
+from distily.html.page import why_not, write
 from student.card.metadata import check, metadata
 from student.card.page import card_page
 from student.card.plots import write_plots

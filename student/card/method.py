@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from featurestore.amounts import duration, number, size
+from distily.units import duration, number, size
 from student.card.markdown import command, cut, section, table
-from student.objective.catalogue import EXACTNESS, Loss, catalogue
+from student.losses.catalogue import EXACTNESS, Loss, catalogue
 from student.report.files import RunFiles, number_in, rows_in
 from student.report.savings import capture_seconds, savings
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from huggingface_hub import ModelCardData
 
-from featurestore.amounts import number
+from distily.units import number
 from student.card.markdown import fence, line, section, table, text
 from student.card.metadata import stock, ternary
 from student.card.method import architectures, break_even, cache, objective, training
@@ -23,7 +23,7 @@ model = AutoModelForCausalLM.from_pretrained({name})
 _OURS = """\
 from pathlib import Path
 
-from student.saving import load_saved
+from student.modeling.saving import load_saved
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
@@ -68,7 +68,7 @@ def _use(run: RunFiles) -> str:
     if not stock(run):
         where = (
             f"{text(run.name)} is this folder. It has norms that transformers has no place for, and refuses; "
-            "distily-cache, which has `student.saving`, loads it."
+            "distily-cache, which has `student.modeling.saving`, loads it."
         )
     return section("Use", where, fence(snippet, "python"))
 

@@ -14,13 +14,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featurestore.codec import decode_entropy
-from featurestore.codes import LogitsCodes
+from featurestore.format.codec import decode_entropy
+from featurestore.format.codes import LogitsCodes
+from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader, CodedSample
-from featurestore.schema import GroupSpec, LogitsSpec
-from student.data import IGNORE, CachedDataset, Collator, pad
-from student.decoding import decode_hidden, decode_labels, decode_targets
-from student.evaluation.measures import (
+from student.data.batches import IGNORE, CachedDataset, Collator, pad
+from student.data.decoding import decode_hidden, decode_labels, decode_targets
+from student.data.held_out import number_documents
+from student.data.teacher_weights import load_parts
+from student.losses import divergences, full
+from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss
+from student.losses.lm_head import HeadTransform
+from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, cross_entropy, forward_kl
+from student.losses.sparse_pass import sparse_head_loss
+from student.metrics import (
     calibration_error,
     error_of_mean,
     kl_exactness,
@@ -30,14 +37,7 @@ from student.evaluation.measures import (
     power_edges,
     quantile_edges,
 )
-from student.losses import divergences, full
-from student.losses.dense import DenseTargets, TeacherHead, dense_head_loss
-from student.losses.fused import sparse_head_loss
-from student.losses.head import HeadTransform
-from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, cross_entropy, forward_kl
-from student.model import select
-from student.sidecar import load_parts
-from student.split import number_documents
+from student.training.model import select
 
 Array = npt.NDArray[Any]
 ENTROPY_BUCKETS = 8

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from student.config.precision import inference_device
 from student.errors import UserError
 from student.evaluation import cache, harness, texts
 from student.evaluation.cache import CachePlan
@@ -17,7 +18,6 @@ from student.evaluation.request import EvalRequest
 from student.evaluation.suites import text_sources
 from student.evaluation.texts import TextSource
 from student.export.source import quantization_of, read_config
-from student.precision import inference_device
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from student.evaluation.models import Side
 from student.evaluation.request import EvalRequest, TaskOptions
 from student.evaluation.suites import suite_members
 from student.evaluation.task_data import config_of, leaves, local
-from student.objective.catalogue import suggest
+from student.losses.catalogue import suggest
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 _DEFAULT_GEN_TOKS = 256  # the harness's

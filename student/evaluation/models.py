@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from student.build import load_config
+from student.config.precision import inference_device, inference_dtype
 from student.errors import UserError
-from student.generation import load, student_tokenizer
-from student.precision import inference_device, inference_dtype
-from student.saving import attention, saved_config
-from student.tokenizer import load_tokenizer
-from student.whole import load_whole
+from student.export.generation import load, student_tokenizer
+from student.modeling.plan import load_config
+from student.modeling.saving import attention, saved_config
+from student.modeling.tokenizer import load_tokenizer
+from student.modeling.whole import load_whole
 
 
 @dataclass(frozen=True)

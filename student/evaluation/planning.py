@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import StoreNotFoundError
+from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, LogitsSpec
-from student.build import load_config, same_tokenizer
+from student.data.held_out import split_cache
 from student.errors import UserError
 from student.evaluation.cache import CachePlan
 from student.evaluation.request import EvalRequest
-from student.saving import saved_config, student_config
-from student.shape import check_positions, check_vocabulary
-from student.split import split_cache
+from student.modeling.plan import load_config, same_tokenizer
+from student.modeling.saving import saved_config, student_config
+from student.modeling.shape import check_positions, check_vocabulary
 
 
 def plan_cache(request: EvalRequest) -> CachePlan:

@@ -10,7 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from featurestore.checkpoint import weight_files
+from distily.checkpoint.weights import weight_files
 
 VERSION = 1
 FILE = "eval.json"

@@ -11,7 +11,7 @@ import yaml
 from student.errors import UserError
 from student.evaluation.request import TextOptions
 from student.evaluation.texts import TextSource
-from student.objective.catalogue import suggest
+from student.losses.catalogue import suggest
 
 
 @cache

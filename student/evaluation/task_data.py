@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from featurestore.datafiles import digest_of
+from distily.datafiles import digest_of
 from student.errors import UserError
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet"}

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from featurestore.datafiles import UNDERSTOOD, DataFileError, iterate_rows, kind_of, read_text
+from distily.datafiles import UNDERSTOOD, DataFileError, iterate_rows, kind_of, read_text
 from student.errors import UserError
-from student.evaluation.measures import perplexity
 from student.evaluation.models import Side
+from student.metrics import perplexity
 
 _ROWS = 256  # logits in float32 at a time
 DEFAULT_LENGTH = 1024

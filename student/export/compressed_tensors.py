@@ -20,7 +20,7 @@ from student.export.packages import require_package
 from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
 from student.export.source import Source
-from student.weights import WEIGHTS
+from student.modeling.checkpoint import WEIGHTS
 
 BITS = 2
 

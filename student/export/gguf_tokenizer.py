@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from student.errors import UserError
-from student.saving import stop_tokens
+from student.modeling.saving import stop_tokens
 
 _ENDS = 3  # eos, eot, eom
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -25,7 +25,7 @@ from student.export.packing import PER_BYTE
 from student.export.reference import integer_linears
 from student.export.shapes import require_multiple
 from student.export.source import Source
-from student.weights import WEIGHTS
+from student.modeling.checkpoint import WEIGHTS
 
 
 def check(source: Source) -> None:

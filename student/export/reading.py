@@ -12,7 +12,7 @@ import torch
 from student.export.packing import pack
 from student.export.reference import IntegerLinear, integer_linears
 from student.export.source import Source
-from student.whole import load_whole
+from student.modeling.whole import load_whole
 
 
 def no_bars() -> AbstractContextManager[Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from student.bitnet import layout
 from student.errors import UserError
 from student.export.reference import integer_linears, to_integers
-from student.saving import load_saved
-from student.tokenizer import copy_tokenizer
+from student.modeling.saving import load_saved
+from student.modeling.tokenizer import copy_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Losses between two full distributions over the vocabulary, each with its gradient written out.
 
 Every loss takes one chunk of rows and returns (value [n], gradient with respect to the student's logits
-[n, V]), so that `student.losses.dense` needs no autograd graph over n x V. A divergence sees the pair of
+[n, V]), so that `student.losses.full_pass` needs no autograd graph over n x V. A divergence sees the pair of
 distributions at one temperature T and returns its slope s with respect to log q, as if these were free;
 through the softmax that is d value / d z = (s - q * sum s) / T. `tempered` does this, and multiplies by T^2,
 so that gradients keep their size (Hinton et al. 2015, arXiv:1503.02531).

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student.losses.head import compute_dtype, exact_dtype
+from student.losses.lm_head import compute_dtype, exact_dtype
 
 # Scores per buffer; about five live at a time.
 CHUNK_ELEMENTS = 2**23

@@ -4,9 +4,9 @@ A cache row holds the exact head of the teacher's distribution (K columns) and, 
 the mass of everything else. Whatever a loss does with such a row, the student enters it through a few numbers
 only: its logits at the head columns, the logsumexp of all its other logits, its logit at the label, and on
 request that logsumexp at other temperatures and its own largest logits (`Reduction`).
-`student.losses.fused` computes these from a chunk of hidden states and spreads the gradient with respect to
-them over the vocabulary, so that a new loss is one plain differentiable function, here or in `divergences`,
-`ranking`, `transport`.
+`student.losses.sparse_pass` computes these from a chunk of hidden states and spreads the gradient with
+respect to them over the vocabulary, so that a new loss is one plain differentiable function, here or in
+`divergences`, `ranking`, `transport`.
 
 Shape letters: N positions, K head columns (padded), M columns of draws, V vocabulary.
 """

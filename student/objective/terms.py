@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.attention import BlockPair
+from student.losses.blocks import BlockPair
+from student.losses.catalogue import Loss, catalogue
 from student.losses.sparse import Reduction
-from student.objective.catalogue import Loss, catalogue
+from student.objective.projectors import ProjectorSpec
 from student.objective.weights import Weight
-from student.projectors import ProjectorSpec
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def term(
 class Objective:
     """loss = sum over positions and terms of weight * term / number of learned positions.
 
-    balanced: weights are ratios of gradient norms, see `student.objective.balance`.
+    balanced: weights are ratios of gradient norms, see `student.training.balance`.
     """
 
     terms: tuple[Term, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from featurestore.page import why_not_page, write
+from distily.html.page import why_not_page, write
 from student.errors import UserError
 from student.report.files import read_runs
 from student.report.page import REPORT, runs_page

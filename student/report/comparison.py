@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from featurestore.amounts import duration, number, short, size
-from featurestore.page import Cell, Html, cards, facts, row, section, table
+from distily.html.page import Cell, Html, cards, facts, row, section, table
+from distily.units import duration, number, short, size
 from student.report.files import RunFiles, number_in, with_error
 
 # Columns that are key figures of a run, and what they are called there.

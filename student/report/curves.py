@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from featurestore.chart import Series, line_chart
-from featurestore.page import Html, note, row, section
+from distily.html.chart import Series, line_chart
+from distily.html.page import Html, note, row, section
 from student.report.files import RunFiles
 
 # A factor between the largest and the smallest value.

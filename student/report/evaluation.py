@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from featurestore.amounts import number
-from featurestore.chart import Series, line_chart
-from featurestore.page import Cell, Html, note, row, section, table
+from distily.html.chart import Series, line_chart
+from distily.html.page import Cell, Html, note, row, section, table
+from distily.units import number
 from student.report.files import RunFiles, number_in, rows_in, with_error
 
 Name = TypeVar("Name")

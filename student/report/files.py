@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featurestore.amounts import number
-from featurestore.page import Cell
+from distily.html.page import Cell
+from distily.units import number
 from student.errors import UserError
 
 SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from featurestore.amounts import duration
-from featurestore.page import Html, code, note, page, paragraph, section, write
+from distily.html.page import Html, code, note, page, paragraph, section, write
+from distily.units import duration
 from student.report.comparison import comparison, details, key_figures, objective
 from student.report.curves import held_out, ternary, training
 from student.report.evaluation import evaluation

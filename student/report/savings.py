@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from featurestore.amounts import duration, number, size
-from featurestore.chart import Bar, bar_chart
-from featurestore.page import Cell, Html, facts, note, row, section
+from distily.html.chart import Bar, bar_chart
+from distily.html.page import Cell, Html, facts, note, row, section
+from distily.units import duration, number, size
 from student.report.files import RunFiles
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from featurestore.page import write as write_page
+from distily.html.page import write as write_page
 from student.errors import UserError
 from student.sweep.capacity import this_machine
 from student.sweep.home import Home, write_json

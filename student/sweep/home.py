@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from student.errors import UserError
-from student.resume import last_checkpoint
 from student.sweep.runs import Run
+from student.training.resume import last_checkpoint
 
 DONE = "sweep_run.json"  # in a run's directory once it has ended well: how long its process took
 

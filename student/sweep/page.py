@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from featurestore.chart import Bar, Series, bar_chart, line_chart, scatter
-from featurestore.page import Html, cards, code, note, paragraph, row, section, table
-from featurestore.page import page as document
+from distily.html.chart import Bar, Series, bar_chart, line_chart, scatter
+from distily.html.page import Html, cards, code, note, paragraph, row, section, table
+from distily.html.page import page as document
 from student.sweep.results import Row, cells, columns, savings
 from student.sweep.spec import SEED, SweepSpec
 

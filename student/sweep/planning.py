@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from featurestore.errors import BAD_REQUESTS
+from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec
-from student.arguments import parse
+from student.config.parser import parse
 from student.errors import UserError
-from student.outputs import OVERWRITE, holds_training
-from student.run import prepare
 from student.sweep.home import Home, read_json
 from student.sweep.runs import Run, corners, expand
 from student.sweep.spec import SweepSpec
+from student.training.outputs import OVERWRITE, holds_training
+from student.training.run import prepare
 
 
 def arguments(run: Run, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from featurestore.identity import canonical_json, digest
+from student.config.flagfile import command_line
 from student.errors import UserError
-from student.flagfile import command_line
 from student.sweep.spec import Axis, Flags, Range, SweepSpec, label
 
 SLUG_LENGTH = 80

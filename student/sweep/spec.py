@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from student.errors import UserError
-from student.objective.catalogue import suggest
+from student.losses.catalogue import suggest
 from student.yamlfile import parse_yaml
 
 Flags = Mapping[str, Any]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-import student.run  # noqa: F401  (what a training needs, loaded before the fork)
+import student.training.run  # noqa: F401  (what a training needs, loaded before the fork)
 from student.cli import main
 from student.sweep.home import DONE, write_json
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from featurestore.plan import Task, split_tasks
+from featurestore.format.plan import Task, split_tasks
+from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, Sample
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, Sample
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import assert_same, features, identity, sample
 from tests.s3 import Bucket

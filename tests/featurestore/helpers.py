@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
-from featurestore.plan import Task
-from featurestore.schema import (
+from featurestore.format.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
+from featurestore.format.plan import Task
+from featurestore.format.schema import (
     NO_DRAW,
     GroupFeatures,
     GroupSpec,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import zarr  # noqa: F401  (loaded by the fork server, so that a child starts at once)
 
+from featurestore.format.plan import Task, split_tasks
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, Sample
 from featurestore.identity import SAMPLES
-from featurestore.plan import Task, split_tasks
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, Sample
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample
 

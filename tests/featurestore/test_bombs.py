@@ -18,11 +18,11 @@ import pytest
 from numcodecs import blosc
 
 from featurestore.errors import CorruptionError
+from featurestore.format.parquet_pages import check_pages
+from featurestore.format.plan import Task
+from featurestore.format.schema import LogitsSpec, group_id
+from featurestore.format.tables import PLAN_SCHEMA, SAMPLE_SCHEMA, plan_from_bytes, plan_to_bytes
 from featurestore.identity import digest, seal, unseal
-from featurestore.parquet_pages import check_pages
-from featurestore.plan import Task
-from featurestore.schema import LogitsSpec, group_id
-from featurestore.tables import PLAN_SCHEMA, SAMPLE_SCHEMA, plan_from_bytes, plan_to_bytes
 from tests.featurestore.conftest import Filled, copy_of, fill
 from tests.featurestore.helpers import sample, task_of
 from tests.featurestore.test_hostile import refused, relist, restamp
@@ -33,7 +33,7 @@ SPARE = 160 * 2**20
 # Opens and audits a store with that much memory beyond what the imports have taken.
 READ = f"""
 import resource, sys
-import featurestore.verify, featurestore.info, pyarrow.parquet, pyarrow.compute
+import featurestore.maintenance.verify, featurestore.maintenance.info, pyarrow.parquet, pyarrow.compute
 from featurestore.errors import FeatureStoreError
 from featurestore.reader import CacheReader
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -45,7 +45,7 @@ try:
         reader.read(index)
 except FeatureStoreError as error:
     print(f"refused: {{error}}")
-print(featurestore.verify.verify_store(sys.argv[1], deep=True).problems[:1])
+print(featurestore.maintenance.verify.verify_store(sys.argv[1], deep=True).problems[:1])
 """
 
 

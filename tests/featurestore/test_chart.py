@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from featurestore.axis import Axis, log_ticks, nice_ticks
-from featurestore.chart import Bar, Series, bar_chart, histogram, line_chart, scatter
-from featurestore.style import HEAT, INK, PALETTE, PAPER
+from distily.html.axis import Axis, log_ticks, nice_ticks
+from distily.html.chart import Bar, Series, bar_chart, histogram, line_chart, scatter
+from distily.html.style import HEAT, INK, PALETTE, PAPER
 from tests.html import parsed
 
 SPANS = [(0.0, 1.0), (3.2, 3.2), (0.0, 0.0), (-5.0, 12.0), (1e-9, 2e-9), (1e20, 1e20), (-1e150, 1e150)]

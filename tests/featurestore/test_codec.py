@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from featurestore import codec
-from featurestore.columns import pack
-from featurestore.schema import LogitsFeatures, LogitsSpec
+from featurestore.format import codec
+from featurestore.format.columns import pack
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from tests.featurestore.helpers import logits, sample
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import FeatureStoreError, StoreNotFoundError
+from featurestore.format.schema import HiddenSpec, LogitsSpec
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsSpec
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import fill
 
 

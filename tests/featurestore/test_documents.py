@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from featurestore.errors import StoreFormatError
+from featurestore.format.schema import LogitsSpec, Sample, document_key, joined
 from featurestore.identity import digest, seal
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec, Sample, document_key, joined
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.featurestore.helpers import features, identity, sample, task_of
 from tests.featurestore.test_fixture import FIXTURE
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import featurestore.export
+import featurestore.maintenance.export
 from featurestore.errors import MissingFeatureError
-from featurestore.export import find_groups, write_arrow, write_parquet
+from featurestore.format.schema import NO_DRAW, HiddenFeatures, LogitsFeatures, LseFeatures
+from featurestore.maintenance.export import find_groups, write_arrow, write_parquet
 from featurestore.reader import CacheReader
-from featurestore.schema import NO_DRAW, HiddenFeatures, LogitsFeatures, LseFeatures
 from tests.featurestore.conftest import SPECS, Filled
 
 
@@ -54,8 +54,8 @@ def test_parquet_holds_every_number(
 ) -> None:
     """`bound`: so small that there are several shards and several row groups in one."""
     if bound:
-        monkeypatch.setattr(featurestore.export, "SHARD_BYTES", bound)
-        monkeypatch.setattr(featurestore.export, "ROW_GROUP_BYTES", bound // 2)
+        monkeypatch.setattr(featurestore.maintenance.export, "SHARD_BYTES", bound)
+        monkeypatch.setattr(featurestore.maintenance.export, "ROW_GROUP_BYTES", bound // 2)
     reader = CacheReader.open(filled.path)
     seen: list[tuple[int, int]] = []
     paths = write_parquet(reader, find_groups(reader, None), tmp_path, lambda *step: seen.append(step))

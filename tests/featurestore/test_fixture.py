@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from featurestore.codec import head_mass
+from featurestore.format.codec import head_mass
+from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import fill
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version-1"

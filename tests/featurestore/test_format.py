@@ -12,8 +12,8 @@ import xxhash
 import zarr
 from blake3 import blake3
 
+from featurestore.format.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseSpec, group_id
 from tests.featurestore.conftest import fill
 
 

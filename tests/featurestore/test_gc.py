@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import CorruptionError, StoreNotFoundError
-from featurestore.gc import collect
-from featurestore.listing import list_shards
-from featurestore.schema import group_id
-from featurestore.verify import verify_store
+from featurestore.format.schema import group_id
+from featurestore.maintenance.gc import collect
+from featurestore.maintenance.listing import list_shards
+from featurestore.maintenance.verify import verify_store
 from tests.featurestore.conftest import SPECS, Filled, Place
 from tests.featurestore.helpers import sample, task_of
 

@@ -18,13 +18,13 @@ import pytest
 import zarr
 
 from featurestore.errors import CorruptionError, FeatureStoreError, StoreFormatError
-from featurestore.files import hash_file
+from featurestore.format.schema import HiddenSpec, LogitsSpec, group_id
+from featurestore.format.tables import SAMPLE_SCHEMA
 from featurestore.identity import digest, seal
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsSpec, group_id
+from featurestore.storage.files import hash_file
 from featurestore.store import FeatureStore
-from featurestore.tables import SAMPLE_SCHEMA
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import Filled, copy_of, fill
 
 LOGITS, HIDDEN = LogitsSpec(4, tail=3), HiddenSpec(1, "int8")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.codec import head_mass
-from featurestore.directory import fullest_manifest, read_manifest
-from featurestore.info import store_info
-from featurestore.records import Manifest
-from featurestore.schema import HiddenSpec, LogitsFeatures, group_id
+from featurestore.format.codec import head_mass
+from featurestore.format.directory import fullest_manifest, read_manifest
+from featurestore.format.records import Manifest
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, group_id
+from featurestore.maintenance.info import store_info
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import SPECS, Filled, Place
 from tests.featurestore.helpers import HIDDEN, hidden, identity, sample, task_of

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore import inspect
-from featurestore.codec import LOGPROB_ERROR, ROW_ERROR
 from featurestore.errors import MissingFeatureError
-from featurestore.inspect import look_at, mass_by_rank
+from featurestore.format.codec import LOGPROB_ERROR, ROW_ERROR
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.maintenance import inspect
+from featurestore.maintenance.inspect import look_at, mass_by_rank
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from tests.featurestore.conftest import SPECS, Filled, fill
 
 

@@ -9,12 +9,12 @@ import signal
 import time
 from pathlib import Path
 
-from featurestore.gc import collect
+from featurestore.format.schema import group_id
 from featurestore.identity import SAMPLES
+from featurestore.maintenance.gc import collect
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import group_id
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.featurestore.helpers import assert_same, features, identity
 from tests.featurestore.kill_writer import SPECS, complete, request
 

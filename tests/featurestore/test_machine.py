@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore import machine
+from distily.system import machine
 
 TYPES = ("float32", "bfloat16")
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-import featurestore.merge
-import featurestore.root
+import featurestore.maintenance.merge
+import featurestore.storage.root
 from featurestore.errors import CorruptionError, SpecMismatchError, StoreNotFoundError
+from featurestore.format.plan import split_tasks
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, group_id
 from featurestore.identity import SAMPLES
-from featurestore.merge import merge_stores
-from featurestore.plan import split_tasks
+from featurestore.maintenance.merge import merge_stores
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, group_id
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import Filled
 from tests.featurestore.helpers import assert_same, features, identity, sample
 
@@ -167,7 +167,7 @@ def test_killed_and_completed(
 ) -> None:
     """A merge that stops dead anywhere, without tidying up, is completed by the same merge."""
     target, calls = tmp_path / "all", 0
-    module = featurestore.merge if step == "copy_checked" else featurestore.root
+    module = featurestore.maintenance.merge if step == "copy_checked" else featurestore.storage.root
     real = getattr(module, step)
 
     def dies(*arguments: object) -> object:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import CorruptionError, StoreAccessError, StoreNotFoundError
-from featurestore.listing import list_shards
+from featurestore.format.schema import LogitsFeatures, group_id
+from featurestore.maintenance.listing import list_shards
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, group_id
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import SMALL, Filled, fill, read_everything
 from tests.featurestore.helpers import assert_same
 from tests.s3 import Bucket

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from featurestore.amounts import duration, number, short, size
-from featurestore.page import cards, code, facts, html, note, page, paragraph, row, section, table
+from distily.html.page import cards, code, facts, html, note, page, paragraph, row, section, table
+from distily.units import duration, number, short, size
 from tests import html as reading
 
 EVIL = "<script>alert(1)</script> & \"quotes\" 'too'"

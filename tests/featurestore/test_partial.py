@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.info import store_info
+from featurestore.format.schema import LogitsFeatures, LogitsSpec, Sample, covers, group_id
+from featurestore.maintenance.info import store_info
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec, Sample, covers, group_id
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import assert_same, identity, logits, sample, task_of
 

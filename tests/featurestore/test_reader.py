@@ -12,8 +12,8 @@ import pytest
 
 from featurestore import reader as reader_module
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec, group_id
 from tests.featurestore.conftest import SPECS, Filled, Place, fill
 from tests.featurestore.helpers import assert_same
 

@@ -23,13 +23,13 @@ from featurestore.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from featurestore.gc import collect
-from featurestore.objects import Objects
+from featurestore.format.schema import HiddenSpec
+from featurestore.maintenance.gc import collect
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.root import LocalRoot, is_url, root_of
-from featurestore.schema import HiddenSpec
+from featurestore.storage.objects import Objects
+from featurestore.storage.root import LocalRoot, is_url, root_of
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import SMALL, Filled, fill, read_everything
 from tests.featurestore.helpers import features, identity, sample, task_of
 from tests.proxy import Proxy
@@ -127,7 +127,7 @@ def test_the_losers_bundle_is_garbage_and_nothing_else_is(bucket: Bucket) -> Non
 
 KILLED = """
 import os, signal, sys
-from featurestore.remote import RemoteRoot
+from featurestore.storage.remote import RemoteRoot
 from tests.featurestore.conftest import fill
 from tests.featurestore.test_remote import SMALL
 RemoteRoot.finish = lambda self, bundle: os.kill(os.getpid(), signal.SIGKILL)

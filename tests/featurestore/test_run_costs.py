@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore.errors import StoreFormatError
-from featurestore.info import store_info
-from featurestore.merge import merge_stores
-from featurestore.plan import split_tasks
-from featurestore.records import CommitRecord, RunCost, unrecorded
-from featurestore.schema import GroupSpec, LogitsSpec
+from featurestore.format.plan import split_tasks
+from featurestore.format.records import CommitRecord, RunCost, unrecorded
+from featurestore.format.schema import GroupSpec, LogitsSpec
+from featurestore.maintenance.info import store_info
+from featurestore.maintenance.merge import merge_stores
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from featurestore.errors import FeatureStoreError, MissingFeatureError, StoreFormatError
-from featurestore.identity import GROUP_ID
-from featurestore.schema import (
+from featurestore.format.schema import (
     HiddenSpec,
     LogitsSpec,
     LseSpec,
@@ -15,6 +14,7 @@ from featurestore.schema import (
     group_id,
     group_spec_from_json,
 )
+from featurestore.identity import GROUP_ID
 from tests.featurestore.helpers import hidden, identity, logits, sample
 
 

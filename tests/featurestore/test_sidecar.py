@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from featurestore.errors import FeatureStoreError, MissingFeatureError
+from featurestore.format.schema import LogitsSpec
+from featurestore.format.sidecar import BlockSpec, HeadSpec, Part, PartSpec, Tensor, part_file, read_part
 from featurestore.identity import digest, header, seal
-from featurestore.info import store_info
-from featurestore.merge import merge_stores
+from featurestore.maintenance.info import store_info
+from featurestore.maintenance.merge import merge_stores
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec
-from featurestore.sidecar import BlockSpec, HeadSpec, Part, PartSpec, Tensor, part_file, read_part
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.featurestore.conftest import Filled, Place, copy_of, fill
 from tests.featurestore.helpers import HIDDEN, LAYERS, VOCAB, identity
 from tests.featurestore.test_damage import damages

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from featurestore.stopping import Stopped, stoppable
+from distily.system.stopping import Stopped, stoppable
 
 # The promise is 5 seconds; a machine that runs other tests on all of its cores may schedule us later.
 SECONDS = 10.0
 STOPS = [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
 PROGRAM = """
 import hashlib, subprocess, sys, time
-from featurestore.stopping import advise, stoppable
+from distily.system.stopping import advise, stoppable
 
 def tidy():
     while True:
@@ -118,7 +118,7 @@ def test_a_forked_process_has_its_own_signals() -> None:
     """A worker that is told to end does not end the command that started it."""
     program = """
 import multiprocessing, os, signal, time
-from featurestore.stopping import stoppable
+from distily.system.stopping import stoppable
 
 def work():
     time.sleep(100)
@@ -140,7 +140,7 @@ with stoppable("program"):
 PRINTS = """
 import sys, typer
 from rich.console import Console
-from featurestore.stopping import stoppable
+from distily.system.stopping import stoppable
 
 app = typer.Typer(pretty_exceptions_enable=False)
 

@@ -14,16 +14,9 @@ from featurestore.errors import (
     StoreFormatError,
     StoreNotFoundError,
 )
-from featurestore.plan import plan_generation
+from featurestore.format.plan import plan_generation
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
-from featurestore.schema import (
-    GroupSpec,
-    HiddenSpec,
-    LogitsFeatures,
-    LogitsSpec,
-    LseSpec,
-    group_id,
-)
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import SPECS, Filled, Place, fill
 from tests.featurestore.helpers import assert_same, features, hidden, identity, logits, sample, task_of

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.codec import row_starts
+from featurestore.format.codec import row_starts
+from featurestore.format.schema import LogitsFeatures, LogitsSpec, covers
+from featurestore.format.tail import first_draws, row_shifts, van_der_corput
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec, covers
 from featurestore.store import FeatureStore
-from featurestore.tail import first_draws, row_shifts, van_der_corput
 from tests.featurestore.helpers import identity, logits, sample, task_of
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from featurestore.errors import StoreWriteError
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.featurestore.helpers import features, identity, sample, task_of
 
 SPECS: list[GroupSpec] = [LogitsSpec(5), HiddenSpec(1, "int8")]

@@ -14,13 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore.errors import FeatureStoreError, StoreFormatError
-from featurestore.gc import collect
-from featurestore.identity import header, seal
-from featurestore.merge import merge_stores
-from featurestore.root import LocalRoot, Root, root_of
-from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
-from featurestore.written import (
+from featurestore.format.written import (
     Text,
     WriterSpec,
     piece_name,
@@ -30,6 +24,12 @@ from featurestore.written import (
     read_piece,
     read_texts,
 )
+from featurestore.identity import header, seal
+from featurestore.maintenance.gc import collect
+from featurestore.maintenance.merge import merge_stores
+from featurestore.maintenance.verify import verify_store
+from featurestore.storage.root import LocalRoot, Root, root_of
+from featurestore.store import FeatureStore
 from tests.featurestore.helpers import identity
 from tests.s3 import Bucket
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
-from pipeline.teacher import Teacher, load_teacher
+from pipeline.teacher.checkpoint import Teacher, load_teacher
 
 LOGITS, HIDDEN = LogitsSpec(12, 0.7, 16, seed=5), HiddenSpec(1, "f32")
 

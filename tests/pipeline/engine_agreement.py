@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurestore.schema import (
+from featurestore.format.schema import (
     GroupFeatures,
     GroupSpec,
     HiddenSpec,
@@ -28,8 +28,8 @@ from pipeline.engines.base import EngineConfig
 from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.errors import RequestError
-from pipeline.teacher import load_teacher, without_padding
-from pipeline.tokenizer import load_tokenizer
+from pipeline.teacher.checkpoint import load_teacher, without_padding
+from pipeline.teacher.tokenizer import load_tokenizer
 
 TOP_K = 64
 Array = np.ndarray[Any, Any]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from featurestore.format.schema import HiddenFeatures, LogitsFeatures
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenFeatures, LogitsFeatures
-from pipeline.request import GenerateRequest
+from pipeline.request.generate import GenerateRequest
 from tests import teachers
 
 SAMPLES = 60
@@ -71,7 +71,7 @@ class Told:
 
 def generate(request: GenerateRequest, pipe: Connection | None = None) -> None:
     """Fulfil the request as the command does."""
-    from pipeline.generate import execute, prepare
+    from pipeline.generate.run import execute, prepare
 
     report = Told(pipe)
     execute(prepare(request, report), report)
@@ -83,7 +83,7 @@ def race_and_kill(request: GenerateRequest, shards: int, seconds: float) -> int:
     Returns how many died of it. Counting shards keeps the moment where it belongs on a slow machine.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.pipeline.racing", "pipeline.generate", "torch", "transformers"])
+    server.set_forkserver_preload(["tests.pipeline.racing", "pipeline.generate.run", "torch", "transformers"])
     pipes = [server.Pipe(duplex=False) for _ in range(2)]
     pair = [server.Process(target=generate, args=(request, pipes[i][1])) for i in range(2)]
     for process, (_, sender) in zip(pair, pipes, strict=True):

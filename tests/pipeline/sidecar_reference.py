@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.sidecar import BlockSpec, HeadSpec, Part
+from featurestore.format.sidecar import BlockSpec, HeadSpec, Part
 
 Array = npt.NDArray[np.float64]
 U = 2.0**-24

@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 import torch
 
-import pipeline.generate
+import pipeline.generate.run
 from pipeline.cli import main
 from tests import teachers
 from tests.command import call, generate
@@ -26,8 +26,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     def no_engine(*arguments: object, **options: object) -> NoReturn:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(pipeline.generate, "start_engine", no_engine)
-    monkeypatch.setattr(pipeline.generate, "start_writer", no_engine)
+    monkeypatch.setattr(pipeline.generate.run, "start_engine", no_engine)
+    monkeypatch.setattr(pipeline.generate.run, "start_writer", no_engine)
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["distily-cache", "generate", *map(str, arguments)])

@@ -10,10 +10,10 @@ import datasets
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.chats import ChatFormat
+from pipeline.data.chats import ChatFormat
+from pipeline.data.documents import load_documents
+from pipeline.data.tokens import tokenise_chats
 from pipeline.errors import RequestError
-from pipeline.texts import load_documents
-from pipeline.tokens import tokenise_chats
 
 # As Qwen 3's: what was thought is written in the turns behind the last question only.
 THINKING = """{% set ns = namespace(last=-1) %}
@@ -33,7 +33,7 @@ def smollm(demo: Path) -> Any:
 
 
 def conversations(file: Path, **options: Any) -> list[Any]:
-    from pipeline.chats import check_messages
+    from pipeline.data.chats import check_messages
 
     documents = load_documents(str(file), "train", **options)
     assert documents.chats

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.chats import ChatFormat, Message, check_messages
+from pipeline.data.chats import ChatFormat, Message, check_messages
+from pipeline.data.tokens import Tokenised, assistant_mask, before_last_turn, token_spans, tokenise_chats
 from pipeline.errors import RequestError
-from pipeline.tokens import Tokenised, assistant_mask, before_last_turn, token_spans, tokenise_chats
 from tests import teachers
 
 MARKED = """{% for m in messages %}<|im_start|>{{ m.role }}

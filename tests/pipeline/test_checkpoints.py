@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.loading import load_causal_lm
 from pipeline.errors import RequestError
-from pipeline.teacher import load_teacher
+from pipeline.teacher.checkpoint import load_teacher
 from tests import architectures, checkpoints, teachers
 from tests.checkpoints import UNTIED, Tensors, copy_of
 from tests.command import call, generate

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.info import store_info
+from featurestore.maintenance.info import store_info
 from featurestore.reader import CacheReader
-from student.summary import cache_cost
+from student.training.summary import cache_cost
 from tests.command import call, command
 from tests.teachers import text_of
 

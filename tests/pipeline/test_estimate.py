@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from featurestore.amounts import duration
-from featurestore.info import store_info
-from featurestore.plan import Task, Work
-from featurestore.records import CommitRecord
-from featurestore.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
-from pipeline.estimate import bytes_of, row_bytes, stored_row_bytes
-from pipeline.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
-from pipeline.teacher import count_parameters, load_teacher
+from distily.units import duration
+from featurestore.format.plan import Task, Work
+from featurestore.format.records import CommitRecord
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
+from featurestore.maintenance.info import store_info
+from pipeline.generate.estimate import bytes_of, row_bytes, stored_row_bytes
+from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
+from pipeline.teacher.checkpoint import count_parameters, load_teacher
 from tests.command import call, generate
 from tests.teachers import text_of
 

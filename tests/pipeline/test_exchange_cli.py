@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 
+from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec
 from featurestore.store import FeatureStore
 from tests.command import cli
 from tests.featurestore.conftest import SPECS, Filled, fill

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
-from featurestore.directory import read_manifest
+from featurestore.format.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
+from featurestore.format.directory import read_manifest
+from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
-from featurestore.root import root_of
-from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
+from featurestore.storage.root import root_of
 from tests.command import call, command, generate
 from tests.teachers import text_of
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.directory import fullest_manifest
+from featurestore.format.directory import fullest_manifest
+from featurestore.format.schema import HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.root import root_of
-from featurestore.schema import HiddenSpec, LogitsSpec
+from featurestore.storage.root import root_of
 from featurestore.store import FeatureStore
-from pipeline.hub import safe
+from pipeline.interchange.hub import safe
 from tests.command import call, cli
 from tests.hub import TOKEN, Files, Hub
 from tests.student.caches import random_samples, write_cache

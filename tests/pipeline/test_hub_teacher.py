@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.errors import RequestError
-from pipeline.teacher import load_teacher
+from pipeline.teacher.checkpoint import load_teacher
 from tests import checkpoints, teachers
 from tests.checkpoints import INDEX, WEIGHTS
 from tests.hub import Hub, sha_of

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.codec import LOGPROB_ERROR
+from distily.system.stopping import Stopped
+from featurestore.format.codec import LOGPROB_ERROR
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec
-from featurestore.stopping import Stopped
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.command import cli
 from tests.pipeline.peers import texts_and_heads, write_axolotl, write_distillkit
 

@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from featurestore.codec import head_mass
-from featurestore.inspect import RowView, SampleView
+from featurestore.format.codec import head_mass
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
+from featurestore.maintenance.inspect import RowView, SampleView
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec
-from pipeline.inside import bar, render_sample, sample_json
-from pipeline.pieces import load_pieces
+from pipeline.report.terminal import bar, render_sample, sample_json
+from pipeline.report.token_text import load_pieces
 from tests.command import call, generate
 from tests.teachers import text_of
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import RequestError
-from pipeline.layouts.axolotl import Axolotl
-from pipeline.layouts.base import Document, to_imported
-from pipeline.layouts.distillkit import DistillKit, decode_logprobs, read_compression, unpack_bits
+from pipeline.interchange.layouts.axolotl import Axolotl
+from pipeline.interchange.layouts.base import Document, to_imported
+from pipeline.interchange.layouts.distillkit import DistillKit, decode_logprobs, read_compression, unpack_bits
 from tests.pipeline.peers import bit_bytes, compress, texts_and_heads, write_axolotl, write_distillkit
 
 # As in DistillKit's README: of its published sets, and recommended for new ones.

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.documents import load_documents, load_table
 from pipeline.errors import RequestError
-from pipeline.texts import load_documents, load_table
 
 HOSTILE_NAMES = (
     "part[1].jsonl",

@@ -19,10 +19,10 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from pipeline.engines.plain_head import has_plain_head
 from pipeline.errors import RequestError
-from pipeline.model_class import auto_class
-from pipeline.plain_head import has_plain_head
-from pipeline.teacher import load_teacher
+from pipeline.teacher.checkpoint import load_teacher
+from pipeline.teacher.model_class import auto_class
 from tests import architectures
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.schema import HiddenSpec, LogitsSpec, LseSpec
+from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.reduce import encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import sizing
 from pipeline.errors import RequestError
-from pipeline.pace import SHARD_TOKENS, STEP_TOKENS, Pace, rough_pace
-from pipeline.precision import choose_precision
-from pipeline.request import GenerateRequest
+from pipeline.generate import sizing
+from pipeline.generate.pace import SHARD_TOKENS, STEP_TOKENS, Pace, rough_pace
+from pipeline.generate.precision import choose_precision
+from pipeline.request.generate import GenerateRequest
 from tests.command import call, generate
 from tests.teachers import llama, text_of
 

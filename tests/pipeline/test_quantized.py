@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from featurestore.directory import read_spec
+from featurestore.format.directory import read_spec
+from featurestore.format.schema import HiddenSpec
 from featurestore.reader import CacheReader
-from featurestore.root import root_of
-from featurestore.schema import HiddenSpec
+from featurestore.storage.root import root_of
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.transformers_engine import TransformersEngine
 from pipeline.errors import RequestError
-from pipeline.quantization import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, loading_quantization
-from pipeline.teacher import load_teacher
+from pipeline.teacher.checkpoint import load_teacher
+from pipeline.teacher.quantization import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, loading_quantization
 from tests.command import call, generate, spawn
 from tests.teachers import text_of
 

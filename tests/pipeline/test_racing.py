@@ -7,9 +7,9 @@ import multiprocessing
 import random
 from pathlib import Path
 
-from featurestore.gc import collect
+from featurestore.maintenance.gc import collect
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from tests.pipeline.racing import assert_equal_stores, generate, make_request, race_and_kill
 
 KILLS = 8

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.tail import first_draws, row_shifts
+from featurestore.format.tail import first_draws, row_shifts
 from pipeline.capture.reduce import NO_DRAW, encode_hidden, head_counts, lse_at, reduce_logits, top
 
 F32 = float(np.finfo(np.float32).eps)

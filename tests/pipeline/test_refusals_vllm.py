@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.schema import LogitsSpec
+from featurestore.format.schema import LogitsSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.errors import RequestError

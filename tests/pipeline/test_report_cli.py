@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.store import FeatureStore
-from pipeline.pace import Pace
+from pipeline.generate.pace import Pace
 from pipeline.report import gather, store_page
 from pipeline.report.costs import further
 from tests import html

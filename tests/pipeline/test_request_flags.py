@@ -11,8 +11,8 @@ from pipeline.cli import app
 from pipeline.cli.request_flags import RequestFlags
 from pipeline.engines.llm import _start
 from pipeline.errors import RequestError
-from pipeline.request import GenerateRequest, engine_config
-from pipeline.teacher import load_teacher
+from pipeline.request.generate import GenerateRequest, engine_config
+from pipeline.teacher.checkpoint import load_teacher
 
 
 def options_of(command: str) -> dict[str, object]:

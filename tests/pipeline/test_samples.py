@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.schema import Sample
+from featurestore.format.schema import Sample
+from pipeline.data.samples import MIN_TOKENS, LeftOut, Window, cut, make_samples, packed
+from pipeline.data.tokens import Tokenised
 from pipeline.errors import RequestError
-from pipeline.samples import MIN_TOKENS, LeftOut, Window, cut, make_samples, packed
-from pipeline.tokens import Tokenised
 
 EOS = 2
 # A document: each token with whether it is learned.

@@ -30,17 +30,17 @@ from transformers import (
     SmolLM3Config,
 )
 
-import featurestore.root
+import featurestore.storage.root
+from featurestore.format.schema import HiddenSpec
+from featurestore.format.sidecar import Part, Tensor
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec
-from featurestore.sidecar import Part, Tensor
-from featurestore.verify import verify_store
 from pipeline.errors import RequestError
-from pipeline.generate import Outcome, execute, prepare
+from pipeline.generate.run import Outcome, execute, prepare
 from pipeline.progress import ConsoleReporter
-from pipeline.request import GenerateRequest
-from pipeline.sidecar import MODEL_TYPES, plan_sidecar
-from pipeline.teacher import load_teacher
+from pipeline.request.generate import GenerateRequest
+from pipeline.teacher.checkpoint import load_teacher
+from pipeline.teacher.weights import MODEL_TYPES, plan_sidecar
 from tests import teachers
 from tests.pipeline.sidecar_reference import attention, logits, projections
 from tests.teachers import text_of
@@ -343,7 +343,7 @@ def test_killed_and_completed(after: int, tmp_path: Path, monkeypatch: pytest.Mo
     """A run that stops dead at any publication is completed by the same run, with the same parts."""
     teacher, store, calls = save(CONFIGS["llama"], tmp_path / "teacher"), tmp_path / "store", 0
     flags: dict[str, Any] = {"top_k": 0, "final": True, "relation_layers": (2,)}
-    real = featurestore.root.publish
+    real = featurestore.storage.root.publish
 
     def dies(path: Path, data: bytes) -> bool:
         nonlocal calls
@@ -353,7 +353,7 @@ def test_killed_and_completed(after: int, tmp_path: Path, monkeypatch: pytest.Mo
         return real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(featurestore.root, "publish", dies)
+        patch.setattr(featurestore.storage.root, "publish", dies)
         with pytest.raises(KeyboardInterrupt):
             generate(teacher, store, **flags)
     generate(teacher, store, **flags)

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from pipeline.cli import app
-from pipeline.spelling import spelled
+from pipeline.cli.spelling import spelled
 
 COMMAND = typer.main.get_command(app)
 

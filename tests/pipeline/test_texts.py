@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.documents import Documents, load_documents
 from pipeline.errors import RequestError
-from pipeline.texts import Documents, load_documents
 
 TEXTS = ["the first document", "zweites Dokument: ä ö ü 你好", "a third\nwith two lines"]
 

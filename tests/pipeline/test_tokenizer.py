@@ -10,8 +10,8 @@ from blake3 import blake3
 from transformers import AutoTokenizer
 
 from featurestore.reader import CacheReader
-from pipeline.pieces import load_pieces
-from pipeline.teacher import load_teacher
+from pipeline.report.token_text import load_pieces
+from pipeline.teacher.checkpoint import load_teacher
 from tests import teachers
 from tests.command import cli, generate
 from tests.tokenizers import TEXT, byte_level, file_ids, word_piece

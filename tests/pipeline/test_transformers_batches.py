@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from featurestore.schema import (
+from featurestore.format.schema import (
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,

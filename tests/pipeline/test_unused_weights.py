@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.transformers_utils.repo_utils import is_mistral_model_repo
 
 from pipeline.engines.links import without_unused_weights
-from pipeline.teacher import load_teacher
+from pipeline.teacher.checkpoint import load_teacher
 from tests import checkpoints, teachers
 from tests.checkpoints import WEIGHTS
 

@@ -16,18 +16,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import LOGPROB_ERROR, ROW_ERROR
+from featurestore.format.codec import LOGPROB_ERROR, ROW_ERROR
+from featurestore.format.schema import LogitsSpec
+from featurestore.format.written import piece_names, read_piece
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.root import LocalRoot
-from featurestore.schema import LogitsSpec
-from featurestore.verify import verify_store
-from featurestore.written import piece_names, read_piece
-from pipeline.estimate import estimate
-from pipeline.generate import prepare
+from featurestore.storage.root import LocalRoot
+from pipeline.generate.estimate import estimate
+from pipeline.generate.run import prepare
 from pipeline.writing.plan import seed_of
 from pipeline.writing.sampling import draw, uniforms
 from student import bitnet
-from student.saving import save_student
+from student.modeling.saving import save_student
 from tests.pipeline.writing import (
     END,
     MAX_TOKENS,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.schema import Sample
-from featurestore.written import WriterSpec, prompt_id
+from featurestore.format.schema import Sample
+from featurestore.format.written import WriterSpec, prompt_id
 from pipeline.writing.plan import (
     Job,
     WritingPlan,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from featurestore.verify import verify_store
+from featurestore.maintenance.verify import verify_store
 from tests.pipeline.writing import END, corpus, teacher, texts_of
 
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
-from pipeline.generate import Outcome, execute, prepare
-from pipeline.request import GenerateRequest
-from pipeline.writing.request import WritingRequest
+from pipeline.generate.run import Outcome, execute, prepare
+from pipeline.request.generate import GenerateRequest
+from pipeline.request.writing import WritingRequest
 from tests import teachers
 
 PROMPTS, MAX_TOKENS, END = 10, 12, 2

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from featurestore import sidecar
-from featurestore.plan import split_tasks
-from featurestore.schema import (
+from featurestore.format import sidecar
+from featurestore.format.plan import split_tasks
+from featurestore.format.schema import (
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,
@@ -24,7 +24,7 @@ from featurestore.schema import (
     Sample,
     TeacherIdentity,
 )
-from featurestore.sidecar import HeadSpec
+from featurestore.format.sidecar import HeadSpec
 from featurestore.store import FeatureStore
 from tests.teachers import word_tokenizer
 

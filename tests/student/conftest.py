@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from featurestore.machine import CACHE_VARIABLE
-from featurestore.schema import HiddenSpec, LogitsSpec
-from student import precision
+from distily.system.machine import CACHE_VARIABLE
+from featurestore.format.schema import HiddenSpec, LogitsSpec
 from student.cli import main
+from student.config import precision
 from tests.command import call
 from tests.student.caches import random_samples, save_teacher, write_cache
 from tests.student.exports import Export, Students, save

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from student.build import StudentPlan
-from student.saving import save_student
+from student.modeling.plan import StudentPlan
+from student.modeling.saving import save_student
 from tests.architectures import CONFIGS
 from tests.teachers import word_tokenizer
 

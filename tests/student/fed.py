@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-import student.run
+import student.training.run
 from featurestore.reader import CodedSample
 from student.cli import main
-from student.data import CachedDataset, Collator
-from student.trainer import DistillationTrainer
+from student.data.batches import CachedDataset, Collator
+from student.training.trainer import DistillationTrainer
 
 
 class Noting(Collator):
@@ -61,7 +61,7 @@ class Recorder(DistillationTrainer):
 def run(arguments: Sequence[str]) -> None:
     """One run in this process; AssertionError unless it succeeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student.run, "DistillationTrainer", Recorder)
+        patch.setattr(student.training.run, "DistillationTrainer", Recorder)
         patch.setattr(sys, "argv", ["distily-train", "from-cache", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.schema import NO_DRAW, LogitsFeatures
+from featurestore.format.schema import NO_DRAW, LogitsFeatures
 from student.losses.sparse import SparseTargets
 
 

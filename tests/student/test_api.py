@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from featurestore.errors import MissingFeatureError
+from featurestore.format.schema import HiddenSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec
 from student.api import Experiment, expectations
 from student.errors import UserError
 from tests.student.caches import random_samples, write_cache

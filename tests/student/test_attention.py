@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 
-from student.attention import StudentBlock, TeacherBlock
+from student.losses.blocks import StudentBlock, TeacherBlock
 from student.losses.relations import attention_output
 from tests import teachers
 
@@ -114,7 +114,7 @@ def test_the_students_block_gives_what_its_attention_computes(model: Any, layer:
 
 
 def sidecar(model: Any, layer: int) -> tuple[Any, dict[str, Tensor]]:
-    """What `featurestore.sidecar.BlockSpec` says of a block, and its weights, straight from the model."""
+    """What `featurestore.format.sidecar.BlockSpec` says of a block, and its weights, straight from it."""
     config, block = model.config, model.get_decoder().layers[layer]
     attention = block.self_attn
     d, heads, groups = attention.head_dim, config.num_attention_heads, config.num_key_value_heads

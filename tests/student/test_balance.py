@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from featurestore.reader import CacheReader
-from student.data import CachedDataset, Collator
+from student.data.batches import CachedDataset, Collator
 from student.errors import StudentError
-from student.model import DistillationModel
-from student.objective.balance import KEEP, GradientBalance, gradient_norms
 from student.objective.terms import Objective, term
 from student.objective.weights import Weight
+from student.training.balance import KEEP, GradientBalance, gradient_norms
+from student.training.model import DistillationModel
 from tests.student.conftest import SPECS
 
 Train = Callable[..., dict[str, Any]]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec
-from student.build import plan_student
+from student.config.flags import StudentOptions
 from student.errors import UserError
-from student.narrow import plan_narrowing
-from student.options import StudentOptions
-from student.shape import changed_config, choose_layers, tokenizers_differ
-from student.weights import CheckpointTensors
+from student.modeling.checkpoint import CheckpointTensors
+from student.modeling.narrowing import plan_narrowing
+from student.modeling.plan import plan_student
+from student.modeling.shape import changed_config, choose_layers, tokenizers_differ
 from tests import teachers
 from tests.student.caches import random_samples, write_cache
 

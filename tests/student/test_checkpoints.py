@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from featurestore.reader import CacheReader
-from student.build import plan_student
+from student.config.flags import StudentOptions
 from student.errors import UserError
 from student.evaluation.models import teacher_side
-from student.generation import load
-from student.options import StudentOptions
+from student.export.generation import load
+from student.modeling.plan import plan_student
 from tests import checkpoints, teachers
 from tests.checkpoints import UNTIED, copy_of
 from tests.student.exports import save

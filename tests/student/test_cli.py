@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from featurestore.schema import LogitsSpec
-from student import build
-from student.arguments import lower_is_better, parse
+from featurestore.format.schema import LogitsSpec
+from student.config.parser import lower_is_better, parse
 from student.errors import UserError
+from student.modeling import plan as build
 from tests import teachers
 from tests.student.caches import random_samples, write_cache
 
@@ -60,7 +60,7 @@ def test_flags_in_any_order_and_both_spellings(tmp_path: Path) -> None:
 def test_an_optimizer_without_its_package_is_refused(
     refuse: Refuse, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student.run.find_spec", lambda _package: None)
+    monkeypatch.setattr("student.training.run.find_spec", lambda _package: None)
     line = refuse(cache, "--output-dir", tmp_path / "out", "--optim", "paged_adamw_32bit")
     assert "--optim paged_adamw_32bit needs bitsandbytes" in line
 
@@ -210,7 +210,7 @@ def test_students_with_another_vocabulary(refuse: Refuse, cache: Path, teacher: 
 
 
 def test_missing_column_groups_name_the_generate_flag(refuse: Refuse, teacher: Path, tmp_path: Path) -> None:
-    from featurestore.schema import HiddenSpec
+    from featurestore.format.schema import HiddenSpec
 
     samples = random_samples(8, 199)
     logits = write_cache(tmp_path / "logits", teacher, samples, [LogitsSpec(4)])

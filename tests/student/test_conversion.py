@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from student import bitnet
 from student.errors import UserError
-from student.saving import new_student
+from student.modeling.saving import new_student
 from tests.student.test_ternary_layers import llama, samples
 
 TINY = {

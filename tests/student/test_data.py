@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsFeatures
 from featurestore.order import epoch_order
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenFeatures, HiddenSpec, LogitsFeatures
-from student.data import IGNORE, CachedDataset, CacheOrder, Collator, next_labels
+from student.data.batches import IGNORE, CachedDataset, CacheOrder, Collator, next_labels
+from student.data.held_out import is_held_out, split_samples
 from student.errors import UserError
-from student.split import is_held_out, split_samples
 from tests.student.conftest import SPECS
 
 

@@ -11,11 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
+from featurestore.format.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
+from featurestore.format.schema import (
+    GroupSpec,
+    HiddenFeatures,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+    LseSpec,
+)
 from featurestore.reader import CacheReader
-from featurestore.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec
-from student.data import Collator
-from student.decoding import MIN_TAIL, decode_hidden, decode_labels, decode_targets, temper
+from student.data.batches import Collator
+from student.data.decoding import MIN_TAIL, decode_hidden, decode_labels, decode_targets, temper
 from tests.featurestore.conftest import fill
 from tests.student.caches import random_samples, write_cache
 from tests.student.reference import rows_of

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from student.losses import full
-from student.losses.dense import DenseTargets, TeacherHead, dense_head_loss, fisher_diagonal, fisher_mse
 from student.losses.full import DenseLoss
-from student.losses.head import HeadTransform
+from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss, fisher_diagonal, fisher_mse
+from student.losses.lm_head import HeadTransform
 
 Plain = Callable[[Tensor, Tensor], Tensor]  # (student z, teacher t) -> value [N]
 

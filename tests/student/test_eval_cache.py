@@ -14,14 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import ROW_ERROR
+from featurestore.format.codec import ROW_ERROR
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsFeatures, LogitsSpec
-from student.data import IGNORE, next_labels
+from student.data.batches import IGNORE, next_labels
+from student.data.held_out import split_samples
 from student.evaluation.command import evaluate
-from student.evaluation.measures import calibration_error
 from student.evaluation.request import CacheOptions, EvalRequest
-from student.split import split_samples
+from student.metrics import calibration_error
 from tests import teachers
 from tests.student.caches import put_head, random_samples, write_cache
 from tests.student.exports import Students

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from student.evaluation.measures import (
+from student.evaluation.record import merged
+from student.evaluation.texts import windows
+from student.metrics import (
     calibration_error,
     cluster_error,
     means_by,
@@ -15,8 +17,6 @@ from student.evaluation.measures import (
     power_edges,
     quantile_edges,
 )
-from student.evaluation.record import merged
-from student.evaluation.texts import windows
 
 
 @pytest.mark.parametrize("bins", [1, 4, 15])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from student.objective.catalogue import catalogue
+from student.losses.catalogue import catalogue
 from tests.command import generate
 from tests.teachers import WORDS
 

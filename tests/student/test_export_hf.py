@@ -21,7 +21,7 @@ from student.export import hf_bitnet, verify
 from student.export.packing import pack, unpack
 from student.export.reference import IntegerLinear, integer_linears, to_integers
 from student.export.source import open_source
-from student.saving import load_saved
+from student.modeling.saving import load_saved
 from tests.student.exports import Export, Students
 
 pytestmark = pytest.mark.usefixtures("eager")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from student.export import bitblas, verify
+from student.export.generation import load, weight_bytes
 from student.export.reference import integer_linears
 from student.export.source import open_source
-from student.generation import load, weight_bytes
 from tests.student.exports import Export, Students
 
 pytestmark = pytest.mark.usefixtures("eager")

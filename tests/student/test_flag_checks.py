@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import Trainer, TrainingArguments
 
-from student import build, trainer
-from student.flag_checks import METRICS, RULES, SERVED
+from student.config.flag_checks import METRICS, RULES, SERVED
+from student.modeling import plan as build
+from student.training import trainer
 
 Train = Callable[..., dict[str, Any]]
 Run = Callable[..., tuple[int, str, str]]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from student.arguments import parse
+from student.config.flagfile import command_line
+from student.config.parser import parse
 from student.errors import UserError
-from student.flagfile import command_line
 
 
 def test_a_mapping_is_the_command_line_it_stands_for(tmp_path: Path) -> None:

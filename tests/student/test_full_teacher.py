@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from featurestore import sidecar
+from featurestore.format import sidecar
+from featurestore.format.schema import HiddenSpec, LogitsSpec
+from featurestore.format.sidecar import BlockSpec, HeadSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenSpec, LogitsSpec
-from featurestore.sidecar import BlockSpec, HeadSpec
 from featurestore.store import FeatureStore
-from student.data import IGNORE, CachedDataset, Collator
-from student.model import DistillationModel
-from student.objective.catalogue import catalogue
+from student.data.batches import IGNORE, CachedDataset, Collator
+from student.losses.catalogue import catalogue
 from student.objective.terms import Objective, Term, term
-from student.plan import load_teacher
+from student.training.model import DistillationModel
+from student.training.plan import load_teacher
 from tests.student.caches import random_samples, write_cache
 
 SPECS = [LogitsSpec(16), HiddenSpec(1, "f32"), HiddenSpec(3, "f32")]

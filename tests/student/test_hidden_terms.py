@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from featurestore.reader import CacheReader
-from student.data import IGNORE, CachedDataset, Collator
+from student.data.batches import IGNORE, CachedDataset, Collator
 from student.losses import structure
-from student.model import DistillationModel
-from student.objective.catalogue import catalogue
-from student.objective.requests import read_objective
+from student.losses.catalogue import catalogue
+from student.objective.files import read_objective
+from student.objective.projectors import ProjectorSpec
 from student.objective.terms import Objective, term
-from student.plan import plan_data, plan_split
-from student.projectors import ProjectorSpec
-from student.trainer import DistillationTrainer
+from student.training.model import DistillationModel
+from student.training.plan import plan_data, plan_split
+from student.training.trainer import DistillationTrainer
 from tests.student.conftest import SPECS
 
 Train = Callable[..., dict[str, Any]]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import StoreAccessError
+from student.card.push import push_student
 from student.errors import UserError
-from student.hub import push_student
 from tests.hub import Hub
 from tests.student.test_card import SUMMARY, made
 

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from featurestore.reader import CacheReader
-from student.build import plan_student
+from student.config.flags import StudentOptions
 from student.errors import UserError
-from student.options import StudentOptions
+from student.modeling.plan import plan_student
 from tests import checkpoints
 from tests.checkpoints import INDEX, WEIGHTS, copy_of
 from tests.hub import Hub

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.importing import ImportRequest, import_dataset
+from pipeline.interchange.importing import ImportRequest, import_dataset
 from tests.pipeline.peers import texts_and_heads, write_axolotl
 
 

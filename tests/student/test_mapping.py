@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from student.errors import UserError
-from student.mapping import check_mapper, check_pairs, depth_map, map_layers, parse_layer_map, parse_layers
+from student.objective.layer_maps import (
+    check_mapper,
+    check_pairs,
+    depth_map,
+    map_layers,
+    parse_layer_map,
+    parse_layers,
+)
 
 DEPTHS = st.integers(1, 80)
 

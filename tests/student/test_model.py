@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaConfig
 
 from featurestore.reader import CacheReader
-from student.data import IGNORE, CachedDataset, Collator
-from student.decoding import decode_targets
-from student.model import EVAL_COLUMNS, DistillationModel
+from student.data.batches import IGNORE, CachedDataset, Collator
+from student.data.decoding import decode_targets
 from student.objective.terms import Objective, term
+from student.training.model import EVAL_COLUMNS, DistillationModel
 from tests import teachers
 from tests.student.conftest import SPECS
 

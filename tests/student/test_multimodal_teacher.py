@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from featurestore.reader import CacheReader
-from student.build import plan_student
-from student.options import StudentOptions
+from student.config.flags import StudentOptions
+from student.modeling.plan import plan_student
 from tests import architectures
 from tests.command import call
 from tests.teachers import text_of

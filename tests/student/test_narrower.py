@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from featurestore.format.schema import LogitsSpec, narrowed
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsSpec, narrowed
 from student.errors import UserError
-from student.objective.requests import read_objective
+from student.objective.files import read_objective
 from student.objective.terms import Objective, term
-from student.plan import plan_data, plan_split
+from student.training.plan import plan_data, plan_split
 from tests.student.caches import random_samples, write_cache
 
 WIDE, DEFAULT = LogitsSpec(50), LogitsSpec(12, 0.7, 16, 5)

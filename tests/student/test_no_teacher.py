@@ -12,7 +12,7 @@ from pathlib import Path
 PROBE = """
 import json, sys
 import safetensors, transformers
-import student.weights
+import student.modeling.checkpoint
 from student.cli import main
 
 models, tensors = [], []
@@ -39,7 +39,7 @@ class Recording:
         return self.opened.get_tensor(name)
 
 transformers.PreTrainedModel.__init__ = counting
-student.weights.safe_open = Recording
+student.modeling.checkpoint.safe_open = Recording
 sys.argv = ["distily-train", "from-cache", *sys.argv[1:]]
 try:
     main()

@@ -11,14 +11,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec
+from student.config.flags import OBJECTIVE_FLAGS
 from student.errors import UserError
-from student.objective.catalogue import catalogue
-from student.objective.requests import parse_objective, read_objective
+from student.losses.catalogue import catalogue
+from student.objective.files import parse_objective, read_objective
 from student.objective.weights import Weight
-from student.options import OBJECTIVE_FLAGS
-from student.plan import plan_objective, plan_split
+from student.training.plan import plan_objective, plan_split
 from tests.student.caches import random_samples, write_cache
 
 Run = Callable[..., tuple[int, str, str]]
@@ -199,7 +199,7 @@ def test_confidence_does_not_depend_on_the_order_of_a_large_cache(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where not all samples are looked at, those of the smallest ids are, wherever they stand."""
-    monkeypatch.setattr("student.plan.CONFIDENCE_SAMPLES", 5)
+    monkeypatch.setattr("student.training.plan.CONFIDENCE_SAMPLES", 5)
     reader = CacheReader.open(cache)
     wanted = parse_objective({"terms": [{"loss": "cakld"}]}, "file")
     smallest = sorted(range(len(reader)), key=lambda index: reader.sample_ids[index])[:5]

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Lfm2Config
 
-from featurestore.codes import LogitsCodes
+from featurestore.format.codes import LogitsCodes
+from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import HiddenFeatures, HiddenSpec, LogitsSpec
-from student.data import IGNORE, CachedDataset, Collator
+from student.data.batches import IGNORE, CachedDataset, Collator
+from student.data.packing import check_packing, plan_rows, position_ids
 from student.errors import UserError
-from student.model import DistillationModel
 from student.objective.terms import Objective, term
-from student.packing import check_packing, plan_rows, position_ids
+from student.training.model import DistillationModel
 from tests import teachers
 from tests.student.caches import random_samples, write_cache
 from tests.student.conftest import SPECS

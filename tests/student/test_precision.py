@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from student import precision
-from student.arguments import parse
+from student.config import precision
+from student.config.parser import parse
+from student.config.precision import choose
 from student.errors import UserError
-from student.precision import choose
 
 Run = Callable[..., tuple[int, str, str]]
 AVX2 = {"float32": 1.0, "bfloat16": 7.2}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from student.errors import StudentError, UserError
-from student.projectors import IDENTITY, PROJECTORS, Projectors, ProjectorSpec
+from student.objective.projectors import IDENTITY, PROJECTORS, Projectors, ProjectorSpec
 
 LEARNED = [kind for kind in PROJECTORS if kind != IDENTITY]
 WIDTHS = [(8, 8), (5, 12), (12, 5)]

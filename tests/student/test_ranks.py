@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from featurestore.reader import CacheReader
-from student.arguments import parse
-from student.resume import check_order
-from student.split import split_samples
+from student.config.parser import parse
+from student.data.held_out import split_samples
+from student.training.resume import check_order
 from tests.student import fed
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from student.arguments import parse
+from student.config.parser import parse
+from student.config.recipes import Stage, requests, share_steps, take_recipe
 from student.errors import UserError
-from student.recipe import Stage, requests, share_steps, take_recipe
 from tests import teachers
 from tests.command import command, generate
 from tests.student.test_training import logs, weights

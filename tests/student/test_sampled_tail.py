@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from featurestore.schema import LogitsFeatures, LogitsSpec
-from featurestore.tail import row_shifts
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
+from featurestore.format.tail import row_shifts
 from pipeline.capture.packing import logit_fields, to_features
 from pipeline.capture.reduce import reduce_logits
-from student.losses.fused import sparse_head_loss
-from student.losses.head import HeadTransform
+from student.losses.lm_head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
+from student.losses.sparse_pass import sparse_head_loss
 from tests.student.reference import targets_of
 
 ROWS, VOCAB, WIDTH = 24, 997, 6

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
 from student import bitnet
-from student.build import plan_student
+from student.config.flags import StudentOptions
 from student.errors import UserError
-from student.generation import load
-from student.options import StudentOptions
-from student.saving import load_saved, new_student, save_student
+from student.export.generation import load
+from student.modeling.plan import plan_student
+from student.modeling.saving import load_saved, new_student, save_student
 from tests.student.test_conversion import tiny
 from tests.student.test_ternary_layers import samples
 

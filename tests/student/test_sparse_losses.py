@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from student.losses.catalogue import catalogue
 from student.losses.divergences import coarse
-from student.losses.fused import sparse_head_loss
-from student.losses.head import HeadTransform
+from student.losses.lm_head import HeadTransform
 from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, Tempered, token_scale
-from student.objective.catalogue import catalogue
+from student.losses.sparse_pass import sparse_head_loss
 from student.objective.terms import Objective, Term, term
 
 TEMPERATURE = 2.0

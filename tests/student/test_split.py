@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.merge import merge_stores
+from featurestore.maintenance.merge import merge_stores
 from featurestore.reader import CacheReader
+from student.data.held_out import Split, is_held_out, split_cache, split_samples
 from student.errors import UserError
-from student.split import Split, is_held_out, split_cache, split_samples
 from tests import teachers
 from tests.command import generate
 from tests.teachers import text_of
@@ -143,7 +143,7 @@ def test_long_documents_do_not_leak(teacher: Path, tmp_path: Path, distily: Run,
 def test_keys_survive_growing_merging_and_exporting(teacher: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from pipeline.export import export_store
+    from pipeline.interchange.export import export_store
 
     texts = [text_of(150, seed) for seed in range(8)]
     for name, rows in {"a": texts[:5], "b": texts[3:]}.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from student.saving import new_student, save_student, stop_tokens
+from student.modeling.saving import new_student, save_student, stop_tokens
 from tests import teachers
 from tests.student.exports import Export, save
 from tests.student.test_export_gguf import SHAPE, byte_level

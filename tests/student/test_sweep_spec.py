@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from student.arguments import parse as parse_flags
+from student.config.parser import parse as parse_flags
 from student.errors import UserError
 from student.sweep.capacity import Machine, Need, at_once
 from student.sweep.runs import Run, corners, expand

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from student import bitnet
 from student.bitnet import linear
-from student.bitnet.masters import RoundingAdamW, round_stochastically
+from student.bitnet.master_weights import RoundingAdamW, round_stochastically
 from tests.student.test_training import BITNET, logs, weights
 
 Train = Callable[..., dict[str, Any]]

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from student.evaluation.models import student_side, teacher_side
-from student.generation import student_tokenizer
+from student.export.generation import student_tokenizer
 from tests import teachers
 from tests.command import generate
 from tests.tokenizers import TEXT, byte_level, file_ids, word_piece

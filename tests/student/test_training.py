@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from featurestore.reader import CacheReader
 from student import bitnet
-from student.build import plan_student
-from student.options import StudentOptions
+from student.config.flags import StudentOptions
+from student.modeling.plan import plan_student
 from tests import html
 from tests.student.caches import random_samples, write_cache
 from tests.student.conftest import SPECS

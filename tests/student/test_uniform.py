@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from student.uniform import worse_than_uniform
+from student.training.uniform import worse_than_uniform
 
 GUESS = math.log(199)
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from featurestore.codec import LOGPROB_ERROR
+from featurestore.format.codec import LOGPROB_ERROR
+from featurestore.format.schema import LogitsFeatures, LogitsSpec, LseSpec
 from featurestore.reader import CacheReader
-from featurestore.schema import LogitsFeatures, LogitsSpec, LseSpec
+from student.data.held_out import is_held_out
 from student.losses.sparse import Tempered
 from student.objective.terms import term
-from student.split import is_held_out
 from tests.student.caches import random_samples, write_cache
 from tests.student.test_sparse_losses import CASES, IDS, TEMPERATURE, Problem, definition, lower, run
 

@@ -1,0 +1,1 @@
+"""The front door of distily-cache, and the ground that its two stages share."""

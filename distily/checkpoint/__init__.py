@@ -1,0 +1,1 @@
+"""Checks on a model's checkpoint, which both stages make before they load one."""

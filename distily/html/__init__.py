@@ -1,0 +1,1 @@
+"""Self-contained HTML pages: the frame, its style, and charts as inline SVG."""

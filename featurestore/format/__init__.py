@@ -1,0 +1,1 @@
+"""The format on disk, without knowing where a store lies: schema, codecs, tables, records."""

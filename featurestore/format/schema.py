@@ -1,0 +1,360 @@
+"""What a store holds: who the teacher is, which column groups there are, samples and their features.
+
+Letters: T positions of a sample, D hidden size, V vocabulary, nnz head entries of all T rows together, M tail
+draws of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featurestore.errors import StoreFormatError
+from featurestore.format.codec import HIDDEN_DTYPES, decode_hidden
+from featurestore.identity import canonical_json, check_int, digest
+
+Array = npt.NDArray[Any]
+
+MAX_TOP_K = 65_535
+MAX_TAIL = 4_096
+MAX_SEED = 2**63 - 1
+MAX_LAYER = 9_999
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0
+MAX_VOCAB = 2**31 - 1
+NO_DRAW = -1
+# Of a sample, and of a task: what a reader has to be ready to hold at once.
+MAX_TOKENS = 2**24
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """The teacher whose numbers a store holds, and how they were computed (the content of SPEC.json).
+
+    `name` and `engine_version` are recorded and not compared; all other fields must match to extend.
+    """
+
+    name: str
+    architecture: str
+    digest: str
+    tokenizer_digest: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position: int
+    engine: str
+    engine_version: str
+    dtype: str
+    quantization: str
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, is_int = getattr(self, field.name), field.type == "int"
+            if is_int and (type(value) is not int or not 1 <= value <= MAX_VOCAB):
+                raise StoreFormatError(f"teacher identity: {field.name} must be a positive integer")
+            if not is_int and not isinstance(value, str):
+                raise StoreFormatError(f"teacher identity: {field.name} must be a string")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one key per field."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> TeacherIdentity:
+        """The inverse of `to_json`; StoreFormatError for missing, unknown or mistyped fields."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or set(value) != names:
+            raise StoreFormatError("teacher identity: wrong or missing fields")
+        return cls(**value)
+
+    def differences(self, other: TeacherIdentity) -> list[tuple[str, Any, Any]]:
+        """(field, mine, theirs) of every compared field that differs."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("name", "engine_version")]
+        return [
+            (n, getattr(self, n), getattr(other, n)) for n in names if getattr(self, n) != getattr(other, n)
+        ]
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """The exact top of each row's distribution, and draws from the rest of it.
+
+    The head is the smallest of mass >= top_p, at most top_k wide; `top_p` None keeps top_k entries in every
+    row (1.0 means the same and is turned into None). `tail`: how many draws from outside the head, each of
+    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only. `partial`: only
+    the heads are known, so entropy is NaN everywhere and label_logprob may be NaN; there are no draws then.
+    """
+
+    top_k: int
+    top_p: float | None = None
+    tail: int = 0
+    seed: int = 0
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        check_int(self.top_k, 1, MAX_TOP_K, "top_k")
+        if type(self.partial) is not bool:
+            raise StoreFormatError(f"partial must be true or false, not {self.partial!r}")
+        check_int(self.tail, 0, 0 if self.partial else MAX_TAIL, "tail")
+        check_int(self.seed, 0, MAX_SEED if self.tail else 0, "seed of the tail's draws")
+        if self.top_p is None:
+            return
+        if type(self.top_p) not in (int, float) or not 0 < self.top_p <= 1:
+            raise StoreFormatError(f"top_p must be in (0, 1], not {self.top_p!r}")
+        object.__setattr__(self, "top_p", None if self.top_p == 1 else float(self.top_p))
+
+    @property
+    def kind(self) -> str:
+        return "logits"
+
+    def to_json(self) -> dict[str, Any]:
+        """Optional fields are left out when unset, so that a later field keeps today's group ids."""
+        optional = {} if self.top_p is None else {"top_p": self.top_p}
+        more = (("tail", self.tail), ("seed", self.seed), ("partial", self.partial))
+        given = {name: value for name, value in more if value}
+        return {"kind": "logits", "top_k": self.top_k, **optional, **given}
+
+
+@dataclass(frozen=True)
+class HiddenSpec:
+    """A residual stream: layer 0 is the embeddings, layer i the stream after block i. dtype: as stored."""
+
+    layer: int
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if type(self.layer) is not int or not 0 <= self.layer <= MAX_LAYER:
+            raise StoreFormatError(f"hidden layer must be an integer in [0, {MAX_LAYER}], not {self.layer!r}")
+        if self.dtype not in HIDDEN_DTYPES:
+            raise StoreFormatError(
+                f"hidden dtype must be one of {', '.join(HIDDEN_DTYPES)}, not {self.dtype!r}"
+            )
+
+    @property
+    def kind(self) -> str:
+        return f"hidden.L{self.layer}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `group_spec_from_json` reads it."""
+        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class LseSpec:
+    """logsumexp(logits / temperature) of each row over the whole vocabulary.
+
+    With it the head's probabilities at that temperature T are known: p_T(j) = exp(logit_j / T - lse_T). T = 1
+    is in every logits group already.
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        value = self.temperature
+        known = type(value) in (int, float) and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE
+        if not known or value == 1 or value != round(value, 3):
+            raise StoreFormatError(
+                f"a temperature is a number from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g} with at most 3 "
+                f"decimals, other than 1 (which every distribution has), not {str(value)[:80]}"
+            )
+        object.__setattr__(self, "temperature", float(value))
+
+    @property
+    def kind(self) -> str:
+        return f"lse.T{self.temperature:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `group_spec_from_json` reads it."""
+        return {"kind": "lse", "temperature": self.temperature}
+
+
+GroupSpec = LogitsSpec | HiddenSpec | LseSpec
+
+
+def group_spec_from_json(value: object) -> GroupSpec:
+    """The inverse of `to_json`; StoreFormatError for anything that `to_json` cannot have written."""
+    fields = dict(value) if isinstance(value, dict) else {}
+    kind = fields.pop("kind", None)
+    try:
+        if kind == "logits":
+            return LogitsSpec(**fields)
+        if kind == "hidden":
+            return HiddenSpec(**fields)
+        if kind == "lse":
+            return LseSpec(**fields)
+    except TypeError:
+        raise StoreFormatError(f"column group {kind}: unknown or missing fields {sorted(fields)}") from None
+    raise StoreFormatError(f"unknown kind of column group: {str(kind)[:80]!r}")
+
+
+def group_id(spec: GroupSpec) -> str:
+    """`<kind>-<8 hex>`, a name for the group's directories."""
+    return f"{spec.kind}-{digest(canonical_json(spec.to_json()), 8)}"
+
+
+def covers(have: GroupSpec, want: GroupSpec) -> bool:
+    """Whether a cache of `have` serves a request for `want`."""
+    if isinstance(have, LogitsSpec) and isinstance(want, LogitsSpec):
+        if have.partial and not want.partial:
+            return False
+        if want.tail:
+            # Draws exclude the head that they were made for, so that a narrower one is another distribution.
+            return have.tail >= want.tail and replace(have, tail=want.tail) == want
+        wide = have.top_p is None or (want.top_p is not None and have.top_p >= want.top_p)
+        return have.top_k >= want.top_k and wide
+    return have == want
+
+
+def narrowed(
+    have: LogitsSpec, top_k: int | None = None, top_p: float | None = None, tail: int | None = None
+) -> LogitsSpec | None:
+    """The part of `have` that is asked for, None where it does not cover that.
+
+    What is None is as in `have`; but draws exclude the head that they were made for, so that another head has
+    none unless `tail` asks for them, which nothing covers then.
+    """
+    head = replace(have, top_k=top_k or have.top_k, top_p=top_p or have.top_p, tail=0, seed=0)
+    if tail is None:
+        tail = have.tail if (head.top_k, head.top_p) == (have.top_k, have.top_p) else 0
+    if tail > have.tail:
+        return None
+    want = replace(head, tail=tail, seed=have.seed if tail else 0)
+    return want if covers(have, want) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One tokenised sequence, the unit of identity. tokens: int32 [T]; loss_mask: bool [T].
+
+    documents: keys of the documents that it is cut from, the one that it begins in first; no part of the
+    identity, and empty where they are not known.
+    """
+
+    tokens: Array
+    loss_mask: Array
+    documents: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("tokens", self.tokens, np.int32, (len(self.tokens),))
+        _check("loss_mask", self.loss_mask, np.bool_, self.tokens.shape)
+        if not 1 <= len(self.tokens) <= MAX_TOKENS or int(self.tokens.min()) < 0:
+            raise ValueError("a sample needs at least one token, and token ids are not negative")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def id(self) -> str:
+        """32 hex digits: a hash of the token ids and the mask."""
+        tokens = self.tokens.astype("<i4", copy=False).tobytes()
+        mask = self.loss_mask.astype(np.uint8).tobytes()
+        return digest([b"distily-cache sample v1\0", len(self).to_bytes(8, "little"), tokens, mask])
+
+
+def document_key(content: str | list[dict[str, str]]) -> str:
+    """16 hex digits that name a document by its content: a text, or the messages of a chat."""
+    if isinstance(content, str):
+        return digest([b"distily-cache text v1\0", content.encode("utf-8", "surrogatepass")], 16)
+    return digest([b"distily-cache chat v1\0", canonical_json(content)], 16)
+
+
+def joined(documents: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """All keys, each once, in the order in which they come."""
+    return tuple(dict.fromkeys(key for keys in documents for key in keys))
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsFeatures:
+    """The teacher's sparse distribution over one sample; ragged rows one after the other (CSR).
+
+    counts: uint16 [T], head size of each row, >= 1. ids: uint32 [nnz], by descending logit in each row.
+    logits: float32 [nnz], raw. lse: float32 [T], logsumexp of the raw logits over all of V.
+    label_logprob: float32 [T], log p(tokens[t+1]) in nats; NaN at the last position, which has no label, and
+    where a partial group does not know it.
+    entropy: float32 [T], nats, of the full distribution; NaN in a partial group.
+    tail_ids: int32 [T, M], draws from outside the head, ascending in each row, repeats included; a row whose
+    tail has no mass holds NO_DRAW only. None when nothing is drawn.
+    """
+
+    counts: Array
+    ids: Array
+    logits: Array
+    lse: Array
+    label_logprob: Array
+    entropy: Array
+    tail_ids: Array | None = None
+
+    def check(self, length: int) -> None:
+        """ValueError unless shapes and dtypes are as documented for a sample of `length` positions."""
+        _check("counts", self.counts, np.uint16, (length,))
+        nnz = int(self.counts.sum(dtype=np.int64))
+        _check("ids", self.ids, np.uint32, (nnz,))
+        _check("logits", self.logits, np.float32, (nnz,))
+        for name in ("lse", "label_logprob", "entropy"):
+            _check(name, getattr(self, name), np.float32, (length,))
+        if self.tail_ids is not None:
+            _check("tail_ids", self.tail_ids, np.int32, (length, self.tail_ids.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenFeatures:
+    """One layer's hidden states of one sample, as stored.
+
+    values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says.
+    scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None. squared_error, squared_norm:
+    float32 [T], per row the sums over D of (stored - exact)^2 and exact^2, known to the capture alone: only
+    their sums over a task are kept, and what a reader gives has None.
+    """
+
+    values: Array
+    scale: Array | None
+    dtype: str
+    squared_error: Array | None = None
+    squared_norm: Array | None = None
+
+    def to_float32(self) -> npt.NDArray[np.float32]:
+        """The hidden states as float32 [T, D]."""
+        return decode_hidden(self.values, self.scale, self.dtype)
+
+    def check(self, length: int, hidden_size: int) -> None:
+        """ValueError unless shapes and dtypes are as documented for `length` positions."""
+        if self.dtype not in HIDDEN_DTYPES:
+            raise ValueError(f"unknown hidden dtype {self.dtype!r}")
+        stored, scaled = HIDDEN_DTYPES[self.dtype]
+        _check("values", self.values, stored, (length, hidden_size))
+        if scaled != (self.scale is not None):
+            raise ValueError(f"hidden states of dtype {self.dtype} {'need' if scaled else 'have no'} scale")
+        if self.scale is not None:
+            _check("scale", self.scale, np.float32, (length,))
+        if (self.squared_error is None) != (self.squared_norm is None):
+            raise ValueError("squared_error and squared_norm go together")
+        for name in ("squared_error", "squared_norm"):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), np.float32, (length,))
+
+
+@dataclass(frozen=True, eq=False)
+class LseFeatures:
+    """logsumexp(logits / T) of one sample's rows at the temperature of its spec. lse: float32 [T], nats."""
+
+    lse: Array
+
+    def check(self, length: int) -> None:
+        """ValueError unless there is one finite float32 for each of `length` positions."""
+        _check("lse", self.lse, np.float32, (length,))
+        if not np.isfinite(self.lse).all():
+            raise ValueError("lse must be finite")
+
+
+GroupFeatures = LogitsFeatures | HiddenFeatures | LseFeatures
+
+
+def _check(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{name} must be {np.dtype(dtype)} {shape}, not {found}")

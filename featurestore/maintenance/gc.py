@@ -1,0 +1,94 @@
+"""What of a store is garbage: bundles that no commit record names, and files that were never finished.
+
+A bundle is private until it is committed, so an unnamed one is either garbage (its writer was killed, or lost
+the race for the task) or about to be committed. Nothing tells them apart but time: writers write to a bundle
+continually and touch it right before they commit, so one that nobody has touched for an hour has no writer.
+The age is taken by the clock of the file system, or of the object store. Committed files, plans and manifests
+are never garbage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from featurestore.errors import StoreNotFoundError
+from featurestore.format.directory import SPEC_FILE, committed_groups, committed_tasks
+from featurestore.format.records import commit_name, read_commit
+from featurestore.identity import BUNDLE_ID
+from featurestore.storage.files import MAX_RECORD_BYTES, writing
+from featurestore.storage.root import PARTS, Root, root_of
+
+MIN_AGE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A bundle or an unfinished file. path: relative to the store. age: seconds since its last change.
+
+    removable: it is old enough that no writer can be at work on it.
+    """
+
+    path: str
+    bytes: int
+    age: float
+    removable: bool
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What `collect` found. deleted: whether the removable ones are gone."""
+
+    orphans: list[Orphan]
+    deleted: bool
+
+    @property
+    def reclaimed(self) -> int:
+        """Bytes of the removable orphans."""
+        return sum(orphan.bytes for orphan in self.orphans if orphan.removable)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {**asdict(self), "reclaimed": self.reclaimed}
+
+
+def collect(path: str | Path, delete: bool = False, min_age: float = MIN_AGE_SECONDS) -> Collection:
+    """Find the garbage of a store, and with `delete` remove what nobody has touched for `min_age` seconds.
+
+    Raises StoreNotFoundError when there is no store, CorruptionError when a commit record cannot be read (it
+    might name a bundle that looks like an orphan), StoreWriteError when something cannot be removed.
+    """
+    root = root_of(path)
+    if not root.exists(SPEC_FILE):
+        root.probe()
+        raise StoreNotFoundError(f"no store at {root.location}: it has no {SPEC_FILE}")
+    # Bundles before records: one that is committed in between is found in the records.
+    bundles = [name for name in root.names(PARTS) if BUNDLE_ID.fullmatch(name)]
+    named = _named(root)
+    candidates = [f"{PARTS}/{bundle}" for bundle in bundles if bundle not in named]
+    with writing("the garbage collection", root.location):
+        candidates += root.unfinished()
+        now = root.now()
+        found = [orphan for name in candidates if (orphan := _orphan(root, name, now, min_age)) is not None]
+        if delete:
+            for orphan in found:
+                if orphan.removable:
+                    root.remove(orphan.path, lambda bundle: bundle in _named(root))
+    return Collection(found, delete)
+
+
+def _named(root: Root) -> set[str]:
+    """The bundles that commit records name."""
+    keys = [(group, task) for group in committed_groups(root) for task in committed_tasks(root, group)]
+    root.fetch({commit_name(*key): MAX_RECORD_BYTES for key in keys})
+    return {read_commit(root, *key).bundle for key in keys}
+
+
+def _orphan(root: Root, name: str, now: float, min_age: float) -> Orphan | None:
+    """None when it has vanished: its writer has finished, or another collection was quicker."""
+    state = root.state(name)
+    if state is None:
+        return None
+    age = now - state.modified
+    return Orphan(name, state.bytes, round(age, 3), age >= min_age)

@@ -1,0 +1,141 @@
+"""What a store holds, summed up from its records alone: nothing of the data is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from featurestore.format.directory import fullest_manifest
+from featurestore.format.plan import Task
+from featurestore.format.records import CommitRecord, sum_stats
+from featurestore.format.schema import LogitsSpec, TeacherIdentity
+from featurestore.identity import SAMPLES
+from featurestore.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """One column group over all tasks that have it. bytes_per_row: bytes on disk per position.
+
+    arrays: bytes per array (metadata included). mean_head_size, mean_head_mass, mean_entropy (nats) and
+    perplexity (of the teacher, on the next tokens) are None for groups other than logits, the last two also
+    for partial ones, where the known labels are the likely ones. relative_error: sqrt(sum of squared errors /
+    sum of squares) of hidden states as stored, against those that the worker had; None for other groups and
+    where nothing was measured.
+    """
+
+    kind: str
+    spec: dict[str, Any] | None
+    tasks_done: int
+    tasks_total: int
+    rows: int
+    bytes: int
+    bytes_per_row: float
+    arrays: dict[str, int]
+    mean_head_size: float | None = None
+    mean_head_mass: float | None = None
+    mean_entropy: float | None = None
+    perplexity: float | None = None
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """samples, rows: of tasks whose samples are committed; the planned ones include the rest.
+
+    length_histogram: committed samples by length, keyed "low-high" in powers of two. manifest: digest of
+    the one that a reader takes, or None. sidecar: part -> bytes, of the teacher's sidecar.
+    provenance: the records of the runs, oldest first; unrecorded: the cost of those that left none.
+    """
+
+    path: str
+    identity: TeacherIdentity
+    manifest: str | None
+    samples: int
+    rows: int
+    samples_planned: int
+    rows_planned: int
+    bytes: int
+    groups: dict[str, GroupInfo]
+    sidecar: dict[str, int]
+    length_histogram: dict[str, int]
+    provenance: list[dict[str, Any]]
+    unrecorded: list[dict[str, Any]]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """What every run cost, also of those that left no record."""
+        return [*self.provenance, *self.unrecorded]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def store_info(path: str | Path) -> StoreInfo:
+    """Sum up a store. Raises what FeatureStore.open and its commit records raise."""
+    store = FeatureStore.open(path)
+    tasks = store.known_tasks()
+    commits = store.commits()
+    groups = {group: _group(records, len(tasks)) for group, records in commits.items() if records}
+    done = [tasks[task] for task in commits.get(SAMPLES, {}) if task in tasks]
+    return StoreInfo(
+        path=str(store.path),
+        identity=store.identity,
+        manifest=fullest_manifest(store.root),
+        samples=sum(len(task.lengths) for task in done),
+        rows=sum(task.rows for task in done),
+        samples_planned=sum(len(task.lengths) for task in tasks.values()),
+        rows_planned=sum(task.rows for task in tasks.values()),
+        bytes=sum(group.bytes for group in groups.values()),
+        groups=groups,
+        sidecar={part: stamp[0] for part, (_, stamp) in store.sidecar().items()},
+        length_histogram=_histogram(done),
+        provenance=store.provenance(),
+        unrecorded=store.unrecorded_runs(),
+    )
+
+
+def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
+    first = next(iter(records.values()))
+    rows = sum(record.rows for record in records.values())
+    size = sum(record.size for record in records.values())
+    arrays: dict[str, int] = {}
+    for record in records.values():
+        for name, (length, _) in record.files.items():
+            # <group id>/<array>/..., <group id>/zarr.json, or samples.parquet
+            parts = name.split("/")
+            array = parts[1] if len(parts) > 2 else parts[-1]
+            arrays[array] = arrays.get(array, 0) + length
+    stats = sum_stats(records.values())
+    norm = stats.get("squared_norm", 0.0)
+    logits = isinstance(first.spec, LogitsSpec)
+    partial = isinstance(first.spec, LogitsSpec) and first.spec.partial
+    labels = 0 if partial else stats.get("labels", 0)
+    return GroupInfo(
+        kind=SAMPLES if first.spec is None else first.spec.kind,
+        spec=None if first.spec is None else first.spec.to_json(),
+        tasks_done=len(records),
+        tasks_total=tasks_total,
+        rows=rows,
+        bytes=size,
+        bytes_per_row=size / rows,
+        arrays=dict(sorted(arrays.items())),
+        mean_head_size=stats["entries"] / rows if logits else None,
+        mean_head_mass=stats["head_mass"] / rows if logits else None,
+        mean_entropy=stats["entropy"] / rows if logits and not partial else None,
+        perplexity=math.exp(min(-stats["label_logprob"] / labels, 700.0)) if labels else None,
+        relative_error=math.sqrt(stats["squared_error"] / norm) if norm else None,
+    )
+
+
+def _histogram(tasks: list[Task]) -> dict[str, int]:
+    counts: dict[int, int] = {}
+    for task in tasks:
+        for length in task.lengths:
+            bucket = length.bit_length() - 1
+            counts[bucket] = counts.get(bucket, 0) + 1
+    return {f"{2**b}-{2 ** (b + 1) - 1}": counts[b] for b in sorted(counts)}

@@ -1,0 +1,215 @@
+"""The audit: does every byte that was committed lie where it should, unchanged?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurestore.bundle import Group, bundle_name, check_extent, read_samples
+from featurestore.errors import FeatureStoreError, StoreAccessError, StoreNotFoundError
+from featurestore.format.directory import (
+    SPEC_FILE,
+    committed_groups,
+    committed_tasks,
+    manifest_digests,
+    manifest_name,
+    plan_names,
+    provenance_names,
+    read_manifest,
+    read_provenance,
+    read_spec,
+    read_teacher_listing,
+    teacher_listings,
+)
+from featurestore.format.plan import Task
+from featurestore.format.records import CommitRecord, Manifest, Stamp, commit_name, read_commit_and_digest
+from featurestore.format.schema import TeacherIdentity
+from featurestore.format.sidecar import checked_part, part_of
+from featurestore.format.tables import read_plan
+from featurestore.format.written import piece_names, read_piece
+from featurestore.identity import SAMPLES
+from featurestore.storage.files import MAX_RECORD_BYTES
+from featurestore.storage.root import Root, root_of
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file. path: relative to the store."""
+
+    path: str
+    what: str
+
+
+@dataclass
+class Report:
+    """The result of an audit. rows: positions whose samples are committed."""
+
+    problems: list[Problem] = field(default_factory=list)
+    checked_files: int = 0
+    checked_bytes: int = 0
+    rows: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def verify_store(path: str | Path, deep: bool, progress: Progress | None = None) -> Report:
+    """Check every file that the store's records name; `deep` also hashes their bytes and decodes all rows.
+
+    Without `deep`, presence and sizes of data files are checked, and all records, plans and manifests.
+    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store,
+    StoreAccessError when the object store does not answer.
+    """
+    root = root_of(path)
+    if not root.exists(SPEC_FILE) and not root.names("commit"):
+        raise StoreNotFoundError(f"no store at {root.location}")
+    with root.audit() as audited:
+        return _Audit(audited, deep).run(progress)
+
+
+class _Audit:
+    """One pass over a store; each step adds to the report and none stops the next."""
+
+    def __init__(self, root: Root, deep: bool) -> None:
+        self.root = root
+        self.deep = deep
+        self.report = Report()
+        self.identity: TeacherIdentity | None = None
+        self.tasks: dict[str, Task] = {}
+        self.planned: dict[str, dict[str, Task]] = {}
+        self.records: dict[tuple[str, str], str] = {}
+
+    def run(self, progress: Progress | None) -> Report:
+        spec_digest = self._spec()
+        for name in plan_names(self.root):
+            with self._file(name):
+                self.planned[name] = {task.id: task for task in read_plan(self.root, name)}
+                self.tasks.update(self.planned[name])
+        self._side_files()
+        keys = [(g, t) for g in committed_groups(self.root) for t in committed_tasks(self.root, g)]
+        self.root.fetch({commit_name(*key): MAX_RECORD_BYTES for key in keys})
+        for done, (group, task) in enumerate(keys):
+            self._commit(group, task)
+            if progress is not None:
+                progress(done + 1, len(keys))
+        self._manifests(spec_digest, anything_committed=bool(keys))
+        return self.report
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[None]:
+        """Count a file of the store, and report what its check raises."""
+        self.report.checked_files += 1
+        self.report.checked_bytes += self.root.size(name)
+        with self._guard(name):
+            yield
+
+    @contextmanager
+    def _guard(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreAccessError:
+            # A service that does not answer says nothing about the store.
+            raise
+        except (FeatureStoreError, OSError) as error:
+            self._problem(name, str(error))
+
+    def _problem(self, name: str, what: str) -> None:
+        what = what.replace(f"{self.root.where(name)}: ", "").replace(f"{self.root.location}/", "")
+        if Problem(name, what) not in self.report.problems:
+            self.report.problems.append(Problem(name, what))
+
+    def _spec(self) -> str | None:
+        with self._file(SPEC_FILE):
+            self.identity, spec_digest = read_spec(self.root)
+            return spec_digest
+        return None
+
+    def _side_files(self) -> None:
+        for name in provenance_names(self.root):
+            with self._file(f"provenance/{name}"):
+                read_provenance(self.root, name)
+        for name in piece_names(self.root):
+            with self._file(name):
+                read_piece(self.root, name)
+        for listing in teacher_listings(self.root):
+            with self._file(listing):
+                for name, stamp in read_teacher_listing(self.root, listing).items():
+                    with self._file(f"teacher/{name}"):
+                        self._teacher_file(name, stamp)
+
+    def _teacher_file(self, name: str, stamp: Stamp) -> None:
+        if self.deep and self.identity is not None and part_of(name):
+            with self.root.naming():
+                checked_part(self.root, name, stamp, self.identity)
+        else:
+            self.root.check({f"teacher/{name}": stamp}, self.deep)
+
+    def _commit(self, group: str, task_id: str) -> None:
+        name = commit_name(group, task_id)
+        with self._file(name):
+            record, self.records[group, task_id] = read_commit_and_digest(self.root, group, task_id)
+            task = self.tasks.get(task_id)
+            if task is None:
+                self._problem(name, "no readable plan file has this task")
+            else:
+                check_extent(record, task)
+                self._data(record, task)
+
+    def _data(self, record: CommitRecord, task: Task) -> None:
+        before = len(self.report.problems)
+        stamps = {f"{bundle_name(record)}/{file}": stamp for file, stamp in record.files.items()}
+        if self.deep:
+            self.root.fetch({name: size for name, (size, _) in stamps.items()})
+        for name, stamp in stamps.items():
+            with self._file(name):
+                self.root.check({name: stamp}, self.deep)
+        if record.group == SAMPLES:
+            self.report.rows += record.rows
+        if self.deep and len(self.report.problems) == before and self.identity is not None:
+            with self._guard(f"{bundle_name(record)}/{record.group}"), self.root.naming():
+                self._decode(record, task, self.identity)
+        self.root.release(bundle_name(record))
+
+    def _decode(self, record: CommitRecord, task: Task, identity: TeacherIdentity) -> None:
+        """Read every row the way a reader does."""
+        if record.group == SAMPLES:
+            read_samples(self.root, record, task)
+            return
+        columns = Group(self.root, record, task, identity)
+        for position in range(len(task.lengths)):
+            columns.read(position)
+
+    def _manifests(self, spec_digest: str | None, anything_committed: bool) -> None:
+        digests = manifest_digests(self.root)
+        if anything_committed and not digests:
+            self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
+        for manifest_digest in digests:
+            name = manifest_name(manifest_digest)
+            with self._file(name):
+                self._manifest(name, read_manifest(self.root, manifest_digest), spec_digest)
+
+    def _manifest(self, name: str, manifest: Manifest, spec_digest: str | None) -> None:
+        if spec_digest is not None and manifest.spec != spec_digest:
+            self._problem(name, "made for another SPEC.json")
+        for file in (*manifest.plans, *manifest.teacher):
+            if not self.root.exists(file):
+                self._problem(file, "the file is missing")
+        planned = {task for plan in manifest.plans for task in self.planned.get(plan, ())}
+        for task, groups in manifest.tasks.items():
+            if task not in planned:
+                self._problem(name, f"task {task} is in none of the plan files that it names")
+            for group, expected in groups.items():
+                if self.records.get((group, task)) != expected:
+                    what = "not the commit record that the manifest names, or missing"
+                    self._problem(f"commit/{group}/{task}.json", what)

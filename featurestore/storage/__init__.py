@@ -1,0 +1,1 @@
+"""Where a store lies: a directory, or object storage with a local mirror."""

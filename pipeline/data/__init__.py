@@ -1,0 +1,1 @@
+"""From a data set to tokenised samples: files, chats, tokens, selection."""

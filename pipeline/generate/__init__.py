@@ -1,0 +1,1 @@
+"""`distily-cache generate`: plan, run the engine, commit, and what it costs."""

@@ -1,0 +1,115 @@
+"""What a planned `generate` would cost, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from featurestore.format.plan import Work
+from featurestore.format.records import CommitRecord
+from featurestore.format.schema import GroupSpec, LogitsSpec, LseSpec
+from pipeline.data.samples import LeftOut
+from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
+from pipeline.generate.run import Prepared
+from pipeline.teacher.checkpoint import count_parameters
+
+_HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
+# Per position: head size and mass, lse, label logprob, entropy; measured in benchmarks/store_size.py, as are
+# the bytes of a head entry (an id and a coded logit) and of a tail draw.
+_ROW_BYTES = 7
+_ENTRY_BYTES = 1.9
+_DRAW_BYTES = 1.3
+# Measured on 5,236 positions of the demo: 2.1 at T=0.5, 1.7 at T=4.
+_LSE_BYTES = 2.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Sizes of the work that is left, and about how long it takes.
+
+    bytes_to_write is an upper bound where heads are adaptive, unless bytes_measured: then it is from what the
+    same column groups take in this store. sidecar_bytes: of the teacher's weights, part of bytes_to_write.
+    seconds: of capture, without the engine's start. seconds_from: in words, where that number comes from.
+    texts, texts_to_write: of --continuations; one that is to be written counts with its greatest length, and
+    the time to write it does not count.
+    """
+
+    samples: int
+    left_out: LeftOut
+    tokens: int
+    tokens_to_do: int
+    shards_to_do: int
+    groups_to_do: tuple[str, ...]
+    bytes_to_write: int
+    bytes_measured: bool
+    sidecar_bytes: int
+    seconds: float
+    seconds_from: str
+    texts: int = 0
+    texts_to_write: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(prepared: Prepared) -> Forecast:
+    """Sum the rows that each missing column group needs; time them by the store's pace or the machine's."""
+    plan, store = prepared.plan, prepared.store
+    stored = stored_row_bytes(store.commits()) if store else {}
+    kinds = {group.kind for work in plan.work for group in work.groups}
+    pace = _pace(prepared) if plan.work else None
+    sidecar = sum(part.size for part in prepared.sidecar)
+    return Forecast(
+        samples=plan.samples_total,
+        left_out=prepared.left_out,
+        tokens=plan.rows_total,
+        tokens_to_do=plan.rows_to_do,
+        shards_to_do=len(plan.work),
+        groups_to_do=tuple(sorted(kinds)),
+        bytes_to_write=round(bytes_of(plan.work, stored, prepared.teacher.hidden_size)) + sidecar,
+        bytes_measured=all(group in stored for work in plan.work for group in work.groups),
+        sidecar_bytes=sidecar,
+        seconds=round(pace.seconds(plan.rows_to_do), 3) if pace else 0.0,
+        seconds_from=pace.source if pace else "nothing to do",
+        texts=len(prepared.writing.jobs) if prepared.writing else 0,
+        texts_to_write=prepared.writing.missing if prepared.writing else 0,
+    )
+
+
+def bytes_of(work: Iterable[Work], stored: Mapping[GroupSpec, float], hidden_size: int) -> float:
+    """Bytes of the column groups that are left, at the bytes per row of `stored` for those it knows."""
+    size = 0.0
+    for one in work:
+        for group in one.groups:
+            size += one.task.rows * stored.get(group, row_bytes(group, hidden_size))
+    return size
+
+
+def stored_row_bytes(commits: Mapping[str, Mapping[str, CommitRecord]]) -> dict[GroupSpec, float]:
+    """Bytes per row that each committed column group takes."""
+    found: dict[GroupSpec, float] = {}
+    for records in commits.values():
+        spec = next((record.spec for record in records.values()), None)
+        if spec is not None:
+            rows = sum(record.rows for record in records.values())
+            found[spec] = sum(record.size for record in records.values()) / rows
+    return found
+
+
+def row_bytes(group: GroupSpec, hidden_size: int) -> float:
+    """About how many bytes one position of `group` takes on disk."""
+    if isinstance(group, LogitsSpec):
+        return _ROW_BYTES + group.top_k * _ENTRY_BYTES + group.tail * _DRAW_BYTES
+    if isinstance(group, LseSpec):
+        return _LSE_BYTES
+    return hidden_size * _HIDDEN_BYTES[group.dtype] + (4 if group.dtype in ("int8", "fp8") else 0)
+
+
+def _pace(prepared: Prepared) -> Pace:
+    request, store = prepared.request, prepared.store
+    earlier = earlier_pace([*store.provenance(), *store.unrecorded_runs()], request.engine) if store else None
+    if earlier is not None:
+        return earlier
+    rate = matrix_product_rates()[request.torch_dtype(prepared.teacher)]
+    return rough_pace(rate, count_parameters(prepared.teacher))

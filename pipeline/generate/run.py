@@ -1,0 +1,325 @@
+"""`distily-cache generate`: plan what is missing, run the teacher over it, commit shard by shard."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from itertools import groupby
+
+from featurestore.format.plan import GenerationPlan, Task, Work
+from featurestore.format.records import RunCost
+from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
+from featurestore.format.sidecar import part_file
+from featurestore.store import FeatureStore
+from pipeline.data.samples import LeftOut
+from pipeline.data.selection import select
+from pipeline.engines.base import Engine
+from pipeline.errors import RequestError
+from pipeline.generate import provenance
+from pipeline.generate.committer import Committer
+from pipeline.generate.precision import Precision
+from pipeline.generate.sizing import settle
+from pipeline.progress import Reporter
+from pipeline.request.generate import GenerateRequest, check_against_teacher, engine_config, identity_of
+from pipeline.request.target import (
+    check_store_directory,
+    create_store,
+    existing_store,
+    plan_missing,
+    stored_dtype,
+)
+from pipeline.teacher.checkpoint import Teacher, load_teacher, teacher_files, without_padding
+from pipeline.teacher.tokenizer import check_kept_files, load_tokenizer
+from pipeline.teacher.weights import PlannedPart, plan_sidecar
+from pipeline.writing.plan import WritingPlan
+from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
+
+# A shard is taken first when it is so many times smaller than the largest.
+_EARLY = 2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked and planned; no model is loaded and nothing is written yet.
+
+    `store` is the one at --out, None where there is none yet. `sidecar`: the parts that it lacks.
+    `chat_template` is the text of --chat-template. `precision` says why the request's compute type is what it
+    is, `first_tokens` how many positions the first shard has, so that it is committed early.
+    `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them
+    as long as they may get: a forecast.
+    """
+
+    request: GenerateRequest
+    teacher: Teacher
+    identity: TeacherIdentity
+    samples: dict[str, Sample]
+    plan: GenerationPlan
+    store: FeatureStore | None
+    precision: Precision
+    first_tokens: int
+    sidecar: tuple[PlannedPart, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
+    chat_template: str | None = None
+    writer: Teacher | None = None
+    writing: WritingPlan | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions. Bytes: `size` of
+    their features, `sidecar_size` of the parts of the teacher's sidecar that were added.
+
+    `writing` is None when the request writes no texts.
+    """
+
+    samples: int
+    tokens: int
+    size: int
+    sidecar_size: int
+    engine_seconds: float
+    capture_seconds: float
+    manifest: str
+    left_out: LeftOut
+    writing: Written | None = None
+
+
+def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
+    """Check the request against teacher, store and data, and plan the work.
+
+    Raises:
+        RequestError: anything the user has to mend; nothing has been written.
+        SpecMismatchError: the store belongs to another teacher, tokenizer or engine.
+    """
+    check_store_directory(request.out)
+    teacher = load_teacher(request.teacher, request.trust_remote_code)
+    tokenizer = load_tokenizer(teacher, request.trust_remote_code)
+    check_kept_files(teacher, tokenizer, request.trust_remote_code)
+    teacher = without_padding(teacher, tokenizer)
+    check_against_teacher(request, teacher)
+    _check_device(request)
+    writer = find_writer(request, teacher) if request.writing else None
+    request, precision, first_tokens = settle(request, teacher, stored_dtype(request.out))
+    identity = identity_of(request, teacher, engine_version(request))
+    store = existing_store(request.out, identity)
+    sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
+    groups = request.groups(teacher)
+
+    def covered(wanted: Sequence[tuple[str, int]]) -> bool:
+        return store is not None and plan_missing(store, wanted, groups, request.shard_size).nothing_to_do
+
+    selection = select(request, teacher, tokenizer, report, covered)
+    samples, writing = {sample.id: sample for sample in selection.samples}, None
+    wanted = list(selection.wanted)
+    if writer is not None:
+        writing = plan_writing(request, teacher, writer, selection, store.root if store else None)
+        samples, wanted = writing.samples_by_id(), writing.extents()
+    return Prepared(
+        request=request,
+        teacher=teacher,
+        identity=identity,
+        samples=samples,
+        plan=plan_missing(store, wanted, groups, request.shard_size, first_tokens),
+        store=store,
+        precision=precision,
+        first_tokens=first_tokens,
+        sidecar=_lacking(store, sidecar),
+        left_out=selection.left_out,
+        chat_template=selection.chat_template,
+        writer=writer,
+        writing=writing,
+    )
+
+
+def _check_device(request: GenerateRequest) -> None:
+    """RequestError for a share of a GPU's memory where torch sees no GPU."""
+    import torch
+
+    if request.gpu_memory_utilization is not None and not torch.cuda.is_available():
+        raise RequestError(
+            f"--gpu-memory-utilization {request.gpu_memory_utilization}: there is no GPU here; leave it out "
+            "(on a CPU the environment variable VLLM_CPU_KVCACHE_SPACE sets the GiB of vLLM's KV cache)"
+        )
+
+
+def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
+    """Write the texts that are missing, compute and commit what the plan lacks, publish the manifest.
+
+    A kill at any point leaves a store that the same command completes.
+    """
+    request, left_out = prepared.request, prepared.left_out
+    store = create_store(request.out, prepared.identity)
+    began, cost = datetime.now(UTC), RunCost(id=secrets.token_hex(8))
+    prepared, written = _write(prepared, store, verbose, report)
+    plan = prepared.plan
+    if plan.nothing_to_do and not prepared.sidecar:
+        manifest = store.publish_manifest().digest
+        outcome = Outcome(plan.samples_total, 0, 0, 0, 0.0, 0.0, manifest, left_out, written)
+        if written and written.new:
+            store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
+        return outcome
+    store.put_teacher_files(teacher_files(prepared.teacher))
+    sidecar_size = _put_sidecar(store, prepared, report)
+    store.add_plan(plan.new_tasks)
+    size = 0
+    # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
+    by_groups = sorted(plan.work, key=lambda work: repr(work.groups))
+    for groups, works in groupby(by_groups, key=lambda work: work.groups):
+        clock = time.monotonic()
+        engine = start_engine(prepared, groups, verbose, report) if groups else None
+        ready = cost.engine_seconds + time.monotonic() - clock
+        cost = replace(cost, engine_seconds=round(ready, 3))
+        clock = time.monotonic()
+        try:
+            captured = _run(store, prepared, engine, list(works), report, cost)
+        finally:
+            if engine is not None:
+                engine.close()
+        spent = cost.capture_seconds + time.monotonic() - clock
+        cost = replace(cost, tokens=cost.tokens + captured[0], capture_seconds=round(spent, 3))
+        size += captured[1]
+    outcome = Outcome(
+        samples=plan.samples_total,
+        tokens=cost.tokens,
+        size=size,
+        sidecar_size=sidecar_size,
+        engine_seconds=cost.engine_seconds,
+        capture_seconds=cost.capture_seconds,
+        manifest=store.publish_manifest().digest,
+        left_out=left_out,
+        writing=written,
+    )
+    store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
+    return outcome
+
+
+def engine_version(request: GenerateRequest) -> str:
+    """The version of the engine that would run; RequestError when it is not installed."""
+    if request.engine == "vllm":
+        from pipeline.engines import vllm_engine
+
+        return vllm_engine.version()
+    try:
+        import transformers
+    except ImportError as error:
+        raise RequestError("--engine transformers: not installed; install the extra [train]") from error
+    return str(transformers.__version__)
+
+
+def start_engine(
+    prepared: Prepared, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
+) -> Engine:
+    """Load the teacher in the engine asked for, set to capture `groups`."""
+    request, teacher = prepared.request, prepared.teacher
+    dtype, quantize_to = request.torch_dtype(teacher), request.quantize_to(teacher)
+    config = engine_config(request, teacher, dtype, groups, quantize_to)
+    reason = prepared.precision.reason
+    report.stage(
+        f"starting {request.engine} with {teacher.architecture} in {dtype}" + f" ({reason})" * bool(reason)
+    )
+    if request.engine == "vllm":
+        from pipeline.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config, verbose)
+    from pipeline.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(config)
+
+
+def _write(
+    prepared: Prepared, store: FeatureStore, verbose: bool, report: Reporter
+) -> tuple[Prepared, Written | None]:
+    """Have all texts of the request written, and plan the samples that they make.
+
+    The writer is closed before the teacher's engine starts, so that each has the whole memory.
+    """
+    request, model, texts = prepared.request, prepared.writer, prepared.writing
+    if model is None or texts is None:
+        return prepared, None
+
+    start = partial(start_writer, request, model, texts.spec, verbose, report)
+    texts, written = write_missing(texts, store.root, model.name, start, report)
+    groups, first = request.groups(prepared.teacher), prepared.first_tokens
+    plan = plan_missing(store, texts.extents(), groups, request.shard_size, first)
+    return replace(prepared, samples=texts.samples_by_id(), plan=plan, store=store, writing=texts), written
+
+
+def _lacking(store: FeatureStore | None, parts: Sequence[PlannedPart]) -> tuple[PlannedPart, ...]:
+    """The parts that the store does not list, or whose file is gone."""
+    files = store.sidecar() if store else {}
+    whole = {
+        part
+        for part, (name, (size, _)) in files.items()
+        if store and store.root.size(f"teacher/{name}") == size
+    }
+    return tuple(part for part in parts if part.spec.part not in whole)
+
+
+def _put_sidecar(store: FeatureStore, prepared: Prepared, report: Reporter) -> int:
+    """Copy the weights that the store lacks, one part at a time; returns their bytes."""
+    written = 0
+    for part in prepared.sidecar:
+        report.stage(f"copying the teacher's {part.spec.part}")
+        name, data = part_file(part.spec, part.read())
+        store.put_teacher_files({name: data})
+        written += len(data)
+    return written
+
+
+def _run(
+    store: FeatureStore,
+    prepared: Prepared,
+    engine: Engine | None,
+    works: Sequence[Work],
+    report: Reporter,
+    cost: RunCost,
+) -> tuple[int, int]:
+    """Capture and commit each task; returns the positions captured and the bytes written.
+
+    Several generators may be at work on the same tasks. Each takes them in an order of its own and leaves out
+    what another has committed meanwhile, so they share the work and meet at its end only. A shard that was
+    planned small, to be committed early, comes first.
+    """
+    total = prepared.plan.rows_total
+    kept = total - sum(work.task.rows for work in works)
+    report.start(kept, total)
+    tokens = 0
+    with Committer(store, report, kept, total, cost) as committer:
+        for work in _shuffled(works):
+            if store.holds(work.task, work.groups):
+                report.skip(work.task.rows)
+                continue
+            samples = _samples_of(store, prepared, work.task)
+            features = _features_of(engine, work, samples, report)
+            committer.put(work.task, samples, features)
+            tokens += work.task.rows
+    return tokens, committer.size
+
+
+def _shuffled(works: Sequence[Work]) -> list[Work]:
+    order = random.SystemRandom().sample(works, len(works))
+    return sorted(order, key=lambda work: work.task.rows * _EARLY > max(w.task.rows for w in works))
+
+
+def _features_of(
+    engine: Engine | None, work: Work, samples: Sequence[Sample], report: Reporter
+) -> dict[GroupSpec, list[GroupFeatures]]:
+    features: dict[GroupSpec, list[GroupFeatures]] = {group: [] for group in work.groups}
+    if engine is not None:
+        captures = engine.capture([sample.tokens for sample in samples])
+        for sample, captured in zip(samples, captures, strict=True):
+            for group, rows in captured.items():
+                features[group].append(rows)
+            report.advance(len(sample))
+    return features
+
+
+def _samples_of(store: FeatureStore, prepared: Prepared, task: Task) -> list[Sample]:
+    if all(sample_id in prepared.samples for sample_id in task.sample_ids):
+        return [prepared.samples[sample_id] for sample_id in task.sample_ids]
+    # A task of an earlier request that this one overlaps: its tokens are in the store.
+    return store.read_samples(task.id)

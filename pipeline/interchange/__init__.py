@@ -1,0 +1,1 @@
+"""Caches to and from other formats and the hub."""

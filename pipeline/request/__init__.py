@@ -1,0 +1,1 @@
+"""Requests, checked before any expensive work starts."""

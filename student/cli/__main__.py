@@ -1,0 +1,5 @@
+"""`python -m student.cli`, for `accelerate launch -m`."""
+
+from student.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The flags of `from-cache`, recipes and files of flags, checked before anything is loaded."""

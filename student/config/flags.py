@@ -1,0 +1,310 @@
+"""The flags of `distily-train from-cache` that are not TrainingArguments, and their checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from student.bitnet import CONVERSIONS, TernaryPlan, Warmup
+from student.errors import UserError
+from student.losses.catalogue import Loss, catalogue, suggest
+from student.objective.files import ObjectiveRequest, TermRequest, read_objective
+from student.objective.layer_maps import check_mapper, parse_layer_map, parse_layers
+from student.objective.weights import Weight
+
+# What --objective takes the place of.
+OBJECTIVE_FLAGS = (
+    "logits_loss",
+    "logits_weight",
+    "ce_weight",
+    "hidden_loss",
+    "hidden_weight",
+    "hidden_layers",
+    "layer_map",
+    "mapper",
+    "projector",
+)
+_WARMUPS = ("bitnet_warmup_weights", "bitnet_warmup_activations", "bitnet_warmup_norms")
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class StudentOptions:
+    """What to train and towards what; validated once by `check`."""
+
+    _argument_group_name: ClassVar[str] = "student and objective"
+
+    recipe: str | None = _flag(
+        None,
+        "YAML file of flags of this command, perhaps of several stages that follow each other; flags on the "
+        "command line win. docs/recipes.md, examples/recipes/.",
+    )
+    student_model_config: str | None = _flag(
+        None,
+        "Changes to the teacher's configuration that make the student, as JSON: "
+        "'{\"num_hidden_layers\": 12}'. "
+        "Without it the student has the teacher's shape.",
+    )
+    student: str | None = _flag(
+        None, "Start from this checkpoint (directory or hub name) instead of a changed teacher configuration."
+    )
+    student_model_as_bitnet: bool | None = _flag(
+        None,
+        "Train a BitNet b1.58 student: ternary weights and int8 activations in all linear layers of the "
+        "decoder; "
+        "embeddings, norms and LM head stay full precision. Default: what --student is, else False.",
+    )
+    bitnet_conversion: str | None = _flag(
+        None,
+        "Norms in front of ternary layers, calibrated so that they change little at first. none: nowhere; "
+        "subln: before the attention's output and the MLP's last projection; per-projection: before all. "
+        "Default: that of --student, else none.",
+    )
+    bitnet_warmup_weights: float = _flag(
+        0.0, "Share of the steps in which weights go linearly from full precision to ternary."
+    )
+    bitnet_warmup_activations: float = _flag(
+        0.0, "Share of the steps in which activations go from full precision to int8."
+    )
+    bitnet_warmup_norms: float = _flag(
+        0.0, "Share of the steps in which the norms of --bitnet-conversion go from none to full."
+    )
+    bitnet_masters: Literal["fp32", "bf16"] = _flag(
+        "fp32",
+        "What latent weights are kept in. bf16 takes 4 bytes less per weight, gradients included, and comes "
+        "with an AdamW that rounds its updates stochastically.",
+    )
+    bitnet_two_stage: bool = _flag(
+        False,
+        "In the second half of the steps, 2/3 of the learning rate that the schedule says and no weight "
+        "decay.",
+    )
+    bitnet_backward: Literal["full", "int8"] = _flag(
+        "full",
+        "How gradients pass the ternary layers. full: in the precision of the training; int8: by integer "
+        "products of gradients rounded to int8, wherever they point the same way (cosine 0.999, measured "
+        "every 25 steps), else full.",
+    )
+    init: Literal["teacher", "random"] = _flag(
+        "teacher",
+        "Where a new student's weights come from: the teacher's embeddings, head, norms and the layers of "
+        "--copy-layers (read from its safetensors, the model is never built), or random numbers.",
+    )
+    copy_layers: str = _flag(
+        "auto",
+        "Teacher layers to copy: uniform (spread over the depth, ends included), first, last, or a list "
+        "0,4,9,... auto: uniform, unless that student is worse than a uniform guess at the start; then "
+        "whichever of the three is best there.",
+    )
+    teacher: str | None = _flag(
+        None,
+        "Directory of the teacher's safetensors for --init teacher; default: the name the cache records.",
+    )
+    freeze_embeddings: bool = _flag(False, "Do not train the input embeddings and the LM head.")
+    objective: str | None = _flag(
+        None,
+        "YAML file of terms, or what stands in one as a JSON object, instead of the five flags that follow "
+        "and --hidden-layers, --layer-map; "
+        "`distily-train objectives` lists the losses.",
+    )
+    logits_loss: str = _flag(
+        "kl",
+        "Loss on the teacher's distribution, with its default options: kl, reverse_kl, jsd, skew_kl, tvd, "
+        "full_jsd, ... (`distily-train objectives` lists them), or none.",
+    )
+    logits_weight: float = _flag(1.0, "Weight of --logits-loss.")
+    ce_weight: float = _flag(0.0, "Weight of the cross-entropy on the next token; 0 leaves it out.")
+    hidden_loss: str = _flag(
+        "none",
+        "Loss between hidden states, without the hidden_ of its name: mse, nmse, cosine, logsum, mobilebert, "
+        "similarity, ... (`distily-train objectives` lists them); needs `distily-cache generate "
+        "--hidden-layers ...`.",
+    )
+    hidden_weight: float = _flag(1.0, "Weight of --hidden-loss, shared evenly by its layer pairs.")
+    hidden_layers: str | None = _flag(
+        None,
+        "Cached teacher layers to use, e.g. 10,20 (numbered like transformers' output_hidden_states). "
+        "Default: all that the cache holds.",
+    )
+    mapper: str = _flag(
+        "all",
+        "How --hidden-layers are paired with the student's. all: each with the one at the same relative "
+        "depth; uniform: each of the student's with the nearest in relative depth; uniform+last: those, and "
+        "each of the student's with the deepest; last or last-K: the deepest K with the student's last K.",
+    )
+    layer_map: str | None = _flag(
+        None, "Explicit pairs TEACHER:STUDENT instead of --hidden-layers and --mapper, e.g. 10:4,20:8."
+    )
+    projector: Literal["identity", "linear", "mlp", "orthogonal"] = _flag(
+        "identity",
+        "What brings the student's hidden states to the teacher's width for --hidden-loss, trained with the "
+        "student; one for each pair of layers.",
+    )
+    top_k: int | None = _flag(
+        None,
+        "Learn from at most the K best tokens of each position that the cache holds; a head that is cut has "
+        "no draws. Evaluation reads all that the cache holds. Default: all of it.",
+    )
+    top_p: float | None = _flag(
+        None, "Learn from the best tokens that hold this share of the mass, of those that the cache holds."
+    )
+    tail: int | None = _flag(
+        None, "Learn from the first M of the cached draws from outside the head; 0 leaves them out."
+    )
+    pack_rows: bool = _flag(
+        False,
+        "Put several short samples of a training batch into one row, whole and without seeing each other, "
+        "instead of padding each to the longest one. The loss is the same.",
+    )
+    manifest: str | None = _flag(
+        None,
+        "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "
+        "which repeats an earlier run exactly after the cache has grown. Default: all of the cache.",
+    )
+    train_samples: int | None = _flag(
+        None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
+    )
+    eval_fraction: float = _flag(
+        0.1,
+        "Share of the documents whose samples are held out for evaluation, chosen by their content; 0 holds "
+        "nothing out.",
+    )
+    overwrite_output_dir: bool = _flag(
+        False,
+        "Begin anew where --output-dir holds a training already: its checkpoints, student and records are "
+        "deleted once all of the request is checked; other files stay.",
+    )
+    json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
+
+    def check(self) -> None:
+        """UserError for the first flag that cannot be served whatever the cache holds."""
+        if self.recipe is not None:
+            raise UserError("--recipe: is read from the command line alone; write the recipe's own flags")
+        if self.student is not None and self.student_model_config is not None:
+            raise UserError(
+                "--student and --student-model-config exclude each other: a checkpoint brings its own "
+                "configuration"
+            )
+        self._check_numbers()
+        names = ("hidden_layers", "layer_map", "mapper", "projector")
+        given = [name for name in names if getattr(self, name) != getattr(StudentOptions, name)]
+        if self.hidden_loss == "none" and given:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise UserError(f"{flag} has no effect without --hidden-loss; add --hidden-loss mse or cosine")
+        check_mapper(self.mapper, "--mapper")
+        if self.layer_map and (self.hidden_layers or self.mapper != "all"):
+            flag = "--hidden-layers" if self.hidden_layers else "--mapper"
+            raise UserError(f"{flag} and --layer-map exclude each other; keep one")
+
+    def _check_numbers(self) -> None:
+        """Ranges of single flags."""
+        for flag in ("logits_weight", "ce_weight", "hidden_weight"):
+            if not 0 <= getattr(self, flag) < float("inf"):
+                raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
+        for name, least in (("top_k", 1), ("tail", 0), ("train_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p:g}: give a share of the mass above 0, at most 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError("--eval-fraction must be at least 0 and below 1")
+        if self.bitnet_conversion not in (None, *CONVERSIONS):
+            raise UserError(
+                f"--bitnet-conversion {self.bitnet_conversion} is unknown; choose {', '.join(CONVERSIONS)}"
+            )
+        for flag in _WARMUPS:
+            if not 0 <= getattr(self, flag) <= 1:
+                raise UserError(f"--{flag.replace('_', '-')} is a share of the steps, 0 to 1")
+
+    def check_ternary(self, conversion: str | None) -> None:
+        """UserError for a flag that has no effect on a student of this conversion; None: full precision."""
+        flags = (
+            "bitnet_conversion",
+            *_WARMUPS,
+            "bitnet_masters",
+            "bitnet_two_stage",
+            "bitnet_backward",
+        )
+        given = [name for name in flags if getattr(self, name) != getattr(StudentOptions, name)]
+        if conversion is None and given:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} has no effect on a student in full precision; add "
+                "--student-model-as-bitnet"
+            )
+        if conversion == "none" and self.bitnet_warmup_norms:
+            raise UserError(
+                "--bitnet-warmup-norms has no effect without norms; add --bitnet-conversion subln"
+            )
+
+    def ternary(self) -> TernaryPlan:
+        """How a BitNet student is trained."""
+        warmup = Warmup(self.bitnet_warmup_weights, self.bitnet_warmup_activations, self.bitnet_warmup_norms)
+        return TernaryPlan(warmup, self.bitnet_masters, self.bitnet_two_stage, self.bitnet_backward)
+
+    def wanted(self) -> ObjectiveRequest:
+        """The terms that --objective or the flags in its place ask for; UserError when there are none."""
+        if self.objective is not None:
+            return read_objective(self.objective)
+        losses = catalogue()
+        terms = []
+        if self.logits_loss != "none" and self.logits_weight > 0:
+            loss, where = self._logits_loss(), f"--logits-loss {self.logits_loss}"
+            options = loss.check_options({}, where)
+            terms.append(TermRequest(loss, Weight.constant(self.logits_weight), where, options))
+        if self.ce_weight > 0:
+            terms.append(TermRequest(losses["ce"], Weight.constant(self.ce_weight), "--ce-weight"))
+        if self.hidden_loss != "none" and self.hidden_weight > 0:
+            given = "--layer-map" if self.layer_map else "--hidden-layers"
+            terms.append(
+                TermRequest(
+                    self._hidden_loss(),
+                    Weight.constant(self.hidden_weight),
+                    given if self.layer_map or self.hidden_layers else f"--hidden-loss {self.hidden_loss}",
+                    layers=tuple(parse_layers(self.hidden_layers)) if self.hidden_layers else None,
+                    layer_map=tuple(parse_layer_map(self.layer_map)) if self.layer_map else None,
+                    mapper=self.mapper,
+                    projector=self.projector,
+                )
+            )
+        if not terms:
+            raise UserError(
+                "nothing to learn: give --logits-loss kl, --ce-weight or --hidden-loss a weight above 0"
+            )
+        return ObjectiveRequest(tuple(terms))
+
+    def _logits_loss(self) -> Loss:
+        known = catalogue().values()
+        names = [loss.name for loss in known if loss.kind in ("head", "dense") and loss.name != "ce"]
+        if self.logits_loss not in names:
+            raise UserError(
+                f"--logits-loss {self.logits_loss} is unknown{suggest(self.logits_loss, names)}; choose "
+                f"none, {', '.join(names)}"
+            )
+        return catalogue()[self.logits_loss]
+
+    def _hidden_loss(self) -> Loss:
+        names = [name.removeprefix("hidden_") for name in catalogue() if name.startswith("hidden_")]
+        if self.hidden_loss not in names:
+            raise UserError(
+                f"--hidden-loss {self.hidden_loss} is unknown{suggest(self.hidden_loss, names)}; choose "
+                f"none, {', '.join(names)}"
+            )
+        return catalogue()[f"hidden_{self.hidden_loss}"]
+
+    def config_changes(self) -> dict[str, Any]:
+        """The object of --student-model-config; UserError unless it is a JSON object."""
+        if self.student_model_config is None:
+            return {}
+        example = "write e.g. --student-model-config '{\"num_hidden_layers\": 12}'"
+        try:
+            changes = json.loads(self.student_model_config)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--student-model-config is not valid JSON ({error}); {example}") from None
+        if not isinstance(changes, dict):
+            raise UserError(f"--student-model-config must be a JSON object; {example}")
+        return changes

@@ -1,0 +1,222 @@
+"""Parsing `from-cache`: our flags and every TrainingArguments flag, in any order, in both spellings."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from student.config.flag_checks import check_flags
+from student.config.flags import OBJECTIVE_FLAGS, StudentOptions
+from student.config.precision import settle, uses_cpu
+from student.errors import UserError
+
+_BOOLEANS = frozenset({"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"})
+_COUNTING = ("--include_num_input_tokens_seen", "--include-num-input-tokens-seen")
+_TOKEN_COUNTS = frozenset({"all", "non_padding"})
+# Runs of fewer steps are evaluated every so many, others ten times.
+_SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
+_DESCRIPTION = """\
+Train a student from a cache of teacher features, without the teacher. STORE is what `distily-cache generate`
+made; --output-dir receives checkpoints, the trained student (`from_pretrained` loads it), report.html and
+summary.json.
+
+  distily-train from-cache STORE --output-dir out --student-model-config '{"num_hidden_layers": 12}' \\
+      --student-model-as-bitnet --learning_rate 4e-4 --num_train_epochs 3 --bf16
+
+A recipe is a YAML file of such flags, of one training or of stages that follow each other:
+
+  distily-train from-cache STORE --output-dir out --recipe examples/recipes/bitdistill.yaml --max-steps 1000
+
+After our own flags come all flags of transformers' TrainingArguments; dashes and underscores are the same.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line."""
+
+    store: str
+    options: StudentOptions
+    training: TrainingArguments
+    notes: tuple[str, ...] = ()  # what was chosen for the user, to be shown before training
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Keeps the description's line breaks and shows one spelling of each flag, the one with dashes."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if len(action.option_strings) < 2 or not action.option_strings[0].startswith("--"):
+            return super()._format_action_invocation(action)
+        shown = action.option_strings[-1]
+        if action.nargs == 0:
+            return shown
+        default = self._get_default_metavar_for_optional(action)
+        return f"{shown} {self._format_args(action, default)}"
+
+
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `distily-train from-cache --help`")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """argparse's own; checks and completes the flags before TrainingArguments are made of them."""
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        check_flags(namespace)
+        namespace.use_cpu = uses_cpu(namespace.use_cpu)
+        on_gpu = not namespace.use_cpu and torch.cuda.is_available()
+        if namespace.dataloader_num_workers is None:
+            namespace.dataloader_num_workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+        if namespace.dataloader_pin_memory is None:
+            namespace.dataloader_pin_memory = on_gpu
+        if namespace.eval_steps is None:
+            # A tenth of a short run is a step or two, and an evaluation may cost as much as several. Trainer
+            # wants both intervals as shares of the run where it is to find the best of the saved models.
+            short = 0 < namespace.max_steps < _SHORT_RUN and not namespace.load_best_model_at_end
+            namespace.eval_steps = _SHORT_RUN_EVAL_STEPS if short else 0.1
+        return namespace, rest
+
+
+def defaults() -> dict[str, Any]:
+    """Our defaults where TrainingArguments' own do not suit distillation from a cache; any explicit flag
+    wins.
+    """
+    return {
+        # Follow from the machine and other flags once all are known.
+        "eval_steps": None,
+        "use_cpu": None,
+        "bf16": None,
+        "dataloader_num_workers": None,
+        "dataloader_pin_memory": None,
+        "eval_strategy": "steps",
+        "eval_on_start": True,
+        "logging_steps": 0.02,
+        "logging_first_step": True,
+        "save_steps": 0.2,
+        "save_total_limit": 2,
+        "learning_rate": 4e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        "include_num_input_tokens_seen": "non_padding",
+        "remove_unused_columns": False,
+    }
+
+
+def make_parser() -> Any:
+    """The parser of `from-cache`; its `error` raises UserError."""
+    parser = _Parser(
+        [StudentOptions, TrainingArguments],
+        prog="distily-train from-cache",
+        description=_DESCRIPTION,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        usage="distily-train from-cache STORE --output-dir DIR [flags]",
+    )
+    parser.add_argument(
+        "store",
+        metavar="STORE",
+        help="cache made by `distily-cache generate`: a directory, s3://bucket/prefix or gs://bucket/prefix",
+    )
+    parser.set_defaults(**defaults())
+    parser.add_argument(
+        "--no_bf16",
+        "--no-bf16",
+        dest="bf16",
+        action="store_false",
+        default=None,
+        help="The same as --bf16 False.",
+    )
+    for action in parser._actions:
+        if action.type is string_to_bool and action.nargs is None:  # bool | None: a bare flag means True, too
+            action.nargs, action.const = "?", True
+        action.required = action.required or action.dest == "output_dir"
+        if action.dest == "include_num_input_tokens_seen":
+            action.type = _token_count  # a string or a bool, which HfArgumentParser takes for a bool
+    parser._optionals.title = "transformers TrainingArguments"
+    own = next(group for group in parser._action_groups if group.title == StudentOptions._argument_group_name)
+    parser._action_groups.remove(own)
+    parser._action_groups.insert(1, own)
+    return parser
+
+
+def _token_count(value: str) -> str | bool:
+    return value if value in _TOKEN_COUNTS else bool(string_to_bool(value))
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """UserError for an unknown flag, a bad value or a missing STORE or --output-dir. `--help` exits
+    as usual.
+    """
+    parser = make_parser()
+    try:
+        options, training, rest, unknown = parser.parse_args_into_dataclasses(
+            args=lower_is_better(bind_booleans(parser, argv)),
+            return_remaining_strings=True,
+            look_for_args_file=False,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+    if unknown:
+        raise UserError(unknown_flag(parser, unknown[0]))
+    if options.objective is not None:
+        _check_alone(argv)
+    options.check()
+    return Request(rest.store, options, training, tuple(settle(training, training.bf16)))
+
+
+def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
+    """`--bf16 STORE` -> `--bf16=True STORE`: a flag with an optional value must not swallow the word after
+    it.
+    """
+    optional = {name for action in parser._actions if action.nargs == "?" for name in action.option_strings}
+    bound = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        values = _BOOLEANS | _TOKEN_COUNTS if word in _COUNTING else _BOOLEANS
+        alone = word in optional and following.lower() not in values
+        bound.append(f"{word}=True" if alone else word)
+    return bound
+
+
+def lower_is_better(argv: Sequence[str]) -> list[str]:
+    """Adds `--greater_is_better False` for our metrics that fall; Trainer assumes so for losses only."""
+    words = [part for word in argv for part in word.replace("-", "_").split("=", 1)]
+    asked = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "__metric_for_best_model"]
+    decided = "__greater_is_better" in words
+    falling = bool(asked) and asked[-1].removeprefix("eval_") in ("kl", "ce", "perplexity")
+    return [*argv, "--greater_is_better", "False"] if falling and not decided else list(argv)
+
+
+def _check_alone(argv: Sequence[str]) -> None:
+    """UserError when a flag of a single term stands beside --objective, with whatever value."""
+    for word in argv:
+        name = word.split("=", 1)[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in OBJECTIVE_FLAGS:
+            raise UserError(
+                f"--objective and --{name.replace('_', '-')} exclude each other: the file says what is "
+                "learned; put the term into it"
+            )
+
+
+def unknown_flag(parser: Any, word: str) -> str:
+    """What is wrong with a word that the parser does not know, and which flag may be meant."""
+    flag = word.split("=", maxsplit=1)[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {word!r}: there is one STORE; see `distily-train from-cache --help`"
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = difflib.get_close_matches(flag, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "see `distily-train from-cache --help`"
+    return f"unknown flag {flag}; {hint}"

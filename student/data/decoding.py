@@ -1,0 +1,104 @@
+"""From stored codes to what losses read, on the device of the codes, without a loop over rows.
+
+The same numbers as `featurestore.format.codec` gives, for padded batches: a batch travels as small integers,
+and what is learned from it is decoded where it is used.
+
+Shape letters: N positions, K head columns (padded), M tail draws, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from featurestore.format.codec import CLOSED, ODDS_STEPS, ROW_STEPS, STEPS_PER_NAT
+from student.losses.sparse import SparseTargets, Tempered
+
+Coded = Mapping[str, Tensor]
+LSE = "lse.T"  # how the entries of other temperatures are named, e.g. lse.T2
+MIN_TAIL = 2.0**-20
+
+
+def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
+    """The teacher's distributions of N positions, coded as `student.data.batches.Collator` lays them out.
+
+    Head and tail of a row sum to one in float32. Padding columns repeat the row's first id. Draws become
+    further columns, each distinct one once, of probability repeats * tail mass / M; nothing is left outside
+    then.
+    """
+    ids_NK, odds_N = coded["ids"], coded["odds"]
+    rank_K = torch.arange(ids_NK.shape[1], dtype=torch.int32, device=ids_NK.device)
+    score_NK = torch.cumsum(unsigned(coded["gaps"]), -1, dtype=torch.float32).mul_(-1.0 / STEPS_PER_NAT)
+    score_NK.masked_fill_(rank_K >= unsigned(coded["counts"]).unsqueeze(-1), -math.inf)
+    log_odds_N = odds_N.float().masked_fill_(odds_N == CLOSED, math.inf).div_(ODDS_STEPS)
+    tail_N = -softplus(log_odds_N)
+    # A row's best score is 0, so the sum needs no shift; exp of what vanishes beside it is slow on CPUs.
+    norm_N = score_NK.clamp_min(-80.0).exp_().sum(-1).log_()
+    logprob_NK = score_NK.sub_((norm_N + softplus(-log_odds_N)).unsqueeze(-1))
+    tempered = {
+        float(name.removeprefix(LSE)): temper(
+            logprob_NK, tail_N, coded["lse"], float(name[len(LSE) :]), lse_N
+        )
+        for name, lse_N in coded.items()
+        if name.startswith(LSE)
+    }
+    if "draws" not in coded:
+        return SparseTargets(ids_NK.long(), logprob_NK, tail_N, label_N, tempered=tempered)
+    draws_NM, top_N1 = coded["draws"], ids_NK[:, :1]
+    drawn_N = draws_NM[:, 0] != top_N1[:, 0]  # no draw is inside the head
+    repeats_NM = coded["repeats"] * drawn_N.unsqueeze(-1)
+    share_M = torch.arange(draws_NM.shape[1] + 1, device=ids_NK.device).float().div_(draws_NM.shape[1]).log_()
+    share_NM = share_M.index_select(0, repeats_NM.flatten()).view_as(draws_NM).add_(tail_N.unsqueeze(-1))
+    # Arithmetic, since selecting by a random mask is slow on CPUs.
+    draws_NM = (draws_NM - top_N1).mul_(repeats_NM > 0).add_(top_N1)
+    return SparseTargets(
+        torch.cat([ids_NK, draws_NM], dim=-1).long(),
+        torch.cat([logprob_NK, share_NM], dim=-1),
+        tail_N.masked_fill(drawn_N, -math.inf),
+        label_N,
+        (unsigned(coded["entropy"]) / ROW_STEPS).masked_fill_(~drawn_N, math.nan),
+        draws=draws_NM.shape[1],
+        tempered=tempered,
+    )
+
+
+def temper(
+    logprob_NK: Tensor, tail_N: Tensor, lse_codes_N: Tensor, temperature: float, lse_N: Tensor
+) -> Tempered:
+    """The head at a temperature T: log p_T = logit / T - lse_T, with logit = log p + lse.
+
+    logprob_NK: log p of the head (padding -inf); tail_N: log of the mass outside, -inf where that is nothing;
+    lse_codes_N: int32 as stored; lse_N: float32, logsumexp(logits / T). Where the roundings of the two leave
+    the head more than all mass, it is scaled to all but MIN_TAIL.
+    """
+    logit_NK = logprob_NK + (lse_codes_N / ROW_STEPS).unsqueeze(-1)
+    at_NK = logit_NK / temperature - lse_N.unsqueeze(-1)
+    mass_N = torch.logsumexp(at_NK, -1)
+    closed_N = torch.isneginf(tail_N)
+    allowed_N = torch.where(closed_N, 0.0, mass_N.clamp(max=math.log1p(-MIN_TAIL)))
+    at_NK = at_NK - (mass_N - allowed_N).unsqueeze(-1)
+    return Tempered(at_NK, torch.log(-torch.expm1(allowed_N)))
+
+
+def decode_labels(codes_N: Tensor) -> Tensor:
+    """The teacher's log-probability of the next token, float32 [N]; NaN where it is not known."""
+    return codes_N.float().div_(-ROW_STEPS).masked_fill_(codes_N == -1, math.nan)
+
+
+def unsigned(bits: Tensor) -> Tensor:
+    """int16 that holds the bits of uint16 -> int32."""
+    return bits.to(torch.int32) & 0xFFFF
+
+
+def decode_hidden(coded: Coded) -> Tensor:
+    """Hidden states [N, D] in float32, or in bfloat16 where they are stored so."""
+    values_ND = coded["values"]
+    if "scale" not in coded:
+        return values_ND
+    if values_ND.dtype == torch.uint8:
+        values_ND = values_ND.view(torch.float8_e4m3fn)
+    return values_ND.float() * coded["scale"].unsqueeze(-1)

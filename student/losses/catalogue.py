@@ -1,0 +1,165 @@
+"""The catalogue of losses: one entry per loss, with what it computes, what it needs and how exact it is.
+
+A new loss is a pure function in `student.losses` and one entry in the table of its kind here
+(`student.losses.entries_sparse`, `student.losses.entries_hidden`); flags, objective files, the table of
+`distily-train objectives`, docs/objectives.md and the tests follow from the entry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+from torch import Tensor
+
+from student.errors import UserError
+
+Kind = Literal["head", "dense", "hidden", "structure", "relation"]
+Exactness = Literal["exact", "unbiased", "bound", "coarse"]
+
+NEEDS = {
+    "H": "head and logsumexp",
+    "T": "sampled tail",
+    "Y": "log-probability of the label",
+    "F": "full distribution: final hidden state and the teacher's head",
+    "R": "hidden states",
+    "A": "hidden states and the teacher's projections",
+}
+EXACTNESS = {
+    "exact": "the loss itself",
+    "unbiased": "an unbiased estimate",
+    "bound": "a lower bound",
+    "coarse": "the loss of the head and one bucket for the rest; no bound",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number or a word that a loss takes beside its weight. low and high: allowed range, ends included
+    unless `open`; None as the default: found from the cache.
+    """
+
+    default: float | int | str | None
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+    choices: tuple[str, ...] = ()
+    integer: bool = False
+
+    def check(self, value: Any, where: str) -> Any:
+        """The value, a float for any number unless `integer`; UserError otherwise."""
+        if self.choices:
+            if value not in self.choices:
+                raise UserError(f"{where} must be one of {', '.join(self.choices)}, not {value!r}")
+            return value
+        if value is None and self.default is None:
+            return None
+        kinds = (int,) if self.integer else (int, float)
+        inside = type(value) in kinds and math.isfinite(value) and self.low <= value <= self.high
+        if not inside or (self.open and value in (self.low, self.high)):
+            raise UserError(f"{where} must be {self.domain()}, not {value!r}")
+        return value if self.integer else float(value)
+
+    def domain(self) -> str:
+        """What may be given, in words."""
+        if self.choices:
+            return ", ".join(self.choices)
+        kind = "a whole number" if self.integer else "a number"
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        if self.low == -math.inf and self.high == math.inf:
+            return kind
+        if self.high == math.inf:
+            return f"{kind} {'above' if self.open else 'of at least'} {low}"
+        return f"{kind} {'between' if self.open else 'from'} {low} {'and' if self.open else 'to'} {high}"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a loss comes from; arxiv: its number there, None where it is not."""
+
+    title: str
+    arxiv: str | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry. function, by kind:
+
+    head: (ReducedLogits, SparseTargets, **options) -> [N], run inside the fused LM head, so that it may use
+    what `ReducedLogits` holds and nothing else of the student. hidden: (student [N, D], teacher [N, D],
+    **options) -> [N], for each pair of layers. dense: (Rows, **options) -> ([N], slope
+    [N, V]), see `student.losses.full`. relation: (BlockPair, **options) -> [B, T], for each pair of blocks.
+    structure: (student, teacher, lengths, **options) -> [N], where lengths are how many of the N rows belong
+    to each sequence; student and teacher [N, D] of each pair, or with `flow` two such tensors each, of a pair
+    and the next deeper one.
+
+    needs, better: letters of NEEDS, what the cache must hold and what makes the loss more exact. statement:
+    in what sense it is exact, or why not, in a sentence.
+
+    For kind head: `tails`, temperatures of the student's tail beside 1 and the option `temperature`;
+    `ranked`, whether the student's own largest logits are wanted.
+
+    For kind structure: `any_width`, whether student and teacher may differ in width without a projector;
+    `flow`, see above.
+    """
+
+    name: str
+    kind: Kind
+    function: Callable[..., Tensor]
+    formula: str
+    paper: Paper | None
+    needs: str
+    exactness: Exactness
+    statement: str
+    better: str = ""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    tails: tuple[float, ...] = ()
+    ranked: bool = False
+    any_width: bool = False
+    flow: bool = False
+
+    def check_options(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """All options, given or default; UserError for an unknown name or a bad value."""
+        for name in given:
+            if name not in self.options:
+                known = f"{self.name} takes {', '.join(self.options) or 'no options'}"
+                raise UserError(f"{where}: unknown key {name!r}{suggest(name, self.options)}; {known}")
+        return {
+            name: option.check(given.get(name, option.default), f"{where}: {name}")
+            for name, option in self.options.items()
+        }
+
+
+@cache
+def catalogue() -> Mapping[str, Loss]:
+    """Every loss by name, in the order of the tables."""
+    from student.losses.entries_full import DENSE_LOSSES
+    from student.losses.entries_hidden import HIDDEN_LOSSES
+    from student.losses.entries_relation import RELATION_LOSSES
+    from student.losses.entries_sparse import HEAD_LOSSES
+    from student.losses.entries_structure import STRUCTURE_LOSSES
+
+    entries = (*HEAD_LOSSES, *DENSE_LOSSES, *HIDDEN_LOSSES, *STRUCTURE_LOSSES, *RELATION_LOSSES)
+    by_name = {entry.name: entry for entry in entries}
+    assert len(by_name) == len(entries), "two losses of one name"
+    return by_name
+
+
+def find_loss(name: object, where: str) -> Loss:
+    """UserError, with the name that comes closest, for an unknown loss."""
+    losses = catalogue()
+    if not isinstance(name, str) or name not in losses:
+        hint = suggest(str(name), losses) or "; `distily-train objectives` lists them"
+        raise UserError(f"{where}: unknown loss {name!r}{hint}")
+    return losses[name]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean WORD?` where something comes close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

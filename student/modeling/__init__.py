@@ -1,0 +1,1 @@
+"""The student: its shape, where its weights come from, how it is saved and loaded."""

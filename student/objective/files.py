@@ -1,0 +1,193 @@
+"""What is asked for, from flags or from a file, before the cache has been looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from student.errors import UserError
+from student.losses.catalogue import Loss, find_loss, suggest
+from student.objective.layer_maps import MAPPERS, check_mapper
+from student.objective.projectors import IDENTITY, PROJECTORS
+from student.objective.weights import Weight
+from student.yamlfile import read_yaml
+
+_TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
+_SCHEDULE_KEYS = ("schedule", "from", "to", "until")
+_SCHEDULES = ("constant", "linear", "cosine")
+_BALANCES = ("none", "gradient_norm")
+
+
+@dataclass(frozen=True)
+class TermRequest:
+    """One term that is asked for. layers, layer_map, mapper, projector: as in the flags --hidden-layers,
+    --layer-map, --mapper and --projector; where: how error lines name the term.
+    """
+
+    loss: Loss
+    weight: Weight
+    where: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    layer_map: tuple[tuple[int, int], ...] | None = None
+    mapper: str = "all"
+    projector: str = IDENTITY
+
+
+@dataclass(frozen=True)
+class ObjectiveRequest:
+    """All terms that are asked for; balanced: with weights that are ratios of gradient norms."""
+
+    terms: tuple[TermRequest, ...]
+    balanced: bool = False
+
+
+def read_objective(given: str) -> ObjectiveRequest:
+    """The request of an objective file (YAML), or of the objective itself where `given` is a JSON object;
+    UserError, naming file and key, for whatever is wrong in it.
+    """
+    if given.lstrip().startswith("{"):
+        return parse_objective(_inline(given), "--objective")
+    where = f"--objective {given}"
+    return parse_objective(read_yaml(given, where, "a YAML file of terms"), where)
+
+
+def _inline(text: str) -> Any:
+    """JSON, in which layers as keys are strings."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: {_key(key): value for key, value in pairs})
+    except ValueError as error:
+        raise UserError(f"--objective is not valid JSON ({error}); give a YAML file of terms") from error
+
+
+def _key(key: str) -> str | int:
+    return int(key) if key.isascii() and key.isdigit() else key
+
+
+def parse_objective(value: object, where: str) -> ObjectiveRequest:
+    """The request that a parsed file makes."""
+    example = "write e.g. `terms: [{loss: kl, weight: 1.0}]`"
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: needs a mapping with a list `terms`; {example}")
+    _check_keys(value, ("terms", "balance"), where)
+    terms = value.get("terms")
+    if not isinstance(terms, list) or not terms:
+        raise UserError(f"{where}: `terms` must be a list of at least one term; {example}")
+    parsed = tuple(_term(term, f"{where}: terms[{index}]") for index, term in enumerate(terms))
+    balance = value.get("balance", "none")
+    if balance not in _BALANCES:
+        raise UserError(f"{where}: balance must be one of {', '.join(_BALANCES)}, not {balance!r}")
+    if balance != "none" and len(parsed) < 2:
+        raise UserError(f"{where}: balance: {balance} needs at least two terms")
+    if not any(term.weight.start or term.weight.end for term in parsed):
+        raise UserError(f"{where}: nothing to learn: give a term a weight above 0")
+    return ObjectiveRequest(parsed, balance != "none")
+
+
+def _term(value: object, where: str) -> TermRequest:
+    if not isinstance(value, dict) or "loss" not in value:
+        raise UserError(f"{where} must be a mapping with a key `loss`, e.g. {{loss: kl, weight: 1.0}}")
+    loss = find_loss(value["loss"], where)
+    where = f"{where} ({loss.name})"
+    options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
+    final = "F" in loss.needs
+    layered = loss.kind in ("hidden", "structure", "relation") and not final
+    known = _TERM_KEYS[: (4 if loss.kind == "relation" else 6) if layered else 2]
+    for key in options:
+        _check_keys({key: None}, (*known, *loss.options), where)
+    if misplaced := [key for key in _TERM_KEYS if key in value and key not in known]:
+        raise UserError(f"{where}: {', '.join(misplaced)}: no key of this loss; leave it out")
+    if "layer_map" in value and ("layers" in value or "mapper" in value):
+        raise UserError(f"{where}: layer_map excludes layers and mapper; keep one")
+    projector = value.get("projector", IDENTITY)
+    if projector not in PROJECTORS:
+        raise UserError(f"{where}: projector must be one of {', '.join(PROJECTORS)}, not {projector!r}")
+    return TermRequest(
+        loss,
+        parse_weight(value.get("weight", 1.0), f"{where}: weight"),
+        where,
+        loss.check_options(options, where),
+        _layers(value["layers"], where) if "layers" in value else None,
+        _layer_map(value["layer_map"], where) if "layer_map" in value else None,
+        _mapper(value["mapper"], where) if "mapper" in value else "all",
+        projector,
+    )
+
+
+def parse_weight(value: object, where: str) -> Weight:
+    """A number, or `{schedule: linear | cosine | constant, from: A, to: B, until: F}`."""
+    if not isinstance(value, dict):
+        return Weight.constant(_number(value, where))
+    _check_keys(value, _SCHEDULE_KEYS, where)
+    schedule = value.get("schedule")
+    if schedule not in _SCHEDULES:
+        raise UserError(f"{where}: schedule must be one of {', '.join(_SCHEDULES)}, not {schedule!r}")
+    if "from" not in value:
+        raise UserError(f"{where}: a schedule needs `from`, and `to` unless it is constant")
+    start = _number(value["from"], f"{where}: from")
+    if schedule == "constant":
+        if "to" in value or "until" in value:
+            raise UserError(f"{where}: a constant schedule has no `to` and no `until`; use linear or cosine")
+        return Weight.constant(start)
+    if "to" not in value:
+        raise UserError(f"{where}: a {schedule} schedule needs `to`")
+    end, until = _number(value["to"], f"{where}: to"), _number(value.get("until", 1.0), f"{where}: until")
+    if not 0 < until <= 1:
+        raise UserError(f"{where}: until is a fraction of the training, above 0 and at most 1, not {until:g}")
+    if not max(start, end):
+        raise UserError(f"{where} is zero throughout; leave the term out")
+    return Weight(start, end, schedule, until)
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        hint = " (YAML reads 1e-3 as a word; write 1.0e-3)" if _is_exponent(value) else ""
+        raise UserError(f"{where} must be a finite number of at least 0, not {value!r}{hint}")
+    return float(value)
+
+
+def _is_exponent(value: object) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _layers(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or any(type(layer) is not int for layer in value):
+        raise UserError(f"{where}: layers must be a list of layer numbers, e.g. [10, 20], not {value!r}")
+    if len(set(value)) != len(value):
+        raise UserError(f"{where}: layers names a layer twice; give each layer once")
+    return tuple(value)
+
+
+def _layer_map(value: object, where: str) -> tuple[tuple[int, int], ...]:
+    if isinstance(value, dict):  # in JSON keys are words
+        value = {int(key) if str(key).isdecimal() else key: own for key, own in value.items()}
+    if (
+        not isinstance(value, dict)
+        or not value
+        or any(type(layer) is not int for pair in value.items() for layer in pair)
+    ):
+        raise UserError(
+            f"{where}: layer_map must map layers of the teacher to layers of the student, "
+            f"e.g. {{10: 4, 20: 8}}, not {value!r}"
+        )
+    return tuple(value.items())
+
+
+def _mapper(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: mapper must be one of {MAPPERS}, not {value!r}")
+    check_mapper(value, f"{where}: mapper")
+    return value
+
+
+def _check_keys(value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in value:
+        if key not in known:
+            hint = suggest(str(key), known) or f"; known are {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")

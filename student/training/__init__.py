@@ -1,0 +1,1 @@
+"""`distily-train from-cache`: plan, build, train with transformers' Trainer, resume, summarise."""

@@ -1,0 +1,252 @@
+"""The student and its objective as one module: what Trainer, accelerate and DDP see.
+
+Shape letters: B batch, T positions, N learned positions of the batch, D hidden size, S terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student.data.batches import IGNORE
+from student.data.decoding import Coded, decode_hidden, decode_labels, decode_targets
+from student.data.teacher_weights import TeacherParts
+from student.losses.blocks import BlockPair, Rotation, StudentBlock
+from student.losses.full_pass import DenseTargets, dense_head_loss, fisher_diagonal
+from student.losses.lm_head import HeadTransform
+from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
+from student.losses.sparse_pass import HeadLoss, sparse_head_loss
+from student.objective.projectors import Projectors
+from student.objective.terms import Objective, View
+
+EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
+
+
+class DistillationModel(nn.Module):
+    """Runs the decoder body once, and the head only inside the fused loss, on learned positions only."""
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch and not to rescale the loss
+
+    def __init__(self, student: Any, objective: Objective, teacher: TeacherParts | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.projectors = Projectors(objective.projectors)
+        self.objective = objective
+        self.teacher = teacher or TeacherParts()  # what dense and relation terms need
+        self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
+        self.transform = HeadTransform.from_config(student.config)
+
+    @property
+    def config(self) -> Any:
+        """The student's configuration, for Trainer's callbacks."""
+        return self.student.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Passed through to the student."""
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's embeddings, for NEFTune."""
+        embeddings: nn.Module = self.student.get_input_embeddings()
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        coded_head: Coded | None = None,
+        coded_hidden: Mapping[int, Coded] | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """One batch as `student.data.batches.Collator` makes it -> {"loss": scalar, ...}.
+
+        While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
+        [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
+        causal attention keeps padding out of every learned position and no mask is passed to the body. Rows
+        that hold several samples come with position_ids, of which transformers makes a mask.
+        """
+        learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+        with self._capture() as (states, rotations):
+            body = self.student.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        states[self._depth] = body.last_hidden_state
+        coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
+        places = _places(labels, position_ids)
+        view = self._view(states, rotations, coded_hidden or {}, learned_N, places)
+        targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
+        head = self._head(select(body.last_hidden_state, learned_N), targets)
+        count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
+        dense_total, dense_SN = self._dense(view)
+        loss, other_SN = self._others(view, head.total + dense_total)
+        other_SN = torch.cat([dense_SN, other_SN])
+        scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        if not self.training:
+            sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
+            return {"loss": loss * scale, "sums": sums}
+        terms = torch.cat([head.terms_SN[: len(self.objective.head)], other_SN]).sum(-1)
+        return {"loss": loss * scale, "terms": terms * scale}
+
+    @property
+    def _depth(self) -> int:
+        depth: int = self.student.config.get_text_config().num_hidden_layers
+        return depth
+
+    @contextmanager
+    def _capture(self) -> Iterator[tuple[dict[int, Tensor], dict[int, Rotation | None]]]:
+        """Collect the hidden states that terms need, and the rotations of positions that come with them, by
+        hooks on the inputs of just those layers.
+        """
+        states: dict[int, Tensor] = {}
+        rotations: dict[int, Rotation | None] = {}
+        layers = self.student.get_decoder().layers
+        wanted = {layer for term in self.objective.others for layer in term.student_layers} - {self._depth}
+
+        def keep(index: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states.setdefault(index, args[0] if args else kwargs["hidden_states"])
+                rotations.setdefault(index, kwargs.get("position_embeddings"))
+
+            return hook
+
+        handles = [layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in wanted]
+        try:
+            yield states, rotations
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _view(
+        self,
+        states: Mapping[int, Tensor],
+        rotations: Mapping[int, Rotation | None],
+        coded: Mapping[int, Coded],
+        learned_N: Tensor,
+        places: tuple[Tensor, Tensor],
+    ) -> View:
+        """The learned positions of a batch; places: sample and position of each of its positions."""
+
+        def teacher(layer: int) -> Tensor:
+            return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+
+        @cache
+        def blocks(pair: tuple[int, int]) -> BlockPair:
+            theirs, own = pair
+            block = self.teacher.to(states[own].device).blocks[theirs]
+            student = StudentBlock(self.student.get_decoder().layers[own])
+            inputs = states[own], decode_hidden(coded[theirs])
+            return BlockPair((student, block), *inputs, rotations[own])
+
+        return View(
+            student=lambda layer: select(states[layer], learned_N),
+            teacher=teacher,
+            blocks=blocks,
+            fisher=lambda: fisher_diagonal(self._full(teacher)),
+            sequence_N=select(places[0], learned_N),
+            position_N=select(places[1], learned_N),
+            project=lambda name, states_ND: self.projectors[name](states_ND),
+        )
+
+    def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
+        """The learned positions' targets; heads of zero columns where the batch carries none."""
+        if not coded:
+            empty = label_N.new_empty(len(label_N), 0)
+            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+        targets = decode_targets(coded, label_N)
+        if not any("Y" in term.loss.needs for term in self.objective.head):
+            return targets
+        known_N = decode_labels(coded["label_logprob"])
+        return replace(targets, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
+
+    def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
+        """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
+        terms = [(term.function, w) for term, w in zip(self.objective.head, self.weights, strict=False)]
+        if not self.training:
+            terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
+        if not terms:  # other terms alone: the head is not even multiplied
+            zero = hidden_ND.new_zeros((), dtype=torch.float32)
+            return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
+        output = self.student.get_output_embeddings()
+        return sparse_head_loss(
+            hidden_ND,
+            output.weight,
+            output.bias,
+            targets,
+            terms,
+            self.transform,
+            reduction=self.objective.reduction,
+        )
+
+    def _dense(self, view: View) -> tuple[Tensor, Tensor]:
+        """(weighted sum of the dense terms, their detached values [S', N]); float32."""
+        terms: list[tuple[Any, float]] = [
+            (term.function, w)
+            for term, w in zip(self.objective.terms, self.weights, strict=True)
+            if term.loss.kind == "dense"
+        ]
+        student_ND = view.student(self._depth)
+        if not terms:
+            zero = student_ND.new_zeros((), dtype=torch.float32)
+            return zero, zero.new_zeros(0, len(student_ND))
+        output = self.student.get_output_embeddings()
+        targets = self._full(view.teacher)
+        return dense_head_loss(student_ND, output.weight, output.bias, targets, terms, self.transform)
+
+    def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
+        """The teacher's full distributions at the learned positions."""
+        layer = next(term.pair[0] for term in self.objective.terms if "F" in term.loss.needs and term.pair)
+        hidden_ND = teacher(layer).float()
+        head = self.teacher.to(hidden_ND.device).head
+        assert head is not None, "the objective needs the teacher's head"
+        return DenseTargets(head, hidden_ND)
+
+    def _others(self, view: View, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """(`loss` and the weighted sum of the terms outside any head, their detached values [S', N])."""
+        values = [loss.new_zeros(0, len(view.sequence_N))]
+        weights = self.weights[len(self.weights) - len(self.objective.others) :]
+        for term, weight in zip(self.objective.others, weights, strict=True):
+            value_N = term.values(view)
+            loss = loss + weight * value_N.sum()
+            values.append(value_N.detach().unsqueeze(0))
+        return loss, torch.cat(values)
+
+    def _sums(
+        self, head: HeadLoss, other_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
+    ) -> Tensor:
+        """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
+        kl_N, ce_N = head.terms_SN[-2:]
+        objective_SN = torch.cat([head.terms_SN[:-2], other_SN])
+        weights_S = objective_SN.new_tensor(self.weights)
+        ones_N = torch.ones_like(ce_N)
+        known_N = ones_N if coded else torch.zeros_like(ones_N)
+        columns = [
+            (weights_S.unsqueeze(1) * objective_SN).sum(0),
+            kl_N if coded else known_N,
+            ce_N,
+            head.agree_N,
+            -decode_labels(coded["label_logprob"]) if coded else known_N,
+            ones_N,
+            known_N,
+        ]
+        values_N7 = torch.stack([column.to(ce_N.dtype) for column in columns], dim=-1)
+        sums = values_N7.new_zeros(sequences, len(EVAL_COLUMNS))
+        return sums.index_add_(0, sequence_N, values_N7)
+
+
+def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:
+    """Positions of [B, T, ...], numbered through the batch, as [N, ...]; quicker than a mask."""
+    return tensor_BT.flatten(0, 1).index_select(0, positions_N)
+
+
+def _places(labels_BT: Tensor, position_ids_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each position of a batch the number of its sample, rising, and its position there: int64 [B, T]."""
+    if position_ids_BT is None:
+        position_ids_BT = torch.arange(labels_BT.shape[1], device=labels_BT.device).expand_as(labels_BT)
+    return ((position_ids_BT == 0).flatten().cumsum(0) - 1).view_as(labels_BT), position_ids_BT

@@ -1,0 +1,279 @@
+"""From a request and the cache to what training needs: the objective, the column groups to read, the two
+sides of the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from featurestore.errors import MissingFeatureError
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.format.sidecar import block_part
+from featurestore.reader import CacheReader
+from student.data.batches import CachedDataset
+from student.data.held_out import Split, split_cache
+from student.data.teacher_weights import TeacherParts, load_parts
+from student.errors import UserError
+from student.losses.blocks import check_student_blocks
+from student.losses.entries_relation import check_sizes
+from student.objective.files import ObjectiveRequest, TermRequest
+from student.objective.layer_maps import Pairs, check_pairs, depth_map, map_layers
+from student.objective.projectors import IDENTITY, ProjectorSpec
+from student.objective.terms import Objective, Term, term
+
+CONFIDENCE_SAMPLES = 256
+
+
+def plan_objective(
+    request: ObjectiveRequest, reader: CacheReader, config: Any, training: Sequence[int]
+) -> Objective:
+    """The terms that are asked for; UserError when student and cache cannot give them.
+
+    training: the samples that are trained on, from which options come that were left to us.
+    """
+    terms: list[Term] = []
+    for given in request.terms:
+        wanted = _with_confidence(given, reader, training)
+        if "Y" in wanted.loss.needs and "confidence" not in wanted.options:
+            _check_labels(wanted, reader)
+        if wanted.loss.kind == "head":
+            terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
+        elif "F" not in wanted.loss.needs and wanted.loss.kind in ("hidden", "structure"):
+            terms += _hidden_terms(wanted, reader, config)
+        else:
+            find = _final_pair if "F" in wanted.loss.needs else _block_pairs
+            pairs = find(wanted, reader, config)
+            weight = wanted.weight.scaled(1 / len(pairs))
+            terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
+    if request.balanced:
+        _check_balance(terms)
+    return Objective.of(terms, request.balanced)
+
+
+def _check_balance(terms: list[Term]) -> None:
+    """UserError for a term whose gradient does not reach the student's decoder layers."""
+    for one in terms:
+        layers = {own for _, own in one.pairs}
+        if one.loss.kind in ("hidden", "structure") and layers == {0}:
+            raise UserError(
+                f"balance: gradient_norm compares gradients in the decoder's layers, which {one.label} does "
+                "not reach: it looks at the student's embeddings only; choose other layers for it"
+            )
+
+
+def _check_labels(wanted: TermRequest, reader: CacheReader) -> None:
+    """UserError where the teacher's probability of the next token is not known at every position."""
+    group = reader.find("logits")
+    if isinstance(group, LogitsSpec) and group.partial:
+        raise UserError(
+            f"{wanted.where}: needs the teacher's probability of every next token, which an imported cache "
+            "does not have; make one with `distily-cache generate`, or take another loss"
+        )
+
+
+def _with_confidence(wanted: TermRequest, reader: CacheReader, training: Sequence[int]) -> TermRequest:
+    """A `confidence` that was not given is the teacher's mean probability of the learned tokens, over up to
+    CONFIDENCE_SAMPLES of the training samples: those of the smallest ids, which are hashes, so that the
+    order of the cache does not matter.
+    """
+    if wanted.options.get("confidence", 0.0) is not None:
+        return wanted
+    group = reader.find("logits")
+    known = []
+    for index in sorted(sorted(training, key=reader.sample_ids.__getitem__)[:CONFIDENCE_SAMPLES]):
+        sample = reader.read(index, [group])
+        features = sample.features[group]
+        assert isinstance(features, LogitsFeatures)
+        learned = features.label_logprob[:-1][sample.loss_mask[1:]]
+        known.append(learned[np.isfinite(learned)])
+    if not sum(map(len, known)):
+        raise UserError(f"{wanted.where}: no learned token's probability is in the cache; give `confidence`")
+    confidence = float(np.exp(np.concatenate(known), dtype=np.float64).mean())
+    return replace(wanted, options={**wanted.options, "confidence": confidence})
+
+
+def _hidden_terms(wanted: TermRequest, reader: CacheReader, config: Any) -> list[Term]:
+    """A term for each pair of layers, or with a flow for each two neighbouring pairs; they share the
+    weight.
+    """
+    pairs = _layer_pairs(wanted, reader, config)
+    ends: list[tuple[int, int] | None] = [None] * len(pairs)
+    if wanted.loss.flow:
+        if len(pairs) < 2:
+            raise UserError(f"{wanted.where}: {wanted.loss.name} needs at least two pairs of layers, has one")
+        ends = list(pairs[1:])
+    projector = _projector(wanted, reader.identity.hidden_size, config.get_text_config().hidden_size)
+    weight = wanted.weight.scaled(1 / len(ends))
+    return [
+        term(wanted.loss.name, weight, pair, end, projector, **wanted.options)
+        for pair, end in zip(pairs, ends, strict=False)
+    ]
+
+
+def _projector(wanted: TermRequest, teacher_width: int, student_width: int) -> ProjectorSpec | None:
+    if wanted.projector != IDENTITY:
+        return ProjectorSpec(wanted.projector, student_width, teacher_width)
+    if student_width != teacher_width and not wanted.loss.any_width:
+        raise UserError(
+            f"{wanted.where}: the student is {student_width} wide and the teacher {teacher_width}, so their "
+            "hidden states cannot be compared as they are; add --projector linear (in an objective's file "
+            "`projector: linear`)"
+        )
+    return None
+
+
+def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> Pairs:
+    """Teacher and student index of every pair, checked against both models' depth."""
+    text, identity = config.get_text_config(), reader.identity
+    cached = _hidden_layers(reader)
+    if not cached:
+        raise UserError(
+            f"{wanted.where}: the cache holds no hidden states; add them with "
+            "`distily-cache generate ... --hidden-layers 10,20`"
+        )
+    depths = (identity.num_layers, text.num_hidden_layers)
+    if wanted.layer_map is not None:
+        check_pairs(wanted.layer_map, *depths, wanted.where)
+        return list(wanted.layer_map)
+    layers = list(wanted.layers) if wanted.layers is not None else cached
+    check_pairs([(layer, 0) for layer in layers], *depths, wanted.where)
+    return map_layers(wanted.mapper, layers, *depths, wanted.where)
+
+
+def _check_width(wanted: TermRequest, reader: CacheReader, config: Any) -> None:
+    own, theirs = config.get_text_config().hidden_size, reader.identity.hidden_size
+    if own != theirs:
+        raise UserError(
+            f"{wanted.where}: the student is {own} wide and the teacher {theirs}, so their hidden states "
+            "cannot be compared; keep the teacher's hidden_size or leave the loss out"
+        )
+
+
+def _final_pair(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+    """The last hidden states of both models; UserError unless the cache has the teacher's, and its head."""
+    depth = reader.identity.num_layers
+    if wanted.loss.kind == "hidden":
+        _check_width(wanted, reader, config)
+    if "head" not in reader.sidecar().parts or depth not in _hidden_layers(reader):
+        raise UserError(
+            f"{wanted.where}: the cache cannot give the full distribution; add it with "
+            "`distily-cache generate ... --final`"
+        )
+    return [(depth, config.get_text_config().num_hidden_layers)]
+
+
+def _block_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+    """Blocks of teacher and student, numbered by what goes into them; UserError where the cache lacks one, or
+    the student has none like it.
+    """
+    depths = (reader.identity.num_layers, config.get_text_config().num_hidden_layers)
+    parts = reader.sidecar().parts
+    cached = [layer for layer in _hidden_layers(reader) if block_part(layer) in parts]
+    if wanted.layer_map is not None:
+        pairs = list(wanted.layer_map)
+    else:
+        layers = list(wanted.layers) if wanted.layers is not None else cached
+        pairs = [(t, min(s, depths[1] - 1)) for t, s in depth_map(layers, *depths)]
+    for theirs, own in pairs:
+        if not (0 <= theirs < depths[0] and 0 <= own < depths[1]):
+            raise UserError(
+                f"{wanted.where}: no pair of blocks {theirs}:{own}; the teacher's are 0 to {depths[0] - 1}, "
+                f"the student's 0 to {depths[1] - 1}"
+            )
+    absent = [theirs for theirs, _ in pairs if theirs not in cached]
+    if absent or not pairs:
+        layer = absent[0] if absent else depths[0] - 1
+        raise UserError(
+            f"{wanted.where}: the cache lacks projections and input of the teacher's block {layer}; add them "
+            f"with `distily-cache generate ... --relation-layers {layer}`"
+        )
+    check_student_blocks(config, wanted.where)
+    for theirs, _ in pairs:
+        spec = reader.sidecar().block(theirs).spec
+        check_sizes(wanted.loss, wanted.options, config.get_text_config(), spec, wanted.where)
+    return pairs
+
+
+def _hidden_layers(reader: CacheReader) -> list[int]:
+    return sorted({group.layer for group in reader.groups.values() if isinstance(group, HiddenSpec)})
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Training samples with the features that the objective needs; held-out samples also with the
+    distribution.
+    """
+
+    train: CachedDataset
+    held_out: CachedDataset | None
+    split: Split
+
+
+def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
+    """What the objective needs of the teacher's own weights."""
+    blocks = sorted({theirs for theirs, _ in objective.relations})
+    return load_parts(reader, objective.needs_head, blocks)
+
+
+def plan_split(reader: CacheReader, fraction: float, samples: int | None = None) -> Split:
+    """The samples that are trained on, and those that are held out.
+
+    samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
+    """
+    split = split_cache(reader, fraction)
+    if samples is not None and samples > len(split.training):
+        raise UserError(
+            f"--train-samples {samples}: the cache has {len(split.training)} that are not held out"
+        )
+    return replace(split, training=split.training[:samples])
+
+
+def plan_data(
+    objective: Objective,
+    reader: CacheReader,
+    split: Split,
+    learned: LogitsSpec | None = None,
+) -> DataPlan:
+    """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
+
+    learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
+    have the widest in any case, so that students that learned from less are measured by the same numbers.
+    """
+    groups = [reader.find(kind) for kind in sorted(objective.needs)]
+    trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
+    train, held_out = split.training, split.held_out
+    if not held_out:
+        return DataPlan(CachedDataset(reader, train, trained), None, split)
+    evaluated = CachedDataset(reader, held_out, _with_logits(groups, reader))
+    return DataPlan(CachedDataset(reader, train, trained), evaluated, split)
+
+
+def plan_distribution(
+    objective: Objective, reader: CacheReader, top_k: int | None, top_p: float | None, tail: int | None
+) -> LogitsSpec | None:
+    """What --top-k, --top-p and --tail leave of the cache's distribution; None where none is given.
+
+    UserError when nothing that is learned reads it, MissingFeatureError where the cache does not cover it.
+    """
+    given = {"--top-k": top_k, "--top-p": top_p, "--tail": tail}
+    flags = [name for name, value in given.items() if value is not None]
+    if not flags:
+        return None
+    if "logits" not in objective.needs:
+        raise UserError(
+            f"{flags[0]} has no effect: no loss of this objective reads the stored distribution; leave it out"
+        )
+    return reader.find_logits(top_k, top_p, tail)
+
+
+def _with_logits(groups: list[GroupSpec], reader: CacheReader) -> list[GroupSpec]:
+    """Evaluation measures the KL whatever is trained, if the cache can tell it."""
+    try:
+        logits = reader.find("logits")
+    except MissingFeatureError:
+        return groups
+    return groups if logits in groups else [*groups, logits]

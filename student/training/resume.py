@@ -1,0 +1,167 @@
+"""From which checkpoint a run goes on, and that it goes on with the same samples in the same order.
+
+Which samples a step learns from follows from the manifest, the seed, how many samples are trained on, and the
+global batch: MANIFEST_FILE of a checkpoint records them, Trainer's state the step. The number of processes
+plays no part.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from distily.system.stopping import advise
+from student.bitnet.layout import saved_conversion
+from student.errors import UserError
+from student.modeling.checkpoint import CheckpointTensors
+from student.modeling.plan import StudentPlan
+from student.modeling.saving import MANIFEST_FILE, saved_config
+
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin")
+_STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint
+
+
+class KeptCallback(TrainerCallback):  # type: ignore[misc]
+    """Has the line of a training that is stopped say what it has kept."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step:
+            self.on_save(args, state, control)
+        else:
+            advise("no checkpoint is saved yet, the training starts again")
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        saved = f"step {state.global_step} of {state.max_steps} is saved"
+        advise(f"{saved}, --resume-from-checkpoint True resumes there")
+
+
+def find_checkpoint(args: TrainingArguments) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means: a directory, or for `True` the last whole one."""
+    checkpoint = _find(args)
+    if checkpoint is None or finished(checkpoint, args):
+        return checkpoint
+    if not any((checkpoint / name).exists() for name in _OPTIMIZER):
+        raise UserError(
+            f"--resume-from-checkpoint: {checkpoint} was saved with --save-only-model and has no optimizer "
+            f"state to resume with; start from its weights with --student {checkpoint}"
+        )
+    return checkpoint
+
+
+def _find(args: TrainingArguments) -> Path | None:
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not _whole(Path(wanted)):
+            raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
+        return Path(wanted)
+    found = last_checkpoint(Path(args.output_dir))
+    if found is None:
+        raise UserError(
+            f"--resume-from-checkpoint: no checkpoint in {args.output_dir}; leave the flag out to start anew"
+        )
+    return found
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The last whole checkpoint of a training there."""
+    found = [path for path in output_dir.glob("checkpoint-[0-9]*") if _whole(path)]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def finished(checkpoint: Path, args: TrainingArguments) -> TrainerState | None:
+    """The state that a checkpoint was saved with, where no step is left of what `args` ask for."""
+    state = TrainerState.load_from_json(str(checkpoint / _STATE))
+    if args.max_steps > 0:
+        return state if state.global_step >= args.max_steps else None
+    return state if (state.epoch or 0.0) >= args.num_train_epochs else None
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether nobody was killed while writing it, nor while writing what comes last."""
+    try:
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def manifest_to_read(wanted: str | None, checkpoint: Path | None) -> str | None:
+    """What to read: a run that goes on reads on where it was, however the cache has grown meanwhile."""
+    digest = _record(checkpoint).get("manifest")
+    if digest is None:
+        return wanted
+    if wanted and not digest.startswith(wanted):
+        raise UserError(
+            f"--manifest {wanted}: {checkpoint} was trained on manifest {digest}; leave the flag out to go "
+            "on with it"
+        )
+    return str(digest)
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """The seed of the order in which samples are read."""
+    seed: int = args.seed if args.data_seed is None else args.data_seed
+    return seed
+
+
+def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) -> None:
+    """UserError where a run that goes on would skip other samples than those that were learned.
+
+    A run that skips nothing (--ignore_data_skip) may change what it likes, and with --auto_find_batch_size
+    Trainer sets the batch itself.
+    """
+    if args.ignore_data_skip:
+        return
+    record = _record(checkpoint)
+    seed = order_seed(args)
+    if record.get("seed", seed) != seed:
+        flag = "--seed" if args.data_seed is None else "--data-seed"
+        raise UserError(
+            f"{flag} {seed}: {checkpoint} reads the samples in the order of seed {record['seed']}; give that"
+        )
+    if record.get("samples", samples) != samples:
+        raise UserError(
+            f"--eval-fraction: {checkpoint} was trained on {record['samples']} samples, and this leaves "
+            f"{samples}; give the fraction of that run, and its --train-samples"
+        )
+    factors = (args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
+    batch = factors[0] * factors[1] * factors[2]
+    if not args.auto_find_batch_size and record.get("global_batch", batch) != batch:
+        raise UserError(
+            f"--per-device-train-batch-size {factors[0]}: {checkpoint} was trained on "
+            f"{record['global_batch']} samples per step, and {factors[0]} x {factors[1]} processes x "
+            f"{factors[2]} accumulated are {batch}; make them {record['global_batch']}"
+        )
+
+
+def check_kind(checkpoint: Path, plan: StudentPlan) -> None:
+    """UserError when a run is resumed as another kind of student; its checkpoints tell which it was."""
+    masters = "bf16" if "BF16" in CheckpointTensors(checkpoint).dtypes() else "fp32"
+    was = (saved_conversion(saved_config(str(checkpoint))), masters)
+    if was != (plan.conversion, plan.masters):
+        raise UserError(
+            f"--resume-from-checkpoint: this run would go on with {_kind(plan.conversion, plan.masters)}, "
+            f"but {checkpoint} is of a run with {_kind(*was)}; resume with the flags that it was started with"
+        )
+
+
+def _kind(conversion: str | None, masters: str) -> str:
+    if conversion is None:
+        return "full precision"
+    return f"--bitnet-conversion {conversion} --bitnet-masters {masters}"
+
+
+def _record(checkpoint: Path | None) -> dict[str, Any]:
+    if checkpoint is None or not (checkpoint / MANIFEST_FILE).is_file():
+        return {}
+    record: dict[str, Any] = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    return record

@@ -1,0 +1,297 @@
+"""`from-cache` from a parsed request to the summary: check, build, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
+
+from featurestore.reader import CacheReader
+from student.bitnet import Drift
+from student.config.parser import Request
+from student.data.batches import calibration_samples
+from student.data.packing import check_packing
+from student.errors import UserError
+from student.modeling.plan import StudentPlan, plan_following, plan_student
+from student.objective.terms import Objective
+from student.report import write_report
+from student.training.model import DistillationModel
+from student.training.outputs import check_output, remove_training
+from student.training.plan import (
+    DataPlan,
+    load_teacher,
+    plan_data,
+    plan_distribution,
+    plan_objective,
+    plan_split,
+)
+from student.training.provenance import environment, typed
+from student.training.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
+from student.training.summary import Run, summarise
+from student.training.trainer import DistillationTrainer
+from student.training.uniform import UniformGuess, best_copy
+
+_FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked, and what follows from it and the cache.
+
+    checkpoint: where it goes on; None: at the start.
+    """
+
+    request: Request
+    reader: CacheReader
+    checkpoint: Path | None
+    plan: StudentPlan
+    objective: Objective
+    data: DataPlan
+
+
+@dataclass(frozen=True)
+class Built:
+    """The student with its objective, and what trains it. drift: how far a conversion to BitNet moved it."""
+
+    prepared: Prepared
+    model: DistillationModel
+    trainer: DistillationTrainer
+    drift: Drift | None
+
+
+def train_from_cache(request: Request) -> dict[str, Any]:
+    """Train, and write checkpoints, student, report.html and summary.json into the output directory.
+
+    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    """
+    check_output(request)
+    return train(build(prepare(request)))
+
+
+def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
+    """Find everything that can be wrong with a request, before any student is built.
+
+    before: the student that this one starts from, where a stage before has yet to save it.
+    """
+    options, args = request.options, request.training
+    checkpoint = find_checkpoint(args)
+    wanted = options.wanted()
+    reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
+    plan = plan_student(options, reader) if before is None else plan_following(options, before)
+    if checkpoint is not None:
+        check_kind(checkpoint, plan)
+    split = plan_split(reader, options.eval_fraction, options.train_samples)
+    objective = plan_objective(wanted, reader, plan.config, split.training)
+    if options.pack_rows and objective.relations:
+        raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
+    learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
+    data = plan_data(objective, reader, split, learned)
+    check_order(args, len(data.train), checkpoint)
+    if data.held_out is None:
+        _check_needs_evaluation(args)
+        args.eval_strategy, args.eval_on_start = "no", False
+    _check_optimizer(args, plan.masters)
+    _check_schedule(args, options.bitnet_two_stage)
+    _check_hub(args)
+    if objective.balanced:
+        _check_checkpointing(args)
+    return Prepared(request, reader, checkpoint, plan, objective, data)
+
+
+def build(prepared: Prepared) -> Built:
+    """The student and its trainer, from the request's seed."""
+    options, args = prepared.request.options, prepared.request.training
+    reader, objective, data = prepared.reader, prepared.objective, prepared.data
+    check_writable(Path(args.output_dir))
+    if args.process_index == 0:
+        for note in prepared.request.notes:
+            typer.echo(note, err=True)
+    samples = calibration_samples(data.train)
+    plan, said = best_copy(prepared.plan, samples, args.device)
+    if said is not None and args.process_index == 0:
+        typer.echo(f"distily-train: {said}", err=True)
+    prepared = replace(prepared, plan=plan)
+    set_seed(args.seed)
+    student, drift = prepared.plan.build(samples, args.device)
+    if options.pack_rows:
+        check_packing(student)
+    model = DistillationModel(student, objective, load_teacher(objective, reader))
+    sizes = (reader.identity.vocab_size, reader.teacher_dir)
+    trainer = DistillationTrainer(
+        model,
+        args,
+        data.train,
+        data.held_out,
+        *sizes,
+        options.pack_rows,
+        options.ternary(),
+        drift,
+        data.split.held_out_documents,
+    )
+    trainer.add_callback(UniformGuess(reader.identity.vocab_size, prepared.plan.copied))
+    return Built(prepared, model, trainer, drift)
+
+
+def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train what was built, save it and write its report; the summary ({} in all processes but the first).
+
+    command: the words that ask for this training, those of this process when left out.
+    """
+    trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
+    checkpoint = built.prepared.checkpoint
+    if built.prepared.request.options.overwrite_output_dir and trainer.args.should_save:
+        remove_training(Path(trainer.args.output_dir))
+    if str(data.split) and trainer.is_world_process_zero():
+        typer.echo(f"distily-train: {data.split}", err=True)
+    start, started = time.perf_counter(), datetime.now(UTC)
+    done = None if checkpoint is None else finished(checkpoint, trainer.args)
+    if checkpoint is not None and done is not None:
+        trainer.take_up(done, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    if data.held_out is not None and not _evaluated_last_step(trainer):
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return {}
+    run = Run(
+        reader,
+        built.model,
+        trainer.state,
+        Path(trainer.args.output_dir),
+        seconds,
+        len(data.train),
+        len(data.held_out or ()),
+        built.prepared.request.options.eval_fraction,
+        command or typed(),
+        environment(trainer.args.device, started),
+        built.drift,
+        data.split,
+        built.prepared.plan.copied,
+    )
+    summary = summarise(run)
+    write_report(run.output_dir)
+    return summary
+
+
+def _evaluated_last_step(trainer: DistillationTrainer) -> bool:
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(evaluated) and evaluated[-1] == trainer.state.global_step
+
+
+def _check_needs_evaluation(args: TrainingArguments) -> None:
+    """UserError for what follows held-out metrics where nothing is held out."""
+    follows = {
+        "--load-best-model-at-end": args.load_best_model_at_end,
+        "--save-strategy best": args.save_strategy == "best",
+        **{f"--lr-scheduler-type {name}": args.lr_scheduler_type == name for name in _FOLLOWS_METRIC},
+    }
+    for flag, given in follows.items():
+        if given:
+            raise UserError(f"{flag} needs held-out samples; give an --eval-fraction above 0")
+
+
+def _check_optimizer(args: TrainingArguments, masters: str) -> None:
+    """Trainer finds a missing library, and values that its optimizers refuse, only when training begins."""
+    name = str(args.optim.value)
+    if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"--bitnet-masters bf16: --optim {name} would round its updates away, so an AdamW of our own "
+            "comes with it; leave --optim out"
+        )
+    if any(part in name for part in ("8bit", "paged", "bnb")) and not find_spec("bitsandbytes"):
+        raise UserError(
+            f"--optim {name} needs bitsandbytes; install it (the extra [cuda]) or use --optim adamw_torch"
+        )
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([_tensor()], **options) if kind.__module__.startswith("torch.optim") else None
+    except ImportError as error:
+        raise UserError(
+            f"--optim {name} needs a package that is not installed ({' '.join(str(error).split())})"
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        if "pass a model" in str(error):  # which there is not yet
+            return
+        raise UserError(
+            f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, "
+            f"--adam-beta2 and --adam-epsilon: {' '.join(str(error).split())}"
+        ) from error
+    _check_scheduler(args, optimizer or torch.optim.SGD([_tensor()]))
+
+
+def _check_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+    """UserError for options that the schedule does not take, or lacks."""
+    name, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(name, optimizer, 1, 10, options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--lr-scheduler-type {name} cannot be had with --lr-scheduler-kwargs {json.dumps(options)}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _tensor() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(1))
+
+
+def _check_schedule(args: TrainingArguments, two_stage: bool) -> None:
+    """A second stage multiplies a rate that is a function of the step."""
+    name = str(args.lr_scheduler_type.value)
+    if two_stage and name in _FOLLOWS_METRIC:
+        raise UserError(
+            f"--bitnet-two-stage: --lr-scheduler-type {name} follows the loss and not the step; use cosine "
+            "or linear"
+        )
+
+
+def _check_hub(args: TrainingArguments) -> None:
+    """Trainer asks the hub only once the student is built."""
+    if not args.push_to_hub:
+        return
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=args.hub_token)
+    except Exception as error:  # the hub's client changed its HTTP library, and with it what it raises
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"--push-to-hub: the hub does not let us in ({reason}); log in with `hf auth login` or give "
+            f"--hub-token, or leave the flag out and upload {args.output_dir} later"
+        ) from error
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    """Gradient norms of single terms cannot be had from reentrant checkpoints."""
+    given = dict(args.gradient_checkpointing_kwargs or {})
+    if args.gradient_checkpointing and given.setdefault("use_reentrant", False):
+        raise UserError(
+            "--gradient-checkpointing-kwargs: balance: gradient_norm needs use_reentrant false; leave it out"
+        )
+    args.gradient_checkpointing_kwargs = given
+
+
+def check_writable(output_dir: Path) -> None:
+    """Make the directory; UserError where nothing can be written there."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {output_dir} cannot be written ({error.strerror}); choose another directory"
+        ) from error

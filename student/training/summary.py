@@ -1,0 +1,166 @@
+"""What a run amounted to, as plain data: summary.json."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurestore.errors import MissingFeatureError
+from featurestore.format.schema import LogitsSpec
+from featurestore.maintenance.info import StoreInfo, store_info
+from featurestore.reader import CacheReader
+from student.bitnet import Drift, bit_linears, conversion_of
+from student.data.held_out import Split
+from student.metrics import kl_exactness
+from student.training.model import DistillationModel
+from student.training.provenance import captures, without_secrets
+from student.training.uniform import worse_than_uniform
+
+TEACHER_SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training. state: Trainer's; seconds: of training with its evaluations; command: the words
+    that asked for it; environment: see `student.training.provenance`.
+    """
+
+    reader: CacheReader
+    model: DistillationModel
+    state: Any
+    output_dir: Path
+    seconds: float
+    train_samples: int
+    held_out_samples: int
+    eval_fraction: float
+    command: Sequence[str]
+    environment: Mapping[str, Any]
+    drift: Drift | None = None  # of the student when it was converted
+    split: Split | None = None
+    copied: str | None = None  # teacher layers that the student started as a copy of
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """Trainer's log entries of held-out evaluations, oldest first."""
+        return [entry for entry in self.state.log_history if "eval_loss" in entry]
+
+    @property
+    def training_logs(self) -> list[dict[str, float]]:
+        """Trainer's log entries of training steps, oldest first."""
+        return [entry for entry in self.state.log_history if "loss" in entry]
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The summary; also written to summary.json in the output directory."""
+    evaluations, info = run.evaluations, store_info(run.reader.path)
+    rates = [
+        entry["train_tokens_per_second"] for entry in run.training_logs if "train_tokens_per_second" in entry
+    ]
+    summary = {
+        "output_dir": str(run.output_dir),
+        "report": str(run.output_dir / "report.html"),
+        "cache": str(run.reader.path),
+        "manifest": run.reader.manifest_digest,
+        "steps": run.state.global_step,
+        "train_samples": run.train_samples,
+        "held_out_samples": run.held_out_samples,
+        "eval_fraction": run.eval_fraction,
+        "left_out_samples": run.split.left_out if run.split else 0,
+        "samples_of_unknown_documents": run.split.unknown if run.split else 0,
+        "held_out_kl": _exactness(run.reader),
+        "first_eval": _metrics(evaluations[0]) if evaluations else None,
+        "start_warning": worse_than_uniform(
+            run.state.log_history, run.reader.identity.vocab_size, run.copied
+        ),
+        "last_eval": _metrics(evaluations[-1]) if evaluations else None,
+        "seconds": round(run.seconds, 3),
+        "tokens": int(run.state.num_input_tokens_seen),
+        "tokens_per_second": round(rates[-1], 1) if rates else None,  # evaluations included in the time
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "objective": {term.label: term.weight.to_json() for term in run.model.objective.terms},
+        "bitnet_conversion": conversion_of(run.model.student),
+        "step0_drift": asdict(run.drift) if run.drift else None,
+        "sizes": _sizes(run),
+        "teacher": run.reader.identity.to_json(),
+        "teacher_config": teacher_config(run.reader.teacher_dir),
+        "cache_cost": cache_cost(run.reader, info),
+        "captures": captures(info.provenance),
+        "command": without_secrets(run.command),
+        "environment": dict(run.environment),
+    }
+    (run.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
+    """What the cache cost: samples, tokens, bytes, and the seconds of its generation, also of
+    runs that were stopped, up to their last shard."""
+    runs = [record for record in info.runs if "capture_seconds" in record]
+    seconds = sum(float(record["capture_seconds"]) for record in runs)
+    computed = sum(int(record["tokens"]) for record in runs)
+    return {
+        "teacher": reader.identity.name,
+        "engine": reader.identity.engine,
+        "samples": info.samples,
+        "tokens": info.rows,
+        "bytes": info.bytes,
+        "bytes_per_token": round(info.bytes / max(info.rows, 1), 2),
+        "capture_seconds": round(seconds, 3) if runs else None,
+        "capture_tokens_per_second": round(computed / seconds, 1) if seconds else None,
+        "groups": {
+            group.kind: {"bytes": group.bytes, "bytes_per_token": round(group.bytes_per_row, 2)}
+            for group in info.groups.values()
+        },
+    }
+
+
+def teacher_config(directory: Path) -> dict[str, Any]:
+    """Sizes of the teacher that its identity does not hold, from its configuration in the cache."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    text = config.get("text_config") or config
+    return {name: text[name] for name in TEACHER_SIZES if isinstance(text.get(name), int)}
+
+
+def _exactness(reader: CacheReader) -> str | None:
+    """What a held-out KL from this cache is of the full one: "exact" where the head is the whole vocabulary,
+    "unbiased" with draws from the tail, "lower bound" where one bucket stands for it; None where there is
+    no KL.
+    """
+    try:
+        logits = reader.find("logits")
+    except MissingFeatureError:
+        return None
+    assert isinstance(logits, LogitsSpec)
+    return kl_exactness(logits, reader.identity.vocab_size)
+
+
+def _metrics(entry: Mapping[str, float]) -> dict[str, float]:
+    skipped = ("runtime", "per_second", "preparation_time")
+    return {name: value for name, value in entry.items() if not name.endswith(skipped)}
+
+
+def _sizes(run: Run) -> dict[str, Any]:
+    student = run.model.student
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    ternary = sum(layer.weight.numel() for _, layer in bit_linears(student))
+    return {
+        "student_parameters": parameters,
+        "ternary_parameters": ternary,
+        "ternary_share": round(ternary / parameters, 4),
+        "checkpoint_bytes": sum(file.stat().st_size for file in run.output_dir.glob("model*.safetensors")),
+    }

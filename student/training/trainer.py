@@ -1,0 +1,274 @@
+"""transformers' Trainer on a DistillationModel: losses by term, held-out metrics, saving and resuming the
+student.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments
+
+from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
+from student.data.batches import CachedDataset, CacheOrder, Collator
+from student.metrics import cluster_error, perplexity
+from student.modeling.saving import MANIFEST_FILE, load_student, save_student
+from student.training.balance import EVERY, GradientBalance, gradient_norms
+from student.training.finite import check_terms, check_weights
+from student.training.model import EVAL_COLUMNS, DistillationModel
+from student.training.resume import KeptCallback, order_seed
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """Trains `model.student`; every checkpoint is a directory that `from_pretrained` loads."""
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        args: TrainingArguments,
+        train_dataset: CachedDataset,
+        eval_dataset: CachedDataset | None,
+        vocab_size: int,
+        tokenizer_dir: Path,
+        pack_rows: bool = False,
+        ternary: TernaryPlan | None = None,
+        drift: Drift | None = None,
+        held_out_documents: Sequence[int] = (),
+    ) -> None:
+        pad = model.config.get_text_config().pad_token_id
+        self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
+        self._tokenizer_dir = tokenizer_dir
+        self._train_collator = self._collator(train_dataset, pack_rows, drop_idle=True)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=self._train_collator,
+            compute_metrics=partial(held_out_metrics, held_out_documents),
+            optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
+        )
+        self.add_callback(KeptCallback())
+        self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
+        self._term_start: int | None = None  # the step after which _term_sums began to add up
+        self._balance = GradientBalance(len(model.objective.terms)) if model.objective.balanced else None
+        self._measured: int | None = None  # the step at which gradient norms were measured last
+        self._ternary: TernaryCallback | None = None
+        self._drift = drift
+        self._two_stage = ternary is not None and ternary.two_stage
+        if conversion_of(model.student) is not None:
+            self._ternary = TernaryCallback(model.student, ternary or TernaryPlan())
+            self.add_callback(self._ternary)
+
+    def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
+        return Collator(dataset.groups, self._pad_token, pack, drop_idle)
+
+    def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
+        """The cache's own order: whole shards in windows, and the same for any number of processes."""
+        return CacheOrder(
+            train_dataset or self.train_dataset,
+            order_seed(self.args),
+            self.get_total_train_batch_size(self.args),
+            lambda: int(self.state.epoch or 0),
+            self.args.dataloader_drop_last,
+        )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's rule, without parameters that stand for a matrix and are not one: decay would turn an
+        orthogonal projector, not shrink it.
+        """
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if ".parametrizations." not in name]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's own, with a second stage where there is to be one."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if self._two_stage:
+            staged(schedule, num_training_steps)
+            self._two_stage = False
+        return schedule
+
+    def get_eval_dataloader(self, eval_dataset: CachedDataset | None = None) -> Any:
+        """Evaluation reads other column groups than training, so it has its own collator; it adds up by rows,
+        so each holds one sample.
+        """
+        self.data_collator = self._collator(eval_dataset or self.eval_dataset, pack=False, drop_idle=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = self._train_collator
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's own, which divides by the learned positions of the whole accumulated batch; remembers the
+        terms.
+        """
+        if model.training:
+            self._set_weights(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if "terms" in outputs:
+            self._term_sums += outputs["terms"]
+            self._term_start = self.state.global_step if self._term_start is None else self._term_start
+        return (loss, outputs) if return_outputs else loss
+
+    def _set_weights(self, inputs: dict[str, Any]) -> None:
+        """Weights move between optimizer steps, not between parts of an accumulated batch; gradient norms are
+        measured on the first part.
+        """
+        step = self.state.global_step
+        weights = self.model.objective.weights_at(step / max(self.state.max_steps, 1))
+        if self._balance is not None:
+            if step % EVERY == 0 and self._measured != step:
+                self._measured = step
+                with self.compute_loss_context_manager():
+                    norms = gradient_norms(self.model, inputs)
+                self._balance.update(self.accelerator.reduce(norms.square(), "mean").sqrt().tolist())
+            weights = self._balance.weights(weights)
+        self.model.weights = weights
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the unweighted terms, the weights that move, and the movement of the ternary weights to
+        Trainer's training log.
+        """
+        if "loss" in logs and self._term_start is not None:
+            steps = self.state.global_step - self._term_start
+            reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+            means = self.accelerator.reduce(self._term_sums, reduction) / steps
+            terms = dict(zip(self.model.objective.labels, means.tolist(), strict=True))
+            check_terms(terms, self._term_start + 1, self.state.global_step)
+            logs |= {f"loss_{label}": mean for label, mean in terms.items()}
+            if self.model.objective.weights_move:
+                names = [f"weight_{label}" for label in self.model.objective.labels]
+                logs |= dict(zip(names, self.model.weights, strict=True))
+            if self._drift is not None and self._term_start == 0:
+                drifts = asdict(self._drift).items()
+                logs |= {f"step0_drift_{what}": value for what, value in drifts if value is not None}
+                self._drift = None
+            self._term_sums.zero_()
+            self._term_start = None
+            logs |= self._ternary.measure(self.args.learning_rate) if self._ternary else {}
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """(None, sums per sequence [B, columns], their number of positions [B]); `held_out_metrics` adds them
+        up.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = model(**inputs)["sums"]
+        return None, sums, sums[:, EVAL_COLUMNS.index("positions")]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own; what ends it early is said on a line of its own, behind the progress bar's."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                for bar in ("prediction_bar", "training_bar"):
+                    if isinstance(callback, ProgressCallback) and (open_bar := getattr(callback, bar)):
+                        open_bar.close()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own, of checkpoints and of the finished student; StudentError for weights of NaNs."""
+        check_weights(self.model, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_student(self.model.student, directory, self._tokenizer_dir)
+        if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
+            self.model.projectors.save(directory)
+            if self._balance is not None:
+                self._balance.save(directory)
+        torch.save(self.args, directory / "training_args.bin")
+        record = {
+            "manifest": self.train_dataset.manifest_digest,
+            "seed": order_seed(self.args),
+            "samples": len(self.train_dataset),
+            "global_batch": self.get_total_train_batch_size(self.args),
+        }
+        (directory / MANIFEST_FILE).write_text(json.dumps(record))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_student(self.model.student, Path(resume_from_checkpoint))
+        self.model.projectors.load(Path(resume_from_checkpoint))
+        if self._balance is not None:
+            self._balance.load(Path(resume_from_checkpoint))
+
+    def take_up(self, state: TrainerState, checkpoint: Path) -> None:
+        """Be where a training that is finished has ended; `train` would take a step more."""
+        self._load_from_checkpoint(str(checkpoint))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        weights = self.model.objective.weights_at((state.global_step - 1) / max(state.max_steps, 1))
+        self.model.weights = weights if self._balance is None else self._balance.weights(weights)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _rounding(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    betas = (args.adam_beta1, args.adam_beta2)
+    return RoundingAdamW, {
+        "lr": args.learning_rate,
+        "betas": betas,
+        "eps": args.adam_epsilon,
+        "seed": args.seed,
+    }
+
+
+def held_out_metrics(document_G: Sequence[int], prediction: EvalPrediction) -> dict[str, float]:
+    """Means per learned position over the held-out samples.
+
+    loss: the objective. kl: KL(teacher || student), coarse-grained (a lower bound, see
+    losses.sparse.forward_kl), nats. ce: nats per token, and perplexity = exp(ce). top1_agreement: share of
+    positions where both prefer the same token. teacher_perplexity: of the teacher on the same tokens. The
+    teacher's columns need a cached `logits` group, its perplexity one that is not partial. kl_se: standard
+    error of kl over documents, see `cluster_error`.
+
+    document_G: the number of each sample's document, see `split.number_documents`.
+    """
+    by_sample = np.asarray(prediction.predictions, np.float64)
+    sums = dict(zip(EVAL_COLUMNS, by_sample.sum(0), strict=True))
+    count, known = max(sums["positions"], 1.0), sums["kl_positions"]
+    metrics = {
+        "loss": sums["loss"] / count,
+        "ce": sums["ce"] / count,
+        "perplexity": perplexity(sums["ce"] / count),
+    }
+    if known:
+        metrics |= {
+            "kl": sums["kl"] / known,
+            "top1_agreement": sums["top1_agreement"] / known,
+        }
+        columns = (by_sample[:, EVAL_COLUMNS.index(name)] for name in ("kl", "kl_positions"))
+        kl_D, known_D = (np.bincount(document_G, column_G) for column_G in columns)
+        if (error := cluster_error(kl_D, known_D)) is not None:
+            metrics["kl_se"] = error
+        # NaN when the cache does not know it of every label, as one that was imported.
+        if math.isfinite(sums["teacher_nll"]):
+            metrics["teacher_perplexity"] = perplexity(sums["teacher_nll"] / known)
+    return {name: float(value) for name, value in metrics.items()}
