@@ -32,6 +32,7 @@ ci: lint types test
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/.ready
 	$(VENV)/bin/mypy

@@ -1,1 +1,88 @@
-"""The front door of distily-cache, and the ground that its two stages share."""
+"""distily-cache as a library: run a teacher once, keep what it computed, train students from it.
+
+The names below are loaded on first use, so that `import distily` costs nothing and a program that only reads
+a cache needs neither torch nor vLLM. They are what is kept stable between versions; everything that is
+imported from deeper inside the packages may change.
+
+    from distily import CacheReader
+
+    reader = CacheReader.open("run/cache")
+    sample = reader.read(0)
+    sample.tokens, sample.features[reader.groups[0]]
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distily.errors import DistilyError as DistilyError
+    from featurestore.format.schema import HiddenSpec as HiddenSpec
+    from featurestore.format.schema import LogitsSpec as LogitsSpec
+    from featurestore.format.schema import LseSpec as LseSpec
+    from featurestore.maintenance.verify import verify_store as verify
+    from featurestore.reader import CacheReader as CacheReader
+    from featurestore.store import FeatureStore as FeatureStore
+    from student.api import Experiment as Experiment
+    from student.api import expectations as expectations
+    from student.modeling.saving import load_saved as load_student
+    from student.training.trainer import DistillationTrainer as DistillationTrainer
+
+# Public name -> where it is, and its name there.
+_NAMES = {
+    "CacheReader": ("featurestore.reader", "CacheReader"),
+    "DistillationTrainer": ("student.training.trainer", "DistillationTrainer"),
+    "DistilyError": ("distily.errors", "DistilyError"),
+    "Experiment": ("student.api", "Experiment"),
+    "FeatureStore": ("featurestore.store", "FeatureStore"),
+    "HiddenSpec": ("featurestore.format.schema", "HiddenSpec"),
+    "LogitsSpec": ("featurestore.format.schema", "LogitsSpec"),
+    "LseSpec": ("featurestore.format.schema", "LseSpec"),
+    "expectations": ("student.api", "expectations"),
+    "load_student": ("student.modeling.saving", "load_saved"),
+    "verify": ("featurestore.maintenance.verify", "verify_store"),
+}
+__all__ = ["CacheReader", "DistillationTrainer", "DistilyError", "Experiment", "FeatureStore", "HiddenSpec",
+           "LogitsSpec", "LseSpec", "__version__", "expectations", "load_student", "verify"]  # fmt: skip
+
+try:
+    __version__ = version("distily-cache")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def import_own(module: str) -> Any:
+    """The module `module` of ours.
+
+    `pipeline` and `student` are usual names for a file of one's own, and Python looks into the working
+    directory first.
+
+    Raises:
+        ImportError: another file of that name hides our package; the message says which.
+    """
+    package = module.partition(".")[0]
+    where = Path(__file__).parents[1] / package
+    found = importlib.import_module(package)
+    hidden = getattr(found, "__file__", None)
+    if where.is_dir() and (hidden is None or Path(hidden).resolve().parent != where.resolve()):
+        raise ImportError(
+            f"{hidden or package} hides distily-cache's package {package!r}; rename it, or start Python in "
+            "another directory"
+        )
+    return importlib.import_module(module)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'distily' has no attribute {name!r}")
+    module, attribute = _NAMES[name]
+    value = getattr(import_own(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

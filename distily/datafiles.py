@@ -21,7 +21,8 @@ from typing import IO, Any, cast
 
 from blake3 import blake3
 
-from featurestore.errors import FeatureStoreError
+from distily.errors import DataFileError
+from distily.text import one_line
 
 # Suffix -> kind of content.
 KINDS = {
@@ -40,10 +41,6 @@ KINDS = {
 PACKED = (".gz", ".zst", ".bz2")
 UNDERSTOOD = f"{', '.join(KINDS)}, each also with {', '.join(PACKED)} behind it"
 _BLOCK = 1 << 20
-
-
-class DataFileError(FeatureStoreError, ValueError):
-    """A file cannot be read as its name says; the message is the reason, without the name."""
 
 
 def kind_of(path: Path) -> str | None:
@@ -216,7 +213,7 @@ def _arrow_rows(file: IO[bytes], kind: str | None) -> Iterator[dict[str, Any]]:
         for batch in pq.ParquetFile(file).iter_batches(256) if kind == "parquet" else _ipc_batches(file):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise DataFileError(" ".join(str(error).split())) from error
+        raise DataFileError(one_line(error, None)) from error
 
 
 def _ipc_batches(file: IO[bytes]) -> Iterator[Any]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from featurestore.errors import FeatureStoreError, StoreAccessError
+from distily.errors import DistilyError, HubError
+from distily.text import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -17,17 +18,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Whatever the hub's client raises in the body becomes a StoreAccessError of one line.
+    """Whatever the hub's client raises in the body becomes a HubError of one line.
 
     Its HTTP library has changed before, and with it what it raises; so nothing is told apart here.
     """
     try:
         yield
-    except FeatureStoreError:
+    except DistilyError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise StoreAccessError(f"{what}: {reason}") from error
+        raise HubError(f"{what}: {one_line(error, 300)}") from error
 
 
 def client() -> HfApi:
@@ -35,12 +35,12 @@ def client() -> HfApi:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise StoreAccessError("the hub needs huggingface_hub; pip install huggingface_hub") from error
+        raise HubError("the hub needs huggingface_hub; pip install huggingface_hub") from error
     return HfApi(library_name="distily-cache")
 
 
 def logged_in(repo: str) -> HfApi:
-    """A client that the hub knows by name; StoreAccessError before anything is sent to `repo`."""
+    """A client that the hub knows by name; HubError before anything is sent to `repo`."""
     api = client()
     with asking(f"REPO {repo}: the hub does not let us in; log in with `hf auth login` or set HF_TOKEN"):
         api.whoami()

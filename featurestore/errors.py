@@ -1,7 +1,9 @@
 """The exceptions of the feature store: one tree, each also the builtin that callers expect."""
 
+from distily.errors import CheckpointError, DistilyError, HubError
 
-class FeatureStoreError(Exception):
+
+class FeatureStoreError(DistilyError):
     """Anything the feature store raises on purpose."""
 
 
@@ -29,10 +31,6 @@ class CorruptionError(FeatureStoreError, OSError):
     """The bytes on disk are not those that were committed."""
 
 
-class CheckpointError(FeatureStoreError, ValueError):
-    """The files of a model checkpoint are incomplete or damaged."""
-
-
 class StoreWriteError(FeatureStoreError, OSError):
     """The store cannot be written. Nothing that was committed is lost."""
 
@@ -44,6 +42,7 @@ class StoreAccessError(FeatureStoreError, OSError):
 # Exit code 2 of the command lines: the request names the wrong store, or one that cannot serve it.
 BAD_REQUESTS = (
     CheckpointError,
+    HubError,
     MissingFeatureError,
     SpecMismatchError,
     StoreAccessError,

@@ -1,7 +1,9 @@
 """What can go wrong in stage 1. `RequestError` is the user's to mend (exit code 2), the rest is ours."""
 
+from distily.errors import DistilyError
 
-class PipelineError(Exception):
+
+class PipelineError(DistilyError):
     """Base of every error raised by `pipeline`."""
 
 
@@ -11,9 +13,3 @@ class RequestError(PipelineError, ValueError):
 
 class EngineError(PipelineError, RuntimeError):
     """The teacher engine failed or returned something that cannot be right."""
-
-
-def one_line(what: BaseException | str, limit: int = 200) -> str:
-    """What an error says, in one line of at most `limit` characters; its name where it says nothing."""
-    text = " ".join(str(what).split()) or type(what).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"

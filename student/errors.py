@@ -4,10 +4,18 @@ The command line maps `UserError` to exit code 2 (the request was wrong, one lin
 mend) and every other `StudentError` to exit code 1.
 """
 
+from distily.errors import DistilyError
+from featurestore.errors import BAD_REQUESTS
 
-class StudentError(Exception):
+
+class StudentError(DistilyError):
     """Root of everything that `student` raises on purpose."""
 
 
 class UserError(StudentError, ValueError):
     """The request cannot be served as it was made; the message names the flag and the mend."""
+
+
+def exit_code(error: DistilyError) -> int:
+    """With what a command ends: 2 where the request was wrong, else 1."""
+    return 2 if isinstance(error, (UserError, *BAD_REQUESTS)) else 1

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distily.system.machine import CACHE_VARIABLE, cache_directory
+from distily.text import one_line
 from featurestore.errors import CorruptionError, FeatureStoreError, StoreAccessError
 from featurestore.identity import canonical_json, digest
 from featurestore.storage.files import MAX_RECORD_BYTES, TEMPORARY, check_file, read_bounded
@@ -289,7 +290,7 @@ def _main(url: str, mirror: str, lines: Iterable[str]) -> None:
     try:
         RemoteRoot(url, Path(mirror)).fetch({name.strip(): int(limit) for limit, name in pairs})
     except FeatureStoreError as error:
-        sys.exit(" ".join(str(error).split()))
+        sys.exit(one_line(error, None))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The vLLM plug-in: a capturing twin takes the place of the teacher's class, in the engine's processes only.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). The twin goes by
+vLLM loads `distily.vllm_plugin` in each of its processes, which calls `register` in ours. The twin goes by
 the architecture's own name, because vLLM keys settings on that name. Nothing heavy is imported: the twin is
 built by `pipeline.capture.model` when vLLM asks for it.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.capture.stand_in import stand_in_for_torchvision
-from pipeline.capture.watch import end_with_driver, has_driver
+from pipeline.capture.watch import end_with_driver
 
 PREFIX = "DistilyCapture_"
 # vLLM's wrapper around transformers' classes ("Transformers modeling backend") goes by these names, of which
@@ -23,7 +23,7 @@ WRAPPERS = (
     "TransformersMultiModalForCausalLM",
     "TransformersMultiModalMoEForCausalLM",
 )
-# Set by the engine and inherited by its processes; in any other vLLM process the plug-in does nothing.
+# Set by the engine and inherited by its processes.
 _VARIABLE = "DISTILY_CAPTURE"
 _originals: dict[str, Any] = {}
 
@@ -34,10 +34,9 @@ def capture_from(architectures: Iterable[str]) -> None:
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, and by the command that starts them."""
+    """Called in each process of a capture's engine, by `distily.vllm_plugin`, and by the command."""
     end_with_driver()
-    if has_driver():
-        stand_in_for_torchvision()
+    stand_in_for_torchvision()
     for architecture in filter(None, os.environ.get(_VARIABLE, "").split(",")):
         _register_twin(architecture)
 

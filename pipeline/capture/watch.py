@@ -11,23 +11,19 @@ import time
 
 import psutil
 
-_VARIABLE = "DISTILY_DRIVER_PID"
+from distily.vllm_plugin import DRIVER_VARIABLE
+
 _POLL_SECONDS = 1.0
 
 
 def announce_driver() -> None:
     """In the command: name it to the processes that vLLM will start; they inherit the environment."""
-    os.environ[_VARIABLE] = str(os.getpid())
-
-
-def has_driver() -> bool:
-    """Whether this is the command or one of its processes, and not anyone else's use of vLLM."""
-    return _VARIABLE in os.environ
+    os.environ[DRIVER_VARIABLE] = str(os.getpid())
 
 
 def end_with_driver() -> None:
     """In an engine process: end hard once the announced process is gone; a no-op in that process."""
-    driver = int(os.environ.get(_VARIABLE, "0"))
+    driver = int(os.environ.get(DRIVER_VARIABLE, "0"))
     if driver in (0, os.getpid()):
         return
     try:

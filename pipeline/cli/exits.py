@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import typer
 
-from featurestore.errors import BAD_REQUESTS, FeatureStoreError
-from pipeline.errors import PipelineError, RequestError
+from distily.errors import DistilyError
+from featurestore.errors import BAD_REQUESTS
+from pipeline.errors import RequestError
 
 # What a command that is stopped says, where it may be repeated.
 RESUMES = "what is committed is kept, the same command resumes"
@@ -23,7 +24,7 @@ def exit_codes(verbose: bool = False) -> Iterator[None]:
         yield
     except (RequestError, *BAD_REQUESTS) as error:
         _fail(str(error), 2)
-    except (PipelineError, FeatureStoreError) as error:
+    except DistilyError as error:
         if verbose:
             traceback.print_exc()
         _fail(str(error), 1)

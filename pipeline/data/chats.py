@@ -10,9 +10,10 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from distily.text import one_line
 from pipeline.data.bad_rows import RowError
 from pipeline.data.chat_layouts import as_message
-from pipeline.errors import RequestError, one_line
+from pipeline.errors import RequestError
 
 Message = dict[str, str]
 # Half-open ranges of characters, or of tokens.

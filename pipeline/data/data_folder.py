@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distily.datafiles import UNDERSTOOD, kind_of
-from pipeline.errors import RequestError, one_line
+from distily.text import one_line
+from pipeline.errors import RequestError
 
 # Beside data, these are about it.
 _ABOUT = re.compile(

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distily.datafiles import DataFileError, digest_of, kind_of, read_text
+from distily.datafiles import digest_of, kind_of, read_text
+from distily.errors import DataFileError
 from featurestore.identity import canonical_json, digest
 from pipeline.data.bad_rows import Unusable
 from pipeline.data.chat_layouts import (

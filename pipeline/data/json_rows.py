@@ -16,9 +16,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from distily.datafiles import DataFileError, is_packed, json_array, parse_line, unpack
+from distily.datafiles import is_packed, json_array, parse_line, unpack
+from distily.errors import DataFileError
+from distily.text import one_line
 from pipeline.data.bad_rows import Unusable
-from pipeline.errors import RequestError, one_line
+from pipeline.errors import RequestError
 
 # Rows between two calls of the listener.
 _ROWS_PER_CALL = 1000

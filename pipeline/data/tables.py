@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distily.datafiles import DataFileError, csv_columns, digest_of, is_packed, open_unpacked, unpack
+from distily.datafiles import csv_columns, digest_of, is_packed, open_unpacked, unpack
+from distily.errors import DataFileError
+from distily.text import one_line
 from pipeline.data.data_folder import Piece
-from pipeline.errors import RequestError, one_line
+from pipeline.errors import RequestError
 
 
 def local_table(files: Sequence[Path], kind: str, dataset: str) -> Any:

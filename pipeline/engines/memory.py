@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.errors import EngineError, one_line
+from distily.text import one_line
+from pipeline.errors import EngineError
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|MemoryError|Cannot allocate|_ALLOC_FAILED", re.I

@@ -21,8 +21,9 @@ from typing import TypeVar
 
 import psutil
 
+from distily.text import one_line
 from pipeline.engines.memory import OUT_OF_MEMORY
-from pipeline.errors import EngineError, one_line
+from pipeline.errors import EngineError
 
 T = TypeVar("T")
 

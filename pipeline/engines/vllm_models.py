@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from distily.text import one_line
 from pipeline.capture.plugin import WRAPPERS, capture_from, original, register
 from pipeline.engines.plain_head import has_plain_head
-from pipeline.errors import RequestError, one_line
+from pipeline.errors import RequestError
 from pipeline.teacher.model_class import auto_class
 
 _OTHER_ENGINE = "use --engine transformers"

@@ -61,7 +61,7 @@ def push_store(store: str | Path, repo: str, private: bool = False) -> Shared:
     has none, or still its old one, and the same push completes it.
 
     Raises:
-        StoreAccessError: the hub refuses us, before anything is sent, or fails.
+        HubError: the hub refuses us, before anything is sent, or fails.
         RequestError: nothing is committed yet, or `repo` holds the store of another teacher.
         CorruptionError: a file of the store is damaged.
     """
@@ -90,7 +90,7 @@ def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shar
 
     It comes into a hidden directory beside `path`, is verified there to the last byte, and only then gets its
     name. A pull that was killed goes on there. Raises RequestError when `path` is in use or `repo` lists what
-    no store has, CorruptionError when a file is not what was committed, StoreAccessError when the hub fails.
+    no store has, CorruptionError when a file is not what was committed, HubError when the hub fails.
     """
     if is_url(path):
         raise RequestError(f"STORE {path}: a pull goes into a new local directory")

@@ -19,7 +19,9 @@ from distily.checkpoint.weights import (
     weight_files,
     weight_patterns,
 )
-from featurestore.errors import CheckpointError, StoreFormatError
+from distily.errors import CheckpointError
+from distily.text import one_line
+from featurestore.errors import StoreFormatError
 from featurestore.format.schema import TeacherIdentity
 from featurestore.format.tokenizer_files import (
     TOKENIZER_FILES,
@@ -28,7 +30,7 @@ from featurestore.format.tokenizer_files import (
     tokenizer_files,
 )
 from featurestore.identity import canonical_json
-from pipeline.errors import RequestError, one_line
+from pipeline.errors import RequestError
 from pipeline.teacher.coverage import check_coverage
 
 # What a config may say of where it came from, not of what it computes.

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from distily.checkpoint.weights import StoredTensor, explain_gaps, missing_experts, packed_weights
-from pipeline.errors import RequestError, one_line
+from distily.text import one_line
+from pipeline.errors import RequestError
 from pipeline.teacher.model_class import auto_class
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distily.checkpoint.tokenizer_check import differing_text, without_overrides
+from distily.text import one_line
 from featurestore.format.tokenizer_files import CONFIG_FILE, tokenizer_files, write_tokenizer_files
-from pipeline.errors import RequestError, one_line
+from pipeline.errors import RequestError
 from pipeline.teacher.checkpoint import Teacher
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distily.checkpoint.weights import read_tensors, weight_files
-from featurestore.errors import CheckpointError
+from distily.errors import CheckpointError
 from featurestore.format.sidecar import DTYPES, HEAD, BlockSpec, HeadSpec, PartSpec, Tensor
 from pipeline.errors import RequestError
 from pipeline.teacher.checkpoint import Teacher, read_config

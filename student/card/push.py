@@ -28,7 +28,7 @@ def push_student(directory: str | Path, repo: str, private: bool = False) -> str
     """Upload weights, config, tokenizer, card and plots of a trained student to the model `repo`; its URL.
 
     Checkpoints, optimizer states, training_args.bin and logs stay. Raises UserError when `directory` holds no
-    student, StoreAccessError when the hub refuses us, before anything is sent, or fails.
+    student, HubError when the hub refuses us, before anything is sent, or fails.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):

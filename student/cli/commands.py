@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distily.system.stopping import stoppable
+from distily.text import one_line
 
 if TYPE_CHECKING:
     from student.sweep.command import Sweep
@@ -273,15 +274,14 @@ def eval_(
 @contextlib.contextmanager
 def _exit_codes() -> Iterator[None]:
     """Known errors become one line on stderr and an exit code; bugs keep their traceback."""
-    from featurestore.errors import BAD_REQUESTS, FeatureStoreError
-    from student.errors import StudentError, UserError
+    from distily.errors import DistilyError
+    from student.errors import exit_code
 
     try:
         yield
-    except (UserError, *BAD_REQUESTS) as error:
-        _fail(error, 2)
-    except (StudentError, FeatureStoreError) as error:
-        _fail(error, 1)
+    except DistilyError as error:
+        typer.echo(f"distily-train: {one_line(error, None)}", err=True)
+        raise typer.Exit(exit_code(error)) from error
 
 
 @contextlib.contextmanager
@@ -324,11 +324,6 @@ def _run(argv: list[str]) -> None:
 def _quiet(as_json: bool) -> contextlib.AbstractContextManager[object]:
     """Libraries write their logs to standard output; with --json that belongs to the result alone."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-
-
-def _fail(error: Exception, code: int) -> None:
-    typer.echo(f"distily-train: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(code) from error
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from distily.text import one_line
 from student.errors import UserError
 from student.evaluation.models import Side
 from student.evaluation.request import EvalRequest, TaskOptions
@@ -180,7 +181,7 @@ def _load(manager: Any, name: str) -> list[Any]:
     except UserError:
         raise
     except Exception as error:  # data sets and tasks raise whatever their libraries do
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error, None)
         raise UserError(f"--tasks {name}: it cannot be loaded ({reason})") from error
     groups, children = found.get("groups", {}), found.get("group_map", {})
     inner = {member for members in children.values() for member in members}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distily.text import one_line
 from student.config.precision import inference_device, inference_dtype
 from student.errors import UserError
 from student.export.generation import load, student_tokenizer
@@ -72,7 +73,7 @@ def _teacher(source: str, dtype: str) -> Any:
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         raise UserError(f"--teacher {source}: cannot be loaded ({reason})") from error
 
 

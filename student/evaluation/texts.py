@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from distily.datafiles import UNDERSTOOD, DataFileError, iterate_rows, kind_of, read_text
+from distily.datafiles import UNDERSTOOD, iterate_rows, kind_of, read_text
+from distily.errors import DataFileError
+from distily.text import one_line
 from student.errors import UserError
 from student.evaluation.models import Side
 from student.metrics import perplexity
@@ -85,7 +87,7 @@ class TextSource:
             rows = datasets.load_dataset(name, config or None, split=self.split, streaming=True)
             return _peeked(rows)
         except Exception as error:  # builders raise whatever their libraries do
-            reason = " ".join(str(error.__cause__ or error).split())
+            reason = one_line(error.__cause__ or error, None)
             raise UserError(
                 f"--text {self.source}: no file, and no data set that can be read ({reason})"
             ) from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distily.text import one_line
 from student.errors import UserError
 from student.export import hf_bitnet
 from student.export.reading import load_packed
@@ -27,7 +28,7 @@ def require() -> Any:
     try:
         package = importlib.import_module("bitblas")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         raise UserError(
             f"BitBLAS cannot be used here: {reason}; it needs CUDA 12 (nvrtc, cudart, libcuda) and "
             "pip install bitblas; --format hf-bitnet runs without it"

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from distily.checkpoint.weights import explain_gaps
+from distily.text import one_line
 from student import bitnet
 from student.bitnet import layout
 from student.errors import StudentError, UserError
@@ -199,5 +200,5 @@ def load_saved(directory: Path) -> Any:
     except UserError:
         raise
     except (StudentError, ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, None)
         raise UserError(f"{directory}: not a student of `distily-train` ({reason})") from error

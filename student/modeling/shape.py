@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distily.text import one_line
 from student.errors import UserError
 
 _NOT_INHERITED = ("quantization_config", "transformers_version", "_name_or_path", "architectures")
@@ -77,7 +78,9 @@ def changed_config(teacher: Any, changes: Mapping[str, Any], copy_layers: str) -
     try:
         return type(teacher).from_dict(settings), layers
     except Exception as error:  # configurations validate with whatever error their authors chose
-        raise UserError(f"--student-model-config: the architecture refuses it: {_one_line(error)}") from error
+        raise UserError(
+            f"--student-model-config: the architecture refuses it: {one_line(error, None)}"
+        ) from error
 
 
 def _check_names(changes: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -110,10 +113,6 @@ def check_positions(config: Any, longest: int, flag: str) -> None:
             f"{flag}: the student takes {limit} positions, the cache holds samples of {longest}; raise "
             "max_position_embeddings or generate a cache with a smaller --max-seq-len"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def tokenizers_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -14,7 +14,8 @@ from distily.checkpoint.weights import (
     weight_files,
     weight_patterns,
 )
-from featurestore.errors import CheckpointError
+from distily.errors import CheckpointError
+from distily.text import one_line
 from featurestore.format.tokenizer_files import TOKENIZER_PATTERNS
 from student.errors import UserError
 
@@ -36,7 +37,7 @@ def local_checkpoint(source: str | Path, what: str) -> Path:
     except CheckpointError as error:
         raise UserError(f"{what}: {error}") from None
     except Exception as error:  # network, authentication and naming errors share no base class
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"{what}: neither a local directory nor a model that the hub gives us: {reason}"
         ) from error

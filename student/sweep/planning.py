@@ -18,8 +18,8 @@ from student.training.run import prepare
 
 
 def arguments(run: Run, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:
-    """The command line of a run, after `distily-train`. Without a checkpoint to resume it begins anew."""
-    words = ["from-cache", store, "--output-dir", str(directory), *run.words()]
+    """The words of a run after `distily-train from-cache`. Without a checkpoint to resume it begins anew."""
+    words = [store, "--output-dir", str(directory), *run.words()]
     words += [] if "manifest" in run.flags else ["--manifest", manifest]
     if resume:
         return [*words, "--resume-from-checkpoint", "True"]
@@ -52,7 +52,7 @@ def plan(spec: SweepSpec, store: str, manifest: str, home: Home) -> list[Run]:
 def _check(runs: Iterable[Run], spec: SweepSpec, store: str, manifest: str, home: Home) -> None:
     for run in runs:
         try:
-            request = parse(arguments(run, store, manifest, home.directory(run))[1:])
+            request = parse(arguments(run, store, manifest, home.directory(run)))
             held_out = prepare(request).data.held_out
         except (UserError, *BAD_REQUESTS) as error:
             raise UserError(f"run {run.name}: {error}") from error

@@ -17,14 +17,19 @@ from pathlib import Path
 
 import torch
 
-import student.training.run  # noqa: F401  (what a training needs, loaded before the fork)
-from student.cli import main
+from distily.errors import DistilyError
+from distily.text import one_line
+from student.config.parser import parse
+from student.errors import exit_code
 from student.sweep.home import DONE, write_json
+from student.training.run import train_from_cache
 
 
 @dataclass(frozen=True)
 class Job:
-    """words: after `distily-train`; threads: of torch; gpu: CUDA_VISIBLE_DEVICES of the process, or None."""
+    """words: after `distily-train from-cache`; threads: of torch; gpu: CUDA_VISIBLE_DEVICES of the process,
+    or None.
+    """
 
     words: list[str]
     directory: Path
@@ -44,17 +49,15 @@ def work(job: Job) -> None:
     if job.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu
     torch.set_num_threads(job.threads)
-    sys.argv = ["distily-train", *job.words]
-    began, code = time.time(), 0
-    print(f"--- {' '.join(sys.argv)}", flush=True)  # noqa: T201
+    words, began = ["distily-train", "from-cache", *job.words], time.time()
+    print(f"--- {' '.join(words)}", flush=True)  # noqa: T201
     try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    if code == 0:
-        record = {"seconds": round(time.time() - began, 3), "resumed": job.resumed}
-        write_json(job.directory / DONE, record)
-    sys.exit(code)
+        train_from_cache(parse(job.words), words)
+    except DistilyError as error:
+        sys.stderr.write(f"distily-train: {one_line(error, None)}\n")
+        sys.exit(exit_code(error))
+    record = {"seconds": round(time.time() - began, 3), "resumed": job.resumed}
+    write_json(job.directory / DONE, record)
 
 
 def _end_with_parent() -> None:

@@ -17,6 +17,7 @@ import typer
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 
+from distily.text import one_line
 from featurestore.reader import CacheReader
 from student.bitnet import Drift
 from student.config.parser import Request
@@ -70,13 +71,14 @@ class Built:
     drift: Drift | None
 
 
-def train_from_cache(request: Request) -> dict[str, Any]:
+def train_from_cache(request: Request, command: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, and write checkpoints, student, report.html and summary.json into the output directory.
 
-    Returns the summary. Everything that can be wrong with the request is found before the student is built.
+    command: the words that are noted in the summary, those of this process when left out. Returns the
+    summary. Everything that can be wrong with the request is found before the student is built.
     """
     check_output(request)
-    return train(build(prepare(request)))
+    return train(build(prepare(request)), command)
 
 
 def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
@@ -221,14 +223,14 @@ def _check_optimizer(args: TrainingArguments, masters: str) -> None:
         optimizer = kind([_tensor()], **options) if kind.__module__.startswith("torch.optim") else None
     except ImportError as error:
         raise UserError(
-            f"--optim {name} needs a package that is not installed ({' '.join(str(error).split())})"
+            f"--optim {name} needs a package that is not installed ({one_line(error, None)})"
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         if "pass a model" in str(error):  # which there is not yet
             return
         raise UserError(
             f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, "
-            f"--adam-beta2 and --adam-epsilon: {' '.join(str(error).split())}"
+            f"--adam-beta2 and --adam-epsilon: {one_line(error, None)}"
         ) from error
     _check_scheduler(args, optimizer or torch.optim.SGD([_tensor()]))
 
@@ -241,7 +243,7 @@ def _check_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer) 
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"--lr-scheduler-type {name} cannot be had with --lr-scheduler-kwargs {json.dumps(options)}: "
-            f"{' '.join(str(error).split())}"
+            f"{one_line(error, None)}"
         ) from error
 
 
@@ -268,7 +270,7 @@ def _check_hub(args: TrainingArguments) -> None:
     try:
         whoami(token=args.hub_token)
     except Exception as error:  # the hub's client changed its HTTP library, and with it what it raises
-        reason = " ".join(str(error).split()).partition(". ")[0]
+        reason = one_line(error, None).partition(". ")[0]
         raise UserError(
             f"--push-to-hub: the hub does not let us in ({reason}); log in with `hf auth login` or give "
             f"--hub-token, or leave the flag out and upload {args.output_dir} later"

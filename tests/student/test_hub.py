@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.errors import StoreAccessError
+from distily.errors import HubError
 from student.card.push import push_student
 from student.errors import UserError
 from tests.hub import Hub
@@ -63,7 +63,7 @@ def test_a_student_is_sent_and_its_training_is_not(directory: Path) -> None:
 
 def test_a_refused_login_comes_before_any_upload(directory: Path) -> None:
     with Hub().running("hf_wrong") as hub:
-        with pytest.raises(StoreAccessError, match="hf auth login"):
+        with pytest.raises(HubError, match="hf auth login"):
             push_student(directory, "me/student")
         assert hub.uploads() == []
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distily.text import one_line
 from pipeline.errors import RequestError
 from pipeline.interchange.layouts.base import Document, flat, learned_tokens, nested, split_packed
 
@@ -93,7 +94,7 @@ def read_compression(path: Path) -> Compression:
         terms = tuple(value.pop("polynomial_terms", None) or ())
         return Compression(residual_bins=bins, polynomial_terms=terms, **value)
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
+        why = one_line(error, None)
         raise RequestError(
             f"--compression {path}: no compression configuration of DistillKit: {why}"
         ) from error
