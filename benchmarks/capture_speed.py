@@ -125,7 +125,7 @@ def ours(**request: Any) -> float:
     from featurestore.format.schema import Sample
     from featurestore.store import FeatureStore
     from pipeline.generate.precision import Precision
-    from pipeline.generate.run import Prepared, _run, engine_version, start_engine
+    from pipeline.generate.run import PreparedCapture, _run, engine_version, start_engine
     from pipeline.progress import ConsoleReporter
     from pipeline.request.generate import identity_of
 
@@ -135,7 +135,9 @@ def ours(**request: Any) -> float:
     identity = identity_of(wanted, teacher, engine_version(wanted))
     report = ConsoleReporter(Console(quiet=True))
     groups = wanted.groups(teacher)
-    engine = start_engine(Prepared(wanted, teacher, identity, {}, None, None, *chosen), groups, False, report)  # type: ignore[arg-type]
+    engine = start_engine(
+        PreparedCapture(wanted, teacher, identity, {}, None, None, *chosen), groups, False, report
+    )  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
 
         def run(given: list[np.ndarray]) -> None:
@@ -145,7 +147,7 @@ def ours(**request: Any) -> float:
             plan = plan_generation({}, {}, {}, ids, groups, wanted.shard_size)
             store.add_plan(plan.new_tasks)
             by_id = {sample.id: sample for sample in samples}
-            prepared = Prepared(wanted, teacher, identity, by_id, plan, store, *chosen)
+            prepared = PreparedCapture(wanted, teacher, identity, by_id, plan, store, *chosen)
             _run(store, prepared, engine, list(plan.work), report, RunCost(id="0" * 16))
             store.publish_manifest()
 

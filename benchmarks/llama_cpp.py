@@ -28,10 +28,10 @@ from common import RUN, table, write_result
 from llama_cpp_emulation import emulate
 from torch import Tensor
 
-from student.export import gguf
 from student.export.command import export
 from student.export.formats import ExportRequest
-from student.export.gguf_types import TYPES
+from student.export.gguf import writing as gguf
+from student.export.gguf.types import TYPES
 from student.export.source import open_source
 from student.export.verify import compare, logits_of
 from student.modeling.plan import StudentPlan

@@ -11,7 +11,7 @@ from featurestore.format.records import CommitRecord
 from featurestore.format.schema import GroupSpec, LogitsSpec, LseSpec
 from pipeline.data.samples import LeftOut
 from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
-from pipeline.generate.run import Prepared
+from pipeline.generate.run import PreparedCapture
 from pipeline.teacher.checkpoint import count_parameters
 
 _HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
@@ -53,7 +53,7 @@ class Forecast:
         return asdict(self)
 
 
-def estimate(prepared: Prepared) -> Forecast:
+def estimate(prepared: PreparedCapture) -> Forecast:
     """Sum the rows that each missing column group needs; time them by the store's pace or the machine's."""
     plan, store = prepared.plan, prepared.store
     stored = stored_row_bytes(store.commits()) if store else {}
@@ -106,7 +106,7 @@ def row_bytes(group: GroupSpec, hidden_size: int) -> float:
     return hidden_size * _HIDDEN_BYTES[group.dtype] + (4 if group.dtype in ("int8", "fp8") else 0)
 
 
-def _pace(prepared: Prepared) -> Pace:
+def _pace(prepared: PreparedCapture) -> Pace:
     request, store = prepared.request, prepared.store
     earlier = earlier_pace([*store.provenance(), *store.unrecorded_runs()], request.engine) if store else None
     if earlier is not None:

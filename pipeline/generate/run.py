@@ -44,7 +44,7 @@ _EARLY = 2
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCapture:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
     `store` is the one at --out, None where there is none yet. `sidecar`: the parts that it lacks.
@@ -88,7 +88,7 @@ class Outcome:
     writing: Written | None = None
 
 
-def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
+def prepare(request: GenerateRequest, report: Reporter) -> PreparedCapture:
     """Check the request against teacher, store and data, and plan the work.
 
     Raises:
@@ -118,7 +118,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> Prepared:
     if writer is not None:
         writing = plan_writing(request, teacher, writer, selection, store.root if store else None)
         samples, wanted = writing.samples_by_id(), writing.extents()
-    return Prepared(
+    return PreparedCapture(
         request=request,
         teacher=teacher,
         identity=identity,
@@ -146,7 +146,7 @@ def _check_device(request: GenerateRequest) -> None:
         )
 
 
-def execute(prepared: Prepared, report: Reporter, verbose: bool = False) -> Outcome:
+def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) -> Outcome:
     """Write the texts that are missing, compute and commit what the plan lacks, publish the manifest.
 
     A kill at any point leaves a store that the same command completes.
@@ -211,7 +211,7 @@ def engine_version(request: GenerateRequest) -> str:
 
 
 def start_engine(
-    prepared: Prepared, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
+    prepared: PreparedCapture, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
 ) -> Engine:
     """Load the teacher in the engine asked for, set to capture `groups`."""
     request, teacher = prepared.request, prepared.teacher
@@ -231,8 +231,8 @@ def start_engine(
 
 
 def _write(
-    prepared: Prepared, store: FeatureStore, verbose: bool, report: Reporter
-) -> tuple[Prepared, Written | None]:
+    prepared: PreparedCapture, store: FeatureStore, verbose: bool, report: Reporter
+) -> tuple[PreparedCapture, Written | None]:
     """Have all texts of the request written, and plan the samples that they make.
 
     The writer is closed before the teacher's engine starts, so that each has the whole memory.
@@ -259,7 +259,7 @@ def _lacking(store: FeatureStore | None, parts: Sequence[PlannedPart]) -> tuple[
     return tuple(part for part in parts if part.spec.part not in whole)
 
 
-def _put_sidecar(store: FeatureStore, prepared: Prepared, report: Reporter) -> int:
+def _put_sidecar(store: FeatureStore, prepared: PreparedCapture, report: Reporter) -> int:
     """Copy the weights that the store lacks, one part at a time; returns their bytes."""
     written = 0
     for part in prepared.sidecar:
@@ -272,7 +272,7 @@ def _put_sidecar(store: FeatureStore, prepared: Prepared, report: Reporter) -> i
 
 def _run(
     store: FeatureStore,
-    prepared: Prepared,
+    prepared: PreparedCapture,
     engine: Engine | None,
     works: Sequence[Work],
     report: Reporter,
@@ -318,7 +318,7 @@ def _features_of(
     return features
 
 
-def _samples_of(store: FeatureStore, prepared: Prepared, task: Task) -> list[Sample]:
+def _samples_of(store: FeatureStore, prepared: PreparedCapture, task: Task) -> list[Sample]:
     if all(sample_id in prepared.samples for sample_id in task.sample_ids):
         return [prepared.samples[sample_id] for sample_id in task.sample_ids]
     # A task of an earlier request that this one overlaps: its tokens are in the store.

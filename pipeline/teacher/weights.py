@@ -38,7 +38,7 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Rows of one tensor of the checkpoint. one_plus: 1 is added, in float32, where the model does so too."""
 
     file: Path
@@ -71,7 +71,7 @@ class PlannedPart:
     """A part of the sidecar, known from config and headers alone."""
 
     spec: PartSpec
-    sources: Mapping[str, Source]
+    sources: Mapping[str, TensorSource]
 
     @property
     def size(self) -> int:
@@ -213,7 +213,7 @@ class _Checkpoint:
         rows: int | None = None,
         one_plus: bool = False,
         padded: bool = False,
-    ) -> Source:
+    ) -> TensorSource:
         """rows: of the whole tensor, where `shape` is not all of it. padded: it may have more, left out."""
         from safetensors import safe_open
 
@@ -233,7 +233,7 @@ class _Checkpoint:
             raise RequestError(
                 f"{flag}: {name} of {self._teacher.name} has the shape {there}, its config says {expected}"
             )
-        return Source(file, name, dtype, shape, start, one_plus)
+        return TensorSource(file, name, dtype, shape, start, one_plus)
 
     def _named(self, ending: str) -> str:
         """The one tensor whose name ends so; the ending itself when there is none."""

@@ -24,7 +24,7 @@ _SEED_DOMAIN = b"distily-cache continuation v1\0"
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class WritingJob:
     """One text of a request: its key, the prompt that it goes on from (int32 [T]), and the keys of the
     documents that begin with the prompt.
     """
@@ -39,12 +39,12 @@ class WritingPlan:
     """The texts of a request, by prompt and then by number, and those that are written (int32 [S])."""
 
     spec: WriterSpec
-    jobs: tuple[Job, ...]
+    jobs: tuple[WritingJob, ...]
     found: Mapping[Key, Array]
     shard_tokens: int
 
     @cached_property
-    def pieces(self) -> list[list[Job]]:
+    def pieces(self) -> list[list[WritingJob]]:
         """What is missing, in pieces that are written and kept together.
 
         They are cut before what is there is taken out, so that a request that was interrupted goes on with
@@ -83,7 +83,7 @@ class WritingPlan:
         made = {key: (sample.id, len(sample)) for key, sample in self.samples.items()}
         return [made.get(job.key) or self._unwritten(job) for job in self.jobs]
 
-    def _unwritten(self, job: Job) -> tuple[str, int]:
+    def _unwritten(self, job: WritingJob) -> tuple[str, int]:
         name = digest(b"not written yet\0" + repr(job.key).encode())
         return name, len(job.prompt) + self.spec.max_tokens
 
@@ -104,19 +104,19 @@ def documents_of(samples: Iterable[Sample], prompt_tokens: int) -> dict[str, tup
 
 def jobs_of(
     prompts: Iterable[Array], continuations: int, documents: Mapping[str, tuple[str, ...]] | None = None
-) -> tuple[Job, ...]:
+) -> tuple[WritingJob, ...]:
     """`continuations` texts of every prompt; documents: see `documents_of`."""
     named = ((prompt_id(prompt), prompt) for prompt in prompts)
     return tuple(
-        Job((name, number), prompt, (documents or {}).get(name, ()))
+        WritingJob((name, number), prompt, (documents or {}).get(name, ()))
         for name, prompt in named
         for number in range(continuations)
     )
 
 
-def split_jobs(jobs: Sequence[Job], max_tokens: int, shard_tokens: int) -> list[list[Job]]:
+def split_jobs(jobs: Sequence[WritingJob], max_tokens: int, shard_tokens: int) -> list[list[WritingJob]]:
     """Cut jobs, in order, into pieces of at most `shard_tokens` positions, prompts included; at least one."""
-    pieces: list[list[Job]] = []
+    pieces: list[list[WritingJob]] = []
     room = 0
     for job in jobs:
         size = len(job.prompt) + max_tokens

@@ -19,7 +19,7 @@ from pipeline.request.generate import GenerateRequest, engine_config
 from pipeline.teacher.checkpoint import Teacher, load_teacher, without_padding
 from pipeline.teacher.tokenizer import load_tokenizer
 from pipeline.writing.base import Writer
-from pipeline.writing.plan import Array, Job, WritingPlan, documents_of, jobs_of, prompts_of
+from pipeline.writing.plan import Array, WritingJob, WritingPlan, documents_of, jobs_of, prompts_of
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def end_tokens(model: Teacher, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(end for end in ends if isinstance(end, int) and 0 <= end < model.vocab_size))
 
 
-def _texts(piece: Sequence[Job], written: Sequence[Array]) -> list[Text]:
+def _texts(piece: Sequence[WritingJob], written: Sequence[Array]) -> list[Text]:
     if len(written) != len(piece) or not all(len(tokens) for tokens in written):
         raise EngineError(f"the writer returned {len(written)} texts for {len(piece)} prompts, or empty ones")
     return [Text(job.key, tokens) for job, tokens in zip(piece, written, strict=True)]

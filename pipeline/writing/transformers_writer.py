@@ -20,7 +20,7 @@ from pipeline.engines.batching import batches
 from pipeline.engines.loading import load_causal_lm
 from pipeline.engines.memory import memory_for
 from pipeline.writing.base import Wrote
-from pipeline.writing.plan import Array, Job, cut_at_end, seed_of
+from pipeline.writing.plan import Array, WritingJob, cut_at_end, seed_of
 from pipeline.writing.sampling import draw, uniforms
 
 _SMALLER = "let a smaller checkpoint write, or one that is saved in fewer bits (--from-student)"
@@ -49,7 +49,7 @@ class TransformersWriter:
         )
         self._model = model
 
-    def write(self, jobs: Sequence[Job], wrote: Wrote) -> list[Array]:
+    def write(self, jobs: Sequence[WritingJob], wrote: Wrote) -> list[Array]:
         texts: dict[int, Array] = {}
         for places in batches([len(job.prompt) for job in jobs], self._limit, self._spec.max_tokens):
             with memory_for(f"writing {len(places):,} texts together", _FEWER):
@@ -58,7 +58,7 @@ class TransformersWriter:
             wrote(len(batch), sum(map(len, batch)))
         return [texts[place] for place in range(len(jobs))]
 
-    def _write_batch(self, jobs: Sequence[Job]) -> list[Array]:
+    def _write_batch(self, jobs: Sequence[WritingJob]) -> list[Array]:
         spec, width = self._spec, max(len(job.prompt) for job in jobs)
         ids_BP = np.zeros((len(jobs), width), dtype=np.int64)
         mask_BP = np.zeros_like(ids_BP)

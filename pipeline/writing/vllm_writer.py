@@ -9,7 +9,7 @@ from featurestore.format.written import WriterSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.llm import SupervisedLLM
 from pipeline.writing.base import Wrote
-from pipeline.writing.plan import Array, Job, cut_at_end, seed_of
+from pipeline.writing.plan import Array, WritingJob, cut_at_end, seed_of
 
 
 class VllmWriter:
@@ -22,7 +22,7 @@ class VllmWriter:
             config, verbose, runner="generate", generation_config="vllm", enable_prefix_caching=True
         )
 
-    def write(self, jobs: Sequence[Job], wrote: Wrote) -> list[Array]:
+    def write(self, jobs: Sequence[WritingJob], wrote: Wrote) -> list[Array]:
         from vllm import SamplingParams
 
         spec = self._spec

@@ -47,7 +47,7 @@ def from_cache(context: typer.Context) -> None:
 @app.command("objectives")
 def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the losses: formula, source, what the cache must hold, how exact they are, options."""
-    from student.losses.table import rows, show
+    from student.cli.objectives import rows, show
 
     if as_json:
         typer.echo(json.dumps(rows()))
@@ -166,10 +166,12 @@ def generate_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Let a student go on with a prompt, with its speed and memory."""
-    from student.export.generation import GenerateRequest, generate
+    from student.export.generation import GenerationRequest, generate
 
     with _exit_codes(), _no_bars():
-        result = generate(GenerateRequest(directory, prompt, max_new_tokens, temperature, chat, kernel, seed))
+        result = generate(
+            GenerationRequest(directory, prompt, max_new_tokens, temperature, chat, kernel, seed)
+        )
     if as_json:
         typer.echo(json.dumps(result))
         return

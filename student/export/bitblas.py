@@ -20,7 +20,7 @@ from student.errors import UserError
 from student.export import hf_bitnet
 from student.export.reading import load_packed
 from student.export.reference import IntegerLinear, integer_linears
-from student.export.source import Source
+from student.export.source import ExportSource
 
 
 def require() -> Any:
@@ -40,13 +40,13 @@ def require() -> Any:
     return package
 
 
-def check(source: Source) -> None:
+def check(source: ExportSource) -> None:
     """UserError where BitBLAS does not run, and for shapes that cannot be packed."""
     require()
     hf_bitnet.check(source)
 
 
-def read(out: Path, source: Source) -> Any:
+def read(out: Path, source: ExportSource) -> Any:
     """The packed export on the GPU, its products computed by BitBLAS."""
     del source
     return use_bitblas(load_packed(out))

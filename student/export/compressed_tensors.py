@@ -19,13 +19,13 @@ from student.export.norms import norm_mode
 from student.export.packages import require_package
 from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
-from student.export.source import Source
+from student.export.source import ExportSource
 from student.modeling.checkpoint import WEIGHTS
 
 BITS = 2
 
 
-def check(source: Source) -> None:
+def check(source: ExportSource) -> None:
     """UserError for what the format cannot hold, or where its package is missing."""
     if norm_mode(source) != "none":
         raise UserError(
@@ -34,7 +34,7 @@ def check(source: Source) -> None:
     require_package("compressed-tensors", "compressed_tensors")
 
 
-def write(source: Source, out: Path, dtype: torch.dtype) -> None:
+def write(source: ExportSource, out: Path, dtype: torch.dtype) -> None:
     """model.safetensors, config.json and the tokenizer; scales stay float32, the rest is `dtype`."""
     from compressed_tensors.compressors.pack_quantized.helpers import (
         pack_to_int32,
@@ -51,7 +51,7 @@ def write(source: Source, out: Path, dtype: torch.dtype) -> None:
     write_config(source, out, dtype, _quantization(source))
 
 
-def _quantization(source: Source) -> dict[str, Any]:
+def _quantization(source: ExportSource) -> dict[str, Any]:
     weights = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
@@ -64,7 +64,7 @@ def _quantization(source: Source) -> dict[str, Any]:
     }
 
 
-def read(out: Path, source: Source) -> Any:
+def read(out: Path, source: ExportSource) -> Any:
     """The export as transformers multiplies it out, taken apart into integers again."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -75,6 +75,6 @@ def read(out: Path, source: Source) -> Any:
     return matrices_to_integers(model, source)
 
 
-def ternary_bytes(source: Source) -> int:
+def ternary_bytes(source: ExportSource) -> int:
     """Bytes of the packed matrices and of their scales, one a row."""
     return sum(rows * (-(-columns // 16) * 4 + 4) for rows, columns in source.shapes.values())

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from student.errors import UserError
-from student.export import bitblas, compressed_tensors, gguf, gguf_reading, hf_bitnet
-from student.export.gguf_types import TYPES
-from student.export.source import Source
+from student.export import bitblas, compressed_tensors, hf_bitnet
+from student.export.gguf import reading as gguf_reading
+from student.export.gguf import writing as gguf
+from student.export.gguf.types import TYPES
+from student.export.source import ExportSource
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,13 +27,13 @@ class Format:
     so that it is the reference for the file's readers.
     """
 
-    reader: Callable[[Source], str]
+    reader: Callable[[ExportSource], str]
     dtype: str
-    check: Callable[[Source], None]
-    fit: Callable[[Source, torch.dtype], None]
-    write: Callable[[Source, Path, torch.dtype], None]
-    read: Callable[[Path, Source], Any]
-    ternary_bytes: Callable[[Source], int]
+    check: Callable[[ExportSource], None]
+    fit: Callable[[ExportSource, torch.dtype], None]
+    write: Callable[[ExportSource, Path, torch.dtype], None]
+    read: Callable[[Path, ExportSource], Any]
+    ternary_bytes: Callable[[ExportSource], int]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _gguf(name: str) -> Format:
         raise UserError(f"--gguf-type {name}: choose one of {', '.join(TYPES)}")
     kind = TYPES[name]
 
-    def reader(source: Source) -> str:
+    def reader(source: ExportSource) -> str:
         known = gguf_reading.by_transformers(source, kind)
         return "transformers" if known else "its own decoder, since transformers reads no such file"
 

@@ -26,7 +26,7 @@ KERNELS = ("torch", "bitblas")
 
 
 @dataclass(frozen=True)
-class GenerateRequest:
+class GenerationRequest:
     """temperature: 0 takes the best token. chat: put the prompt into the tokenizer's chat template."""
 
     directory: Path
@@ -38,7 +38,7 @@ class GenerateRequest:
     seed: int = 0
 
 
-def generate(request: GenerateRequest) -> dict[str, Any]:
+def generate(request: GenerationRequest) -> dict[str, Any]:
     """The continuation and what it took; UserError for a request that cannot be served.
 
     Rates are of new tokens per second, the prompt's pass included; sizes in bytes: `weight_bytes` of all
@@ -94,7 +94,7 @@ def weight_bytes(model: Any) -> int:
     return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
-def _check(request: GenerateRequest) -> None:
+def _check(request: GenerationRequest) -> None:
     if request.kernel not in KERNELS:
         raise UserError(f"--kernel {request.kernel}: choose one of {', '.join(KERNELS)}")
     if request.kernel == "bitblas":
@@ -113,7 +113,7 @@ def student_tokenizer(directory: Path) -> Any:
     return load_tokenizer(directory, config=config)
 
 
-def _prompt_ids(tokenizer: Any, request: GenerateRequest) -> Tensor:
+def _prompt_ids(tokenizer: Any, request: GenerationRequest) -> Tensor:
     if request.chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": request.prompt}]
         encoded = tokenizer.apply_chat_template(
@@ -128,7 +128,7 @@ def _prompt_ids(tokenizer: Any, request: GenerateRequest) -> Tensor:
 
 
 @torch.no_grad()
-def _continue(model: Any, ids_1T: Tensor, tokenizer: Any, request: GenerateRequest) -> Tensor:
+def _continue(model: Any, ids_1T: Tensor, tokenizer: Any, request: GenerationRequest) -> Tensor:
     sampling: dict[str, Any] = {"do_sample": False}
     if request.temperature:
         sampling = {"do_sample": True, "temperature": request.temperature}

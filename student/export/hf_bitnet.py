@@ -24,11 +24,11 @@ from student.export.norms import norm_epsilons, norm_mode
 from student.export.packing import PER_BYTE
 from student.export.reference import integer_linears
 from student.export.shapes import require_multiple
-from student.export.source import Source
+from student.export.source import ExportSource
 from student.modeling.checkpoint import WEIGHTS
 
 
-def check(source: Source) -> None:
+def check(source: ExportSource) -> None:
     """UserError for what transformers' packed layers cannot hold."""
     require_multiple(
         source,
@@ -53,7 +53,7 @@ def _llama_shaped(config: dict[str, Any], epsilons: set[float]) -> bool:
 
 
 @torch.no_grad()
-def fit(source: Source, dtype: torch.dtype) -> None:
+def fit(source: ExportSource, dtype: torch.dtype) -> None:
     """Round embeddings, head, norms and biases to `dtype`; scales of ternary matrices stay float32."""
     for parameter in source.model.parameters():
         parameter.copy_(parameter.to(dtype))
@@ -62,7 +62,7 @@ def fit(source: Source, dtype: torch.dtype) -> None:
             layer.bias.copy_(layer.bias.to(dtype))
 
 
-def write(source: Source, out: Path, dtype: torch.dtype) -> None:
+def write(source: ExportSource, out: Path, dtype: torch.dtype) -> None:
     """model.safetensors, config.json and the tokenizer; ternary scales stay float32, the rest is `dtype`."""
     saved = layout.to_saved(source.config, norm_mode(source))
     state = plain_state(source, dtype)
@@ -79,7 +79,7 @@ def write(source: Source, out: Path, dtype: torch.dtype) -> None:
     write_config(source, out, dtype, quantization, saved)
 
 
-def plain_state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
+def plain_state(source: ExportSource, dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's tensors by name, tied ones once; packed weights and their scales as they are."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -91,13 +91,13 @@ def plain_state(source: Source, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def kept_linears(source: Source) -> list[str]:
+def kept_linears(source: ExportSource) -> list[str]:
     """Names of the linear layers that are not ternary."""
     return [name for name, module in source.model.named_modules() if type(module) is nn.Linear]
 
 
 def write_config(
-    source: Source,
+    source: ExportSource,
     out: Path,
     dtype: torch.dtype,
     quantization: dict[str, Any],
@@ -112,7 +112,7 @@ def write_config(
     source.copy_tokenizer(out)
 
 
-def read(out: Path, source: Source) -> Any:
+def read(out: Path, source: ExportSource) -> Any:
     """The export as transformers loads it, in float32."""
     del source
     from transformers import AutoModelForCausalLM
@@ -120,6 +120,6 @@ def read(out: Path, source: Source) -> Any:
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 
-def ternary_bytes(source: Source) -> int:
+def ternary_bytes(source: ExportSource) -> int:
     """Bytes that the packed matrices and their scales take."""
     return sum(layer.weight.numel() + 4 for _, layer in integer_linears(source.model))

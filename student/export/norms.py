@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from student.export.reference import integer_linears, norm_epsilon
-from student.export.source import Source
+from student.export.source import ExportSource
 
 NormMode = Literal["none", "subln", "per-projection", "other"]
 _SUBLN = ("self_attn.o_proj", "mlp.down_proj")
 
 
-def norm_mode(source: Source) -> NormMode:
+def norm_mode(source: ExportSource) -> NormMode:
     """Which ternary layers have a norm of their own: none, the output projections, all, or others."""
     layers = dict(integer_linears(source.model))
     having = {name for name, layer in layers.items() if layer.rms_norm is not None}
@@ -24,7 +24,7 @@ def norm_mode(source: Source) -> NormMode:
     return "other"
 
 
-def norm_epsilons(source: Source) -> set[float]:
+def norm_epsilons(source: ExportSource) -> set[float]:
     """The epsilons of those norms."""
     norms = [layer.rms_norm for _, layer in integer_linears(source.model)]
     return {norm_epsilon(norm) for norm in norms if norm is not None}

@@ -11,7 +11,7 @@ import torch
 
 from student.export.packing import pack
 from student.export.reference import IntegerLinear, integer_linears
-from student.export.source import Source
+from student.export.source import ExportSource
 from student.modeling.whole import load_whole
 
 
@@ -20,7 +20,7 @@ def no_bars() -> AbstractContextManager[Any]:
     return redirect_stderr(io.StringIO())
 
 
-def matrices_to_integers(model: Any, source: Source) -> Any:
+def matrices_to_integers(model: Any, source: ExportSource) -> Any:
     """A model whose ternary matrices come multiplied with their scale: both are taken back."""
     for name, layer in integer_linears(source.model):
         linear = model.get_submodule(name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from student.export.formats import ExportRequest, Format
-from student.export.source import Source
+from student.export.source import ExportSource
 from student.export.verify import TOLERANCE, Agreement
 
 REPORT = "export_report.json"
@@ -20,7 +20,7 @@ GOOD_AGREEMENT = 0.95
 
 def build(
     request: ExportRequest,
-    source: Source,
+    source: ExportSource,
     written: Path,
     chosen: Format,
     dtype: torch.dtype,

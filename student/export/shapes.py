@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from student.errors import UserError
-from student.export.source import Source
+from student.export.source import ExportSource
 
 
-def require_multiple(source: Source, axis: int, multiple: int, what: str, mend: str) -> None:
+def require_multiple(source: ExportSource, axis: int, multiple: int, what: str, mend: str) -> None:
     """UserError unless rows (axis 0) or columns (axis 1) of every ternary matrix are a multiple."""
     wrong = {name: shape[axis] for name, shape in source.shapes.items() if shape[axis] % multiple}
     if wrong:

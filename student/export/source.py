@@ -16,7 +16,7 @@ from student.modeling.tokenizer import copy_tokenizer
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """`model` computes the integer reference; `config` is the model's own, without `quantization_config`."""
 
     directory: Path
@@ -57,7 +57,7 @@ def quantization_of(config: dict[str, Any]) -> str:
     return "latent" if entry.get("quantization_mode") == "online" else "packed"
 
 
-def open_source(directory: Path) -> Source:
+def open_source(directory: Path) -> ExportSource:
     """Load a BitNet student that training saved; UserError when the directory holds anything else."""
     config = read_config(directory)
     kind = quantization_of(config)
@@ -75,4 +75,4 @@ def open_source(directory: Path) -> Source:
     to_integers(model)
     own = layout.from_saved(config)
     del own["quantization_config"]
-    return Source(directory, own, model)
+    return ExportSource(directory, own, model)

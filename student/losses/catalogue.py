@@ -1,8 +1,8 @@
 """The catalogue of losses: one entry per loss, with what it computes, what it needs and how exact it is.
 
-A new loss is a pure function in `student.losses` and one entry in the table of its kind here
-(`student.losses.entries_sparse`, `student.losses.entries_hidden`); flags, objective files, the table of
-`distily-train objectives`, docs/objectives.md and the tests follow from the entry.
+A new loss is a pure function beside its kin in `student.losses` and one entry in the table there; flags,
+objective files, the table of `distily-train objectives`, docs/objectives.md and the tests follow from the
+entry.
 """
 
 from __future__ import annotations
@@ -138,11 +138,11 @@ class Loss:
 @cache
 def catalogue() -> Mapping[str, Loss]:
     """Every loss by name, in the order of the tables."""
-    from student.losses.entries_full import DENSE_LOSSES
-    from student.losses.entries_hidden import HIDDEN_LOSSES
-    from student.losses.entries_relation import RELATION_LOSSES
-    from student.losses.entries_sparse import HEAD_LOSSES
-    from student.losses.entries_structure import STRUCTURE_LOSSES
+    from student.losses.full_entries import DENSE_LOSSES
+    from student.losses.hidden import HIDDEN_LOSSES
+    from student.losses.relation_terms import RELATION_LOSSES
+    from student.losses.sparse_entries import HEAD_LOSSES
+    from student.losses.structure import STRUCTURE_LOSSES
 
     entries = (*HEAD_LOSSES, *DENSE_LOSSES, *HIDDEN_LOSSES, *STRUCTURE_LOSSES, *RELATION_LOSSES)
     by_name = {entry.name: entry for entry in entries}

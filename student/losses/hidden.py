@@ -1,13 +1,18 @@
-"""Losses between hidden states of teacher and student, per position and in float32.
+"""Losses between hidden states of teacher and student, per position and in float32, and their entries in the
+catalogue.
 
 Shape letters: N positions, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from student.losses.catalogue import Loss, Paper
 
 ALPHA = 4  # exponent of `logsum`; 4 to 5 did best in its paper
 FLOOR = 1e-8  # of the sum in `logsum`: differences of 0.01, about what bfloat16 keeps of a state of size one
@@ -64,3 +69,54 @@ def layer_norm_mse(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     """
     s_ND, t_ND = (F.layer_norm(widened(x), x.shape[-1:]) for x in (student_ND, teacher_ND))
     return (s_ND - t_ND).square().mean(-1)
+
+
+def _entry(
+    name: str, function: Callable[..., Tensor], formula: str, paper: Paper | None, statement: str = ""
+) -> Loss:
+    stored = "up to the rounding of the stored hidden states"
+    return Loss(
+        name=f"hidden_{name}",
+        kind="hidden",
+        function=function,
+        formula=formula,
+        paper=paper,
+        needs="R",
+        exactness="exact",
+        statement=f"{stored}; {statement}" if statement else stored,
+    )
+
+
+HIDDEN_LOSSES: tuple[Loss, ...] = (
+    _entry("mse", mse, "‖h_S − h_T‖² / D", Paper("FitNets: Hints for Thin Deep Nets", "1412.6550")),
+    _entry(
+        "nmse",
+        nmse,
+        "‖h_S − h_T‖² / ‖h_T‖²",
+        None,
+        "layers of different size weigh the same",
+    ),
+    _entry("l1", l1, "‖h_S − h_T‖₁ / D", Paper("DistilHuBERT", "2110.01900"), "without its cosine part"),
+    _entry("smooth_l1", smooth_l1, "Σ huber(h_S − h_T) / D", Paper("EAGLE", "2401.15077"), "knee at 1"),
+    _entry(
+        "cosine",
+        cosine,
+        "1 − cos(h_S, h_T)",
+        Paper("DistilBERT, a distilled version of BERT", "1910.01108"),
+        "blind to the scale of either side; half of PKD's loss",
+    ),
+    _entry(
+        "logsum",
+        logsum,
+        "log Σ |h_S − h_T|⁴",
+        Paper("Understanding the Role of the Projector in Knowledge Distillation", "2303.11098"),
+        "the logarithm of each position, in the paper of the batch",
+    ),
+    _entry(
+        "mobilebert",
+        layer_norm_mse,
+        "‖LN(h_S) − LN(h_T)‖² / D",
+        Paper("MobileBERT: feature map transfer", "2004.02984"),
+        "layer normalisation without parameters",
+    ),
+)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from student.losses.catalogue import Loss, Paper
 from student.losses.hidden import widened
 
 ROW_ELEMENTS = 2**22  # of a T x T matrix held at a time
@@ -181,3 +182,53 @@ def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
 def _exact(states: Tensor) -> Any:
     """Autocast would multiply in bfloat16."""
     return torch.autocast(states.device.type, enabled=False)
+
+
+_RKD = Paper("Relational Knowledge Distillation", "1904.05068")
+
+STRUCTURE_LOSSES: tuple[Loss, ...] = (
+    Loss(
+        name="hidden_similarity",
+        kind="structure",
+        function=similarity,
+        formula="‖norm(H_S H_Sᵀ) − norm(H_T H_Tᵀ)‖² / T²",
+        paper=Paper("Similarity-Preserving Knowledge Distillation", "1907.09682"),
+        needs="R",
+        exactness="exact",
+        statement="among the learned positions of a sample, in the paper among the samples of a batch",
+        any_width=True,
+    ),
+    Loss(
+        name="hidden_rkd_distance",
+        kind="structure",
+        function=distance,
+        formula="Σ huber(d_S(i, j) / mean − d_T(i, j) / mean) / T(T − 1)",
+        paper=_RKD,
+        needs="R",
+        exactness="exact",
+        statement="among the learned positions of a sample",
+        any_width=True,
+    ),
+    Loss(
+        name="hidden_rkd_angle",
+        kind="structure",
+        function=angle,
+        formula="Σ huber(cos ∠_S(i, j, k) − cos ∠_T(i, j, k)) / 8T",
+        paper=_RKD,
+        needs="R",
+        exactness="exact",
+        statement="of 8 fixed angles at each learned position, in the paper of all",
+        any_width=True,
+    ),
+    Loss(
+        name="hidden_fsp",
+        kind="structure",
+        function=fsp,
+        formula="‖H_Sᵀ H′_S − H_Tᵀ H′_T‖² / T²D²",
+        paper=Paper("A Gift from Knowledge Distillation (Yim et al., CVPR 2017)"),
+        needs="R",
+        exactness="exact",
+        statement="between each two neighbouring pairs of layers, over the learned positions of a sample",
+        flow=True,
+    ),
+)

@@ -16,8 +16,8 @@ from student.sweep.home import Home, write_json
 from student.sweep.page import page
 from student.sweep.planning import manifest_of, plan
 from student.sweep.results import Row, needed, ranked, report, row, savings, table
-from student.sweep.running import Listed, Pool, Source
-from student.sweep.runs import Run
+from student.sweep.running import Listed, Pool, RunSource
+from student.sweep.runs import SweepRun
 from student.sweep.search import Searched
 from student.sweep.spec import SweepSpec, read
 
@@ -42,7 +42,7 @@ class Sweep:
     store: str
     manifest: str
     home: Home
-    source: Source
+    source: RunSource
 
     def __post_init__(self) -> None:
         self._states: dict[str, tuple[str, str | None]] = {}
@@ -53,7 +53,7 @@ class Sweep:
         rows = [row(self.home, run, *self._states.get(run.key, waiting)) for run in self.source.runs]
         return ranked(rows, self.spec)
 
-    def changed(self, run: Run, state: str, reason: str | None) -> None:
+    def changed(self, run: SweepRun, state: str, reason: str | None) -> None:
         """Remembers and writes it."""
         self._states[run.key] = (state, reason)
         self.write()
@@ -107,7 +107,7 @@ def sweep(request: SweepRequest) -> Sweep:
     return state
 
 
-def _source(spec: SweepSpec, manifest: str, home: Home, listed: list[Run]) -> Source:
+def _source(spec: SweepSpec, manifest: str, home: Home, listed: list[SweepRun]) -> RunSource:
     if spec.search is None:
         return Listed(listed)
     return Searched(spec, manifest, home.study, lambda run: row(home, run, "", None).metrics.get(spec.metric))
@@ -125,7 +125,7 @@ def _watch(pool: Pool, state: Sweep) -> None:
     with Progress(*parts, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=state.spec.size)
 
-        def changed(run: Run, now: str, reason: str | None) -> None:
+        def changed(run: SweepRun, now: str, reason: str | None) -> None:
             state.changed(run, now, reason)
             progress.update(task, completed=state.finished(), description=", ".join(state.running()))
             progress.console.print(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from student.errors import UserError
-from student.sweep.runs import Run
+from student.sweep.runs import SweepRun
 from student.training.resume import last_checkpoint
 
 DONE = "sweep_run.json"  # in a run's directory once it has ended well: how long its process took
@@ -36,20 +36,20 @@ class Home:
         """Optuna's trials."""
         return self.path / "search.db"
 
-    def directory(self, run: Run) -> Path:
+    def directory(self, run: SweepRun) -> Path:
         """--output-dir of a run: the one that has its flags already, whatever varied when it was named."""
         runs = self.path / "runs"
         return next(runs.glob(f"*-{run.key}"), runs / run.name)
 
-    def log(self, run: Run) -> Path:
+    def log(self, run: SweepRun) -> Path:
         """What the run's process printed."""
         return self.path / "logs" / f"{self.directory(run).name}.log"
 
-    def checkpointed(self, run: Run) -> bool:
+    def checkpointed(self, run: SweepRun) -> bool:
         """Whether the run has a checkpoint to go on from."""
         return last_checkpoint(self.directory(run)) is not None
 
-    def finished(self, run: Run) -> dict[str, Any] | None:
+    def finished(self, run: SweepRun) -> dict[str, Any] | None:
         """The record of a run that has ended well."""
         return read_json(self.directory(run) / DONE)
 

@@ -11,13 +11,13 @@ from featurestore.reader import CacheReader
 from student.config.parser import parse
 from student.errors import UserError
 from student.sweep.home import Home, read_json
-from student.sweep.runs import Run, corners, expand
+from student.sweep.runs import SweepRun, corners, expand
 from student.sweep.spec import SweepSpec
 from student.training.outputs import OVERWRITE, holds_training
 from student.training.run import prepare
 
 
-def arguments(run: Run, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:
+def arguments(run: SweepRun, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:
     """The words of a run after `distily-train from-cache`. Without a checkpoint to resume it begins anew."""
     words = [store, "--output-dir", str(directory), *run.words()]
     words += [] if "manifest" in run.flags else ["--manifest", manifest]
@@ -40,7 +40,7 @@ def manifest_of(home: Home, store: str) -> str:
         ) from error
 
 
-def plan(spec: SweepSpec, store: str, manifest: str, home: Home) -> list[Run]:
+def plan(spec: SweepSpec, store: str, manifest: str, home: Home) -> list[SweepRun]:
     """The runs of a grid, or none yet of a search. UserError for a flag of any run that cannot be served; of
     a search each choice is tried by itself.
     """
@@ -49,7 +49,7 @@ def plan(spec: SweepSpec, store: str, manifest: str, home: Home) -> list[Run]:
     return runs
 
 
-def _check(runs: Iterable[Run], spec: SweepSpec, store: str, manifest: str, home: Home) -> None:
+def _check(runs: Iterable[SweepRun], spec: SweepSpec, store: str, manifest: str, home: Home) -> None:
     for run in runs:
         try:
             request = parse(arguments(run, store, manifest, home.directory(run)))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from student.sweep.capacity import Need
 from student.sweep.home import Home, read_json
-from student.sweep.runs import Run
+from student.sweep.runs import SweepRun
 from student.sweep.spec import SweepSpec
 
 SHOWN = ("eval_kl", "eval_perplexity", "eval_top1_agreement")
@@ -24,7 +24,7 @@ class Row:
     that was `resumed` the last. generation_seconds: see the function of that name.
     """
 
-    run: Run
+    run: SweepRun
     output_dir: str
     state: str
     reason: str | None
@@ -51,7 +51,7 @@ class Row:
         }
 
 
-def row(home: Home, run: Run, state: str, reason: str | None) -> Row:
+def row(home: Home, run: SweepRun, state: str, reason: str | None) -> Row:
     """The row of a run; its numbers once it is finished."""
     directory, record = home.directory(run), home.finished(run)
     summary = read_json(directory / "summary.json") if record else None
@@ -80,7 +80,7 @@ def generation_seconds(summary: Mapping[str, Any]) -> float | None:
     return round(min(summary["tokens"], cost["tokens"]) / rate, 1) if rate else None
 
 
-def needed(home: Home, run: Run) -> Need:
+def needed(home: Home, run: SweepRun) -> Need:
     """What a finished run took of the machine."""
     summary = read_json(home.directory(run) / "summary.json") or {}
     return Need(summary["peak_rss_bytes"], summary.get("peak_cuda_bytes"))

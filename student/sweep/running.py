@@ -15,22 +15,22 @@ from student.sweep import capacity
 from student.sweep.capacity import Machine, Need
 from student.sweep.home import Home
 from student.sweep.planning import arguments
-from student.sweep.runs import Run
-from student.sweep.worker import Job, work
+from student.sweep.runs import SweepRun
+from student.sweep.worker import RunJob, work
 
 _EXCEPTION = re.compile(r"(distily-train|[A-Za-z_.]*(Error|Exception|Interrupt|Exit)): ")
 
 
-class Source(Protocol):
+class RunSource(Protocol):
     """Where runs come from. runs: all that are known."""
 
     @property
-    def runs(self) -> list[Run]: ...
+    def runs(self) -> list[SweepRun]: ...
 
-    def next(self) -> Run | None:
+    def next(self) -> SweepRun | None:
         """A run to do now; None while, or when, there is none."""
 
-    def ended(self, run: Run, failure: str | None) -> None:
+    def ended(self, run: SweepRun, failure: str | None) -> None:
         """A run that `next` gave has ended, well or with a failure in words."""
 
 
@@ -38,15 +38,15 @@ class Source(Protocol):
 class Listed:
     """The runs of a list, in order."""
 
-    runs: list[Run]
+    runs: list[SweepRun]
 
     def __post_init__(self) -> None:
         self._left = deque(self.runs)
 
-    def next(self) -> Run | None:
+    def next(self) -> SweepRun | None:
         return self._left.popleft() if self._left else None
 
-    def ended(self, run: Run, failure: str | None) -> None:
+    def ended(self, run: SweepRun, failure: str | None) -> None:
         pass
 
 
@@ -59,10 +59,10 @@ class Pool:
     manifest: str
     machine: Machine
     jobs: int | None
-    needed: Callable[[Run], Need]
+    needed: Callable[[SweepRun], Need]
     seen: list[Need] = field(default_factory=list)
 
-    def run(self, source: Source, changed: Callable[[Run, str, str | None], None]) -> None:
+    def run(self, source: RunSource, changed: Callable[[SweepRun, str, str | None], None]) -> None:
         """All runs of a source, but for those that are finished. changed: told of each run's new state,
         `running`, `finished` or `failed`, with the reason.
 
@@ -70,7 +70,7 @@ class Pool:
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["student.sweep.worker"])
-        running: dict[ForkServerProcess, Run] = {}
+        running: dict[ForkServerProcess, SweepRun] = {}
         gpus: dict[ForkServerProcess, int] = {}
         try:
             while True:
@@ -104,28 +104,28 @@ class Pool:
         """The GPU with the fewest runs."""
         return min(range(len(self.machine.gpus)), key=lambda gpu: busy[gpu], default=None)
 
-    def _job(self, run: Run, gpu: int | None) -> Job:
+    def _job(self, run: SweepRun, gpu: int | None) -> RunJob:
         directory, resume = self.home.directory(run), self.home.checkpointed(run)
         directory.mkdir(parents=True, exist_ok=True)
         self.home.log(run).parent.mkdir(exist_ok=True)
         words = arguments(run, self.store, self.manifest, directory, resume)
         threads = max(1, self.machine.cores // self._slots())
         visible = None if gpu is None else capacity.visible(gpu)
-        return Job(words, directory, self.home.log(run), threads, visible, resume)
+        return RunJob(words, directory, self.home.log(run), threads, visible, resume)
 
     def _end(
         self,
-        run: Run,
+        run: SweepRun,
         failure: str | None,
-        source: Source,
-        changed: Callable[[Run, str, str | None], None],
+        source: RunSource,
+        changed: Callable[[SweepRun, str, str | None], None],
     ) -> None:
         if failure is None:
             self.seen.append(self.needed(run))
         source.ended(run, failure)
         changed(run, "failed" if failure else "finished", failure)
 
-    def _failure(self, run: Run, code: int | None) -> str | None:
+    def _failure(self, run: SweepRun, code: int | None) -> str | None:
         """Why a process ended, in a line; None where it ended well."""
         if code == 0:
             return None

@@ -10,8 +10,8 @@ from typing import Any
 
 from featurestore.identity import canonical_json, digest
 from student.errors import UserError
-from student.sweep.runs import Run, chosen, seeded
-from student.sweep.spec import Axis, Range, SweepSpec
+from student.sweep.runs import SweepRun, chosen, seeded
+from student.sweep.spec import Range, SweepAxis, SweepSpec
 
 
 class Searched:
@@ -23,7 +23,7 @@ class Searched:
     """
 
     def __init__(
-        self, spec: SweepSpec, manifest: str, storage: Path, value: Callable[[Run], float | None]
+        self, spec: SweepSpec, manifest: str, storage: Path, value: Callable[[SweepRun], float | None]
     ) -> None:
         assert spec.search is not None
         self._optuna = _import()
@@ -34,17 +34,17 @@ class Searched:
             direction=spec.direction,
             load_if_exists=True,
         )
-        self._ready: deque[Run] = deque()
-        self._open: dict[int, list[Run]] = {}  # the runs of a trial that have not ended
+        self._ready: deque[SweepRun] = deque()
+        self._open: dict[int, list[SweepRun]] = {}  # the runs of a trial that have not ended
         self._failed: set[int] = set()
         self._owners: dict[str, list[int]] = {}  # the trials that wait for a run, by its key
-        self.runs: list[Run] = []  # all so far
+        self.runs: list[SweepRun] = []  # all so far
         self._trials = 0
         for trial in self._study.get_trials(deepcopy=False):
             if {axis.name for axis in self._search.space} <= set(trial.params):
                 self._add(trial.number, trial.params)  # of others the command was killed while it asked
 
-    def next(self) -> Run | None:
+    def next(self) -> SweepRun | None:
         """A run of a trial that has begun, else of a new one; None when there are as many as there may be."""
         while not self._ready:
             if self._trials >= self._search.trials:
@@ -57,7 +57,7 @@ class Searched:
             self._add(trial.number, trial.params)
         return self._ready.popleft()
 
-    def ended(self, run: Run, failure: str | None) -> None:
+    def ended(self, run: SweepRun, failure: str | None) -> None:
         """Tells the study, where a trial ends with it."""
         for number in self._owners.pop(run.key, []):
             left = self._open[number]
@@ -92,8 +92,8 @@ class Searched:
             self._study.tell(number, sum(values) / len(values))
 
 
-def _suggest(trial: Any, axis: Axis | Range) -> None:
-    if isinstance(axis, Axis):
+def _suggest(trial: Any, axis: SweepAxis | Range) -> None:
+    if isinstance(axis, SweepAxis):
         trial.suggest_categorical(axis.name, list(axis.choices))
     elif isinstance(axis.low, int) and isinstance(axis.high, int):
         trial.suggest_int(axis.name, axis.low, axis.high, log=axis.log)

@@ -30,7 +30,7 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")  # a number, which YAML ta
 
 
 @dataclass(frozen=True)
-class Axis:
+class SweepAxis:
     """One thing that is varied: the flags that each choice sets, by the choice's label."""
 
     name: str
@@ -51,7 +51,7 @@ class Range:
 class Search:
     """A search by Optuna's TPE sampler; seed: of the sampler."""
 
-    space: tuple[Axis | Range, ...]
+    space: tuple[SweepAxis | Range, ...]
     trials: int
     seed: int
 
@@ -63,9 +63,9 @@ class SweepSpec:
     """
 
     base: Flags
-    grid: tuple[Axis, ...]
+    grid: tuple[SweepAxis, ...]
     search: Search | None
-    seeds: Axis | None
+    seeds: SweepAxis | None
     metric: str
     direction: Literal["minimize", "maximize"]
     content: Mapping[str, Any]
@@ -124,12 +124,12 @@ def label(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _axes(value: object, where: str) -> tuple[Axis, ...]:
+def _axes(value: object, where: str) -> tuple[SweepAxis, ...]:
     mapping = _mapping(value, where, "`learning-rate: [1e-3, 2e-3]`")
     return tuple(_axis(_name(name, where), choices, f"{where}: {name}") for name, choices in mapping.items())
 
 
-def _axis(name: str, value: object, where: str) -> Axis:
+def _axis(name: str, value: object, where: str) -> SweepAxis:
     """A list has values of the flag that the axis is named after; a mapping has bundles of flags."""
     if isinstance(value, list) and value:
         _check_reserved(name, where)
@@ -141,7 +141,7 @@ def _axis(name: str, value: object, where: str) -> Axis:
     labels = [one for one, _ in choices]
     if twice := [one for one in labels if labels.count(one) > 1]:
         raise UserError(f"{where} has {twice[0]} twice; give each choice once")
-    return Axis(name, dict(choices))
+    return SweepAxis(name, dict(choices))
 
 
 def _search(value: object, where: str) -> Search:
@@ -157,7 +157,7 @@ def _search(value: object, where: str) -> Search:
     return Search(tuple(found), trials, seed)
 
 
-def _dimension(name: str, value: object, where: str) -> Axis | Range:
+def _dimension(name: str, value: object, where: str) -> SweepAxis | Range:
     example = "`{low: 1e-4, high: 1e-2, log: true}` or `{choices: [...]}`"
     mapping = _mapping(value, where, example)
     if "choices" in mapping:
@@ -173,13 +173,13 @@ def _dimension(name: str, value: object, where: str) -> Axis | Range:
     return Range(name, low, high, log)
 
 
-def _seeds(value: object, where: str) -> Axis:
+def _seeds(value: object, where: str) -> SweepAxis:
     if not isinstance(value, list) or not value or any(type(seed) is not int for seed in value):
         raise UserError(f"{where} must be a list of whole numbers, e.g. [0, 1, 2], not {value!r}")
     return _axis(SEED, value, where)
 
 
-def _apart(axes: Sequence[Axis | Range], where: str) -> None:
+def _apart(axes: Sequence[SweepAxis | Range], where: str) -> None:
     """UserError when two of them set the same flag."""
     owner: dict[str, str] = {}
     for axis in axes:

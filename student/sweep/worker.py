@@ -26,7 +26,7 @@ from student.training.run import train_from_cache
 
 
 @dataclass(frozen=True)
-class Job:
+class RunJob:
     """words: after `distily-train from-cache`; threads: of torch; gpu: CUDA_VISIBLE_DEVICES of the process,
     or None.
     """
@@ -39,7 +39,7 @@ class Job:
     resumed: bool
 
 
-def work(job: Job) -> None:
+def work(job: RunJob) -> None:
     """Train; ends this process with the exit code of the command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the sweep ends its own
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -19,7 +19,7 @@ from student.data.held_out import Split, split_cache
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
 from student.losses.blocks import check_student_blocks
-from student.losses.entries_relation import check_sizes
+from student.losses.relation_terms import check_sizes
 from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.layer_maps import Pairs, check_pairs, depth_map, map_layers
 from student.objective.projectors import IDENTITY, ProjectorSpec

@@ -39,7 +39,7 @@ from student.training.plan import (
 )
 from student.training.provenance import environment, typed
 from student.training.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
-from student.training.summary import Run, summarise
+from student.training.summary import TrainingRun, summarise
 from student.training.trainer import DistillationTrainer
 from student.training.uniform import UniformGuess, best_copy
 
@@ -47,7 +47,7 @@ _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTraining:
     """A request that was checked, and what follows from it and the cache.
 
     checkpoint: where it goes on; None: at the start.
@@ -65,7 +65,7 @@ class Prepared:
 class Built:
     """The student with its objective, and what trains it. drift: how far a conversion to BitNet moved it."""
 
-    prepared: Prepared
+    prepared: PreparedTraining
     model: DistillationModel
     trainer: DistillationTrainer
     drift: Drift | None
@@ -81,7 +81,7 @@ def train_from_cache(request: Request, command: Sequence[str] | None = None) -> 
     return train(build(prepare(request)), command)
 
 
-def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
+def prepare(request: Request, before: StudentPlan | None = None) -> PreparedTraining:
     """Find everything that can be wrong with a request, before any student is built.
 
     before: the student that this one starts from, where a stage before has yet to save it.
@@ -108,10 +108,10 @@ def prepare(request: Request, before: StudentPlan | None = None) -> Prepared:
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
-    return Prepared(request, reader, checkpoint, plan, objective, data)
+    return PreparedTraining(request, reader, checkpoint, plan, objective, data)
 
 
-def build(prepared: Prepared) -> Built:
+def build(prepared: PreparedTraining) -> Built:
     """The student and its trainer, from the request's seed."""
     options, args = prepared.request.options, prepared.request.training
     reader, objective, data = prepared.reader, prepared.objective, prepared.data
@@ -169,7 +169,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return {}
-    run = Run(
+    run = TrainingRun(
         reader,
         built.model,
         trainer.state,

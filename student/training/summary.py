@@ -27,7 +27,7 @@ TEACHER_SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_head
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A finished training. state: Trainer's; seconds: of training with its evaluations; command: the words
     that asked for it; environment: see `student.training.provenance`.
     """
@@ -57,7 +57,7 @@ class Run:
         return [entry for entry in self.state.log_history if "loss" in entry]
 
 
-def summarise(run: Run) -> dict[str, Any]:
+def summarise(run: TrainingRun) -> dict[str, Any]:
     """The summary; also written to summary.json in the output directory."""
     evaluations, info = run.evaluations, store_info(run.reader.path)
     rates = [
@@ -154,7 +154,7 @@ def _metrics(entry: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if not name.endswith(skipped)}
 
 
-def _sizes(run: Run) -> dict[str, Any]:
+def _sizes(run: TrainingRun) -> dict[str, Any]:
     student = run.model.student
     parameters = sum(parameter.numel() for parameter in student.parameters())
     ternary = sum(layer.weight.numel() for _, layer in bit_linears(student))

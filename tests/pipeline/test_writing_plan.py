@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from featurestore.format.schema import Sample
 from featurestore.format.written import WriterSpec, prompt_id
 from pipeline.writing.plan import (
-    Job,
+    WritingJob,
     WritingPlan,
     cut_at_end,
     jobs_of,
@@ -121,7 +121,7 @@ def test_the_spelling_of_ids_and_seeds_does_not_change() -> None:
 
 
 def test_one_job_larger_than_a_piece_is_a_piece_alone() -> None:
-    jobs = [Job(("a", n), int32(*range(n))) for n in (1, 30, 1)]
+    jobs = [WritingJob(("a", n), int32(*range(n))) for n in (1, 30, 1)]
     assert [len(piece) for piece in split_jobs(jobs, 5, 12)] == [1, 1, 1]
     with pytest.raises(ValueError, match="at least one"):
         sample_of(int32(), int32())

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from student.export import gguf as exporter
-from student.export import gguf_reading, verify
-from student.export.gguf_scales import fit_scales, float16_pair
-from student.export.gguf_types import TYPES, from_blocks, to_blocks
+from student.export import verify
+from student.export.gguf import reading as gguf_reading
+from student.export.gguf import writing as exporter
+from student.export.gguf.scales import fit_scales, float16_pair
+from student.export.gguf.types import TYPES, from_blocks, to_blocks
 from student.export.reference import integer_linears
 from student.export.source import open_source
 from tests.student.exports import Export, Students

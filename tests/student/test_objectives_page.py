@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from student.cli import main
+from student.cli.objectives import markdown
 from student.losses.catalogue import EXACTNESS, NEEDS, catalogue
-from student.losses.table import markdown
 from student.objective.files import parse_objective
 
 PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
@@ -23,9 +23,9 @@ def test_the_page_holds_the_table() -> None:
 
 
 def with_table(page: str) -> str:
-    before, _, rest = page.partition("<!-- table: student/losses/table.py -->\n")
+    before, _, rest = page.partition("<!-- table: student/cli/objectives.py -->\n")
     after = rest.partition("<!-- end of table -->")[2]
-    return f"{before}<!-- table: student/losses/table.py -->\n\n{markdown()}\n<!-- end of table -->{after}"
+    return f"{before}<!-- table: student/cli/objectives.py -->\n\n{markdown()}\n<!-- end of table -->{after}"
 
 
 def test_its_files_are_objectives() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from student.config.parser import parse as parse_flags
 from student.errors import UserError
 from student.sweep.capacity import Machine, Need, at_once
-from student.sweep.runs import Run, corners, expand
+from student.sweep.runs import SweepRun, corners, expand
 from student.sweep.spec import parse, read
 
 VALUES = st.lists(
@@ -28,7 +28,7 @@ GRIDS = st.dictionaries(
 quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def runs(**spec: Any) -> list[Run]:
+def runs(**spec: Any) -> list[SweepRun]:
     return expand(parse(spec, "spec"))
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from student.errors import UserError
 from student.export.norms import norm_epsilons, norm_mode
-from student.export.source import Source
+from student.export.source import ExportSource
 
 # model_type in transformers -> architecture in GGUF.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def architecture(source: Source) -> str:
+def architecture(source: ExportSource) -> str:
     """The name in GGUF; UserError for a student that llama.cpp would run differently or not at all."""
     config, where = source.config, source.directory
     name = ARCHITECTURES.get(config["model_type"])
@@ -48,7 +48,7 @@ def architecture(source: Source) -> str:
     return "bitnet"
 
 
-def _fits_bitnet(source: Source) -> bool:
+def _fits_bitnet(source: ExportSource) -> bool:
     config = source.config
     return (
         config["model_type"] == "llama"
@@ -65,7 +65,7 @@ def head_size(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def add_settings(writer: Any, source: Source, name: str) -> None:
+def add_settings(writer: Any, source: ExportSource, name: str) -> None:
     """The hyperparameters, under GGUF's keys."""
     config = source.config
     writer.add_context_length(config["max_position_embeddings"])
@@ -87,7 +87,7 @@ def add_settings(writer: Any, source: Source, name: str) -> None:
         writer.add_rope_scaling_factor(1.0)
 
 
-def tensors(source: Source, name: str) -> Iterator[tuple[str, str, Tensor]]:
+def tensors(source: ExportSource, name: str) -> Iterator[tuple[str, str, Tensor]]:
     """(name in GGUF, name here, tensor) of everything that is not a ternary matrix or its scale."""
     import gguf
 

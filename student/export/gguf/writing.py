@@ -14,20 +14,20 @@ import numpy as np
 import torch
 
 from student.errors import UserError
-from student.export import gguf_architectures as architectures
-from student.export.gguf_scales import fit_scales
-from student.export.gguf_tokenizer import add_tokenizer
-from student.export.gguf_types import TYPES, BlockType, to_blocks
+from student.export.gguf import architectures
+from student.export.gguf.scales import fit_scales
+from student.export.gguf.tokenizer import add_tokenizer
+from student.export.gguf.types import TYPES, BlockType, to_blocks
 from student.export.packages import require_package
 from student.export.reference import integer_linears
 from student.export.shapes import require_multiple
-from student.export.source import Source
+from student.export.source import ExportSource
 
 _SMALLEST = 2.0**-14  # below, float16 has fewer than 11 bits
 _GGML_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def check(source: Source, kind: BlockType) -> None:
+def check(source: ExportSource, kind: BlockType) -> None:
     """UserError for what the file cannot hold or llama.cpp would not compute."""
     require_package("gguf", "gguf")
     architectures.architecture(source)
@@ -50,7 +50,7 @@ def check(source: Source, kind: BlockType) -> None:
 
 
 @torch.no_grad()
-def fit(source: Source, dtype: torch.dtype) -> None:
+def fit(source: ExportSource, dtype: torch.dtype) -> None:
     """Round embeddings and head to `dtype` and choose scales that float16 holds; norms and biases are float32
     in the file.
     """
@@ -60,7 +60,7 @@ def fit(source: Source, dtype: torch.dtype) -> None:
             parameter.copy_(parameter.to(dtype))
 
 
-def write(source: Source, out: Path, dtype: torch.dtype, kind: BlockType) -> None:
+def write(source: ExportSource, out: Path, dtype: torch.dtype, kind: BlockType) -> None:
     """One .gguf file with tokenizer and chat template."""
     import gguf
 
@@ -88,7 +88,7 @@ def file_in(out: Path, kind: BlockType) -> Path:
 
 
 def _tensors(
-    source: Source, name: str, dtype: torch.dtype, kind: BlockType
+    source: ExportSource, name: str, dtype: torch.dtype, kind: BlockType
 ) -> Iterator[tuple[str, np.ndarray[Any, Any], int]]:
     """(name in GGUF, values or bytes, number of the type) of every tensor."""
     import gguf

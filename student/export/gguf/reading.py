@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from student.errors import StudentError
-from student.export import gguf_architectures as architectures
-from student.export.gguf_types import BlockType, Bytes, from_blocks
+from student.export.gguf import architectures
+from student.export.gguf.types import BlockType, Bytes, from_blocks
 from student.export.packing import pack
 from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
-from student.export.source import Source
+from student.export.source import ExportSource
 
 _READ_BY_TRANSFORMERS = ("TQ2_0", "TQ1_0")
 # Of these it takes the settings that it does not read from the file (the width of heads) from the student.
@@ -31,19 +31,19 @@ _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 _STRING, _ARRAY = 8, 9
 
 
-def by_transformers(source: Source, kind: BlockType) -> bool:
+def by_transformers(source: ExportSource, kind: BlockType) -> bool:
     """Whether transformers can read the file."""
     return kind.name in _READ_BY_TRANSFORMERS and architectures.architecture(source) != "bitnet"
 
 
-def read(path: Path, source: Source, kind: BlockType) -> Any:
+def read(path: Path, source: ExportSource, kind: BlockType) -> Any:
     """The file as a model with integer layers, in float32."""
     if not by_transformers(source, kind):
         return _decode(path, source, kind)
     return matrices_to_integers(load(path, source), source)
 
 
-def load(path: Path, source: Source) -> Any:
+def load(path: Path, source: ExportSource) -> Any:
     """The file as transformers loads it, in float32, with full matrices."""
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def load(path: Path, source: Source) -> Any:
     return model.eval()
 
 
-def _decode(path: Path, source: Source, kind: BlockType) -> Any:
+def _decode(path: Path, source: ExportSource, kind: BlockType) -> Any:
     name = architectures.architecture(source)
     stored, model = parse(path), copy.deepcopy(source.model)
     layers, state = dict(integer_linears(model)), model.state_dict()
@@ -76,7 +76,7 @@ def _decode(path: Path, source: Source, kind: BlockType) -> Any:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class GgufTensor:
     """shape: rows first. number: of the type in GGUF."""
 
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ class StoredTensor:
         return self.data[: rows * width].reshape(rows, width)
 
 
-def parse(path: Path) -> dict[str, StoredTensor]:
+def parse(path: Path) -> dict[str, GgufTensor]:
     """The tensors of a GGUF file (version 3, little endian) by name; the data are mapped, not read."""
     whole = np.memmap(path, np.uint8, "r")
     cursor = _Cursor(whole)
@@ -116,9 +116,7 @@ def parse(path: Path) -> dict[str, StoredTensor]:
         shape = cursor.take(f"<{cursor.take('<I')[0]}Q")[::-1]
         infos.append((name, shape, *cursor.take("<IQ")))
     start = -(-cursor.at // 32) * 32
-    return {
-        name: StoredTensor(shape, number, whole[start + offset :]) for name, shape, number, offset in infos
-    }
+    return {name: GgufTensor(shape, number, whole[start + offset :]) for name, shape, number, offset in infos}
 
 
 class _Cursor:

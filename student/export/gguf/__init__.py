@@ -1,0 +1,1 @@
+"""Students as GGUF files, for llama.cpp and what reads its format."""
