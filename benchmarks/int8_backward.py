@@ -25,7 +25,7 @@ from featurestore.reader import CacheReader
 from student import bitnet
 from student.bitnet import backward
 from student.data.batches import CachedDataset, Collator
-from student.modeling.saving import load_saved
+from student.modeling.saving import load_student
 from student.objective.terms import Objective, term
 from student.training.model import DistillationModel
 from student.training.plan import load_teacher, plan_data, plan_split
@@ -103,7 +103,7 @@ class Trained:
     def __init__(self, cache: Path) -> None:
         reader = CacheReader.open(cache)
         objective = Objective.of((term("kl"),))
-        student = load_saved(WORK / "int8-0")
+        student = load_student(WORK / "int8-0")
         student.get_input_embeddings().requires_grad_(False)
         self.model = DistillationModel(student, objective, load_teacher(objective, reader)).train()
         self.data: CachedDataset = plan_data(objective, reader, plan_split(reader, HELD_OUT)).train

@@ -35,7 +35,7 @@ from student.export.gguf.types import TYPES
 from student.export.source import open_source
 from student.export.verify import compare, logits_of
 from student.modeling.plan import StudentPlan
-from student.modeling.saving import load_saved, save_student
+from student.modeling.saving import load_student, save_student
 
 WORK = RUN / "llama_cpp"
 SAMPLES, LENGTH = 16, 128
@@ -131,7 +131,7 @@ def exact(directory: Path) -> dict[str, Any]:
 def wide(directory: Path) -> None:
     """A random student of WIDE's shape with the tokenizer of another, at WORK/wide."""
     torch.manual_seed(0)
-    config = load_saved(directory).config
+    config = load_student(directory).config
     config.update(WIDE | {"head_dim": 64})
     plan = StudentPlan(config, None, [], None, "none", False, "fp32", False)
     save_student(plan.build()[0], WORK / "wide", directory)

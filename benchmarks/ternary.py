@@ -34,7 +34,7 @@ from quality_report import shown, spread
 from featurestore.format.schema import HiddenSpec
 from featurestore.reader import CacheReader
 from student.data.held_out import split_cache
-from student.modeling.saving import load_saved
+from student.modeling.saving import load_student
 from student.objective.terms import Objective, term
 from student.training.plan import load_teacher
 
@@ -103,7 +103,7 @@ def run(key: str, seed: int) -> dict[str, Any]:
 @torch.no_grad()
 def measure(directory: Path) -> dict[str, float]:
     """Exact mean KL from the teacher and cross-entropy, nats per position, on the held-out samples."""
-    reader, student = CacheReader.open(WORK / "cache"), load_saved(directory)
+    reader, student = CacheReader.open(WORK / "cache"), load_student(directory)
     group, head = HiddenSpec(DEPTH), load_teacher(Objective.of((term("full_kl", pair=(0, 0)),)), reader).head
     assert head is not None
     weight_VD = head.weight_VD.float()

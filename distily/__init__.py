@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from featurestore.format.schema import HiddenSpec as HiddenSpec
     from featurestore.format.schema import LogitsSpec as LogitsSpec
     from featurestore.format.schema import LseSpec as LseSpec
+    from featurestore.maintenance.info import store_info as store_info
+    from featurestore.maintenance.inspect import mass_by_rank as mass_by_rank
     from featurestore.maintenance.verify import verify_store as verify
     from featurestore.reader import CacheReader as CacheReader
     from featurestore.store import FeatureStore as FeatureStore
     from student.api import Experiment as Experiment
     from student.api import expectations as expectations
-    from student.modeling.saving import load_saved as load_student
+    from student.modeling.saving import load_student as load_student
     from student.training.trainer import DistillationTrainer as DistillationTrainer
 
 # Public name -> where it is, and its name there.
@@ -42,11 +44,27 @@ _NAMES = {
     "LogitsSpec": ("featurestore.format.schema", "LogitsSpec"),
     "LseSpec": ("featurestore.format.schema", "LseSpec"),
     "expectations": ("student.api", "expectations"),
-    "load_student": ("student.modeling.saving", "load_saved"),
+    "load_student": ("student.modeling.saving", "load_student"),
+    "mass_by_rank": ("featurestore.maintenance.inspect", "mass_by_rank"),
+    "store_info": ("featurestore.maintenance.info", "store_info"),
     "verify": ("featurestore.maintenance.verify", "verify_store"),
 }
-__all__ = ["CacheReader", "DistillationTrainer", "DistilyError", "Experiment", "FeatureStore", "HiddenSpec",
-           "LogitsSpec", "LseSpec", "__version__", "expectations", "load_student", "verify"]  # fmt: skip
+__all__ = [
+    "CacheReader",
+    "DistillationTrainer",
+    "DistilyError",
+    "Experiment",
+    "FeatureStore",
+    "HiddenSpec",
+    "LogitsSpec",
+    "LseSpec",
+    "__version__",
+    "expectations",
+    "load_student",
+    "mass_by_rank",
+    "store_info",
+    "verify",
+]
 
 try:
     __version__ = version("distily-cache")

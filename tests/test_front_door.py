@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import distily
+from tests.command import call
 
 Done = subprocess.CompletedProcess[str]
 
@@ -34,6 +35,13 @@ def test_every_public_name_is_there() -> None:
         assert getattr(distily, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'CacheWriter'"):
         distily.CacheWriter  # noqa: B018
+
+
+@pytest.mark.parametrize("program", ["distily-cache", "distily-train"])
+def test_the_commands_say_their_version(program: str) -> None:
+    assert call(program, "--version").stdout == f"{program} {distily.__version__}\n"
+    shown = call(program, "--help").stdout
+    assert "--version" in shown and "teacher" in shown.split("Options")[0]
 
 
 def test_a_cache_is_read_beside_files_of_those_names(elsewhere: Path) -> None:

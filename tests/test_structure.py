@@ -6,6 +6,7 @@ Which room may import which is checked by import-linter (`make lint`, contracts 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,14 @@ def test_no_two_public_classes_share_a_name() -> None:
                     places[node.name].append(str(file.relative_to(ROOT)))
     assert len(places) > 100
     assert not {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_docs_use_the_front_door() -> None:
+    """Whoever copies from them imports names that are kept."""
+    deeper = re.compile(r"\b(?:from|import) (?:featurestore|pipeline|student)\b|\bfrom distily\.")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.ipynb")]
+    assert len(pages) > 20
+    assert not [f"{page.name}: {line}" for page in pages for line in deeper.findall(page.read_text())]
 
 
 @pytest.mark.parametrize(

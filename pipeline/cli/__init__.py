@@ -7,6 +7,7 @@ import sys
 import typer
 
 from distily.system.stopping import stoppable
+from distily.version_option import add_version
 from pipeline.cli.exchange import export, import_command, merge
 from pipeline.cli.generating import generate, plan
 from pipeline.cli.reporting import report
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Run a teacher once over a data set and keep what a student learns from: "
     "per token the top of its distribution and chosen hidden states, in a feature store.",
 )
+add_version(app, "distily-cache")
 # In the order of `--help`.
 for _name, _command in (
     ("generate", generate),

@@ -21,13 +21,11 @@ tokenizer = AutoTokenizer.from_pretrained({name})
 model = AutoModelForCausalLM.from_pretrained({name})
 """
 _OURS = """\
-from pathlib import Path
-
-from student.modeling.saving import load_saved
+from distily import load_student
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
-model = load_saved(Path({name}))
+model = load_student({name})
 """
 _GENERATE = """\
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
@@ -68,7 +66,7 @@ def _use(run: RunFiles) -> str:
     if not stock(run):
         where = (
             f"{text(run.name)} is this folder. It has norms that transformers has no place for, and refuses; "
-            "distily-cache, which has `student.modeling.saving`, loads it."
+            "distily-cache loads it."
         )
     return section("Use", where, fence(snippet, "python"))
 

@@ -17,6 +17,7 @@ import typer
 
 from distily.system.stopping import stoppable
 from distily.text import one_line
+from distily.version_option import add_version
 
 if TYPE_CHECKING:
     from student.sweep.command import Sweep
@@ -28,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+add_version(app, "distily-train")
 
 _PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

@@ -11,7 +11,7 @@ from typing import Any
 from student.bitnet import layout
 from student.errors import UserError
 from student.export.reference import integer_linears, to_integers
-from student.modeling.saving import load_saved
+from student.modeling.saving import load_student
 from student.modeling.tokenizer import copy_tokenizer
 
 
@@ -71,7 +71,7 @@ def open_source(directory: Path) -> ExportSource:
             f"{directory} is quantised already ({kind}); give the --output-dir of the training, which has "
             "the latent weights"
         )
-    model = load_saved(directory)
+    model = load_student(directory)
     to_integers(model)
     own = layout.from_saved(config)
     del own["quantization_config"]

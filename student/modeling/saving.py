@@ -83,7 +83,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def load_student(student: Any, directory: Path) -> None:
+def load_weights(student: Any, directory: Path) -> None:
     """Load the weights that `save_student` wrote; StudentError unless they are exactly this student's.
 
     Tied parameters are stored once and stay tied.
@@ -179,16 +179,28 @@ def restore(config: Any, conversion: str | None, directory: Path) -> Any:
     student = new_student(config)
     if conversion is not None:
         bitnet.convert_student(student, conversion)
-    load_student(student, directory)
+    load_weights(student, directory)
     return student
 
 
-def load_saved(directory: Path) -> Any:
+def load_student(directory: str | Path) -> Any:
     """A trained student, for inference or export: in eval mode, latent weights in float32, BitLinear layers
     with their norms.
 
-    UserError for what is not a student of ours, or is packed.
+    Args:
+        directory: what `distily-train from-cache` wrote, or `save_model` of a `DistillationTrainer`.
+
+    Returns:
+        transformers' model, on the CPU.
+
+    Raises:
+        UserError: it is not a student of ours, or is packed.
+
+    Example:
+        model = load_student("run/student")
+        model.generate(ids, max_new_tokens=32)
     """
+    directory = Path(directory)
     saved = saved_config(str(directory))
     if not directory.is_dir() or not saved:
         raise UserError(f"{directory}: not a student of `distily-train`, there is no config.json")

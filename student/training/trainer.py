@@ -20,7 +20,7 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data.batches import CachedDataset, CacheOrder, Collator
 from student.metrics import cluster_error, perplexity
-from student.modeling.saving import MANIFEST_FILE, load_student, save_student
+from student.modeling.saving import MANIFEST_FILE, load_weights, save_student
 from student.training.balance import EVERY, GradientBalance, gradient_norms
 from student.training.finite import check_terms, check_weights
 from student.training.model import EVAL_COLUMNS, DistillationModel
@@ -210,7 +210,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         (directory / MANIFEST_FILE).write_text(json.dumps(record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_student(self.model.student, Path(resume_from_checkpoint))
+        load_weights(self.model.student, Path(resume_from_checkpoint))
         self.model.projectors.load(Path(resume_from_checkpoint))
         if self._balance is not None:
             self._balance.load(Path(resume_from_checkpoint))

@@ -165,7 +165,7 @@ def test_a_student_that_transformers_refuses_is_loaded_as_the_card_says(
     assert card.data.library_name == "distily-cache"
     monkeypatch.chdir(student.parent)
     (snippet,) = code(tokens, "python")
-    assert "load_saved" in snippet
+    assert "load_student" in snippet
     for file in (student / "tokenizer").glob("*.json"):
         (student / file.name).write_bytes(file.read_bytes())
     exec(snippet, {})

@@ -21,7 +21,7 @@ from student.export import hf_bitnet, verify
 from student.export.packing import pack, unpack
 from student.export.reference import IntegerLinear, integer_linears, to_integers
 from student.export.source import open_source
-from student.modeling.saving import load_saved
+from student.modeling.saving import load_student
 from tests.student.exports import Export, Students
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -87,7 +87,7 @@ def test_what_training_computes_is_what_is_exported(
     """
     trained = tmp_path / "trained"
     train(trained, "--student-model-as-bitnet", "--bitnet-conversion", conversion, "--max-steps", 3)
-    student, reference = load_saved(trained).train(), open_source(trained).model
+    student, reference = load_student(trained).train(), open_source(trained).model
     assert sum(layer.rms_norm is not None for _, layer in integer_linears(reference)) == norms
     ids = verify.probes(student.config)
     wanted = verify.logits_of(reference, ids)

@@ -16,7 +16,7 @@ from student.config.flags import StudentOptions
 from student.errors import UserError
 from student.export.generation import load
 from student.modeling.plan import plan_student
-from student.modeling.saving import load_saved, new_student, save_student
+from student.modeling.saving import load_student, new_student, save_student
 from tests.student.test_conversion import tiny
 from tests.student.test_ternary_layers import samples
 
@@ -72,9 +72,9 @@ def test_what_stock_transformers_cannot_compute_it_refuses(kind: str, tmp_path: 
 
 @pytest.mark.parametrize("conversion", bitnet.CONVERSIONS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
-def test_load_saved_gives_the_same_student(kind: str, conversion: str, tmp_path: Path) -> None:
+def test_load_student_gives_the_same_student(kind: str, conversion: str, tmp_path: Path) -> None:
     student = saved(kind, conversion, tmp_path)
-    again = load_saved(tmp_path)
+    again = load_student(tmp_path)
     assert type(again) is type(student)
     assert not again.training
     assert bitnet.conversion_of(again) == conversion
@@ -93,9 +93,9 @@ def test_a_full_precision_student_generates_with_its_soft_cap(tmp_path: Path) ->
         assert torch.equal(student(samples()[1][None]).logits, load(tmp_path)(samples()[1][None]).logits)
 
 
-def test_load_saved_refuses_what_is_no_student(tmp_path: Path) -> None:
+def test_load_student_refuses_what_is_no_student(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no config\.json"):
-        load_saved(tmp_path)
+        load_student(tmp_path)
     saved("llama", "none", tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -106,7 +106,7 @@ def test_load_saved_refuses_what_is_no_student(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=reason) as error:
-            load_saved(tmp_path)
+            load_student(tmp_path)
         assert "\n" not in str(error.value)
 
 
