@@ -105,7 +105,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             store = FeatureStore.create(Path(folder) / "store", identity)
             ids = [(sample.id, LENGTH) for sample in samples]
-            (work,) = plan_generation({}, {}, {}, ids, groups, rows).work
+            (work,) = plan_generation(
+                known_tasks={}, committed={}, committed_specs={}, wanted=ids, groups=groups, shard_tokens=rows
+            ).work
             store.add_plan([work.task])
             store.write_bundle(work.task, samples, {g: [f[g] for f in features] for g in groups})
 

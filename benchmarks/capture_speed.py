@@ -144,11 +144,25 @@ def ours(**request: Any) -> float:
             store = FeatureStore.create(Path(folder) / f"{len(given)}", identity)
             samples = [Sample(tokens, np.ones(len(tokens), np.bool_)) for tokens in given]
             ids = [(sample.id, LENGTH) for sample in samples]
-            plan = plan_generation({}, {}, {}, ids, groups, wanted.shard_size)
+            plan = plan_generation(
+                known_tasks={},
+                committed={},
+                committed_specs={},
+                wanted=ids,
+                groups=groups,
+                shard_tokens=wanted.shard_size,
+            )
             store.add_plan(plan.new_tasks)
             by_id = {sample.id: sample for sample in samples}
             prepared = PreparedCapture(wanted, teacher, identity, by_id, plan, store, *chosen)
-            _run(store, prepared, engine, list(plan.work), report, RunCost(id="0" * 16))
+            _run(
+                store=store,
+                prepared=prepared,
+                engine=engine,
+                works=list(plan.work),
+                report=report,
+                cost=RunCost(id="0" * 16),
+            )
             store.publish_manifest()
 
         seconds = timed(run)

@@ -183,7 +183,14 @@ def train(key: str, seed: int) -> None:
                 "disable_tqdm": True,
             },
         )
-        trainer = DistillationTrainer(model, args, data, None, reader.identity.vocab_size, reader.teacher_dir)
+        trainer = DistillationTrainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=None,
+            vocab_size=reader.identity.vocab_size,
+            tokenizer_dir=reader.teacher_dir,
+        )
         trainer.add_callback(held_out)
         began = time.perf_counter()
         trainer.train()

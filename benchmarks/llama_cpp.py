@@ -133,7 +133,16 @@ def wide(directory: Path) -> None:
     torch.manual_seed(0)
     config = load_student(directory).config
     config.update(WIDE | {"head_dim": 64})
-    plan = StudentPlan(config, None, [], None, "none", False, "fp32", False)
+    plan = StudentPlan(
+        config=config,
+        checkpoint=None,
+        layers=[],
+        teacher=None,
+        conversion="none",
+        converted=False,
+        masters="fp32",
+        freeze_embeddings=False,
+    )
     save_student(plan.build()[0], WORK / "wide", directory)
     half_of(exported(WORK / "wide", "TQ2_0", "float16"))
 

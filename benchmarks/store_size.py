@@ -133,7 +133,14 @@ def capture(states: States) -> dict[LogitsSpec, list[LogitsFeatures]]:
         shifts = torch.from_numpy(row_shifts(ids, 0, LENGTH, 0))
         wide = {}
         for spec in CAPTURES:
-            rows = reduce_logits(logits, labels, spec.top_k, spec.top_p, spec.tail, shifts)
+            rows = reduce_logits(
+                logits_NV=logits,
+                labels_N=labels,
+                top_k=spec.top_k,
+                top_p=spec.top_p,
+                tail=spec.tail,
+                shifts_N=shifts,
+            )
             wide |= to_features({n: t.numpy() for n, t in logit_fields(rows).items()}, (spec,))
         for spec in specs:
             of = next((c for c in CAPTURES if c.tail and spec.tail and c.top_k == spec.top_k), WIDEST)
@@ -223,7 +230,14 @@ class Gradients:
         weight = self.states.head_VD.clone().requires_grad_()
         for codes, (_, student) in zip(samples, self.states.angle_rows(), strict=False):
             terms = [(forward_kl, 1.0)]
-            loss = sparse_head_loss(student, weight, None, targets_of(codes), terms, HeadTransform())
+            loss = sparse_head_loss(
+                hidden_ND=student,
+                weight_VD=weight,
+                bias_V=None,
+                targets=targets_of(codes),
+                terms=terms,
+                transform=HeadTransform(),
+            )
             loss.total.backward()
         assert weight.grad is not None
         return weight.grad

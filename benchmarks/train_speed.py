@@ -161,7 +161,14 @@ def measure_loss(name: str) -> dict[str, float]:
             "entropy": torch.zeros(POSITIONS, dtype=torch.int16),
         }
         targets = decode_targets(coded, label)
-        loss = sparse_head_loss(hidden, weight, None, targets, [(forward_kl, 1.0)], HeadTransform()).total
+        loss = sparse_head_loss(
+            hidden_ND=hidden,
+            weight_VD=weight,
+            bias_V=None,
+            targets=targets,
+            terms=[(forward_kl, 1.0)],
+            transform=HeadTransform(),
+        ).total
     loss.backward()
     return {"seconds": time.perf_counter() - began, "peak": peak_mib() - before}
 

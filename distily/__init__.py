@@ -31,12 +31,10 @@ if TYPE_CHECKING:
     from student.api import Experiment as Experiment
     from student.api import expectations as expectations
     from student.modeling.saving import load_student as load_student
-    from student.training.trainer import DistillationTrainer as DistillationTrainer
 
 # Public name -> where it is, and its name there.
 _NAMES = {
     "CacheReader": ("featurestore.reader", "CacheReader"),
-    "DistillationTrainer": ("student.training.trainer", "DistillationTrainer"),
     "DistilyError": ("distily.errors", "DistilyError"),
     "Experiment": ("student.api", "Experiment"),
     "FeatureStore": ("featurestore.store", "FeatureStore"),
@@ -51,7 +49,6 @@ _NAMES = {
 }
 __all__ = [
     "CacheReader",
-    "DistillationTrainer",
     "DistilyError",
     "Experiment",
     "FeatureStore",

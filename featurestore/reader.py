@@ -250,7 +250,14 @@ class CacheReader:
         named = self._manifest.tasks[task.id]
         self._root.fetch({commit_name(group, task.id): MAX_RECORD_BYTES for group in named})
         records = {group: read_commit(self._root, group, task.id, d) for group, d in named.items()}
-        return Bundle(self._root, self.identity, task, records, self._verified, self._cache)
+        return Bundle(
+            root=self._root,
+            identity=self.identity,
+            task=task,
+            records=records,
+            verified=self._verified,
+            cache=self._cache,
+        )
 
     def _bundle(self, t: int) -> Bundle:
         bundle = self._bundles.get(t)

@@ -79,7 +79,7 @@ def scatter(
 ) -> Html:
     """A figure with a dot for each (name, x, y) and a legend."""
     dots = [Series(name, [(x, y)], joined=False) for name, x, y in points]
-    return line_chart(title, dots, x_label, y_label, log, log_x)
+    return line_chart(title=title, series=dots, x_label=x_label, y_label=y_label, log=log, log_x=log_x)
 
 
 def histogram(

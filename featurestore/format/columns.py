@@ -93,7 +93,9 @@ class Extent:
 def group_files(spec: GroupSpec) -> list[str]:
     """Every file of a group, relative to its directory: metadata, and one shard per array."""
     files = ["zarr.json"]
-    for name, layout in layouts(spec, Extent(1, 1, 1, 1, 1, 1)).items():
+    for name, layout in layouts(
+        spec, Extent(rows=1, samples=1, entries=1, distinct_ids=1, vocab_size=1, hidden_size=1)
+    ).items():
         files += [f"{name}/zarr.json", f"{name}/{shard_key(layout)}"]
     return files
 

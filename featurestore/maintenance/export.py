@@ -112,14 +112,23 @@ def write_parquet(
     def start(path: str, schema: Any) -> Any:
         return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
-    return _write(reader, groups, folder, "parquet", start, progress)
+    return _write(
+        reader=reader, groups=groups, folder=folder, suffix="parquet", start=start, progress=progress
+    )
 
 
 def write_arrow(
     reader: CacheReader, groups: Sequence[GroupSpec], folder: Path, progress: Progress | None = None
 ) -> list[Path]:
     """The same rows as Arrow IPC streams, which can be mapped into memory."""
-    return _write(reader, groups, folder, "arrow", pa.ipc.new_stream, progress)
+    return _write(
+        reader=reader,
+        groups=groups,
+        folder=folder,
+        suffix="arrow",
+        start=pa.ipc.new_stream,
+        progress=progress,
+    )
 
 
 def _write(

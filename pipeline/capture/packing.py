@@ -112,7 +112,14 @@ def _tile_fields(
     names = [lse_field(temperature) for temperature in spec.temperatures]
     fields = dict(zip(names, lse_at(logits_NV, spec.temperatures), strict=True)) if names else {}
     if spec.top_k:
-        rows = reduce_logits(logits_NV, labels_N, spec.top_k, spec.top_p, spec.tail, shifts_N)
+        rows = reduce_logits(
+            logits_NV=logits_NV,
+            labels_N=labels_N,
+            top_k=spec.top_k,
+            top_p=spec.top_p,
+            tail=spec.tail,
+            shifts_N=shifts_N,
+        )
         fields |= logit_fields(rows)
     return fields
 

@@ -87,12 +87,14 @@ def load_documents(
     if not path.exists() or _is_saved(path):
         table = load_table(dataset, split, config)
         return _documents(
-            _Table(table),
-            dataset,
-            text_column,
-            messages_column,
-            shuffle_seed,
-            lambda: _sealed(flags, [_digest_of_saved(path) if path.exists() else str(table._fingerprint)]),
+            rows=_Table(table),
+            dataset=dataset,
+            text_column=text_column,
+            messages_column=messages_column,
+            shuffle_seed=shuffle_seed,
+            fingerprint=lambda: _sealed(
+                flags, [_digest_of_saved(path) if path.exists() else str(table._fingerprint)]
+            ),
         )
     found = find_files(path, dataset, config)
     names = split_names(split, list(found.splits), dataset)
@@ -103,7 +105,14 @@ def load_documents(
     if found.kind == "text":
         pieces = pieces_of(split, {name: len(found.splits[name]) for name in names})
         files = [file for piece in pieces for file in found.splits[piece.split][piece.start : piece.stop]]
-        return _text_documents(files, dataset, text_column, messages_column, shuffle_seed, fingerprint)
+        return _text_documents(
+            files=files,
+            dataset=dataset,
+            text_column=text_column,
+            messages_column=messages_column,
+            shuffle_seed=shuffle_seed,
+            fingerprint=fingerprint,
+        )
     rows: _Rows
     if found.kind == "json":
         parts = {name: JsonRows(found.splits[name], listen) for name in names}
@@ -111,7 +120,14 @@ def load_documents(
         rows = _Chain([(parts[piece.split], piece.start, piece.stop) for piece in pieces])
     else:
         rows = _Table(load_table(dataset, split, config))
-    return _documents(rows, dataset, text_column, messages_column, shuffle_seed, fingerprint)
+    return _documents(
+        rows=rows,
+        dataset=dataset,
+        text_column=text_column,
+        messages_column=messages_column,
+        shuffle_seed=shuffle_seed,
+        fingerprint=fingerprint,
+    )
 
 
 def load_table(dataset: str, split: str, config: str | None = None) -> Any:

@@ -75,7 +75,14 @@ def select(
     values = bad.usable(documents.values)
     if documents.chats:
         form = ChatFormat(tokenizer, template, f"--chat-template {request.chat_template or 'of TEACHER'}")
-        tokenised = tokenise_chats(values, tokenizer, form, documents.column, learn_all, bad)
+        tokenised = tokenise_chats(
+            chats=values,
+            tokenizer=tokenizer,
+            form=form,
+            column=documents.column,
+            learn_all=learn_all,
+            bad=bad,
+        )
     else:
         end = _end_of_sequence(tokenizer, "--append-eos") if request.append_eos else None
         texts = (text for _, text in values)

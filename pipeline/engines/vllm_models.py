@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from distily import vllm_plugin
 from distily.text import one_line
 from pipeline.capture.plugin import WRAPPERS, capture_from, original, register
 from pipeline.engines.plain_head import has_plain_head
@@ -35,7 +36,7 @@ def find_in_vllm(architecture: str, config: Any) -> VllmModel:
     from vllm import ModelRegistry
     from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
 
-    if register not in load_plugins_by_group(DEFAULT_PLUGINS_GROUP).values():
+    if vllm_plugin.register not in load_plugins_by_group(DEFAULT_PLUGINS_GROUP).values():
         raise RequestError(
             "--engine vllm: the capture plug-in is not registered; install distily-cache as a package "
             "(pip install -e .) and leave `distily_cache` in VLLM_PLUGINS if that variable is set"

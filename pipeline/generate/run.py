@@ -158,7 +158,17 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
     plan = prepared.plan
     if plan.nothing_to_do and not prepared.sidecar:
         manifest = store.publish_manifest().digest
-        outcome = Outcome(plan.samples_total, 0, 0, 0, 0.0, 0.0, manifest, left_out, written)
+        outcome = Outcome(
+            samples=plan.samples_total,
+            tokens=0,
+            size=0,
+            sidecar_size=0,
+            engine_seconds=0.0,
+            capture_seconds=0.0,
+            manifest=manifest,
+            left_out=left_out,
+            writing=written,
+        )
         if written and written.new:
             store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
         return outcome
@@ -175,7 +185,9 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
         cost = replace(cost, engine_seconds=round(ready, 3))
         clock = time.monotonic()
         try:
-            captured = _run(store, prepared, engine, list(works), report, cost)
+            captured = _run(
+                store=store, prepared=prepared, engine=engine, works=list(works), report=report, cost=cost
+            )
         finally:
             if engine is not None:
                 engine.close()

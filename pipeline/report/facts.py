@@ -51,7 +51,14 @@ def gather(store: str, samples: int) -> StoreFacts:
         return StoreFacts(info, shards, lengths)
     except CorruptionError as error:
         return StoreFacts(info, shards, lengths, damage=str(error))
-    return StoreFacts(info, shards, lengths, found, view, load_pieces(reader.teacher_dir))
+    return StoreFacts(
+        info=info,
+        shards=shards,
+        lengths=lengths,
+        survey=found,
+        view=view,
+        pieces=load_pieces(reader.teacher_dir),
+    )
 
 
 def _to_show(reader: CacheReader) -> int:

@@ -233,7 +233,7 @@ class _Checkpoint:
             raise RequestError(
                 f"{flag}: {name} of {self._teacher.name} has the shape {there}, its config says {expected}"
             )
-        return TensorSource(file, name, dtype, shape, start, one_plus)
+        return TensorSource(file=file, name=name, dtype=dtype, shape=shape, start=start, one_plus=one_plus)
 
     def _named(self, ending: str) -> str:
         """The one tensor whose name ends so; the ending itself when there is none."""

@@ -127,7 +127,14 @@ def write_missing(
     finally:
         if writer is not None:
             writer.close()
-    written = Written(name, plan.spec, len(plan.jobs), new, tokens, round(time.monotonic() - clock, 3))
+    written = Written(
+        by=name,
+        writer=plan.spec,
+        texts=len(plan.jobs),
+        new=new,
+        tokens=tokens,
+        seconds=round(time.monotonic() - clock, 3),
+    )
     return replace(plan, found=found), written
 
 

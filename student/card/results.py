@@ -52,7 +52,16 @@ def _on_cache(cache: Any) -> Iterator[Result]:
         if value is not None:
             teacher = number_in(cache, "teacher", name)
             error = number_in(cache, "student", f"{name}_se")
-            yield Result(_CACHE, HELD_OUT, name, label, value, teacher, error, revision=_name(manifest))
+            yield Result(
+                kind=_CACHE,
+                dataset=HELD_OUT,
+                metric=name,
+                label=label,
+                student=value,
+                teacher=teacher,
+                error=error,
+                revision=_name(manifest),
+            )
 
 
 def _last(run: RunFiles) -> Iterator[Result]:
@@ -62,7 +71,16 @@ def _last(run: RunFiles) -> Iterator[Result]:
             teacher = run.number("last_eval", f"eval_teacher_{name}")
             revision = _name(run.summary.get("manifest"))
             error = run.number("last_eval", f"eval_{name}_se")
-            yield Result(_CACHE, HELD_OUT, name, label, value, teacher, error, revision=revision)
+            yield Result(
+                kind=_CACHE,
+                dataset=HELD_OUT,
+                metric=name,
+                label=label,
+                student=value,
+                teacher=teacher,
+                error=error,
+                revision=revision,
+            )
 
 
 def _texts(run: RunFiles) -> Iterator[Result]:
@@ -71,12 +89,12 @@ def _texts(run: RunFiles) -> Iterator[Result]:
         name, source = line(found.get("name") or found.get("source")), found.get("source")
         if value is not None:
             yield Result(
-                str(source) if is_hub_name(source, run.directory) else "text",
-                name,
-                "perplexity",
-                "perplexity",
-                value,
-                number_in(found, "teacher", "perplexity"),
+                kind=str(source) if is_hub_name(source, run.directory) else "text",
+                dataset=name,
+                metric="perplexity",
+                label="perplexity",
+                student=value,
+                teacher=number_in(found, "teacher", "perplexity"),
                 config=name,
                 revision=_name(found.get("revision")),
             )
@@ -89,14 +107,14 @@ def _tasks(run: RunFiles) -> Iterator[Result]:
         chosen = None if chosen == "none" else chosen
         if value is not None:
             yield Result(
-                _name(found.get("dataset")) or task,
-                task,
-                metric,
-                f"{metric} ({chosen})" if chosen else metric,
-                value,
-                number_in(found, "teacher"),
-                number_in(found, "student_stderr"),
-                number_in(found, "teacher_stderr"),
+                kind=_name(found.get("dataset")) or task,
+                dataset=task,
+                metric=metric,
+                label=f"{metric} ({chosen})" if chosen else metric,
+                student=value,
+                teacher=number_in(found, "teacher"),
+                error=number_in(found, "student_stderr"),
+                teacher_error=number_in(found, "teacher_stderr"),
                 config=task,
                 filter=chosen,
             )

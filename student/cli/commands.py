@@ -173,7 +173,15 @@ def generate_(
 
     with _exit_codes(), _no_bars():
         result = generate(
-            GenerationRequest(directory, prompt, max_new_tokens, temperature, chat, kernel, seed)
+            GenerationRequest(
+                directory=directory,
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                chat=chat,
+                kernel=kernel,
+                seed=seed,
+            )
         )
     if as_json:
         typer.echo(json.dumps(result))
@@ -251,19 +259,26 @@ def eval_(
 
         record = evaluate(
             EvalRequest(
-                directory,
-                CacheOptions(cache, manifest, eval_fraction, all_samples),
-                TextOptions(tuple(text or ()), split, text_column, since, date_column, max_seq_len),
-                TaskOptions(
+                directory=directory,
+                cache=CacheOptions(cache, manifest, eval_fraction, all_samples),
+                texts=TextOptions(
+                    names=tuple(text or ()),
+                    split=split,
+                    column=text_column,
+                    since=since,
+                    date_column=date_column,
+                    max_seq_len=max_seq_len,
+                ),
+                tasks=TaskOptions(
                     tuple(filter(None, (tasks or "").split(","))), task_data, num_fewshot, max_gen_toks
                 ),
-                tuple(suite or ()),
-                teacher,
-                teacher_dtype,
-                engine,
-                batch_size,
-                limit,
-                ("distily-train", *sys.argv[1:]),
+                suites=tuple(suite or ()),
+                teacher=teacher,
+                teacher_dtype=teacher_dtype,
+                engine=engine,
+                batch_size=batch_size,
+                limit=limit,
+                command=("distily-train", *sys.argv[1:]),
             )
         )
     if as_json:

@@ -175,12 +175,12 @@ def _own(student: Any, states_ND: Tensor, targets: SparseTargets) -> dict[str, T
     }
     output = student.get_output_embeddings()
     result = sparse_head_loss(
-        states_ND,
-        output.weight,
-        output.bias,
-        targets,
-        [(function, 0.0) for function in functions.values()],
-        HeadTransform.from_config(student.config),
+        hidden_ND=states_ND,
+        weight_VD=output.weight,
+        bias_V=output.bias,
+        targets=targets,
+        terms=[(function, 0.0) for function in functions.values()],
+        transform=HeadTransform.from_config(student.config),
         reduction=Reduction(ranked=True),
     )
     return dict(zip(functions, result.terms_SN, strict=True)) | {"agree": result.agree_N}
@@ -190,7 +190,14 @@ def _exact(student: Any, states_ND: Tensor, targets: DenseTargets) -> Tensor:
     """KL and reverse KL over the whole vocabulary, [2, N]."""
     output, terms = student.get_output_embeddings(), [(full.forward_kl, 0.0), (full.reverse_kl, 0.0)]
     transform = HeadTransform.from_config(student.config)
-    return dense_head_loss(states_ND, output.weight, output.bias, targets, terms, transform)[1]
+    return dense_head_loss(
+        hidden_ND=states_ND,
+        weight_VD=output.weight,
+        bias_V=output.bias,
+        targets=targets,
+        terms=terms,
+        transform=transform,
+    )[1]
 
 
 def _confidence(student: ReducedLogits, _teacher: SparseTargets) -> Tensor:

@@ -69,7 +69,15 @@ def _plan(request: EvalRequest) -> _Plan:
     planned = plan_cache(request) if request.wants_cache else None
     if request.engine == "vllm":
         _check_vllm(request)
-    return _Plan(request, student, teacher, planned, sources, length, harness.load_tasks(request, sides))
+    return _Plan(
+        request=request,
+        student=student,
+        teacher=teacher,
+        cache=planned,
+        texts=sources,
+        length=length,
+        tasks=harness.load_tasks(request, sides),
+    )
 
 
 def _check_vllm(request: EvalRequest) -> None:

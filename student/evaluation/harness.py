@@ -62,7 +62,9 @@ def load_tasks(request: EvalRequest, sides: Sequence[Side]) -> LoadedTasks | Non
     datasets = {leaf: _dataset(index, leaf) for leaf in asked}
     with _local_records(index, list(asked), request.tasks):
         tasks = [task for name in names for task in _load(manager, name)]
-    loaded = LoadedTasks(manager, tasks, asked, datasets, suites, request.tasks)
+    loaded = LoadedTasks(
+        manager=manager, tasks=tasks, names=asked, datasets=datasets, suites=suites, options=request.tasks
+    )
     _check_lengths(loaded, sides)
     return loaded
 

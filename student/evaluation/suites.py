@@ -45,10 +45,10 @@ def text_sources(options: TextOptions, suites: tuple[str, ...]) -> list[TextSour
 def _source(name: str, options: TextOptions) -> TextSource:
     known = _file()["texts"].get(name, {"source": name})
     return TextSource(
-        name,
-        known["source"],
-        options.split or known.get("split", "train"),
-        options.column or known.get("column"),
-        options.since,
-        options.date_column,
+        name=name,
+        source=known["source"],
+        split=options.split or known.get("split", "train"),
+        column=options.column or known.get("column"),
+        since=options.since,
+        date_column=options.date_column,
     )

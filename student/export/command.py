@@ -37,7 +37,15 @@ def export(request: ExportRequest) -> dict[str, Any]:
         agreement = verify.compare(verify.logits_of(chosen.read(partial, source), ids_BT), reference)
         verify.require(agreement, chosen.reader(source))
         rounding = verify.compare(reference, before)
-        report = build(request, source, partial, chosen, dtype, agreement, rounding)
+        report = build(
+            request=request,
+            source=source,
+            written=partial,
+            chosen=chosen,
+            dtype=dtype,
+            agreement=agreement,
+            rounding=rounding,
+        )
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp's own are for one user
         partial.rename(out)

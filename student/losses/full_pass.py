@@ -113,7 +113,14 @@ class _DenseHead(torch.autograd.Function):
         transform: HeadTransform,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        head = ChunkedHead(hidden_ND, weight_VD, bias_V, transform, chunk, ctx.needs_input_grad[:3])
+        head = ChunkedHead(
+            hidden_ND=hidden_ND,
+            weight_VD=weight_VD,
+            bias_V=bias_V,
+            transform=transform,
+            chunk=chunk,
+            needs=ctx.needs_input_grad[:3],
+        )
         terms_SN = hidden_ND.new_zeros(len(terms), len(hidden_ND), dtype=head.exact)
         total = terms_SN.new_zeros(())
         for positions in head.chunks():

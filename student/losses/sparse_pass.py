@@ -78,7 +78,14 @@ class _FusedHead(torch.autograd.Function):
         plan: tuple[Terms, HeadTransform, Reduction, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         terms, transform, reduction, chunk = plan
-        head = ChunkedHead(hidden_ND, weight_VD, bias_V, transform, chunk, ctx.needs_input_grad[:3])
+        head = ChunkedHead(
+            hidden_ND=hidden_ND,
+            weight_VD=weight_VD,
+            bias_V=bias_V,
+            transform=transform,
+            chunk=chunk,
+            needs=ctx.needs_input_grad[:3],
+        )
         run = _SparsePass(head, terms, reduction)
         for rows in head.chunks():
             run.step(rows, targets.slice(rows.start, rows.stop))

@@ -147,12 +147,21 @@ def _plan_checkpoint(
     same = same_tokenizer(directory, reader.teacher_dir, flag)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, same)
     check_positions(config, longest, flag)
-    return _planned(options, config, str(directory), [], None, before)
+    return _planned(
+        options=options, config=config, checkpoint=str(directory), layers=[], teacher=None, before=before
+    )
 
 
 def plan_following(options: StudentOptions, before: StudentPlan) -> StudentPlan:
     """The plan for --student, where it is what `before` has yet to become and save."""
-    return _planned(options, before.config, options.student, [], None, before.conversion)
+    return _planned(
+        options=options,
+        config=before.config,
+        checkpoint=options.student,
+        layers=[],
+        teacher=None,
+        before=before.conversion,
+    )
 
 
 def _planned(
@@ -173,7 +182,14 @@ def _planned(
             bitnet.normed(AutoModelForCausalLM.from_config(config).get_decoder().layers, conversion)
     converted, masters = before is not None and conversion is not None, options.bitnet_masters
     return StudentPlan(
-        config, checkpoint, layers, teacher, conversion, converted, masters, options.freeze_embeddings
+        config=config,
+        checkpoint=checkpoint,
+        layers=layers,
+        teacher=teacher,
+        conversion=conversion,
+        converted=converted,
+        masters=masters,
+        freeze_embeddings=options.freeze_embeddings,
     )
 
 

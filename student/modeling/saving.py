@@ -188,7 +188,7 @@ def load_student(directory: str | Path) -> Any:
     with their norms.
 
     Args:
-        directory: what `distily-train from-cache` wrote, or `save_model` of a `DistillationTrainer`.
+        directory: what `distily-train from-cache` wrote.
 
     Returns:
         transformers' model, on the CPU.

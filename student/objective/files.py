@@ -106,14 +106,14 @@ def _term(value: object, where: str) -> TermRequest:
     if projector not in PROJECTORS:
         raise UserError(f"{where}: projector must be one of {', '.join(PROJECTORS)}, not {projector!r}")
     return TermRequest(
-        loss,
-        parse_weight(value.get("weight", 1.0), f"{where}: weight"),
-        where,
-        loss.check_options(options, where),
-        _layers(value["layers"], where) if "layers" in value else None,
-        _layer_map(value["layer_map"], where) if "layer_map" in value else None,
-        _mapper(value["mapper"], where) if "mapper" in value else "all",
-        projector,
+        loss=loss,
+        weight=parse_weight(value.get("weight", 1.0), f"{where}: weight"),
+        where=where,
+        options=loss.check_options(options, where),
+        layers=_layers(value["layers"], where) if "layers" in value else None,
+        layer_map=_layer_map(value["layer_map"], where) if "layer_map" in value else None,
+        mapper=_mapper(value["mapper"], where) if "mapper" in value else "all",
+        projector=projector,
     )
 
 

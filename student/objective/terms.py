@@ -123,7 +123,15 @@ def term(
     loss = catalogue()[name]
     fixed = weight if isinstance(weight, Weight) else Weight.constant(weight)
     label = name if pair is None or loss.kind == "dense" else f"{name}_L{pair[0]}_to_L{pair[1]}"
-    return Term(loss, fixed, label, loss.check_options(options, name), pair, following, projector)
+    return Term(
+        loss=loss,
+        weight=fixed,
+        label=label,
+        options=loss.check_options(options, name),
+        pair=pair,
+        following=following,
+        projector=projector,
+    )
 
 
 @dataclass(frozen=True)

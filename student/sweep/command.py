@@ -101,7 +101,17 @@ def sweep(request: SweepRequest) -> Sweep:
         state.write()
         machine, jobs = this_machine(), request.jobs
         try:
-            _watch(Pool(home, request.store, manifest, machine, jobs, lambda run: needed(home, run)), state)
+            _watch(
+                Pool(
+                    home=home,
+                    store=request.store,
+                    manifest=manifest,
+                    machine=machine,
+                    jobs=jobs,
+                    needed=lambda run: needed(home, run),
+                ),
+                state,
+            )
         finally:
             state.stopped()
     return state

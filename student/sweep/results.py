@@ -56,18 +56,28 @@ def row(home: Home, run: SweepRun, state: str, reason: str | None) -> Row:
     directory, record = home.directory(run), home.finished(run)
     summary = read_json(directory / "summary.json") if record else None
     if record is None or summary is None:
-        return Row(run, str(directory), state, reason, None, False, {}, None, None)
+        return Row(
+            run=run,
+            output_dir=str(directory),
+            state=state,
+            reason=reason,
+            seconds=None,
+            resumed=False,
+            metrics={},
+            tokens=None,
+            generation_seconds=None,
+        )
     metrics = {name: value for name, value in summary["last_eval"].items() if name.startswith("eval_")}
     return Row(
-        run,
-        str(directory),
-        "finished",
-        None,
-        record["seconds"],
-        record["resumed"],
-        metrics,
-        summary["tokens"],
-        generation_seconds(summary),
+        run=run,
+        output_dir=str(directory),
+        state="finished",
+        reason=None,
+        seconds=record["seconds"],
+        resumed=record["resumed"],
+        metrics=metrics,
+        tokens=summary["tokens"],
+        generation_seconds=generation_seconds(summary),
     )
 
 

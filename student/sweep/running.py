@@ -111,7 +111,14 @@ class Pool:
         words = arguments(run, self.store, self.manifest, directory, resume)
         threads = max(1, self.machine.cores // self._slots())
         visible = None if gpu is None else capacity.visible(gpu)
-        return RunJob(words, directory, self.home.log(run), threads, visible, resume)
+        return RunJob(
+            words=words,
+            directory=directory,
+            log=self.home.log(run),
+            threads=threads,
+            gpu=visible,
+            resumed=resume,
+        )
 
     def _end(
         self,

@@ -110,7 +110,9 @@ def parse(value: object, where: str) -> SweepSpec:
     direction = content.get("direction", METRICS[metric])
     if direction not in ("minimize", "maximize"):
         raise UserError(f"{where}: direction must be minimize or maximize, not {direction!r}")
-    return SweepSpec(base, grid, search, seeds, metric, direction, content)
+    return SweepSpec(
+        base=base, grid=grid, search=search, seeds=seeds, metric=metric, direction=direction, content=content
+    )
 
 
 def label(value: Any) -> str:

@@ -175,12 +175,12 @@ class DistillationModel(nn.Module):
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
         output = self.student.get_output_embeddings()
         return sparse_head_loss(
-            hidden_ND,
-            output.weight,
-            output.bias,
-            targets,
-            terms,
-            self.transform,
+            hidden_ND=hidden_ND,
+            weight_VD=output.weight,
+            bias_V=output.bias,
+            targets=targets,
+            terms=terms,
+            transform=self.transform,
             reduction=self.objective.reduction,
         )
 
@@ -197,7 +197,14 @@ class DistillationModel(nn.Module):
             return zero, zero.new_zeros(0, len(student_ND))
         output = self.student.get_output_embeddings()
         targets = self._full(view.teacher)
-        return dense_head_loss(student_ND, output.weight, output.bias, targets, terms, self.transform)
+        return dense_head_loss(
+            hidden_ND=student_ND,
+            weight_VD=output.weight,
+            bias_V=output.bias,
+            targets=targets,
+            terms=terms,
+            transform=self.transform,
+        )
 
     def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
         """The teacher's full distributions at the learned positions."""

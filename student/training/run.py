@@ -108,7 +108,9 @@ def prepare(request: Request, before: StudentPlan | None = None) -> PreparedTrai
     _check_hub(args)
     if objective.balanced:
         _check_checkpointing(args)
-    return PreparedTraining(request, reader, checkpoint, plan, objective, data)
+    return PreparedTraining(
+        request=request, reader=reader, checkpoint=checkpoint, plan=plan, objective=objective, data=data
+    )
 
 
 def build(prepared: PreparedTraining) -> Built:
@@ -129,17 +131,17 @@ def build(prepared: PreparedTraining) -> Built:
     if options.pack_rows:
         check_packing(student)
     model = DistillationModel(student, objective, load_teacher(objective, reader))
-    sizes = (reader.identity.vocab_size, reader.teacher_dir)
     trainer = DistillationTrainer(
-        model,
-        args,
-        data.train,
-        data.held_out,
-        *sizes,
-        options.pack_rows,
-        options.ternary(),
-        drift,
-        data.split.held_out_documents,
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        vocab_size=reader.identity.vocab_size,
+        tokenizer_dir=reader.teacher_dir,
+        pack_rows=options.pack_rows,
+        ternary=options.ternary(),
+        drift=drift,
+        held_out_documents=data.split.held_out_documents,
     )
     trainer.add_callback(UniformGuess(reader.identity.vocab_size, prepared.plan.copied))
     return Built(prepared, model, trainer, drift)
@@ -170,19 +172,19 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     if not trainer.is_world_process_zero():
         return {}
     run = TrainingRun(
-        reader,
-        built.model,
-        trainer.state,
-        Path(trainer.args.output_dir),
-        seconds,
-        len(data.train),
-        len(data.held_out or ()),
-        built.prepared.request.options.eval_fraction,
-        command or typed(),
-        environment(trainer.args.device, started),
-        built.drift,
-        data.split,
-        built.prepared.plan.copied,
+        reader=reader,
+        model=built.model,
+        state=trainer.state,
+        output_dir=Path(trainer.args.output_dir),
+        seconds=seconds,
+        train_samples=len(data.train),
+        held_out_samples=len(data.held_out or ()),
+        eval_fraction=built.prepared.request.options.eval_fraction,
+        command=command or typed(),
+        environment=environment(trainer.args.device, started),
+        drift=built.drift,
+        split=data.split,
+        copied=built.prepared.plan.copied,
     )
     summary = summarise(run)
     write_report(run.output_dir)

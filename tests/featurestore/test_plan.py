@@ -46,7 +46,14 @@ def test_every_wanted_sample_and_group_is_planned_or_served(
     committed = {group_id(g): {t for t in known if data.draw(st.booleans())} for g in old}
     committed["samples"] = {t for t in known if data.draw(st.booleans())}
     specs = {group_id(g): g for g in old}
-    plan = plan_generation(known, committed, specs, wanted, groups, 12)
+    plan = plan_generation(
+        known_tasks=known,
+        committed=committed,
+        committed_specs=specs,
+        wanted=wanted,
+        groups=groups,
+        shard_tokens=12,
+    )
     assert plan.samples_total == len(dict(wanted)) and plan.duplicates == len(wanted) - plan.samples_total
 
     tasks = {**known, **{t.id: t for t in plan.new_tasks}}
@@ -65,13 +72,27 @@ def test_every_wanted_sample_and_group_is_planned_or_served(
             after.setdefault(group_id(group), set()).add(work.task.id)
         after["samples"].add(work.task.id)
     all_specs = {**specs, **{group_id(g): g for g in groups}}
-    again = plan_generation(tasks, after, all_specs, wanted, groups, 12)
+    again = plan_generation(
+        known_tasks=tasks,
+        committed=after,
+        committed_specs=all_specs,
+        wanted=wanted,
+        groups=groups,
+        shard_tokens=12,
+    )
     assert again.nothing_to_do and not again.new_tasks and again.rows_to_do == 0
     assert len({w.task.id for w in plan.work}) == len(plan.work)
 
 
 def test_a_wider_group_of_the_same_request_makes_the_narrower_one_no_work() -> None:
-    plan = plan_generation({}, {}, {}, [("0" * 32, 4)], [LogitsSpec(8), LogitsSpec(50), LogitsSpec(50)], 100)
+    plan = plan_generation(
+        known_tasks={},
+        committed={},
+        committed_specs={},
+        wanted=[("0" * 32, 4)],
+        groups=[LogitsSpec(8), LogitsSpec(50), LogitsSpec(50)],
+        shard_tokens=100,
+    )
     assert plan.work[0].groups == (LogitsSpec(50),) and plan.work[0].needs_samples
 
 

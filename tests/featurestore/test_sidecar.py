@@ -35,7 +35,18 @@ from tests.s3 import Bucket
 NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 HEAD = HeadSpec(VOCAB, HIDDEN, 1e-6, 0.25, 30.0)
-BLOCK = BlockSpec(2, HIDDEN, 4, 2, 6, 1e-5, 0.4, None, 7, {"rope_type": "default", "rope_theta": 500.0})
+BLOCK = BlockSpec(
+    layer=2,
+    hidden_size=HIDDEN,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    norm_eps=1e-5,
+    attention_scale=0.4,
+    attention_softcap=None,
+    window=7,
+    rope={"rope_type": "default", "rope_theta": 500.0},
+)
 
 
 def weights(spec: PartSpec, dtypes: str = "bf16", optional: bool = True, seed: int = 0) -> dict[str, Tensor]:

@@ -83,7 +83,14 @@ def test_the_same_request_again_changes_no_file(filled_anywhere: Filled, place: 
     before = place.contents("store")
     store = FeatureStore.create(filled.path, identity(name="another/spelling"))
     wanted = [(s.id, len(s)) for s in filled.samples.values()]
-    plan = plan_generation(store.known_tasks(), committed(store), store.group_specs(), wanted, SPECS, 90)
+    plan = plan_generation(
+        known_tasks=store.known_tasks(),
+        committed=committed(store),
+        committed_specs=store.group_specs(),
+        wanted=wanted,
+        groups=SPECS,
+        shard_tokens=90,
+    )
     assert plan.nothing_to_do
     store.add_plan(filled.tasks)
     store.put_teacher_files({"config.json": b"{}", "tokenizer.json": b"[1]"})
@@ -105,7 +112,14 @@ def test_extension_adds_files_and_the_old_manifest_reads_as_before(
     wanted = [(s.id, len(s)) for s in wanted_samples.values()]
     # Narrower logits than committed: served for old samples, computed for new ones.
     groups: list[GroupSpec] = [LogitsSpec(4, 0.5), extra]
-    plan = plan_generation(store.known_tasks(), committed(store), store.group_specs(), wanted, groups, 90)
+    plan = plan_generation(
+        known_tasks=store.known_tasks(),
+        committed=committed(store),
+        committed_specs=store.group_specs(),
+        wanted=wanted,
+        groups=groups,
+        shard_tokens=90,
+    )
     assert all(w.groups == (extra,) and not w.needs_samples for w in plan.work[: len(filled.tasks)])
     assert all(w.groups == tuple(groups) and w.needs_samples for w in plan.work[len(filled.tasks) :])
     store.add_plan(plan.new_tasks)

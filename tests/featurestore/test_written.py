@@ -33,7 +33,16 @@ from featurestore.store import FeatureStore
 from tests.featurestore.helpers import identity
 from tests.s3 import Bucket
 
-SPEC = WriterSpec("ab" * 32, "vllm", "bfloat16", 0.8, 0.95, 12, 7, (0, 2))
+SPEC = WriterSpec(
+    digest="ab" * 32,
+    engine="vllm",
+    dtype="bfloat16",
+    temperature=0.8,
+    top_p=0.95,
+    max_tokens=12,
+    seed=7,
+    ends=(0, 2),
+)
 
 
 def text(prompt: int, number: int, *tokens: int) -> Text:

@@ -98,7 +98,16 @@ def test_ids_are_shown_where_there_is_no_text(tmp_path: Path, monkeypatch: pytes
     assert load_pieces(tmp_path) is None
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert load_pieces(tmp_path) is None
-    row = RowView(0, 17, True, None, None, [(123, 0.5), (7, 0.25)], 0.75, None)
+    row = RowView(
+        position=0,
+        token=17,
+        learned=True,
+        next_token=None,
+        probability=None,
+        best=[(123, 0.5), (7, 0.25)],
+        head_mass=0.75,
+        entropy=None,
+    )
     view = SampleView(0, "ab" * 16, 1, [row])
     assert sample_json(view, None)["rows"][0]["best"][0] == {"token": 123, "text": None, "probability": 0.5}
     pieces = {17: "[red]\n", 123: "", 7: "\x1b[2J"}.__getitem__

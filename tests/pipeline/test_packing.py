@@ -61,7 +61,9 @@ def test_round_trip(
         want = exact[spec.temperatures.index(group.temperature)]
         np.testing.assert_array_equal(features[group].lse, want.numpy())
     if top_k:
-        reduced = reduce_logits(logits, labels, top_k, top_p, tail, shifts)
+        reduced = reduce_logits(
+            logits_NV=logits, labels_N=labels, top_k=top_k, top_p=top_p, tail=tail, shifts_N=shifts
+        )
         got = features[groups[0]]
         got.check(rows)
         assert got.counts.tolist() == reduced.counts.tolist()

@@ -88,8 +88,10 @@ def test_masked_tokens_have_no_mass_and_break_nothing() -> None:
     masked[:, 700:] = -torch.inf
     shifts = torch.rand(3, generator=generator, dtype=torch.float64)
     labels = torch.tensor([5, 6, 7])
-    got = reduce_logits(masked, labels, 64, 0.5, 16, shifts)
-    want = reduce_logits(logits[:, :700].contiguous(), labels, 64, 0.5, 16, shifts)
+    got = reduce_logits(logits_NV=masked, labels_N=labels, top_k=64, top_p=0.5, tail=16, shifts_N=shifts)
+    want = reduce_logits(
+        logits_NV=logits[:, :700].contiguous(), labels_N=labels, top_k=64, top_p=0.5, tail=16, shifts_N=shifts
+    )
     for name in ("counts", "head_ids", "tail_draws"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     for name in ("lse", "entropy", "label_logprob"):
@@ -203,7 +205,14 @@ def test_tail_draws_follow_the_distribution_outside_the_head(vocab: int, k: int,
     row = torch.randn(vocab, generator=generator) * 4
     grid = 256
     shifts = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    rows = reduce_logits(row.expand(grid, -1), torch.zeros(grid, dtype=torch.long), k, None, count, shifts)
+    rows = reduce_logits(
+        logits_NV=row.expand(grid, -1),
+        labels_N=torch.zeros(grid, dtype=torch.long),
+        top_k=k,
+        top_p=None,
+        tail=count,
+        shifts_N=shifts,
+    )
     assert rows.tail_draws is not None and rows.tail_draws.shape == (grid, count)
     p = torch.softmax(row.double(), -1)
     p[rows.head_ids[0].long()] = 0.0
@@ -221,10 +230,24 @@ def test_draws_do_not_depend_on_the_batch_and_fewer_are_the_first_ones() -> None
     tokens = np.arange(9, dtype=np.int32)
     shifts = torch.from_numpy(row_shifts(tokens, 0, 9, 5))
     labels = torch.zeros(9, dtype=torch.long)
-    whole = reduce_logits(logits, labels, 10, 0.7, 50, shifts).tail_draws
-    parts = [reduce_logits(logits[i : i + 1], labels[:1], 10, 0.7, 50, shifts[i : i + 1]) for i in range(9)]
+    whole = reduce_logits(
+        logits_NV=logits, labels_N=labels, top_k=10, top_p=0.7, tail=50, shifts_N=shifts
+    ).tail_draws
+    parts = [
+        reduce_logits(
+            logits_NV=logits[i : i + 1],
+            labels_N=labels[:1],
+            top_k=10,
+            top_p=0.7,
+            tail=50,
+            shifts_N=shifts[i : i + 1],
+        )
+        for i in range(9)
+    ]
     assert whole is not None and torch.equal(whole, torch.cat([part.tail_draws for part in parts]))
-    few = reduce_logits(logits, labels, 10, 0.7, 12, shifts).tail_draws
+    few = reduce_logits(
+        logits_NV=logits, labels_N=labels, top_k=10, top_p=0.7, tail=12, shifts_N=shifts
+    ).tail_draws
     assert few is not None
     kept = whole.numpy()[first_draws(shifts.numpy(), 50, 12)].reshape(9, 12)
     np.testing.assert_array_equal(kept, few.numpy())
@@ -233,7 +256,11 @@ def test_draws_do_not_depend_on_the_batch_and_fewer_are_the_first_ones() -> None
 def test_a_row_without_tail_has_no_draws() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, -torch.inf, 2.0]])
     shifts = torch.tensor([0.1, 0.999999999], dtype=torch.float64)
-    full = reduce_logits(logits, torch.tensor([0, 0]), 3, None, 4, shifts).tail_draws
+    full = reduce_logits(
+        logits_NV=logits, labels_N=torch.tensor([0, 0]), top_k=3, top_p=None, tail=4, shifts_N=shifts
+    ).tail_draws
     assert full is not None and (full == NO_DRAW).all()
-    one = reduce_logits(logits, torch.tensor([0, 0]), 1, None, 4, shifts).tail_draws
+    one = reduce_logits(
+        logits_NV=logits, labels_N=torch.tensor([0, 0]), top_k=1, top_p=None, tail=4, shifts_N=shifts
+    ).tail_draws
     assert one is not None and set(one[1].tolist()) == {0}, "a token of weight zero is never drawn"

@@ -68,7 +68,16 @@ def _tied(queue: multiprocessing.Queue[set[int]]) -> None:
 
 @pytest.mark.parametrize("vocab", [199, 49_152])
 def test_features_do_not_depend_on_the_threads(vocab: int, threads: int) -> None:
-    spec = CaptureSpec(vocab, 12, 0.7, 16, 0, (2.0, 4.0), (), ())
+    spec = CaptureSpec(
+        vocab_size=vocab,
+        top_k=12,
+        top_p=0.7,
+        tail=16,
+        seed=0,
+        temperatures=(2.0, 4.0),
+        layers=(),
+        hidden_dtypes=(),
+    )
     rows = 3 * (TILE_ELEMENTS // vocab) // 2 if vocab > 1000 else 301
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, vocab, generator=generator) * 3

@@ -50,7 +50,7 @@ def test_what_vllm_does_not_do_is_named(layer: Any, mask: Any, wanted: dict[str,
 
 PROGRAM = """
 import os, sys
-from pipeline.capture.plugin import register
+from distily.vllm_plugin import register
 before = list(sys.meta_path)
 register()
 assert sys.meta_path == before, "another program's vLLM was changed"

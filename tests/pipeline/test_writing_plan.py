@@ -21,7 +21,16 @@ from pipeline.writing.plan import (
 )
 
 MAX_TOKENS = 5
-SPEC = WriterSpec("ab" * 32, "transformers", "float32", 1.0, 1.0, MAX_TOKENS, 0, (2,))
+SPEC = WriterSpec(
+    digest="ab" * 32,
+    engine="transformers",
+    dtype="float32",
+    temperature=1.0,
+    top_p=1.0,
+    max_tokens=MAX_TOKENS,
+    seed=0,
+    ends=(2,),
+)
 PROMPTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), max_size=12, unique_by=tuple)
 
 

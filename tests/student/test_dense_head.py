@@ -207,7 +207,15 @@ def test_terms_share_a_pass_with_their_weights() -> None:
     inputs = leaves([parts["hidden"], parts["weight"]], torch.float64)
     targets = targets_of(parts, torch.float64, HeadTransform())
     terms = [(loss, 0.1 * (index + 1)) for index, (loss, _) in enumerate(SMALL.values())]
-    total, terms_SN = dense_head_loss(inputs[0], inputs[1], None, targets, terms, HeadTransform(), chunk=4)
+    total, terms_SN = dense_head_loss(
+        hidden_ND=inputs[0],
+        weight_VD=inputs[1],
+        bias_V=None,
+        targets=targets,
+        terms=terms,
+        transform=HeadTransform(),
+        chunk=4,
+    )
     goal = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, HeadTransform())
     z = inputs[0] @ inputs[1].t()
     wanted_SN = torch.stack([plain(z, goal) for _, plain in SMALL.values()])
@@ -239,7 +247,15 @@ def test_float32_at_real_vocabularies(name: str, vocabulary: int) -> None:
     plain_N = plain(single[0] @ single[1].t(), low_t)
     theirs = torch.autograd.grad(plain_N.sum(), single)
     targets = targets_of(parts, torch.float32, HeadTransform())
-    total, terms_SN = dense_head_loss(single[0], single[1], None, targets, [(loss, 1.0)], HeadTransform(), 1)
+    total, terms_SN = dense_head_loss(
+        hidden_ND=single[0],
+        weight_VD=single[1],
+        bias_V=None,
+        targets=targets,
+        terms=[(loss, 1.0)],
+        transform=HeadTransform(),
+        chunk=1,
+    )
     assert (terms_SN[0] - truth_N).norm() <= 2 * (plain_N - truth_N).norm() + walk * truth_N.norm()
     sizes = [dz.abs() @ exact[1].detach().abs(), dz.abs().t() @ exact[0].detach().abs()]
     gradients = torch.autograd.grad(total, single)
@@ -264,7 +280,15 @@ def test_bfloat16_is_as_good_as_a_plain_bfloat16_head(name: str) -> None:
     theirs = torch.autograd.grad(rough.sum(), half)
     targets = targets_of(parts, torch.float32, HeadTransform())
     with torch.autocast("cpu", torch.bfloat16):
-        total, _ = dense_head_loss(single[0], single[1], None, targets, [(loss, 1.0)], HeadTransform(), 20)
+        total, _ = dense_head_loss(
+            hidden_ND=single[0],
+            weight_VD=single[1],
+            bias_V=None,
+            targets=targets,
+            terms=[(loss, 1.0)],
+            transform=HeadTransform(),
+            chunk=20,
+        )
     assert total.dtype == torch.float32
     for own, low, wanted in zip(torch.autograd.grad(total, single), theirs, right, strict=True):
         assert (own - wanted).norm() <= 1.1 * (low.double() - wanted).norm()
@@ -277,15 +301,36 @@ def test_padding_of_the_students_vocabulary_is_outside() -> None:
     bias = torch.zeros(45).double().requires_grad_()
     hidden = parts["hidden"].requires_grad_()
     terms = [(full.reverse_kl, 1.0)]
-    total, _ = dense_head_loss(hidden, weight, bias, targets, terms, HeadTransform())
-    wanted, _ = dense_head_loss(hidden, parts["weight"], None, targets, terms, HeadTransform())
+    total, _ = dense_head_loss(
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=bias,
+        targets=targets,
+        terms=terms,
+        transform=HeadTransform(),
+    )
+    wanted, _ = dense_head_loss(
+        hidden_ND=hidden,
+        weight_VD=parts["weight"],
+        bias_V=None,
+        targets=targets,
+        terms=terms,
+        transform=HeadTransform(),
+    )
     assert total.item() == wanted.item()
     total.backward()
     assert (weight.grad[40:] == 0).all()
     assert (bias.grad[40:] == 0).all()
     assert (weight.grad[:40] != 0).any()
     with pytest.raises(ValueError, match="39 tokens"):
-        dense_head_loss(hidden, parts["weight"][:39], None, targets, terms, HeadTransform())
+        dense_head_loss(
+            hidden_ND=hidden,
+            weight_VD=parts["weight"][:39],
+            bias_V=None,
+            targets=targets,
+            terms=terms,
+            transform=HeadTransform(),
+        )
 
 
 def test_a_tied_weight_collects_both_gradients() -> None:
@@ -295,7 +340,14 @@ def test_a_tied_weight_collects_both_gradients() -> None:
     targets = targets_of(parts | {"teacher_weight": weight}, torch.float64, HeadTransform())
     terms = [(full.jsd, 1.0)]
     ids = torch.tensor([0, 3, 3, 5, 16, 1])
-    total, _ = dense_head_loss(weight[ids], weight, None, targets, terms, HeadTransform())
+    total, _ = dense_head_loss(
+        hidden_ND=weight[ids],
+        weight_VD=weight,
+        bias_V=None,
+        targets=targets,
+        terms=terms,
+        transform=HeadTransform(),
+    )
     plain = plain_jsd(weight[ids] @ weight.t(), (parts["teacher_hidden"] @ weight.t()).detach(), 0.5)
     (gradient,) = torch.autograd.grad(total, [weight])
     (wanted,) = torch.autograd.grad(plain.sum(), [weight])
@@ -310,7 +362,13 @@ def test_the_teacher_itself_scores_zero_everywhere(name: str) -> None:
     weight = parts["teacher_weight"].float()
     targets = DenseTargets(TeacherHead(weight, None, HeadTransform()), hidden.detach())
     total, terms_SN = dense_head_loss(
-        hidden, weight, None, targets, [(SMALL[name][0], 1.0)], HeadTransform(), 2
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=None,
+        targets=targets,
+        terms=[(SMALL[name][0], 1.0)],
+        transform=HeadTransform(),
+        chunk=2,
     )
     total.backward()
     assert (terms_SN.abs() <= 1e-6).all()
@@ -323,7 +381,14 @@ def test_opposite_certainties_stay_finite(name: str) -> None:
     eye = torch.eye(5)
     hidden = torch.tensor([[400.0, 0, 0, 0, 0]], requires_grad=True)
     targets = DenseTargets(TeacherHead(eye, None, HeadTransform()), torch.tensor([[0.0, 400, 0, 0, 0]]))
-    total, _ = dense_head_loss(hidden, eye, None, targets, [(SMALL[name][0], 1.0)], HeadTransform())
+    total, _ = dense_head_loss(
+        hidden_ND=hidden,
+        weight_VD=eye,
+        bias_V=None,
+        targets=targets,
+        terms=[(SMALL[name][0], 1.0)],
+        transform=HeadTransform(),
+    )
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(hidden.grad).all()
@@ -339,7 +404,15 @@ def test_no_chunk_holds_more_than_it_may() -> None:
         return full.logit_mse(rows)
 
     targets = targets_of(parts, torch.float64, HeadTransform())
-    dense_head_loss(parts["hidden"], parts["weight"], None, targets, [(spy, 1.0)], HeadTransform(), 7)
+    dense_head_loss(
+        hidden_ND=parts["hidden"],
+        weight_VD=parts["weight"],
+        bias_V=None,
+        targets=targets,
+        terms=[(spy, 1.0)],
+        transform=HeadTransform(),
+        chunk=7,
+    )
     assert seen == [(7, 19)] * 3 + [(2, 19)]
 
 
@@ -348,7 +421,14 @@ def test_no_positions_are_no_loss() -> None:
     hidden = parts["hidden"].requires_grad_()
     targets = targets_of(parts, torch.float64, HeadTransform())
     terms = [(full.jsd, 1.0)]
-    total, terms_SN = dense_head_loss(hidden, parts["weight"], None, targets, terms, HeadTransform())
+    total, terms_SN = dense_head_loss(
+        hidden_ND=hidden,
+        weight_VD=parts["weight"],
+        bias_V=None,
+        targets=targets,
+        terms=terms,
+        transform=HeadTransform(),
+    )
     total.backward()
     assert total.item() == 0.0
     assert terms_SN.shape == (1, 0)

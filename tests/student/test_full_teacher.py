@@ -37,7 +37,16 @@ def store(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     config, block = model.config, model.get_decoder().layers[1]
     head = HeadSpec(199, 64, config.rms_norm_eps)
-    attention = BlockSpec(1, 64, 2, 1, 32, config.rms_norm_eps, 32**-0.5, rope=dict(config.rope_parameters))
+    attention = BlockSpec(
+        layer=1,
+        hidden_size=64,
+        heads=2,
+        kv_heads=1,
+        head_dim=32,
+        norm_eps=config.rms_norm_eps,
+        attention_scale=32**-0.5,
+        rope=dict(config.rope_parameters),
+    )
     norm, linears = model.get_decoder().norm, {name: f"{name}_proj" for name in "qkv"}
     projections = {f"{key}.weight": getattr(block.self_attn, name).weight for key, name in linears.items()}
     parts: list[tuple[Any, dict[str, Tensor]]] = [

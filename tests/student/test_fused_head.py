@@ -152,7 +152,14 @@ def test_bfloat16_is_as_good_as_a_plain_bfloat16_head() -> None:
 def test_a_frozen_weight_gets_no_gradient() -> None:
     hidden, weight, targets, _ = problem(6, 50, 4, 5)
     hidden.requires_grad_()
-    sparse_head_loss(hidden, weight, None, targets, TERMS, HeadTransform()).total.backward()
+    sparse_head_loss(
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=None,
+        targets=targets,
+        terms=TERMS,
+        transform=HeadTransform(),
+    ).total.backward()
     assert hidden.grad is not None
     assert weight.grad is None
 
@@ -161,11 +168,23 @@ def test_the_coarse_kl_is_a_lower_bound_and_zero_for_the_teacher_itself() -> Non
     hidden, weight, targets, full = problem(40, 300, 16, 12)
     log_q = (hidden @ weight.t()).log_softmax(-1)
     exact = (full.exp() * (full - log_q)).sum(-1)
-    coarse = sparse_head_loss(hidden, weight, None, targets, [(forward_kl, 1.0)], HeadTransform()).terms_SN[0]
+    coarse = sparse_head_loss(
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=None,
+        targets=targets,
+        terms=[(forward_kl, 1.0)],
+        transform=HeadTransform(),
+    ).terms_SN[0]
     assert (coarse <= exact + 1e-12).all()
     assert (coarse > 0).all()
     itself = sparse_head_loss(
-        full, torch.eye(300).double(), None, targets, [(forward_kl, 1.0)], HeadTransform()
+        hidden_ND=full,
+        weight_VD=torch.eye(300).double(),
+        bias_V=None,
+        targets=targets,
+        terms=[(forward_kl, 1.0)],
+        transform=HeadTransform(),
     )
     assert itself.terms_SN.abs().max() < 1e-12
 
@@ -178,7 +197,14 @@ def test_a_head_that_holds_all_the_mass_is_finite() -> None:
     targets = SparseTargets(ids, torch.tensor([[0.0, -40.0]]), torch.tensor([-math.inf]), torch.tensor([0]))
     hidden = torch.tensor([[80.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.5], [0.1], [0.0]], requires_grad=True)
-    result = sparse_head_loss(hidden, weight, None, targets, TERMS, HeadTransform())
+    result = sparse_head_loss(
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=None,
+        targets=targets,
+        terms=TERMS,
+        transform=HeadTransform(),
+    )
     result.total.backward()
     assert torch.isfinite(result.terms_SN).all()
     assert torch.isfinite(hidden.grad).all()
@@ -190,7 +216,15 @@ def test_agreement_looks_at_the_whole_vocabulary() -> None:
     logprob, tail = torch.tensor([[0.6, 0.3]] * 3).log(), torch.full((3,), math.log(0.1))
     logits = torch.tensor([[1.0, 0.0, 2.0, 0.0], [3.0, 0.0, 2.0, 0.0], [1.0, 0.0, 2.0, 9.0]])
     targets = SparseTargets(ids, logprob, tail, torch.tensor([0, 0, 0]))
-    result = sparse_head_loss(logits, torch.eye(4), None, targets, TERMS, HeadTransform(), chunk=2)
+    result = sparse_head_loss(
+        hidden_ND=logits,
+        weight_VD=torch.eye(4),
+        bias_V=None,
+        targets=targets,
+        terms=TERMS,
+        transform=HeadTransform(),
+        chunk=2,
+    )
     assert result.agree_N.tolist() == [True, False, False]
 
 
@@ -199,6 +233,13 @@ def test_no_head_columns_leave_plain_cross_entropy() -> None:
     bare = SparseTargets(
         targets.ids_NK[:, :0], targets.logprob_NK[:, :0], torch.zeros(9).double(), targets.label_N
     )
-    got = sparse_head_loss(hidden, weight, None, bare, [(cross_entropy, 1.0)], HeadTransform()).total
+    got = sparse_head_loss(
+        hidden_ND=hidden,
+        weight_VD=weight,
+        bias_V=None,
+        targets=bare,
+        terms=[(cross_entropy, 1.0)],
+        transform=HeadTransform(),
+    ).total
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets.label_N, reduction="sum")
     torch.testing.assert_close(got, wanted)

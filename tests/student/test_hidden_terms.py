@@ -145,7 +145,14 @@ def test_weight_decay_leaves_orthogonal_projectors_alone(teacher: Path, cache: P
     reader = CacheReader.open(cache)
     data = plan_data(model.objective, reader, plan_split(reader, 0.0))
     arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
-    trainer = DistillationTrainer(model, arguments, data.train, None, 199, teacher)
+    trainer = DistillationTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=None,
+        vocab_size=199,
+        tokenizer_dir=teacher,
+    )
     decayed = [name for name in trainer.get_decay_parameter_names(model) if name.startswith("projectors.")]
     names = [name for name, _ in model.named_parameters() if name.startswith("projectors.")]
     assert len(decayed) == 3 and len(names) == 6

@@ -27,7 +27,15 @@ def test_value_and_gradient_are_those_of_the_dense_formula(gamma: float, columns
     targets = SparseTargets(ids, top, outside.log(), label, label_logprob_N=known)
 
     loss = (partial(one_for_all, gamma=gamma), 1.0)
-    got = sparse_head_loss(states @ projector, head, None, targets, [loss], HeadTransform(), chunk=4)
+    got = sparse_head_loss(
+        hidden_ND=states @ projector,
+        weight_VD=head,
+        bias_V=None,
+        targets=targets,
+        terms=[loss],
+        transform=HeadTransform(),
+        chunk=4,
+    )
     (gradient,) = torch.autograd.grad(got.total, states)
 
     log_q = (states @ projector @ head.T).log_softmax(-1)
@@ -52,7 +60,12 @@ def test_a_label_that_the_cache_does_not_know_weighs_one() -> None:
     unknown = torch.full((2,), torch.nan, dtype=torch.float64)
     targets = SparseTargets(ids, top, closed, label, label_logprob_N=unknown)
     got = sparse_head_loss(
-        states, head, None, targets, [(partial(one_for_all, gamma=2.0), 1.0)], HeadTransform()
+        hidden_ND=states,
+        weight_VD=head,
+        bias_V=None,
+        targets=targets,
+        terms=[(partial(one_for_all, gamma=2.0), 1.0)],
+        transform=HeadTransform(),
     )
     log_q = (states @ head.T).log_softmax(-1)
     wanted = -(top.exp() * log_q.gather(1, ids)).sum() - log_q.gather(1, label[:, None]).sum()

@@ -31,7 +31,9 @@ def targets(teacher: Tensor, tail: int, seed: int) -> SparseTargets:
     """Through the capture's own reduction, without the rounding of the store."""
     shifts = torch.from_numpy(row_shifts(np.arange(ROWS), 0, ROWS, seed))
     labels = torch.zeros(ROWS, dtype=torch.long)
-    fields = logit_fields(reduce_logits(teacher, labels, 8, 0.5, tail, shifts))
+    fields = logit_fields(
+        reduce_logits(logits_NV=teacher, labels_N=labels, top_k=8, top_p=0.5, tail=tail, shifts_N=shifts)
+    )
     spec = LogitsSpec(8, 0.5, tail, seed if tail else 0)
     features = to_features({name: t.numpy() for name, t in fields.items()}, (spec,))[spec]
     assert isinstance(features, LogitsFeatures)
@@ -40,7 +42,14 @@ def targets(teacher: Tensor, tail: int, seed: int) -> SparseTargets:
 
 def loss_and_gradient(hidden: Tensor, weight: Tensor, wanted: SparseTargets) -> tuple[float, Tensor]:
     leaf = weight.clone().requires_grad_()
-    loss = sparse_head_loss(hidden, leaf, None, wanted, [(forward_kl, 1.0)], HeadTransform()).total
+    loss = sparse_head_loss(
+        hidden_ND=hidden,
+        weight_VD=leaf,
+        bias_V=None,
+        targets=wanted,
+        terms=[(forward_kl, 1.0)],
+        transform=HeadTransform(),
+    ).total
     return loss.item(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -99,7 +108,15 @@ def test_a_mixed_batch_keeps_the_bucket_where_nothing_was_drawn() -> None:
     sampled.ids_NK[::2, width:] = sampled.ids_NK[::2, :1]
     terms = [(forward_kl, 1.0), (cross_entropy, 0.0)]
     mixed, alone = (
-        sparse_head_loss(hidden, weight, None, t, terms, HeadTransform(), chunk=7).terms_SN
+        sparse_head_loss(
+            hidden_ND=hidden,
+            weight_VD=weight,
+            bias_V=None,
+            targets=t,
+            terms=terms,
+            transform=HeadTransform(),
+            chunk=7,
+        ).terms_SN
         for t in (sampled, plain)
     )
     assert torch.allclose(mixed[:, ::2], alone[:, ::2], rtol=1e-12)

@@ -226,7 +226,14 @@ def run(one: Term, inputs: list[Tensor], targets: SparseTargets, chunk: int = 2,
     bias = inputs[2] if len(inputs) > 2 else None
     terms = [(one.function, 1.0)]
     result = sparse_head_loss(
-        inputs[0], inputs[1], bias, targets, terms, transform, chunk, reduction=reduction
+        hidden_ND=inputs[0],
+        weight_VD=inputs[1],
+        bias_V=bias,
+        targets=targets,
+        terms=terms,
+        transform=transform,
+        chunk=chunk,
+        reduction=reduction,
     )
     return result.total, result.terms_SN[0]
 
@@ -471,7 +478,14 @@ def test_merged_distributions_sum_to_one() -> None:
         return student.tail_N
 
     for targets in (problem.targets, problem.with_draws(6)):
-        sparse_head_loss(problem.hidden, problem.weight, None, targets, [(keep, 1.0)], HeadTransform())
+        sparse_head_loss(
+            hidden_ND=problem.hidden,
+            weight_VD=problem.weight,
+            bias_V=None,
+            targets=targets,
+            terms=[(keep, 1.0)],
+            transform=HeadTransform(),
+        )
     assert len(seen) == 4
     for sums in seen:
         torch.testing.assert_close(sums, torch.ones(9, dtype=torch.float64), rtol=1e-9, atol=0)

@@ -33,9 +33,9 @@ class BlockType:
 TYPES = {
     one.name: one
     for one in (
-        BlockType("TQ2_0", 35, 37, 256, 66, False),
-        BlockType("TQ1_0", 34, 36, 256, 54, False),
-        BlockType("Q2_0", 42, 41, 64, 18, True),
+        BlockType(name="TQ2_0", number=35, file_type=37, columns=256, block_bytes=66, scale_first=False),
+        BlockType(name="TQ1_0", number=34, file_type=36, columns=256, block_bytes=54, scale_first=False),
+        BlockType(name="Q2_0", number=42, file_type=41, columns=64, block_bytes=18, scale_first=True),
     )
 }
 
