@@ -39,7 +39,7 @@ _PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opt
     "from-cache",
     context_settings=_PASS_ALL,
     add_help_option=False,
-    help="Train a student on STORE into --output-dir. `from-cache --help` lists every flag.",
+    help="Train a student on STORE into --output-dir. `from-cache --help-all` lists every flag.",
 )
 def from_cache(context: typer.Context) -> None:
     """Everything after the command's name goes to `student.config.parser`."""
@@ -327,6 +327,14 @@ def _show_sweep(done: Sweep, as_json: bool) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    from student.config.help import check_names, show_help, wants_help
+
+    if wants_help(argv):
+        show_help()
+        return
+    if "--help-all" in argv:
+        argv = ["--help"]
+    check_names(argv)
     from student.config.parser import parse
     from student.config.recipes import requests, take_recipe
     from student.training.run import train_from_cache

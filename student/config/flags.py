@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from student.bitnet import CONVERSIONS, TernaryPlan, Warmup
 from student.errors import UserError
 from student.losses.catalogue import Loss, catalogue, suggest
 from student.objective.files import ObjectiveRequest, TermRequest, read_objective
 from student.objective.layer_maps import check_mapper, parse_layer_map, parse_layers
 from student.objective.weights import Weight
+
+if TYPE_CHECKING:
+    from student.bitnet import TernaryPlan
 
 # What --objective takes the place of.
 OBJECTIVE_FLAGS = (
@@ -202,6 +204,8 @@ class StudentOptions:
 
     def _check_numbers(self) -> None:
         """Ranges of single flags."""
+        from student.bitnet import CONVERSIONS
+
         for flag in ("logits_weight", "ce_weight", "hidden_weight"):
             if not 0 <= getattr(self, flag) < float("inf"):
                 raise UserError(f"--{flag.replace('_', '-')} must be a finite number >= 0")
@@ -243,6 +247,8 @@ class StudentOptions:
 
     def ternary(self) -> TernaryPlan:
         """How a BitNet student is trained."""
+        from student.bitnet import TernaryPlan, Warmup
+
         warmup = Warmup(self.bitnet_warmup_weights, self.bitnet_warmup_activations, self.bitnet_warmup_norms)
         return TernaryPlan(warmup, self.bitnet_masters, self.bitnet_two_stage, self.bitnet_backward)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 from argparse import Action, ArgumentDefaultsHelpFormatter
@@ -16,6 +15,7 @@ from transformers.hf_argparser import string_to_bool
 
 from student.config.flag_checks import check_flags
 from student.config.flags import OBJECTIVE_FLAGS, StudentOptions
+from student.config.help import EXAMPLES, INTRODUCTION, unknown_flag
 from student.config.precision import settle, uses_cpu
 from student.errors import UserError
 
@@ -24,20 +24,9 @@ _COUNTING = ("--include_num_input_tokens_seen", "--include-num-input-tokens-seen
 _TOKEN_COUNTS = frozenset({"all", "non_padding"})
 # Runs of fewer steps are evaluated every so many, others ten times.
 _SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
-_DESCRIPTION = """\
-Train a student from a cache of teacher features, without the teacher. STORE is what `distily-cache generate`
-made; --output-dir receives checkpoints, the trained student (`from_pretrained` loads it), report.html and
-summary.json.
-
-  distily-train from-cache STORE --output-dir out --student-model-config '{"num_hidden_layers": 12}' \\
-      --student-model-as-bitnet --learning_rate 4e-4 --num_train_epochs 3 --bf16
-
-A recipe is a YAML file of such flags, of one training or of stages that follow each other:
-
-  distily-train from-cache STORE --output-dir out --recipe examples/recipes/bitdistill.yaml --max-steps 1000
-
-After our own flags come all flags of transformers' TrainingArguments; dashes and underscores are the same.
-"""
+_DESCRIPTION = (
+    f"{INTRODUCTION}\n{EXAMPLES}\nAfter our own flags come all of transformers' TrainingArguments.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +160,7 @@ def parse(argv: Sequence[str]) -> Request:
             raise
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
     if unknown:
-        raise UserError(unknown_flag(parser, unknown[0]))
+        raise UserError(unknown_word(parser, unknown[0]))
     if options.objective is not None:
         _check_alone(argv)
     options.check()
@@ -211,12 +200,9 @@ def _check_alone(argv: Sequence[str]) -> None:
             )
 
 
-def unknown_flag(parser: Any, word: str) -> str:
-    """What is wrong with a word that the parser does not know, and which flag may be meant."""
+def unknown_word(parser: Any, word: str) -> str:
+    """What is wrong with a word that the parser does not know."""
     flag = word.split("=", maxsplit=1)[0]
     if not flag.startswith("-"):
         return f"unexpected argument {word!r}: there is one STORE; see `distily-train from-cache --help`"
-    known = [name for action in parser._actions for name in action.option_strings]
-    close = difflib.get_close_matches(flag, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else "see `distily-train from-cache --help`"
-    return f"unknown flag {flag}; {hint}"
+    return unknown_flag(flag, (name for action in parser._actions for name in action.option_strings))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from student.config.flagfile import command_line
-from student.config.parser import Request, make_parser, parse, unknown_flag
+from student.config.parser import Request, make_parser, parse, unknown_word
 from student.errors import UserError
 from student.yamlfile import read_yaml
 
@@ -166,7 +166,7 @@ def _flags(flags: Mapping[Any, Any], where: str, folder: Path) -> dict[str, Any]
     parser, named = make_parser(), {}
     for name, value in flags.items():
         if f"--{name.replace('-', '_')}" not in parser._option_string_actions:
-            raise UserError(f"{where}: {unknown_flag(parser, '--' + name)}")
+            raise UserError(f"{where}: {unknown_word(parser, '--' + name)}")
         named[name.replace("-", "_")] = value
     _refuse(named, _COMMAND_LINE_ONLY, where, "is of the command line; leave it out of the recipe")
     if isinstance(named.get("objective"), str):

@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from student.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["head", "dense", "hidden", "structure", "relation"]
 Exactness = Literal["exact", "unbiased", "bound", "coarse"]

@@ -11,7 +11,6 @@ from typing import Any
 from student.errors import UserError
 from student.losses.catalogue import Loss, find_loss, suggest
 from student.objective.layer_maps import MAPPERS, check_mapper
-from student.objective.projectors import IDENTITY, PROJECTORS
 from student.objective.weights import Weight
 from student.yamlfile import read_yaml
 
@@ -34,7 +33,7 @@ class TermRequest:
     layers: tuple[int, ...] | None = None
     layer_map: tuple[tuple[int, int], ...] | None = None
     mapper: str = "all"
-    projector: str = IDENTITY
+    projector: str = "identity"
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ def _term(value: object, where: str) -> TermRequest:
         raise UserError(f"{where}: {', '.join(misplaced)}: no key of this loss; leave it out")
     if "layer_map" in value and ("layers" in value or "mapper" in value):
         raise UserError(f"{where}: layer_map excludes layers and mapper; keep one")
+    from student.objective.projectors import IDENTITY, PROJECTORS
+
     projector = value.get("projector", IDENTITY)
     if projector not in PROJECTORS:
         raise UserError(f"{where}: projector must be one of {', '.join(PROJECTORS)}, not {projector!r}")

@@ -5,13 +5,19 @@ code 2.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from featurestore.format.schema import LogitsSpec
+from student.config import help
+from student.config.flags import StudentOptions
 from student.config.parser import lower_is_better, parse
 from student.errors import UserError
 from student.modeling import plan as build
@@ -109,12 +115,42 @@ def test_metrics_that_fall_are_better_when_lower() -> None:
     ]
 
 
-def test_help_teaches_our_flags_first(distily_train: Run) -> None:
+def test_help_shows_all_of_ours_and_the_usual_of_theirs(distily_train: Run) -> None:
     code, out, _ = distily_train("--help")
+    assert code == 0
+    assert all(f"--{field.name.replace('_', '-')}" in out for field in fields(StudentOptions))
+    assert out.index("--student-model-config") < out.index("--learning-rate") < out.index("--bitnet-backward")
+    assert "--help-all" in out and "--deepspeed" not in out
+
+
+def test_help_and_misspelt_flags_import_nothing_heavy() -> None:
+    """torch and transformers take ten seconds of a slow processor."""
+    program = (
+        "import sys; from student.cli import main\n"
+        "sys.argv = ['distily-train', 'from-cache', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code or 0, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    for words, code, said in (
+        (["--help"], 0, "--student-model-config"),
+        (["x", "--output-dir", "y", "--learning-rat=3"], 2, "did you mean --learning-rate?"),
+    ):
+        command = [sys.executable, "-c", program, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == f"{code} set()"
+        assert said in done.stdout + done.stderr
+
+
+def test_their_flags_are_known_by_name() -> None:
+    assert help.training_arguments() == {field.name for field in fields(TrainingArguments)}
+
+
+def test_all_of_help_teaches_our_flags_first(distily_train: Run) -> None:
+    code, out, _ = distily_train("--help-all")
     assert code == 0
     assert "--student-model-config" in out
     assert out.index("--student-model-as-bitnet") < out.index("--output-dir OUTPUT_DIR")
-    assert out.index("--layer-map") < out.index("--learning-rate")
+    assert out.index("--layer-map") < out.index("--learning-rate LEARNING_RATE")
 
 
 @pytest.mark.parametrize(
