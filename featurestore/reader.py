@@ -62,10 +62,23 @@ class CodedSample:
 class CacheReader:
     """The samples of one manifest, by index. Use `CacheReader.open`.
 
-    Holds no open files: it can be forked, and pickling sends the place and the manifest's digest only.
-    Not for use by several threads at once, except for `warm`. Bundles are checked against their committed
-    sizes and hashes when they are first read; damage raises CorruptionError, and is never returned. At most
-    256 MiB of unpacked chunks are kept.
+    A reader holds no open files: it can be forked, and pickling sends the place and the manifest's digest
+    only. It is not for use by several threads at once, except for `warm`. Bundles are checked against their
+    committed sizes and hashes when they are first read; damage raises CorruptionError, and is never returned.
+    At most 256 MiB of unpacked chunks are kept.
+
+    Attributes:
+        path: where the store lies.
+        manifest_digest: the manifest that is read, which repeats an experiment exactly.
+        identity: the teacher, its tokenizer and its engine.
+        groups: column group id -> spec.
+        sample_ids: one id per sample, 32 hex digits.
+        lengths: int64 [samples], tokens of each sample.
+
+    Example:
+        reader = CacheReader.open("run/cache")
+        sample = reader.read(0)
+        logits = sample.features[reader.find_logits()]
     """
 
     def __init__(self, root: Root, manifest_digest: str) -> None:
@@ -101,11 +114,19 @@ class CacheReader:
 
     @classmethod
     def open(cls, path: str | Path, manifest: str | None = None) -> CacheReader:
-        """Open a store at a manifest: by digest (or an unambiguous start of it), else the fullest one.
+        """Open a store at a manifest.
 
-        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises StoreNotFoundError when
-        there is no store, StoreFormatError when it has no such manifest, StoreAccessError when the object
-        store does not answer.
+        Args:
+            path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+            manifest: a digest, or an unambiguous start of one; None takes the fullest manifest.
+
+        Raises:
+            StoreNotFoundError: there is no store.
+            StoreFormatError: it has no such manifest, or is of a version that is not known.
+            StoreAccessError: the object store does not answer.
+
+        Example:
+            reader = CacheReader.open("s3://bucket/cache", manifest="3f2a")
         """
         root = root_of(path)
         read_spec(root)
@@ -166,9 +187,13 @@ class CacheReader:
         return list(members.values())
 
     def find(self, kind: str) -> GroupSpec:
-        """The widest spec of a kind ("logits", "hidden.L20") that every sample has.
+        """The widest spec of a kind that every sample has.
 
-        Raises MissingFeatureError, naming what there is and the generate flag that adds the kind.
+        Args:
+            kind: "logits", "hidden.L20" or "lse.T2".
+
+        Raises:
+            MissingFeatureError: the message names what there is, and the generate flag that adds the kind.
         """
         candidates = [spec for spec in self.groups.values() if spec.kind == kind and self._complete(spec)]
         if candidates:
@@ -183,9 +208,15 @@ class CacheReader:
     def find_logits(
         self, top_k: int | None = None, top_p: float | None = None, tail: int | None = None
     ) -> LogitsSpec:
-        """The widest distribution that every sample has, cut to what is given; see `schema.narrowed`.
+        """The widest distribution that every sample has, cut to what is given.
 
-        Raises MissingFeatureError, naming what there is and the generate flags, where nothing covers it.
+        Args:
+            top_k: at most so many tokens of each head.
+            top_p: the smallest part of each head with this share of the mass.
+            tail: the first so many draws from outside the head.
+
+        Raises:
+            MissingFeatureError: nothing covers it; the message names what there is, and the generate flags.
         """
         widest = self.find("logits")
         assert isinstance(widest, LogitsSpec)
@@ -208,9 +239,25 @@ class CacheReader:
         return self._default_groups
 
     def read(self, index: int, groups: Sequence[GroupSpec] | None = None) -> CachedSample:
-        """Sample `index` with the features asked for (default: every group that all samples have).
+        """One sample with its features, decoded. Only the rows of this sample are read.
 
-        A spec that a wider group covers is served from it. Only the rows of this sample are read.
+        Args:
+            index: from 0 to `len(reader) - 1`.
+            groups: the specs to read; one that a wider group covers is served from that. None takes every
+                group that all samples have.
+
+        Returns:
+            Tokens int32 [T], loss mask bool [T], and for each spec its features: `LogitsFeatures` with
+            ragged heads, `LseFeatures` float32 [T], or hidden states [T, D].
+
+        Raises:
+            IndexError: there is no such sample.
+            MissingFeatureError: no group of the store covers a spec.
+            CorruptionError: the bytes are not those that were committed.
+
+        Example:
+            hidden = HiddenSpec(20, "bf16")
+            states = reader.read(0, [hidden]).features[hidden].to_float32()
         """
         if groups is None:
             groups = self.complete_groups()

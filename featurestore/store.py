@@ -62,7 +62,14 @@ def _spec(identity: TeacherIdentity) -> bytes:
 
 
 class FeatureStore:
-    """The cache of one teacher. Safe to use from many processes at once, on a file system or object store."""
+    """The cache of one teacher, as those write it who fill it. Readers use `CacheReader`.
+
+    It is safe to use from many processes at once, on a file system or an object store.
+
+    Attributes:
+        path: where the store lies.
+        identity: the teacher, its tokenizer and its engine.
+    """
 
     def __init__(self, root: Root, identity: TeacherIdentity) -> None:
         self.path = root.location
@@ -75,9 +82,14 @@ class FeatureStore:
         """Make a store, or open the one that is there if it has the same teacher. One in which nothing was
         ever committed, as a run leaves it that failed early, becomes the store of this teacher.
 
-        path: a local directory, s3://bucket/prefix or gs://bucket/prefix. Raises SpecMismatchError for
-        another teacher, StoreWriteError when the place cannot be written, StoreFormatError when it is in use
-        for something else.
+        Args:
+            path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+            identity: whose features it will hold.
+
+        Raises:
+            SpecMismatchError: it holds features of another teacher.
+            StoreWriteError: the place cannot be written.
+            StoreFormatError: the place is in use for something else.
         """
         root = root_of(path)
         with writing("a store", root.location):
@@ -101,7 +113,11 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
-        """Open an existing store; StoreNotFoundError when there is none."""
+        """Open an existing store.
+
+        Raises:
+            StoreNotFoundError: there is none.
+        """
         root = root_of(path)
         return cls(root, read_spec(root)[0])
 

@@ -33,11 +33,25 @@ from student.training.run import build, prepare, train
 def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3) -> list[dict[str, Any]]:
     """The first `limit` positions of sample `index` as text, each with what the teacher expected next.
 
-    Of a position: position (int), token and next (str, None behind the last one), learned (bool: is `token`
-    learned), probability (of `next`, None where the cache does not know it), best ([(str, probability)], the
-    `best` most probable tokens, descending), head_mass (probability inside the stored head), entropy (nats,
-    None where unknown). Raises IndexError for an index outside the store, MissingFeatureError when not every
-    sample has logits.
+    Args:
+        reader: an open store.
+        index: of the sample, from 0 to `len(reader) - 1`.
+        limit: positions, at most.
+        best: how many of the most probable tokens.
+
+    Returns:
+        Of each position: position (int), token and next (str, None behind the last one), learned (bool: is
+        `token` learned), probability (of `next`, None where the cache does not know it), best ([(str,
+        probability)], descending), head_mass (probability inside the stored head), entropy (nats, None where
+        unknown).
+
+    Raises:
+        IndexError: there is no such sample.
+        MissingFeatureError: not every sample has logits.
+
+    Example:
+        for row in expectations(CacheReader.open("run/cache"), 0):
+            print(row["token"], row["best"])
     """
     view = look_at(reader, index, limit, best)
     tokenizer = load_tokenizer(reader.teacher_dir)
@@ -59,12 +73,21 @@ def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3
 class Experiment:
     """`distily-train from-cache STORE --output-dir DIR`, checked and built but not yet trained.
 
-    flags: those of the command, with underscores: learning_rate=1e-3, student_model_as_bitnet=True,
-    student_model_config={"num_hidden_layers": 2}, max_steps=8. Raises UserError or MissingFeatureError where
-    the command would refuse.
+    Args:
+        store: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+        output_dir: what `train` writes into.
+        flags: those of the command, with underscores: learning_rate=1e-3, student_model_as_bitnet=True,
+            student_model_config={"num_hidden_layers": 2}, max_steps=8.
 
-    reader: the store. trainer: transformers' Trainer, on the device of its `args`. model: its module,
-    `model.student` the student as transformers knows it, `model.objective` what is learned.
+    Raises:
+        UserError: the command would refuse the flags.
+        MissingFeatureError: the store lacks what the objective needs.
+
+    Attributes:
+        reader: the store.
+        trainer: transformers' Trainer, on the device of its `args`.
+        model: its module; `model.student` is the student as transformers knows it, `model.objective` what is
+            learned.
     """
 
     def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:

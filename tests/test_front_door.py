@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,10 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def python(code: str, where: Path) -> Done:
-    """As in a notebook: the working directory comes first."""
+    """As in a notebook: the working directory comes first. In no process of a capture, as tests here are."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("DISTILY_")}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=where, env=outside, capture_output=True, text=True, check=False)
 
 
 def test_every_public_name_is_there() -> None:

@@ -19,7 +19,9 @@ def texts() -> str:
     """Every string of the three packages, a placeholder as …, one a line."""
     found = set()
     for file in (
-        file for package in ("featurestore", "pipeline", "student") for file in (ROOT / package).rglob("*.py")
+        file
+        for package in ("distily", "featurestore", "pipeline", "student")
+        for file in (ROOT / package).rglob("*.py")
     ):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):

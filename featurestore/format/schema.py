@@ -84,10 +84,22 @@ class TeacherIdentity:
 class LogitsSpec:
     """The exact top of each row's distribution, and draws from the rest of it.
 
-    The head is the smallest of mass >= top_p, at most top_k wide; `top_p` None keeps top_k entries in every
-    row (1.0 means the same and is turned into None). `tail`: how many draws from outside the head, each of
-    weight (1 - head mass) / tail; they depend on the tokens, the position and `seed` only. `partial`: only
-    the heads are known, so entropy is NaN everywhere and label_logprob may be NaN; there are no draws then.
+    The head is the smallest of mass >= top_p, at most top_k wide.
+
+    Args:
+        top_k: entries of a head, at most.
+        top_p: where a head ends; None keeps top_k entries in every row (1.0 means the same and is turned into
+            None).
+        tail: how many draws from outside the head, each of weight (1 - head mass) / tail.
+        seed: of the draws, which depend on it, the tokens and the position only.
+        partial: only the heads are known, so entropy is NaN everywhere and label_logprob may be NaN; there
+            are no draws then.
+
+    Raises:
+        StoreFormatError: a number is out of its range.
+
+    Example:
+        LogitsSpec(50, top_p=0.95, tail=24)
     """
 
     top_k: int
@@ -122,7 +134,15 @@ class LogitsSpec:
 
 @dataclass(frozen=True)
 class HiddenSpec:
-    """A residual stream: layer 0 is the embeddings, layer i the stream after block i. dtype: as stored."""
+    """A residual stream of the teacher.
+
+    Args:
+        layer: 0 is the embeddings, i the stream after block i, as in transformers' `output_hidden_states`.
+        dtype: as stored: "f32", "bf16", "int8" or "fp8", the last two with a scale for each position.
+
+    Raises:
+        StoreFormatError: the layer is out of its range, or the type is unknown.
+    """
 
     layer: int
     dtype: str = "bf16"
@@ -150,6 +170,12 @@ class LseSpec:
 
     With it the head's probabilities at that temperature T are known: p_T(j) = exp(logit_j / T - lse_T). T = 1
     is in every logits group already.
+
+    Args:
+        temperature: T, with at most 3 decimals, other than 1.
+
+    Raises:
+        StoreFormatError: it is out of its range.
     """
 
     temperature: float

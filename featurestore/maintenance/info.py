@@ -76,7 +76,19 @@ class StoreInfo:
 
 
 def store_info(path: str | Path) -> StoreInfo:
-    """Sum up a store. Raises what FeatureStore.open and its commit records raise."""
+    """Sum up a store: teacher, samples, rows, column groups and their bytes, what it cost.
+
+    Args:
+        path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+
+    Raises:
+        StoreNotFoundError: there is no store.
+        StoreFormatError: a record is not of this format.
+        CorruptionError: a record is damaged.
+
+    Example:
+        store_info("run/cache").rows
+    """
     store = FeatureStore.open(path)
     tasks = store.known_tasks()
     commits = store.commits()

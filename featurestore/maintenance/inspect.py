@@ -127,7 +127,16 @@ def survey(reader: CacheReader, limit: int = MAX_SAMPLES) -> Survey:
 
 
 def mass_by_rank(reader: CacheReader) -> RankMass:
-    """Mean mass by rank, of `survey`. Raises what it raises."""
+    """How much of the teacher's distribution its most probable tokens hold, by rank: means over the learned
+    positions of samples that are spread over the store.
+
+    Raises:
+        MissingFeatureError: not every sample has logits.
+
+    Example:
+        mass = mass_by_rank(reader)
+        dict(zip(mass.ranks, mass.cumulative))
+    """
     return survey(reader).ranks
 
 

@@ -65,11 +65,23 @@ class Report:
 
 
 def verify_store(path: str | Path, deep: bool, progress: Progress | None = None) -> Report:
-    """Check every file that the store's records name; `deep` also hashes their bytes and decodes all rows.
+    """Check every file that the store's records name.
 
-    Without `deep`, presence and sizes of data files are checked, and all records, plans and manifests.
-    `progress(done, total)` is called per commit record. Raises StoreNotFoundError when there is no store,
-    StoreAccessError when the object store does not answer.
+    Args:
+        path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+        deep: also hash their bytes and decode all rows. Without it presence and sizes of data files are
+            checked, and all records, plans and manifests.
+        progress: called as `progress(done, total)` for each commit record.
+
+    Returns:
+        What was looked at and every problem found; `report.sound` is True without any.
+
+    Raises:
+        StoreNotFoundError: there is no store.
+        StoreAccessError: the object store does not answer.
+
+    Example:
+        assert verify_store("run/cache", deep=True).sound
     """
     root = root_of(path)
     if not root.exists(SPEC_FILE) and not root.names("commit"):

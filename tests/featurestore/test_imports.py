@@ -3,12 +3,17 @@
 import pkgutil
 import subprocess
 import sys
+from types import ModuleType
 
+import pytest
+
+import distily
 import featurestore
 
 
-def test_no_submodule_loads_a_model_framework() -> None:
-    names = [f"featurestore.{module.name}" for module in pkgutil.iter_modules(featurestore.__path__)]
+@pytest.mark.parametrize("package", [distily, featurestore])
+def test_no_submodule_loads_a_model_framework(package: ModuleType) -> None:
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     assert len(names) > 10
     heavy = ("torch", "vllm", "transformers", "datasets", "obstore")
     code = f"import sys, {', '.join(names)}; print([m for m in {heavy} if m in sys.modules])"
