@@ -8,7 +8,7 @@ imported from deeper inside the packages may change.
 
     reader = CacheReader.open("run/cache")
     sample = reader.read(0)
-    sample.tokens, sample.features[reader.groups[0]]
+    sample.tokens, sample.features[reader.find_logits()]
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from distily.text import one_line
 from student.errors import UserError
 
 
@@ -25,7 +26,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is not valid YAML: {one_line(error, None)}") from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from distily.text import one_line
 from student.config.flag_checks import check_flags
 from student.config.flags import OBJECTIVE_FLAGS, StudentOptions
 from student.config.help import EXAMPLES, INTRODUCTION, unknown_flag
@@ -158,7 +159,7 @@ def parse(argv: Sequence[str]) -> Request:
     except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+        raise UserError(f"TrainingArguments: {one_line(error, None)}") from error
     if unknown:
         raise UserError(unknown_word(parser, unknown[0]))
     if options.objective is not None:

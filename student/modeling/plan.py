@@ -106,17 +106,9 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     longest = int(reader.lengths.max())
     if options.student is not None:
         return _plan_checkpoint(options, reader, options.student, longest)
-    plan = _plan_new(options, reader, options.copy_layers, longest)
-    if plan.teacher is None or options.copy_layers != "auto":
-        return plan
-    others = [_plan_new(options, reader, layers, longest) for layers in ("first", "last")]
-    return replace(plan, alternatives=tuple(other for other in others if other.layers != plan.layers))
-
-
-def _plan_new(options: StudentOptions, reader: CacheReader, copy_layers: str, longest: int) -> StudentPlan:
     flag = "--student-model-config"
     teacher_config = text_config(load_config(str(reader.teacher_dir), "the cache's teacher/"))
-    config, layers = changed_config(teacher_config, options.config_changes(), copy_layers)
+    config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers)
     check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
     check_positions(config, longest, flag)
     teacher = None
@@ -127,7 +119,14 @@ def _plan_new(options: StudentOptions, reader: CacheReader, copy_layers: str, lo
     plan = _planned(options, config, None, layers, teacher)
     if teacher is None:
         return plan
-    return replace(plan, narrowing=plan_narrowing(teacher_config.get_text_config(), config.get_text_config()))
+    plan = replace(plan, narrowing=plan_narrowing(teacher_config.get_text_config(), config.get_text_config()))
+    if options.copy_layers != "auto":
+        return plan
+    others = (changed_config(teacher_config, options.config_changes(), spec) for spec in ("first", "last"))
+    alternatives = (
+        replace(plan, config=other, layers=chosen) for other, chosen in others if chosen != layers
+    )
+    return replace(plan, alternatives=tuple(alternatives))
 
 
 def _plan_checkpoint(
