@@ -124,15 +124,16 @@ def ours(**request: Any) -> float:
     from featurestore.format.records import RunCost
     from featurestore.format.schema import Sample
     from featurestore.store import FeatureStore
+    from pipeline.engines.registry import find_engine
     from pipeline.generate.precision import Precision
-    from pipeline.generate.run import PreparedCapture, _run, engine_version, start_engine
+    from pipeline.generate.run import PreparedCapture, _run, start_engine
     from pipeline.progress import ConsoleReporter
     from pipeline.request.generate import identity_of
 
     teacher, wanted = settled(shard_tokens=4096, **request)
     print(f"{wanted.dtype}, steps of {wanted.step_size:,} positions", file=sys.stderr)
     chosen = (Precision(dtype=wanted.dtype), wanted.shard_size)
-    identity = identity_of(wanted, teacher, engine_version(wanted))
+    identity = identity_of(wanted, teacher, find_engine(wanted.engine).version())
     report = ConsoleReporter(Console(quiet=True))
     groups = wanted.groups(teacher)
     engine = start_engine(

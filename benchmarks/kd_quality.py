@@ -44,7 +44,7 @@ from student.objective.terms import Objective, Term, term
 from student.objective.weights import Weight
 from student.training.model import DistillationModel
 from student.training.plan import load_teacher
-from student.training.trainer import DistillationTrainer
+from student.training.trainer import CacheTrainer
 
 STEPS, SEEDS = int(os.environ.get("STEPS", "150")), range(int(os.environ.get("SEEDS", "3")))
 BATCH, LENGTH, RATE, LAYERS = 1, 256, 2e-3, 4
@@ -183,7 +183,7 @@ def train(key: str, seed: int) -> None:
                 "disable_tqdm": True,
             },
         )
-        trainer = DistillationTrainer(
+        trainer = CacheTrainer(
             model=model,
             args=args,
             train_dataset=data,

@@ -28,37 +28,58 @@ if TYPE_CHECKING:
     from featurestore.maintenance.verify import verify_store as verify
     from featurestore.reader import CacheReader as CacheReader
     from featurestore.store import FeatureStore as FeatureStore
+    from pipeline.engines.registry import register_engine as register_engine
     from student.api import Experiment as Experiment
     from student.api import expectations as expectations
+    from student.config.training_config import DistillationConfig as DistillationConfig
+    from student.data.dataset import DistillationDataset as DistillationDataset
+    from student.losses.catalogue import Loss as Loss
+    from student.losses.catalogue import Option as LossOption
+    from student.losses.catalogue import register_loss as register_loss
     from student.modeling.saving import load_student as load_student
+    from student.training.distillation import DistillationTrainer as DistillationTrainer
 
 # Public name -> where it is, and its name there.
 _NAMES = {
     "CacheReader": ("featurestore.reader", "CacheReader"),
+    "DistillationConfig": ("student.config.training_config", "DistillationConfig"),
+    "DistillationDataset": ("student.data.dataset", "DistillationDataset"),
+    "DistillationTrainer": ("student.training.distillation", "DistillationTrainer"),
     "DistilyError": ("distily.errors", "DistilyError"),
     "Experiment": ("student.api", "Experiment"),
     "FeatureStore": ("featurestore.store", "FeatureStore"),
     "HiddenSpec": ("featurestore.format.schema", "HiddenSpec"),
     "LogitsSpec": ("featurestore.format.schema", "LogitsSpec"),
+    "Loss": ("student.losses.catalogue", "Loss"),
+    "LossOption": ("student.losses.catalogue", "Option"),
     "LseSpec": ("featurestore.format.schema", "LseSpec"),
     "expectations": ("student.api", "expectations"),
     "load_student": ("student.modeling.saving", "load_student"),
     "mass_by_rank": ("featurestore.maintenance.inspect", "mass_by_rank"),
+    "register_engine": ("pipeline.engines.registry", "register_engine"),
+    "register_loss": ("student.losses.catalogue", "register_loss"),
     "store_info": ("featurestore.maintenance.info", "store_info"),
     "verify": ("featurestore.maintenance.verify", "verify_store"),
 }
 __all__ = [
     "CacheReader",
+    "DistillationConfig",
+    "DistillationDataset",
+    "DistillationTrainer",
     "DistilyError",
     "Experiment",
     "FeatureStore",
     "HiddenSpec",
     "LogitsSpec",
+    "Loss",
+    "LossOption",
     "LseSpec",
     "__version__",
     "expectations",
     "load_student",
     "mass_by_rank",
+    "register_engine",
+    "register_loss",
     "store_info",
     "verify",
 ]

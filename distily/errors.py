@@ -17,3 +17,7 @@ class DataFileError(DistilyError, ValueError):
 
 class HubError(DistilyError, OSError):
     """The Hugging Face hub cannot be reached, or refuses us."""
+
+
+class PluginError(DistilyError, RuntimeError):
+    """An extension of another package failed; see `distily.plugins`."""

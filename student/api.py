@@ -96,8 +96,8 @@ class Experiment:
         request = parse(words)
         check_output(request)
         self._built = build(prepare(request))
-        self.reader = self._built.prepared.reader
-        self.model, self.trainer = self._built.model, self._built.trainer
+        self.reader = self._built.assembled.prepared.reader
+        self.model, self.trainer = self._built.assembled.model, self._built.trainer
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The batches of the first epoch, in the order in which training reads them, on its device.

@@ -30,7 +30,7 @@ def test_the_committed_outputs_are_of_the_committed_cells() -> None:
 
 def test_it_runs_on_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = save_teacher(tmp_path / "teacher")
-    # Samples long enough that eight steps lower the KL by far more than the draws of another machine's teacher do.
+    # Long enough that eight steps lower the KL by far more than another machine's random teacher changes it.
     samples = random_samples(300, 199, lengths=(60, 120), seed=1)
     cache = write_cache(tmp_path / "cache", teacher, samples, [LogitsSpec(16), HiddenSpec(1, "bf16")])
     monkeypatch.setenv("DISTILY_NOTEBOOK_CACHE", str(cache))

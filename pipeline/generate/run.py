@@ -19,6 +19,7 @@ from featurestore.store import FeatureStore
 from pipeline.data.samples import LeftOut
 from pipeline.data.selection import select
 from pipeline.engines.base import Engine
+from pipeline.engines.registry import find_engine
 from pipeline.errors import RequestError
 from pipeline.generate import provenance
 from pipeline.generate.committer import Committer
@@ -104,7 +105,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> PreparedCapture:
     _check_device(request)
     writer = find_writer(request, teacher) if request.writing else None
     request, precision, first_tokens = settle(request, teacher, stored_dtype(request.out))
-    identity = identity_of(request, teacher, engine_version(request))
+    identity = identity_of(request, teacher, find_engine(request.engine).version())
     store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
     groups = request.groups(teacher)
@@ -209,19 +210,6 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
     return outcome
 
 
-def engine_version(request: GenerateRequest) -> str:
-    """The version of the engine that would run; RequestError when it is not installed."""
-    if request.engine == "vllm":
-        from pipeline.engines import vllm_engine
-
-        return vllm_engine.version()
-    try:
-        import transformers
-    except ImportError as error:
-        raise RequestError("--engine transformers: not installed; install the extra [train]") from error
-    return str(transformers.__version__)
-
-
 def start_engine(
     prepared: PreparedCapture, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
 ) -> Engine:
@@ -233,13 +221,7 @@ def start_engine(
     report.stage(
         f"starting {request.engine} with {teacher.architecture} in {dtype}" + f" ({reason})" * bool(reason)
     )
-    if request.engine == "vllm":
-        from pipeline.engines.vllm_engine import VllmEngine
-
-        return VllmEngine(config, verbose)
-    from pipeline.engines.transformers_engine import TransformersEngine
-
-    return TransformersEngine(config)
+    return find_engine(request.engine).start(config, verbose)
 
 
 def _write(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from featurestore.errors import StoreFormatError
 from featurestore.format.schema import MAX_TAIL, GroupSpec, HiddenSpec, LogitsSpec, LseSpec, TeacherIdentity
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.registry import find_engine
 from pipeline.errors import RequestError
 from pipeline.request.writing import WritingRequest
 from pipeline.teacher.checkpoint import Teacher
 from pipeline.teacher.quantization import loading_quantization
 
-EngineName = Literal["vllm", "transformers"]
-ENGINES: tuple[EngineName, ...] = ("vllm", "transformers")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
 LOSS_ON = ("assistant", "all")
@@ -26,6 +24,9 @@ DEFAULT_STEP_TOKENS, DEFAULT_SHARD_TOKENS = 4096, 32_768
 DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
 PLAIN_HEAD: dict[str, int | float] = {"top_k": 64, "tail": 0}
 MAX_TOP_K = 65_535
+
+# Engines that write texts, too.
+_WRITERS = ("vllm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GenerateRequest:
     hidden_dtype: str = "bf16"
     final: bool = False
     relation_layers: tuple[int, ...] = ()
-    engine: EngineName = "vllm"
+    engine: str = "vllm"
     dtype: str = "auto"
     teacher_load_in_8bit: bool = False
     teacher_load_in_4bit: bool = False
@@ -82,7 +83,6 @@ class GenerateRequest:
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default)
         for flag, name, choices in (
-            ("--engine", self.engine, ENGINES),
             ("--dtype", self.dtype, DTYPES),
             ("--hidden-dtype", self.hidden_dtype, HIDDEN_DTYPES),
             ("--loss-on", self.loss_on, (None, *LOSS_ON)),
@@ -91,6 +91,7 @@ class GenerateRequest:
         ):
             if name not in choices:
                 raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")
+        find_engine(self.engine)
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"--top-p {self.top_p}: a probability in (0, 1] is needed")
         share = self.gpu_memory_utilization
@@ -127,6 +128,10 @@ class GenerateRequest:
         self._check_writing()
 
     def _check_writing(self) -> None:
+        if self.writing and self.writing.from_student is None and self.engine not in _WRITERS:
+            raise RequestError(
+                f"--continuations: --engine {self.engine} writes no text; use {' or '.join(_WRITERS)}"
+            )
         if self.writing and (self.pack or self.append_eos or self.loss_on):
             given = {"--pack": self.pack, "--append-eos": self.append_eos, f"--loss-on {self.loss_on}": True}
             flag = next(name for name, is_given in given.items() if is_given)

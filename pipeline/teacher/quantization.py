@@ -31,6 +31,8 @@ def loading_quantization(engine: str, bits: int, saved: str, dtype: str) -> str:
     flag = f"--teacher-load-in-{bits}bit"
     if saved != "none":
         raise RequestError(f"{flag}: the teacher is saved as {saved} already and loads as that; leave it out")
+    if engine not in _BY_ENGINE:
+        raise RequestError(f"{flag}: only for --engine {' and '.join(_BY_ENGINE)}; leave it out")
     name = _BY_ENGINE[engine].get(bits)
     if name is None:
         raise RequestError(

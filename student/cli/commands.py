@@ -342,7 +342,7 @@ def _run(argv: list[str]) -> None:
 
     recipe, argv = take_recipe(argv)
     asked = parse(argv) if recipe is None else requests(recipe, argv)
-    as_json = (asked[-1].request if isinstance(asked, list) else asked).options.json
+    as_json = (asked[-1].request if isinstance(asked, list) else asked).as_json
     with _quiet(as_json):
         summary = train_stages(asked) if isinstance(asked, list) else train_from_cache(asked)
     if summary:  # of several processes, the first one's

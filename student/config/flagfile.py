@@ -20,11 +20,12 @@ def command_line(flags: Mapping[str, Any], where: str) -> list[str]:
         if not isinstance(name, str) or not name or name.startswith("-"):
             raise UserError(f"{where}: {name!r} is no flag; write its name without dashes in front")
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", _word(value, f"{where}: {name}")]
+            words += [f"--{name.replace('_', '-')}", word(value, f"{where}: {name}")]
     return words
 
 
-def _word(value: Any, where: str) -> str:
+def word(value: Any, where: str) -> str:
+    """One value as the word behind its flag."""
     if isinstance(value, Mapping):
         try:
             return json.dumps(value)

@@ -38,13 +38,6 @@ def _flag(default: Any, help_text: str) -> Any:
 class StudentOptions:
     """What to train and towards what; validated once by `check`."""
 
-    _argument_group_name: ClassVar[str] = "student and objective"
-
-    recipe: str | None = _flag(
-        None,
-        "YAML file of flags of this command, perhaps of several stages that follow each other; flags on the "
-        "command line win. docs/recipes.md, examples/recipes/.",
-    )
     student_model_config: str | None = _flag(
         None,
         "Changes to the teacher's configuration that make the student, as JSON: "
@@ -180,12 +173,9 @@ class StudentOptions:
         "Begin anew where --output-dir holds a training already: its checkpoints, student and records are "
         "deleted once all of the request is checked; other files stay.",
     )
-    json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
 
     def check(self) -> None:
         """UserError for the first flag that cannot be served whatever the cache holds."""
-        if self.recipe is not None:
-            raise UserError("--recipe: is read from the command line alone; write the recipe's own flags")
         if self.student is not None and self.student_model_config is not None:
             raise UserError(
                 "--student and --student-model-config exclude each other: a checkpoint brings its own "
@@ -314,3 +304,23 @@ class StudentOptions:
         if not isinstance(changes, dict):
             raise UserError(f"--student-model-config must be a JSON object; {example}")
         return changes
+
+
+@dataclass
+class CommandOptions(StudentOptions):
+    """What only the command line takes."""
+
+    _argument_group_name: ClassVar[str] = "student and objective"
+
+    recipe: str | None = _flag(
+        None,
+        "YAML file of flags of this command, perhaps of several stages that follow each other; flags on the "
+        "command line win. docs/recipes.md, examples/recipes/.",
+    )
+    json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
+
+    def check(self) -> None:
+        """As of StudentOptions, and UserError for a recipe within a recipe."""
+        if self.recipe is not None:
+            raise UserError("--recipe: is read from the command line alone; write the recipe's own flags")
+        super().check()

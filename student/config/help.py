@@ -1,6 +1,6 @@
 """`from-cache --help` and misspelt flags, without torch and transformers, which take seconds to import.
 
-Our own flags are read from `StudentOptions`; those of transformers' TrainingArguments are known by name, from
+Our own flags are read from `CommandOptions`; those of transformers' TrainingArguments are known by name, from
 the source file that defines them.
 """
 
@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from student.config.flags import StudentOptions
+from student.config.flags import CommandOptions
 from student.errors import UserError
 
 INTRODUCTION = """\
@@ -103,7 +103,7 @@ def show_help(console: Console | None = None) -> None:
     console.print(Text("\nUsage: distily-train from-cache STORE --output-dir DIR [flags]\n"))
     for text in (INTRODUCTION, EXAMPLES):
         console.print(Text(text))
-    known = {field.name: field for field in fields(StudentOptions)}
+    known = {field.name: field for field in fields(CommandOptions)}
     assert set(known) == {name for names in _OURS.values() for name in names}, "a flag without a heading"
     first, *rest = _OURS
     _panel(console, first, (_row(known[name]) for name in _OURS[first]))
@@ -121,7 +121,7 @@ def check_names(words: Sequence[str]) -> None:
     theirs = training_arguments()
     if theirs is None:
         return
-    ours = {field.name for field in fields(StudentOptions)}
+    ours = {field.name for field in fields(CommandOptions)}
     known = ours | theirs | {f"no_{name}" for name in (*ours, *theirs)} | {"help", "help_all"}
     for word in words:
         name = word.partition("=")[0]

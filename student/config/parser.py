@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from distily.text import one_line
-from student.config.flag_checks import check_flags
-from student.config.flags import OBJECTIVE_FLAGS, StudentOptions
+from student.config.flags import OBJECTIVE_FLAGS, CommandOptions, StudentOptions
 from student.config.help import EXAMPLES, INTRODUCTION, unknown_flag
-from student.config.precision import settle, uses_cpu
+from student.config.precision import settle
+from student.config.training_config import complete, defaults
 from student.errors import UserError
 
 _BOOLEANS = frozenset({"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"})
 _COUNTING = ("--include_num_input_tokens_seen", "--include-num-input-tokens-seen")
 _TOKEN_COUNTS = frozenset({"all", "non_padding"})
-# Runs of fewer steps are evaluated every so many, others ten times.
-_SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
 _DESCRIPTION = (
     f"{INTRODUCTION}\n{EXAMPLES}\nAfter our own flags come all of transformers' TrainingArguments.\n"
 )
@@ -38,6 +33,7 @@ class Request:
     options: StudentOptions
     training: TrainingArguments
     notes: tuple[str, ...] = ()  # what was chosen for the user, to be shown before training
+    as_json: bool = False
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -63,51 +59,14 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """argparse's own; checks and completes the flags before TrainingArguments are made of them."""
         namespace, rest = super().parse_known_args(*args, **kwargs)
-        check_flags(namespace)
-        namespace.use_cpu = uses_cpu(namespace.use_cpu)
-        on_gpu = not namespace.use_cpu and torch.cuda.is_available()
-        if namespace.dataloader_num_workers is None:
-            namespace.dataloader_num_workers = min(4, os.cpu_count() or 1) if on_gpu else 0
-        if namespace.dataloader_pin_memory is None:
-            namespace.dataloader_pin_memory = on_gpu
-        if namespace.eval_steps is None:
-            # A tenth of a short run is a step or two, and an evaluation may cost as much as several. Trainer
-            # wants both intervals as shares of the run where it is to find the best of the saved models.
-            short = 0 < namespace.max_steps < _SHORT_RUN and not namespace.load_best_model_at_end
-            namespace.eval_steps = _SHORT_RUN_EVAL_STEPS if short else 0.1
+        complete(namespace)
         return namespace, rest
-
-
-def defaults() -> dict[str, Any]:
-    """Our defaults where TrainingArguments' own do not suit distillation from a cache; any explicit flag
-    wins.
-    """
-    return {
-        # Follow from the machine and other flags once all are known.
-        "eval_steps": None,
-        "use_cpu": None,
-        "bf16": None,
-        "dataloader_num_workers": None,
-        "dataloader_pin_memory": None,
-        "eval_strategy": "steps",
-        "eval_on_start": True,
-        "logging_steps": 0.02,
-        "logging_first_step": True,
-        "save_steps": 0.2,
-        "save_total_limit": 2,
-        "learning_rate": 4e-4,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "report_to": "tensorboard" if importlib.util.find_spec("tensorboard") else "none",
-        "include_num_input_tokens_seen": "non_padding",
-        "remove_unused_columns": False,
-    }
 
 
 def make_parser() -> Any:
     """The parser of `from-cache`; its `error` raises UserError."""
     parser = _Parser(
-        [StudentOptions, TrainingArguments],
+        [CommandOptions, TrainingArguments],
         prog="distily-train from-cache",
         description=_DESCRIPTION,
         formatter_class=_HelpFormatter,
@@ -135,7 +94,7 @@ def make_parser() -> Any:
         if action.dest == "include_num_input_tokens_seen":
             action.type = _token_count  # a string or a bool, which HfArgumentParser takes for a bool
     parser._optionals.title = "transformers TrainingArguments"
-    own = next(group for group in parser._action_groups if group.title == StudentOptions._argument_group_name)
+    own = next(group for group in parser._action_groups if group.title == CommandOptions._argument_group_name)
     parser._action_groups.remove(own)
     parser._action_groups.insert(1, own)
     return parser
@@ -152,7 +111,7 @@ def parse(argv: Sequence[str]) -> Request:
     parser = make_parser()
     try:
         options, training, rest, unknown = parser.parse_args_into_dataclasses(
-            args=lower_is_better(bind_booleans(parser, argv)),
+            args=bind_booleans(parser, argv),
             return_remaining_strings=True,
             look_for_args_file=False,
         )
@@ -165,7 +124,7 @@ def parse(argv: Sequence[str]) -> Request:
     if options.objective is not None:
         _check_alone(argv)
     options.check()
-    return Request(rest.store, options, training, tuple(settle(training, training.bf16)))
+    return Request(rest.store, options, training, tuple(settle(training, training.bf16)), options.json)
 
 
 def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
@@ -179,15 +138,6 @@ def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:
         alone = word in optional and following.lower() not in values
         bound.append(f"{word}=True" if alone else word)
     return bound
-
-
-def lower_is_better(argv: Sequence[str]) -> list[str]:
-    """Adds `--greater_is_better False` for our metrics that fall; Trainer assumes so for losses only."""
-    words = [part for word in argv for part in word.replace("-", "_").split("=", 1)]
-    asked = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "__metric_for_best_model"]
-    decided = "__greater_is_better" in words
-    falling = bool(asked) and asked[-1].removeprefix("eval_") in ("kl", "ce", "perplexity")
-    return [*argv, "--greater_is_better", "False"] if falling and not decided else list(argv)
 
 
 def _check_alone(argv: Sequence[str]) -> None:

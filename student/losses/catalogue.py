@@ -2,7 +2,7 @@
 
 A new loss is a pure function beside its kin in `student.losses` and one entry in the table there; flags,
 objective files, the table of `distily-train objectives`, docs/objectives.md and the tests follow from the
-entry.
+entry. `register_loss` adds one from outside the package.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from distily.plugins import load_plugins
 from student.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Paper:
     arxiv: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """One entry. function, by kind:
 
@@ -112,11 +113,11 @@ class Loss:
     name: str
     kind: Kind
     function: Callable[..., Tensor]
-    formula: str
-    paper: Paper | None
     needs: str
-    exactness: Exactness
-    statement: str
+    formula: str = ""
+    paper: Paper | None = None
+    exactness: Exactness = "exact"
+    statement: str = ""
     better: str = ""
     options: Mapping[str, Option] = field(default_factory=dict)
     tails: tuple[float, ...] = ()
@@ -136,9 +137,44 @@ class Loss:
         }
 
 
-@cache
+_registered: dict[str, Loss] = {}
+
+
+def register_loss(loss: Loss) -> Loss:
+    """Make a loss known by its name, to `DistillationConfig`, objective files and flags of this process.
+
+    A plugin (`distily.plugins`) that calls it makes the loss known to the command line.
+
+    Args:
+        loss: its entry. `--hidden-loss NAME` finds a loss between hidden states that is named `hidden_NAME`.
+
+    Returns:
+        The entry.
+
+    Raises:
+        ValueError: there is a loss of that name.
+
+    Example:
+        register_loss(Loss(name="hidden_l1", kind="hidden", function=mean_distance, needs="R"))
+    """
+    if loss.name in _ours() or loss.name in _registered:
+        raise ValueError(f"a loss named {loss.name!r} exists already")
+    _registered[loss.name] = loss
+    return loss
+
+
 def catalogue() -> Mapping[str, Loss]:
-    """Every loss by name, in the order of the tables."""
+    """Every loss by name, in the order of the tables; registered ones at the end.
+
+    Raises:
+        PluginError: a plugin of the environment fails.
+    """
+    load_plugins()
+    return {**_ours(), **_registered}
+
+
+@cache
+def _ours() -> Mapping[str, Loss]:
     from student.losses.full_entries import DENSE_LOSSES
     from student.losses.hidden import HIDDEN_LOSSES
     from student.losses.relation_terms import RELATION_LOSSES

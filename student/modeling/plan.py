@@ -42,7 +42,7 @@ class StudentPlan:
     layer. teacher: files to copy from, of which `narrowing` keeps a part; None leaves random weights.
     conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
     checkpoint has gone through it already. alternatives: the same student from other layers of the teacher,
-    for --copy-layers auto.
+    for --copy-layers auto. given: a model that there is already, and that is trained itself.
     """
 
     config: Any
@@ -55,6 +55,7 @@ class StudentPlan:
     freeze_embeddings: bool
     narrowing: Narrowing = NO_NARROWING
     alternatives: tuple[StudentPlan, ...] = ()
+    given: Any = None
 
     @property
     def copied(self) -> str | None:
@@ -84,7 +85,9 @@ class StudentPlan:
         return student, drift
 
     def start(self) -> Any:
-        """The student before any conversion, in float32."""
+        """The student before any conversion, in float32; or the model that was given, as it is."""
+        if self.given is not None:
+            return self.given
         if self.checkpoint is None:
             student = new_student(self.config)
             if self.teacher is not None:
@@ -149,6 +152,21 @@ def _plan_checkpoint(
     return _planned(
         options=options, config=config, checkpoint=str(directory), layers=[], teacher=None, before=before
     )
+
+
+def plan_given(options: StudentOptions, reader: CacheReader, model: Any) -> StudentPlan:
+    """The plan for a transformers model that there is already; UserError where it does not fit the cache."""
+    for name in ("student", "student_model_config", "teacher"):
+        if getattr(options, name) is not None:
+            raise UserError(f"model: a model was given, so {name} has no effect; leave one of them out")
+    teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
+    check_vocabulary(model.config, teacher_config, reader.identity.vocab_size, "model")
+    check_positions(model.config, int(reader.lengths.max()), "model")
+    before = bitnet.conversion_of(model)
+    plan = _planned(
+        options=options, config=model.config, checkpoint=None, layers=[], teacher=None, before=before
+    )
+    return replace(plan, given=model)
 
 
 def plan_following(options: StudentOptions, before: StudentPlan) -> StudentPlan:

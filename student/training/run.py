@@ -24,7 +24,7 @@ from student.config.parser import Request
 from student.data.batches import calibration_samples
 from student.data.packing import check_packing
 from student.errors import UserError
-from student.modeling.plan import StudentPlan, plan_following, plan_student
+from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
 from student.objective.terms import Objective
 from student.report import write_report
 from student.training.model import DistillationModel
@@ -40,8 +40,8 @@ from student.training.plan import (
 from student.training.provenance import environment, typed
 from student.training.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.training.summary import TrainingRun, summarise
-from student.training.trainer import DistillationTrainer
-from student.training.uniform import UniformGuess, best_copy
+from student.training.trainer import CacheTrainer
+from student.training.uniform import best_copy
 
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -62,13 +62,37 @@ class PreparedTraining:
 
 
 @dataclass(frozen=True)
-class Built:
-    """The student with its objective, and what trains it. drift: how far a conversion to BitNet moved it."""
+class Assembled:
+    """The student with its objective. drift: how far a conversion to BitNet moved it."""
 
     prepared: PreparedTraining
     model: DistillationModel
-    trainer: DistillationTrainer
     drift: Drift | None
+
+    def for_trainer(self) -> dict[str, Any]:
+        """What `CacheTrainer` takes."""
+        request, reader, data = self.prepared.request, self.prepared.reader, self.prepared.data
+        return {
+            "model": self.model,
+            "args": request.training,
+            "train_dataset": data.train,
+            "eval_dataset": data.held_out,
+            "vocab_size": reader.identity.vocab_size,
+            "tokenizer_dir": reader.teacher_dir,
+            "pack_rows": request.options.pack_rows,
+            "ternary": request.options.ternary(),
+            "drift": self.drift,
+            "held_out_documents": data.split.held_out_documents,
+            "copied": self.prepared.plan.copied,
+        }
+
+
+@dataclass(frozen=True)
+class Built:
+    """The student with its objective, and what trains it."""
+
+    assembled: Assembled
+    trainer: CacheTrainer
 
 
 def train_from_cache(request: Request, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,16 +105,20 @@ def train_from_cache(request: Request, command: Sequence[str] | None = None) -> 
     return train(build(prepare(request)), command)
 
 
-def prepare(request: Request, before: StudentPlan | None = None) -> PreparedTraining:
+def prepare(request: Request, before: StudentPlan | None = None, given: Any = None) -> PreparedTraining:
     """Find everything that can be wrong with a request, before any student is built.
 
-    before: the student that this one starts from, where a stage before has yet to save it.
+    before: the student that this one starts from, where a stage before has yet to save it. given: a model
+    that is to be trained itself.
     """
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
     reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
-    plan = plan_student(options, reader) if before is None else plan_following(options, before)
+    if given is not None:
+        plan = plan_given(options, reader, given)
+    else:
+        plan = plan_student(options, reader) if before is None else plan_following(options, before)
     if checkpoint is not None:
         check_kind(checkpoint, plan)
     split = plan_split(reader, options.eval_fraction, options.train_samples)
@@ -115,36 +143,31 @@ def prepare(request: Request, before: StudentPlan | None = None) -> PreparedTrai
 
 def build(prepared: PreparedTraining) -> Built:
     """The student and its trainer, from the request's seed."""
-    options, args = prepared.request.options, prepared.request.training
-    reader, objective, data = prepared.reader, prepared.objective, prepared.data
+    args = prepared.request.training
     check_writable(Path(args.output_dir))
     if args.process_index == 0:
         for note in prepared.request.notes:
             typer.echo(note, err=True)
-    samples = calibration_samples(data.train)
-    plan, said = best_copy(prepared.plan, samples, args.device)
-    if said is not None and args.process_index == 0:
-        typer.echo(f"distily-train: {said}", err=True)
+    assembled, chosen = assemble(prepared)
+    if chosen is not None and args.process_index == 0:
+        typer.echo(f"distily-train: {chosen}", err=True)
+    return Built(assembled, CacheTrainer(**assembled.for_trainer()))
+
+
+def assemble(prepared: PreparedTraining) -> tuple[Assembled, str | None]:
+    """The student with its objective, from the request's seed, and a sentence where other layers of the
+    teacher were copied than usual.
+    """
+    options, args = prepared.request.options, prepared.request.training
+    samples = calibration_samples(prepared.data.train)
+    plan, chosen = best_copy(prepared.plan, samples, args.device)
     prepared = replace(prepared, plan=plan)
     set_seed(args.seed)
-    student, drift = prepared.plan.build(samples, args.device)
+    student, drift = plan.build(samples, args.device)
     if options.pack_rows:
         check_packing(student)
-    model = DistillationModel(student, objective, load_teacher(objective, reader))
-    trainer = DistillationTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        vocab_size=reader.identity.vocab_size,
-        tokenizer_dir=reader.teacher_dir,
-        pack_rows=options.pack_rows,
-        ternary=options.ternary(),
-        drift=drift,
-        held_out_documents=data.split.held_out_documents,
-    )
-    trainer.add_callback(UniformGuess(reader.identity.vocab_size, prepared.plan.copied))
-    return Built(prepared, model, trainer, drift)
+    teacher = load_teacher(prepared.objective, prepared.reader)
+    return Assembled(prepared, DistillationModel(student, prepared.objective, teacher), drift), chosen
 
 
 def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -152,9 +175,9 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
 
     command: the words that ask for this training, those of this process when left out.
     """
-    trainer, reader, data = built.trainer, built.prepared.reader, built.prepared.data
-    checkpoint = built.prepared.checkpoint
-    if built.prepared.request.options.overwrite_output_dir and trainer.args.should_save:
+    trainer, prepared = built.trainer, built.assembled.prepared
+    reader, data, checkpoint = prepared.reader, prepared.data, prepared.checkpoint
+    if prepared.request.options.overwrite_output_dir and trainer.args.should_save:
         remove_training(Path(trainer.args.output_dir))
     if str(data.split) and trainer.is_world_process_zero():
         typer.echo(f"distily-train: {data.split}", err=True)
@@ -173,25 +196,25 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     run = TrainingRun(
         reader=reader,
-        model=built.model,
+        model=built.assembled.model,
         state=trainer.state,
         output_dir=Path(trainer.args.output_dir),
         seconds=seconds,
         train_samples=len(data.train),
         held_out_samples=len(data.held_out or ()),
-        eval_fraction=built.prepared.request.options.eval_fraction,
+        eval_fraction=prepared.request.options.eval_fraction,
         command=command or typed(),
         environment=environment(trainer.args.device, started),
-        drift=built.drift,
+        drift=built.assembled.drift,
         split=data.split,
-        copied=built.prepared.plan.copied,
+        copied=prepared.plan.copied,
     )
     summary = summarise(run)
     write_report(run.output_dir)
     return summary
 
 
-def _evaluated_last_step(trainer: DistillationTrainer) -> bool:
+def _evaluated_last_step(trainer: CacheTrainer) -> bool:
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return bool(evaluated) and evaluated[-1] == trainer.state.global_step
 

@@ -20,14 +20,16 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data.batches import CachedDataset, CacheOrder, Collator
 from student.metrics import cluster_error, perplexity
+from student.modeling.adapters import has_adapters, load_adapters, save_adapters
 from student.modeling.saving import MANIFEST_FILE, load_weights, save_student
 from student.training.balance import EVERY, GradientBalance, gradient_norms
 from student.training.finite import check_terms, check_weights
 from student.training.model import EVAL_COLUMNS, DistillationModel
 from student.training.resume import KeptCallback, order_seed
+from student.training.uniform import UniformGuess
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class CacheTrainer(Trainer):  # type: ignore[misc]
     """Trains `model.student`; every checkpoint is a directory that `from_pretrained` loads."""
 
     def __init__(
@@ -42,6 +44,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         ternary: TernaryPlan | None = None,
         drift: Drift | None = None,
         held_out_documents: Sequence[int] = (),
+        copied: str | None = None,
+        **options: Any,
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
@@ -55,6 +59,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             data_collator=self._train_collator,
             compute_metrics=partial(held_out_metrics, held_out_documents),
             optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
+            **options,
         )
         self.add_callback(KeptCallback())
         self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
@@ -67,6 +72,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if conversion_of(model.student) is not None:
             self._ternary = TernaryCallback(model.student, ternary or TernaryPlan())
             self.add_callback(self._ternary)
+        self.add_callback(UniformGuess(vocab_size, copied))
 
     def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
         return Collator(dataset.groups, self._pad_token, pack, drop_idle)
@@ -195,7 +201,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        save_student(self.model.student, directory, self._tokenizer_dir)
+        save = save_adapters if has_adapters(self.model.student) else save_student
+        save(self.model.student, directory, self._tokenizer_dir)
         if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
             self.model.projectors.save(directory)
             if self._balance is not None:
@@ -210,7 +217,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         (directory / MANIFEST_FILE).write_text(json.dumps(record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.model.student, Path(resume_from_checkpoint))
+        load = load_adapters if has_adapters(self.model.student) else load_weights
+        load(self.model.student, Path(resume_from_checkpoint))
         self.model.projectors.load(Path(resume_from_checkpoint))
         if self._balance is not None:
             self._balance.load(Path(resume_from_checkpoint))

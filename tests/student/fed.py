@@ -23,7 +23,7 @@ import student.training.run
 from featurestore.reader import CodedSample
 from student.cli import main
 from student.data.batches import CachedDataset, Collator
-from student.training.trainer import DistillationTrainer
+from student.training.trainer import CacheTrainer
 
 
 class Noting(Collator):
@@ -34,7 +34,7 @@ class Noting(Collator):
         return super().__call__(samples) | {"fed": [[s.id, int(s.loss_mask.sum())] for s in samples]}
 
 
-class Recorder(DistillationTrainer):
+class Recorder(CacheTrainer):
     """A trainer that takes the ids out again where the model gets its batch."""
 
     def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
@@ -61,7 +61,7 @@ class Recorder(DistillationTrainer):
 def run(arguments: Sequence[str]) -> None:
     """One run in this process; AssertionError unless it succeeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student.training.run, "DistillationTrainer", Recorder)
+        patch.setattr(student.training.run, "CacheTrainer", Recorder)
         patch.setattr(sys, "argv", ["distily-train", "from-cache", *arguments])
         with pytest.raises(SystemExit) as stop:
             main()

@@ -5,6 +5,7 @@ code 2.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from transformers import TrainingArguments
 
 from featurestore.format.schema import LogitsSpec
 from student.config import help
-from student.config.flags import StudentOptions
-from student.config.parser import lower_is_better, parse
+from student.config.flags import CommandOptions
+from student.config.help import _TRAINING
+from student.config.parser import parse
+from student.config.training_config import DistillationConfig
 from student.errors import UserError
 from student.modeling import plan as build
 from tests import teachers
@@ -105,20 +108,21 @@ def test_short_runs_are_not_evaluated_at_every_step(tmp_path: Path) -> None:
         assert parse(["STORE", "--output-dir", str(tmp_path), *flags]).training.eval_steps == expected, flags
 
 
-def test_metrics_that_fall_are_better_when_lower() -> None:
-    flags = ["--metric-for-best-model=eval_kl"]
-    assert lower_is_better(flags) == [*flags, "--greater_is_better", "False"]
-    assert lower_is_better([*flags, "--greater-is-better", "True"]) == [*flags, "--greater-is-better", "True"]
-    assert lower_is_better(["--metric_for_best_model", "top1_agreement"]) == [
-        "--metric_for_best_model",
-        "top1_agreement",
-    ]
+def test_metrics_that_fall_are_better_when_lower(tmp_path: Path) -> None:
+    for flags, expected in (
+        (["--metric-for-best-model=eval_kl"], False),
+        (["--metric-for-best-model=kl", "--greater-is-better", "True"], True),
+        (["--metric_for_best_model", "top1_agreement", "--load-best-model-at-end"], True),
+        (["--metric_for_best_model", "perplexity", "--load-best-model-at-end"], False),
+    ):
+        args = parse(["STORE", "--output-dir", str(tmp_path), *flags]).training
+        assert args.greater_is_better is expected, flags
 
 
 def test_help_shows_all_of_ours_and_the_usual_of_theirs(distily_train: Run) -> None:
     code, out, _ = distily_train("--help")
     assert code == 0
-    assert all(f"--{field.name.replace('_', '-')}" in out for field in fields(StudentOptions))
+    assert all(f"--{field.name.replace('_', '-')}" in out for field in fields(CommandOptions))
     assert out.index("--student-model-config") < out.index("--learning-rate") < out.index("--bitnet-backward")
     assert "--help-all" in out and "--deepspeed" not in out
 
@@ -282,3 +286,14 @@ def test_an_environment_without_a_gpu_trains_in_bfloat16(tmp_path: Path) -> None
 
 def test_user_errors_are_value_errors() -> None:
     assert issubclass(UserError, ValueError)
+
+
+def test_the_short_help_shows_the_defaults_that_hold() -> None:
+    by_name = {each.name: each.default for each in fields(DistillationConfig)}
+    shown = 0
+    for flag, said in _TRAINING.items():
+        if found := re.search(r"\[default: (\S+)\]", said):
+            default = by_name[flag.split()[0].removeprefix("--").replace("-", "_")]
+            assert found[1] == str(getattr(default, "value", default)) or float(found[1]) == default, flag
+            shown += 1
+    assert shown >= 7

@@ -143,7 +143,7 @@ def test_flags_that_are_served_are(train: Train, tmp_path: Path, flags: tuple[st
 def test_the_batch_size_is_found(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight samples are too many for the memory once; four are not."""
     sizes: list[int] = []
-    step = trainer.DistillationTrainer.training_step
+    step = trainer.CacheTrainer.training_step
 
     def training_step(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
         sizes.append(len(inputs["labels"]))
@@ -151,7 +151,7 @@ def test_the_batch_size_is_found(train: Train, tmp_path: Path, monkeypatch: pyte
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
         return step(self, model, inputs, *args)
 
-    monkeypatch.setattr(trainer.DistillationTrainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.CacheTrainer, "training_step", training_step)
     flags = ("--auto-find-batch-size", "--per-device-train-batch-size", "8")
     assert train(tmp_path, *SMALL, *flags)["steps"] == 2
     assert sizes == [8, 7, 6, 5, 4, 4]

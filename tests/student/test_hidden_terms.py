@@ -22,7 +22,7 @@ from student.objective.projectors import ProjectorSpec
 from student.objective.terms import Objective, term
 from student.training.model import DistillationModel
 from student.training.plan import plan_data, plan_split
-from student.training.trainer import DistillationTrainer
+from student.training.trainer import CacheTrainer
 from tests.student.conftest import SPECS
 
 Train = Callable[..., dict[str, Any]]
@@ -145,7 +145,7 @@ def test_weight_decay_leaves_orthogonal_projectors_alone(teacher: Path, cache: P
     reader = CacheReader.open(cache)
     data = plan_data(model.objective, reader, plan_split(reader, 0.0))
     arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
-    trainer = DistillationTrainer(
+    trainer = CacheTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,

@@ -1,0 +1,109 @@
+"""The configuration of a training in Python: what `from-cache` takes as flags, as transformers' arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from student.config.flag_checks import check_flags
+from student.config.flagfile import word
+from student.config.flags import StudentOptions
+from student.config.precision import settle, uses_cpu
+
+# Runs of fewer steps are evaluated every so many, others ten times.
+_SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
+# Metrics that fall as a student gets better; Trainer assumes so for losses only.
+_FALLING = ("kl", "ce", "perplexity")
+_AS_TEXT = ("student_model_config", "objective", "hidden_layers", "layer_map", "copy_layers")
+
+
+def _report_to() -> str:
+    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+
+
+@dataclass(repr=False)
+class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[misc]
+    """transformers' `TrainingArguments`, and what is distilled: each flag of `distily-train from-cache`, with
+    underscores.
+
+    Where a default differs from that of TrainingArguments it stands below; None follows from the machine and
+    from other arguments.
+
+    Args:
+        output_dir: where checkpoints and the student are saved.
+        logits_loss: the loss on the teacher's distribution, "kl" if left out.
+        student_model_config: changes to the teacher's configuration that make the student, as a mapping.
+        objective: all terms of the loss, as a mapping, in place of `logits_loss` and its kin.
+
+    Attributes:
+        notes: what was chosen for the user, in sentences.
+
+    Raises:
+        UserError: a value that cannot be served; the message names the flag.
+
+    Example:
+        DistillationConfig(output_dir="out", logits_loss="kl", ce_weight=0.1, max_steps=100)
+    """
+
+    eval_strategy: Any = "steps"
+    eval_on_start: bool = True
+    eval_steps: float | None = None
+    logging_steps: float = 0.02
+    logging_first_step: bool = True
+    save_steps: float = 0.2
+    save_total_limit: int | None = 2
+    learning_rate: float = 4e-4
+    lr_scheduler_type: Any = "cosine"
+    warmup_steps: float = 0.05
+    report_to: Any = field(default_factory=_report_to)
+    include_num_input_tokens_seen: Any = "non_padding"
+    remove_unused_columns: bool = False
+    use_cpu: bool | None = None
+    bf16: bool | None = None
+    dataloader_num_workers: int | None = None
+    dataloader_pin_memory: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in _AS_TEXT:
+            given = getattr(self, name)
+            if given is not None:
+                setattr(self, name, word(given, name))
+        complete(self)
+        super().__post_init__()
+        self.check()
+        self.notes = tuple(settle(self, self.bf16))
+
+
+def defaults() -> dict[str, Any]:
+    """The defaults that differ from those of TrainingArguments."""
+    theirs = {each.name: each.default for each in fields(TrainingArguments)}
+    ours = {each.name: each for each in fields(DistillationConfig)}
+    changed = {name: ours[name].default for name in theirs if ours[name].default != theirs[name]}
+    return changed | {"report_to": _report_to()}
+
+
+def complete(arguments: Any) -> None:
+    """Check what was given, and put what was left out in its place, before TrainingArguments are made of it.
+
+    arguments: an object with our options and the fields of TrainingArguments as attributes.
+    """
+    check_flags(arguments)
+    arguments.use_cpu = uses_cpu(arguments.use_cpu)
+    on_gpu = not arguments.use_cpu and torch.cuda.is_available()
+    if arguments.dataloader_num_workers is None:
+        arguments.dataloader_num_workers = min(4, os.cpu_count() or 1) if on_gpu else 0
+    if arguments.dataloader_pin_memory is None:
+        arguments.dataloader_pin_memory = on_gpu
+    if arguments.eval_steps is None:
+        # A tenth of a short run is a step or two, and an evaluation may cost as much as several. Trainer
+        # wants both intervals as shares of the run where it is to find the best of the saved models.
+        short = 0 < arguments.max_steps < _SHORT_RUN and not arguments.load_best_model_at_end
+        arguments.eval_steps = _SHORT_RUN_EVAL_STEPS if short else 0.1
+    metric = (arguments.metric_for_best_model or "").removeprefix("eval_")
+    if arguments.greater_is_better is None and metric in _FALLING:
+        arguments.greater_is_better = False

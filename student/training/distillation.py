@@ -1,0 +1,160 @@
+"""`DistillationTrainer`: a training from a cache, driven from a script as one drives a trainer of TRL."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurestore.reader import CacheReader
+from student.config.parser import Request
+from student.config.training_config import DistillationConfig
+from student.errors import UserError
+from student.modeling.adapters import add_adapters, has_adapters
+from student.modeling.tokenizer import load_tokenizer
+from student.training.outputs import check_output, remove_training
+from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
+from student.training.run import assemble, check_writable, prepare
+from student.training.trainer import CacheTrainer
+
+_LOG = logging.getLogger("distily")
+
+
+class DistillationTrainer(CacheTrainer):
+    """transformers' `Trainer` for a student that learns from a cache; the teacher is never loaded.
+
+    The objective is that of `args`: Hinton et al., "Distilling the Knowledge in a Neural Network"
+    (arXiv:1503.02531), unless it says otherwise. Held-out samples are those of `args.eval_fraction`.
+
+    Args:
+        model: the student: a transformers model, which is trained itself; a directory or hub name; or None
+            for a student made of the teacher's configuration, changed by `args.student_model_config`, which
+            starts from the teacher's weights.
+        args: a `DistillationConfig`; None for one that writes into "trainer_output".
+        train_dataset: a cache: an open one, or where it is.
+        processing_class: the tokenizer, only to be checked: token ids in a cache are those of the teacher's
+            tokenizer, which is saved with the student.
+        callbacks: transformers' `TrainerCallback`s.
+        optimizers: an optimizer and its schedule, of which either may be None.
+        peft_config: adapters of PEFT, e.g. a `LoraConfig`, for a student in full precision: only they are
+            trained and saved.
+
+    Raises:
+        UserError: an argument cannot be served, alone or with this cache.
+        MissingFeatureError: the cache lacks what the objective needs; the message names the flag of
+            `distily-cache generate` that adds it.
+
+    Example:
+        trainer = DistillationTrainer(
+            args=DistillationConfig(output_dir="out", student_model_config={"num_hidden_layers": 12}),
+            train_dataset="run/cache",
+        )
+        trainer.train()
+        trainer.save_model()
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: DistillationConfig | None = None,
+        train_dataset: CacheReader | str | Path | None = None,
+        processing_class: Any = None,
+        callbacks: Sequence[Any] = (),
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = DistillationConfig(output_dir="trainer_output") if args is None else copy(args)
+        if not isinstance(args, DistillationConfig):
+            raise UserError("args: give a DistillationConfig, which is TrainingArguments and the losses")
+        if train_dataset is None:
+            raise UserError("train_dataset: give a cache: a directory, s3://bucket/prefix or a CacheReader")
+        if isinstance(model, (str, Path)):
+            if args.student is not None:
+                raise UserError("model: args.student names a checkpoint already; leave one of them out")
+            args.student, model = str(model), None
+            args.check()
+        if isinstance(train_dataset, CacheReader):
+            args.manifest, train_dataset = train_dataset.manifest_digest, train_dataset.path
+        request = Request(str(train_dataset), args, args, args.notes)
+        check_writable(Path(args.output_dir))
+        prepared = prepare(request, given=model)
+        _check_tokenizer(processing_class, prepared.reader.teacher_dir)
+        assembled, chosen = assemble(prepared)
+        for note in args.notes:
+            _LOG.info(note)
+        for surprise in filter(None, [chosen, str(prepared.data.split)]):
+            _LOG.warning(surprise)
+        if peft_config is not None:
+            if prepared.plan.conversion is not None:
+                raise UserError("peft_config: a BitNet student trains its own weights; leave one of them out")
+            assembled.model.student = add_adapters(assembled.model.student, peft_config)
+        _check_types(assembled.model.student, prepared.plan.masters)
+        self._request, self._plan = request, prepared.plan
+        super().__init__(
+            **assembled.for_trainer(),
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+            optimizers=optimizers,
+        )
+
+    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
+        """Train; what lies in the output directory is never overwritten unasked.
+
+        Args:
+            resume_from_checkpoint: a checkpoint of such a training, or True for the last one in the output
+                directory; it reads on where that one stopped.
+
+        Returns:
+            transformers' `TrainOutput`.
+
+        Raises:
+            UserError: the output directory holds a training, and neither is it resumed nor does
+                `args.overwrite_output_dir` give it up; or the checkpoint is of another training.
+        """
+        self.args.resume_from_checkpoint = None
+        if resume_from_checkpoint:
+            self.args.resume_from_checkpoint = str(resume_from_checkpoint)
+        check_output(self._request)
+        checkpoint = find_checkpoint(self.args)
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+        elif self.args.overwrite_output_dir and self.args.should_save:
+            remove_training(Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """UserError where a checkpoint is of another student, or of another cache or order of it."""
+        if not has_adapters(self.model.student):
+            check_kind(checkpoint, self._plan)
+        digest, here = manifest_to_read(None, checkpoint), self.train_dataset.manifest_digest
+        if digest not in (None, here):
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} was trained on manifest {digest} of the cache, "
+                f"and this is {here}; give train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
+            )
+        check_order(self.args, len(self.train_dataset), checkpoint)
+
+
+def _check_tokenizer(tokenizer: Any, teacher_dir: Path) -> None:
+    """UserError where a tokenizer makes other ids of texts than those in the cache."""
+    if tokenizer is not None and tokenizer.get_vocab() != load_tokenizer(teacher_dir).get_vocab():
+        raise UserError(
+            "processing_class: its vocabulary is not that of the cache's teacher, so cached token ids mean "
+            "other text to it; leave it out, the teacher's is saved with the student"
+        )
+
+
+def _check_types(student: Any, masters: str) -> None:
+    """UserError for weights that are trained in less than float32, where steps of AdamW round to nothing."""
+    if masters == "bf16":
+        return
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise UserError(
+                f"model: {name} is {str(parameter.dtype).removeprefix('torch.')}; load it with "
+                "dtype=torch.float32 (args.bf16 computes in bfloat16 all the same)"
+            )
