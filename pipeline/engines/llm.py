@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ T = TypeVar("T")
 # Seconds: eleven days; in milliseconds it still fits 32 bits.
 _NEVER = str(10**6)
 _SHUTDOWN_SECONDS = 1.5
+_SEPARATE_CORE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # Sequences of one step; vLLM's own default.
 SEQUENCES = 256
 _CPU_DEFAULTS = {
@@ -71,13 +73,11 @@ class SupervisedLLM:
         **options: Any,
     ) -> None:
         set_environment(verbose)
-        from vllm import envs
-
         self._llm: Any = None
         self._links = without_unused_weights(config.model)
         if self._links is not None:
             config = replace(config, model=Path(self._links.name))
-        self._separate = bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+        self._separate = os.environ.get(_SEPARATE_CORE) != "0"
         self._processes = EngineProcesses(verbose, separate=self._separate)
         try:
             start = partial(_start, config, verbose, enforce_eager, kv_cache_memory_bytes, options)
@@ -120,28 +120,48 @@ def _start(
         for name, value in _CPU_DEFAULTS.items():
             os.environ.setdefault(name, value)
     memory = _memory(config, kv_cache_memory_bytes, on_cpu)
-    return LLM(
-        model=str(config.model),
-        load_format="safetensors",
-        use_tqdm_on_load=verbose,
-        dtype=config.dtype,
-        quantization=config.quantize_to,
-        max_model_len=config.max_seq_len,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        # vLLM wants room for a position of each sequence in a step.
-        max_num_seqs=min(SEQUENCES, config.max_num_batched_tokens),
-        enable_chunked_prefill=True,
-        tensor_parallel_size=config.tensor_parallel_size,
-        trust_remote_code=config.trust_remote_code,
-        # Of a class that also sees or hears only the part that reads text is run, and the rest not loaded.
-        language_model_only=True,
-        # On the CPU compiling costs more than it saves.
-        enforce_eager=on_cpu or enforce_eager,
-        disable_log_stats=True,
-        seed=config.seed,
-        **memory,
-        **options,
-    )
+    with _core_placed(on_cpu) as placement:
+        return LLM(
+            model=str(config.model),
+            load_format="safetensors",
+            use_tqdm_on_load=verbose,
+            dtype=config.dtype,
+            quantization=config.quantize_to,
+            max_model_len=config.max_seq_len,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            # vLLM wants room for a position of each sequence in a step.
+            max_num_seqs=min(SEQUENCES, config.max_num_batched_tokens),
+            enable_chunked_prefill=True,
+            tensor_parallel_size=config.tensor_parallel_size,
+            trust_remote_code=config.trust_remote_code,
+            # Of a class that also sees or hears only the part that reads text is run; the rest is not loaded.
+            language_model_only=True,
+            # On the CPU compiling costs more than it saves.
+            enforce_eager=on_cpu or enforce_eager,
+            disable_log_stats=True,
+            seed=config.seed,
+            **memory,
+            **placement,
+            **options,
+        )
+
+
+@contextmanager
+def _core_placed(on_cpu: bool) -> Iterator[dict[str, Any]]:
+    """vLLM's options that put its scheduler into our process on a CPU, and the worker into one of its own.
+
+    vLLM's choice there is a process for each, and importing it takes each of them 20 seconds of a core. On a
+    GPU scheduling in a process of its own overlaps with the steps, so vLLM's choice stays, as does the
+    user's.
+    """
+    if not on_cpu or _SEPARATE_CORE in os.environ:
+        yield {}
+        return
+    os.environ[_SEPARATE_CORE] = "0"
+    try:
+        yield {"distributed_executor_backend": "mp"}
+    finally:
+        del os.environ[_SEPARATE_CORE]
 
 
 def _memory(config: EngineConfig, kv_cache_memory_bytes: int | None, on_cpu: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ traceback for every process that a failure passes through, and writes to the std
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -40,7 +41,7 @@ _LESS_MEMORY = (
 )
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*[A-Z]\w*(?:Error|Exception): .+)$", re.M)
 # vLLM repeats a failure in every process above the one that failed, pointing downwards.
-_POINTS_ELSEWHERE = re.compile(r"root cause|stack trace|: cancelled$|EngineDeadError", re.I)
+_POINTS_ELSEWHERE = re.compile(r"root cause|stack trace|(?:^|: )cancelled$|EngineDeadError", re.I)
 _WORKER_DIED = re.compile(r"died unexpectedly")
 
 
@@ -69,10 +70,11 @@ class EngineProcesses:
     """
 
     def __init__(self, verbose: bool, separate: bool) -> None:
-        self._log = None if verbose else tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
+        self._log = None if verbose else tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (see end)
+        self._diverted: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._separate = separate
         self._ours = set(multiprocessing.active_children())
-        self._cores: set[BaseProcess] = set()
+        self._children: set[BaseProcess] = set()
         self._workers: set[psutil.Process] = set()
 
     def start(self, function: Callable[[], T]) -> T:
@@ -84,8 +86,9 @@ class EngineProcesses:
         try:
             with _redirected(self._log.fileno() if self._log else 2):
                 result = self._run(function)
-                self._look()
-                return result
+            self._look()
+            self._divert_logger()
+            return result
         except Exception as error:
             text = str(error)
             if _POINTS_ELSEWHERE.search(text):
@@ -104,20 +107,32 @@ class EngineProcesses:
 
         try:
             return self._run(function)
-        except EngineDeadError as error:
-            raise EngineError(f"{self._cause()} ({_SHOW_LOG})") from error
+        except Exception as error:
+            dead = any(process.exitcode is not None for process in self._children)
+            if dead or isinstance(error, EngineDeadError) or _POINTS_ELSEWHERE.search(str(error)):
+                raise EngineError(f"{self._cause()} ({_SHOW_LOG})") from error
+            raise
 
     def end(self) -> None:
         """Make sure that none of them is left; vLLM has had its chance to end them."""
         self._look()
-        for core in self._cores:
-            core.kill()
-            core.join()
-        for process in self._workers:
+        for process in self._children:
+            process.kill()
+            process.join()
+        for worker in self._workers:
             with suppress(psutil.NoSuchProcess):
-                process.kill()
+                worker.kill()
+        for handler, stream in self._diverted:
+            handler.setStream(stream)
         if self._log is not None:
             self._log.close()
+
+    def _divert_logger(self) -> None:
+        """vLLM's scheduler may be in this process, and its logger writes to stdout."""
+        ours = self._log or sys.stderr
+        for handler in logging.getLogger("vllm").handlers:
+            if isinstance(handler, logging.StreamHandler) and (stream := handler.setStream(ours)):
+                self._diverted.append((handler, stream))
 
     def _run(self, function: Callable[[], T]) -> T:
         """`function()`, in a thread of its own, so that we hear of Ctrl-C and of deaths meanwhile."""
@@ -130,7 +145,7 @@ class EngineProcesses:
         Thread(target=_answer, args=(function, answer), daemon=True, name="vllm-call").start()
         while not wait([answer], timeout=_POLL_SECONDS).done:
             self._look()
-            if any(core.exitcode is not None for core in self._cores):
+            if any(process.exitcode is not None for process in self._children):
                 if not wait([answer], timeout=_NOTICE_SECONDS).done:
                     raise EngineDeadError
                 break
@@ -138,20 +153,20 @@ class EngineProcesses:
 
     def _look(self) -> None:
         """Find what there is by now; the children of a core that is dead can no longer be found."""
-        self._cores |= set(multiprocessing.active_children()) - self._ours
-        for core in self._cores:
-            if core.exitcode is None:
+        self._children |= set(multiprocessing.active_children()) - self._ours
+        for process in self._children:
+            if process.exitcode is None:
                 with suppress(psutil.NoSuchProcess):
-                    self._workers |= set(psutil.Process(core.pid).children(recursive=True))
+                    self._workers |= set(psutil.Process(process.pid).children(recursive=True))
 
     def _cause(self) -> str:
-        for core in self._cores:
-            core.join(_NOTICE_SECONDS)
+        for process in self._children:
+            process.join(_NOTICE_SECONDS)
         printed = b""
         if self._log is not None:
             size = os.fstat(self._log.fileno()).st_size
             printed = os.pread(self._log.fileno(), _LOG_TAIL, max(0, size - _LOG_TAIL))
-        codes = [core.exitcode for core in self._cores if core.exitcode]
+        codes = [process.exitcode for process in self._children if process.exitcode]
         return failure_cause(codes, printed.decode("utf-8", errors="replace"))
 
 

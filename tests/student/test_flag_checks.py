@@ -65,7 +65,7 @@ TRAINED = [
     ("--neftune-noise-alpha", "5", "--eval-accumulation-steps", "1", "--torch-empty-cache-steps", "1"),
     ("--debug", "underflow_overflow", "--skip-memory-metrics", "False", "--full-determinism"),
     ("--dataloader-num-workers", "2", "--dataloader-persistent-workers", "--dataloader-prefetch-factor", "2"),
-    ("--dataloader-num-workers", "1", "--dataloader-multiprocessing-context", "spawn"),
+    ("--dataloader-num-workers", "1", "--dataloader-multiprocessing-context", "spawn", "--eval-fraction", "0"),
     ("--gradient-checkpointing", "--max-grad-norm", "0.5", "--optim", "adafactor"),
     ("--optim", "schedule_free_adamw"),
     ("--lr-scheduler-type", "warmup_stable_decay", "--lr-scheduler-kwargs", '{"num_decay_steps": 1}'),
