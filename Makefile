@@ -1,6 +1,7 @@
 # make quickstart   a real teacher, a cache, a ternary student and a page about it (CPU: about ten minutes)
 # make test         every test, the vLLM path included
-# make ci           lint, types and tests
+# make docs         the documentation as a site, in build/site
+# make ci           lint, types, documentation and tests
 VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
@@ -19,7 +20,7 @@ ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: quickstart test ci lint types format clean
+.PHONY: quickstart test docs ci lint types format clean
 
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
@@ -27,7 +28,12 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-ci: lint types test
+ci: lint types docs test
+
+# Its notice is about the next major version of MkDocs.
+docs: $(VENV)/.ready
+	$(PY) -m scripts.site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -28,7 +28,7 @@ for line in wheel.read(name).decode().splitlines():
         continue
     print(str(requirement).split(";")[0])
 PY
-"$pip" install -q "$TORCH" -r "$work/vllm.in" wheel ".[train,demo,export,eval,sweep,s3,dev]"
+"$pip" install -q "$TORCH" -r "$work/vllm.in" wheel ".[train,demo,export,eval,sweep,s3,peft,docs,dev]"
 "$pip" install -q --no-deps "$VLLM" "$DEMO"
 {
   sed -n '/^#/p' requirements/cpu.lock

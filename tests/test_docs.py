@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from student.losses import catalogue
 from tests import teachers
 from tests.command import MAINS, call
 from tests.teachers import text_of
@@ -25,6 +26,11 @@ def commands(page: Path) -> list[str]:
     """Every line of the page's `bash` blocks; they are written to run one after the other."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def programs(page: Path) -> list[str]:
+    """The page's `python` blocks; they are written to run behind its commands."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
 
 
 def run(line: str, as_typed: bool) -> None:
@@ -44,7 +50,7 @@ def run(line: str, as_typed: bool) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
-def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers.llama(tmp_path / "my-teacher")
     lines = [json.dumps({"text": text_of(60, seed)}) for seed in range(24)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
@@ -52,7 +58,14 @@ def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     for line in commands(page):
-        run(line, as_typed=page.name == "README.md")
+        run(line, as_typed=page == ROOT / "README.md")
+    monkeypatch.setattr(catalogue, "_registered", {})
+    for number, program in enumerate(programs(page)):
+        exec(compile(program, f"{page.name}, program {number}", "exec"), {"__name__": "__main__"})
+
+
+def test_no_program_is_left_out() -> None:
+    assert [page.name for page in PAGES if programs(page) and not commands(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -18,7 +18,6 @@ from pipeline.cli.stores import gc, info, list_command, verify
 app = typer.Typer(
     name="distily-cache",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Run a teacher once over a data set and keep what a student learns from: "
     "per token the top of its distribution and chosen hidden states, in a feature store.",

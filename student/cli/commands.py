@@ -26,7 +26,6 @@ app = typer.Typer(
     name="distily-train",
     help="Train a student from a cache of teacher features; the teacher itself is not needed any more.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

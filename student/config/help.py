@@ -103,14 +103,17 @@ def show_help(console: Console | None = None) -> None:
     console.print(Text("\nUsage: distily-train from-cache STORE --output-dir DIR [flags]\n"))
     for text in (INTRODUCTION, EXAMPLES):
         console.print(Text(text))
+    for heading, rows in flag_table():
+        _panel(console, heading, rows)
+    console.print(Text("All flags of TrainingArguments are understood; --help-all lists every flag."))
+
+
+def flag_table() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Headings with the flags under them, each with what it does."""
     known = {field.name: field for field in fields(CommandOptions)}
     assert set(known) == {name for names in _OURS.values() for name in names}, "a flag without a heading"
-    first, *rest = _OURS
-    _panel(console, first, (_row(known[name]) for name in _OURS[first]))
-    _panel(console, "Training, of transformers' TrainingArguments", _TRAINING.items())
-    for heading in rest:
-        _panel(console, heading, (_row(known[name]) for name in _OURS[heading]))
-    console.print(Text("All flags of TrainingArguments are understood; --help-all lists every flag."))
+    ours = [(heading, [_row(known[name]) for name in names]) for heading, names in _OURS.items()]
+    return [ours[0], ("Training, of transformers' TrainingArguments", list(_TRAINING.items())), *ours[1:]]
 
 
 def check_names(words: Sequence[str]) -> None:

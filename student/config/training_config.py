@@ -34,11 +34,8 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
     Where a default differs from that of TrainingArguments it stands below; None follows from the machine and
     from other arguments.
 
-    Args:
-        output_dir: where checkpoints and the student are saved.
-        logits_loss: the loss on the teacher's distribution, "kl" if left out.
-        student_model_config: changes to the teacher's configuration that make the student, as a mapping.
-        objective: all terms of the loss, as a mapping, in place of `logits_loss` and its kin.
+    `student_model_config` and `objective` may be mappings. `objective` takes the place of `logits_loss`,
+    `ce_weight`, `hidden_loss` and their kin.
 
     Attributes:
         notes: what was chosen for the user, in sentences.
