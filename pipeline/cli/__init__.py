@@ -6,8 +6,8 @@ import sys
 
 import typer
 
+from distily.system.command_line import add_version, quiet_libraries, reflow_help
 from distily.system.stopping import stoppable
-from distily.version_option import add_version
 from pipeline.cli.exchange import export, import_command, merge
 from pipeline.cli.generating import generate, plan
 from pipeline.cli.reporting import report
@@ -39,8 +39,10 @@ for _name, _command in (
     ("pull", pull),
 ):
     app.command(_name)(_command)
+reflow_help(app)
 
 
 def main() -> None:
+    quiet_libraries()
     with stoppable("distily-cache"):
         app(spelled(sys.argv[1:], typer.main.get_command(app)))

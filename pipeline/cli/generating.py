@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from distily.system.command_line import quiet_libraries
 from pipeline.cli.exits import exit_codes
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import JsonOption, QuietOption
 from pipeline.cli.output import console, print_json, say
 from pipeline.cli.request_flags import RequestFlags, takes_request
 
@@ -17,6 +18,7 @@ from pipeline.cli.request_flags import RequestFlags, takes_request
 def generate(
     flags: RequestFlags,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own log.")] = False,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run TEACHER over DATASET and store its features; computes only what STORE lacks.
@@ -32,15 +34,16 @@ def generate(
 
     with exit_codes(verbose):
         request = flags.request()
-        with _reporter() as report:
+        with _reporter(quiet) as report:
             prepared = prepare(request, report)
             outcome = execute(prepared, report, verbose)
-        _print_outcome(request.out, outcome, as_json)
+        _print_outcome(request.out, outcome, as_json, quiet)
 
 
 @takes_request(without=("tensor_parallel_size", "max_num_batched_tokens", "gpu_memory_utilization"))
 def plan(
     flags: RequestFlags,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what the same `generate` would compute, in about how many bytes and how much time.
@@ -52,7 +55,7 @@ def plan(
     from pipeline.report.tables import render_plan
 
     with exit_codes():
-        with _reporter() as report:
+        with _reporter(quiet) as report:
             prepared = prepare(flags.request(), report)
         forecast = estimate(prepared)
         if as_json:
@@ -61,18 +64,21 @@ def plan(
             render_plan(console(), forecast)
 
 
-def _reporter() -> Any:
+def _reporter(quiet: bool) -> Any:
     from pipeline.progress import ConsoleReporter
 
-    return ConsoleReporter(console(stderr=True))
+    quiet_libraries(quiet)
+    return ConsoleReporter(console(stderr=True, quiet=quiet))
 
 
-def _print_outcome(out: str, outcome: Any, as_json: bool) -> None:
+def _print_outcome(out: str, outcome: Any, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"store": out, **asdict(outcome)})
         return
     if str(outcome.left_out):
         say(f"left out: {outcome.left_out}")
+    if quiet:
+        return
     if outcome.writing:
         say(_written_line(outcome.writing))
     if not outcome.tokens:

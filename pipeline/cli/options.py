@@ -10,6 +10,9 @@ StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Feature store: a directory, s3://bucket/prefix or gs://...")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors, and what was left out, and nothing else.")
+]
 OutOption = Annotated[
     str,
     typer.Option(

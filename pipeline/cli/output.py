@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 
-def console(stderr: bool = False) -> Console:
+def console(stderr: bool = False, quiet: bool = False) -> Console:
     """Where tables and progress go; names of files, teachers and tokens are never markup there."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    return Console(stderr=stderr, markup=False, emoji=False, quiet=quiet)
 
 
 def say(line: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pipeline.cli.capture_options import (
     BatchOption,
@@ -59,6 +60,52 @@ if TYPE_CHECKING:
     from pipeline.request.generate import GenerateRequest
 
 Command = Callable[..., None]
+# Headings of `--help` -> the flags under them; what is not named here stands first.
+_HEADINGS = {
+    "Data": (
+        "split",
+        "dataset_config",
+        "text_column",
+        "messages_column",
+        "chat_template",
+        "loss_on",
+        "shuffle_seed",
+        "num_samples",
+        "min_seq_len",
+        "max_seq_len",
+        "long",
+        "pack",
+        "append_eos",
+        "bad_rows",
+    ),
+    "What is stored of the distribution": ("top_k", "top_p", "tail", "temperatures"),
+    "Hidden states, and weights for losses on them": (
+        "hidden_layers",
+        "hidden_dtype",
+        "final",
+        "relation_layers",
+    ),
+    "Engine": (
+        "engine",
+        "dtype",
+        "teacher_load_in_8bit",
+        "teacher_load_in_4bit",
+        "tensor_parallel_size",
+        "max_num_batched_tokens",
+        "gpu_memory_utilization",
+        "shard_tokens",
+        "seed",
+        "trust_remote_code",
+    ),
+    "Texts that the teacher or a student writes first": (
+        "continuations",
+        "from_student",
+        "prompt_tokens",
+        "continuation_temperature",
+        "continuation_top_p",
+        "continuation_max_tokens",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +176,7 @@ def takes_request(without: Collection[str] = ()) -> Callable[[Command], Command]
     Fields named in `without` are no flags of this command and keep their defaults.
     """
     shared = [
-        flag
+        _under_heading(flag)
         for flag in inspect.signature(RequestFlags, eval_str=True).parameters.values()
         if flag.name not in without
     ]
@@ -147,6 +194,15 @@ def takes_request(without: Collection[str] = ()) -> Callable[[Command], Command]
         return run
 
     return decorate
+
+
+def _under_heading(flag: inspect.Parameter) -> inspect.Parameter:
+    """The same flag, shown under its heading."""
+    heading = next((heading for heading, names in _HEADINGS.items() if flag.name in names), None)
+    kind, info = get_args(flag.annotation)
+    shown = copy(info)
+    shown.rich_help_panel = heading
+    return flag.replace(annotation=Annotated[kind, shown])
 
 
 def _numbers(kind: type[int | float], text: str, flag: str, example: str) -> tuple[int | float, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distily.logs import show_on_stderr
+from distily.system.command_line import add_version, quiet_libraries, reflow_help
 from distily.system.stopping import stoppable
 from distily.text import one_line
-from distily.version_option import add_version
 
 if TYPE_CHECKING:
     from student.sweep.command import Sweep
@@ -341,10 +343,12 @@ def _run(argv: list[str]) -> None:
 
     recipe, argv = take_recipe(argv)
     asked = parse(argv) if recipe is None else requests(recipe, argv)
-    as_json = (asked[-1].request if isinstance(asked, list) else asked).as_json
-    with _quiet(as_json):
+    first = asked[-1].request if isinstance(asked, list) else asked
+    as_json = first.as_json
+    with _silent() if first.quiet else _quiet(as_json):
         summary = train_stages(asked) if isinstance(asked, list) else train_from_cache(asked)
-    if summary:  # of several processes, the first one's
+    # Of several processes, the first one's.
+    if summary and (as_json or not first.quiet):
         typer.echo(json.dumps(summary) if as_json else summary["report"])
 
 
@@ -353,7 +357,23 @@ def _quiet(as_json: bool) -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is printed by us or by libraries; what is raised passes."""
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+reflow_help(app)
+
+
 def main() -> None:
     """Console script `distily-train`."""
+    quiet_libraries()
+    show_on_stderr("distily-train")
     with stoppable("distily-train"):
         app()

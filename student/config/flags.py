@@ -317,6 +317,7 @@ class CommandOptions(StudentOptions):
         "YAML file of flags of this command, perhaps of several stages that follow each other; flags on the "
         "command line win. docs/recipes.md, examples/recipes/.",
     )
+    quiet: bool = _flag(False, "Print errors and nothing else; the figures are in the output directory.")
     json: bool = _flag(False, "Print the final summary as one JSON object on standard output.")
 
     def check(self) -> None:

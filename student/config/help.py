@@ -73,7 +73,7 @@ _OURS = {
         "bitnet_masters",
         "bitnet_backward",
     ),
-    "The run": ("recipe", "overwrite_output_dir", "json"),
+    "The run": ("recipe", "overwrite_output_dir", "quiet", "json"),
 }
 # The usual ones of TrainingArguments, with our defaults.
 _TRAINING = {

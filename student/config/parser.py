@@ -34,6 +34,7 @@ class Request:
     training: TrainingArguments
     notes: tuple[str, ...] = ()  # what was chosen for the user, to be shown before training
     as_json: bool = False
+    quiet: bool = False
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -124,7 +125,14 @@ def parse(argv: Sequence[str]) -> Request:
     if options.objective is not None:
         _check_alone(argv)
     options.check()
-    return Request(rest.store, options, training, tuple(settle(training, training.bf16)), options.json)
+    return Request(
+        store=rest.store,
+        options=options,
+        training=training,
+        notes=tuple(settle(training, training.bf16)),
+        as_json=options.json,
+        quiet=options.quiet,
+    )
 
 
 def bind_booleans(parser: Any, argv: Sequence[str]) -> list[str]:

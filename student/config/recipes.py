@@ -30,6 +30,7 @@ _COMMAND_LINE_ONLY = (
     "recipe",
     "output_dir",
     "json",
+    "quiet",
     "resume_from_checkpoint",
     "overwrite_output_dir",
     "help",

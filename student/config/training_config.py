@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -96,6 +97,8 @@ def complete(arguments: Any) -> None:
         arguments.dataloader_num_workers = min(4, os.cpu_count() or 1) if on_gpu else 0
     if arguments.dataloader_pin_memory is None:
         arguments.dataloader_pin_memory = on_gpu
+    if arguments.disable_tqdm is None:
+        arguments.disable_tqdm = not sys.stderr.isatty()
     if arguments.eval_steps is None:
         # A tenth of a short run is a step or two, and an evaluation may cost as much as several. Trainer
         # wants both intervals as shares of the run where it is to find the best of the saved models.

@@ -24,7 +24,14 @@ METRICS: dict[str, Literal["minimize", "maximize"]] = {
     "eval_top1_agreement": "maximize",
     "eval_loss": "minimize",
 }
-RESERVED = ("output-dir", "json", "resume-from-checkpoint", "store", "help")  # the sweep's own business
+RESERVED = (
+    "output-dir",
+    "json",
+    "quiet",
+    "resume-from-checkpoint",
+    "store",
+    "help",
+)  # the sweep's own business
 SEED = "seed"
 _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")  # a number, which YAML takes for text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distily.logs import LOG
 from featurestore.reader import CacheReader
 from student.config.parser import Request
 from student.config.training_config import DistillationConfig
@@ -20,8 +20,6 @@ from student.training.outputs import check_output, remove_training
 from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.training.run import assemble, check_writable, prepare
 from student.training.trainer import CacheTrainer
-
-_LOG = logging.getLogger("distily")
 
 
 class DistillationTrainer(CacheTrainer):
@@ -85,9 +83,9 @@ class DistillationTrainer(CacheTrainer):
         _check_tokenizer(processing_class, prepared.reader.teacher_dir)
         assembled, chosen = assemble(prepared)
         for note in args.notes:
-            _LOG.info(note)
+            LOG.info(note)
         for surprise in filter(None, [chosen, str(prepared.data.split)]):
-            _LOG.warning(surprise)
+            LOG.warning(surprise)
         if peft_config is not None:
             if prepared.plan.conversion is not None:
                 raise UserError("peft_config: a BitNet student trains its own weights; leave one of them out")

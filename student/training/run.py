@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 
+from distily.logs import LOG
 from distily.text import one_line
 from featurestore.reader import CacheReader
 from student.bitnet import Drift
@@ -147,10 +147,10 @@ def build(prepared: PreparedTraining) -> Built:
     check_writable(Path(args.output_dir))
     if args.process_index == 0:
         for note in prepared.request.notes:
-            typer.echo(note, err=True)
+            LOG.info(note)
     assembled, chosen = assemble(prepared)
     if chosen is not None and args.process_index == 0:
-        typer.echo(f"distily-train: {chosen}", err=True)
+        LOG.warning(chosen)
     return Built(assembled, CacheTrainer(**assembled.for_trainer()))
 
 
@@ -180,7 +180,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     if prepared.request.options.overwrite_output_dir and trainer.args.should_save:
         remove_training(Path(trainer.args.output_dir))
     if str(data.split) and trainer.is_world_process_zero():
-        typer.echo(f"distily-train: {data.split}", err=True)
+        LOG.warning(data.split)
     start, started = time.perf_counter(), datetime.now(UTC)
     done = None if checkpoint is None else finished(checkpoint, trainer.args)
     if checkpoint is not None and done is not None:

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from distily.logs import LOG
 from featurestore.errors import BAD_REQUESTS
 from student.config.parser import Request
 from student.config.recipes import StageRequest
@@ -25,6 +24,7 @@ from student.training.run import build, check_writable, prepare, train
 RECORD = "stage.json"
 _ELSEWHERE = (
     "json",
+    "quiet",
     "overwrite_output_dir",
     "manifest",
     "student",
@@ -141,7 +141,7 @@ def _first(request: Request) -> bool:
 
 def _tell(request: Request, line: str) -> None:
     if _first(request):
-        typer.echo(line, err=True)
+        LOG.info(line)
 
 
 @contextmanager

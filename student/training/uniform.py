@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
+from distily.logs import LOG
 from student.modeling.plan import StudentPlan
 
 # Cross-entropy and KL(teacher || student) of a uniform student are at most log V, whatever the teacher; the
@@ -84,7 +84,7 @@ def _start_loss(plan: StudentPlan, samples: Sequence[Tensor], device: torch.devi
 
 
 class UniformGuess(TrainerCallback):  # type: ignore[misc]
-    """Says so on standard error, at the first figures of a training."""
+    """Warns of it at the first figures of a training."""
 
     def __init__(self, vocab_size: int, start: str | None) -> None:
         self._vocab_size, self._start, self._done = vocab_size, start, False
@@ -96,4 +96,4 @@ class UniformGuess(TrainerCallback):  # type: ignore[misc]
         self._done = True
         line = worse_than_uniform(state.log_history, self._vocab_size, self._start)
         if line is not None and state.is_world_process_zero:
-            sys.stderr.write(f"\ndistily-train: {line}\n")  # the first: behind a progress bar
+            LOG.warning(line)

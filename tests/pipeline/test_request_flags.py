@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from pipeline.engines.llm import _start
 from pipeline.errors import RequestError
 from pipeline.request.generate import GenerateRequest, engine_config
 from pipeline.teacher.checkpoint import load_teacher
+from tests.command import call
+from tests.teachers import text_of
 
 
 def options_of(command: str) -> dict[str, object]:
@@ -34,6 +37,28 @@ def test_generate_takes_what_plan_takes_and_little_more() -> None:
         "gpu_memory_utilization",
         "verbose",
     }
+
+
+def test_flags_stand_under_headings_and_what_every_run_needs_stands_first() -> None:
+    group = typer.main.get_command(app)
+    for command in ("generate", "plan"):
+        flags = [flag for flag in group.commands[command].params if flag.param_type_name == "option"]  # type: ignore[attr-defined]
+        first = {flag.name for flag in flags if flag.rich_help_panel is None}
+        assert first <= {"out", "verbose", "quiet", "as_json"} and "out" in first
+        assert len({flag.rich_help_panel for flag in flags}) == 6
+
+
+def test_quiet_prints_nothing_but_what_was_left_out(tiny_teacher: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": text_of(20, n)}) for n in range(8)))
+    flags = ("--out", tmp_path / "store", "--engine", "transformers", "--max-seq-len", 32, "--quiet")
+    done = call("distily-cache", "generate", tiny_teacher, texts, *flags)
+    assert (done.stdout, done.stderr) == ("", "")
+    texts.write_text("\n".join(json.dumps({"text": text}) for text in ("w1 w2 w3", "")))
+    told = call("distily-cache", "generate", tiny_teacher, texts, *flags)
+    assert (told.stdout, told.stderr) == ("", "left out: 1 empty\n")
+    refused = call("distily-cache", "generate", tiny_teacher, texts, *flags, "--top-p", 95, code=2)
+    assert "--top-p" in refused.stderr
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.01, float("nan")])

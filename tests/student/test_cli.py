@@ -25,6 +25,7 @@ from student.config.training_config import DistillationConfig
 from student.errors import UserError
 from student.modeling import plan as build
 from tests import teachers
+from tests.command import call, spawn
 from tests.student.caches import random_samples, write_cache
 
 Run = Callable[..., tuple[int, str, str]]
@@ -297,3 +298,19 @@ def test_the_short_help_shows_the_defaults_that_hold() -> None:
             assert found[1] == str(getattr(default, "value", default)) or float(found[1]) == default, flag
             shown += 1
     assert shown >= 7
+
+
+def test_quiet_prints_nothing_but_errors(cache: Path, tmp_path: Path) -> None:
+    flags = ("--output-dir", tmp_path / "out", "--max-steps", 1, "--report-to", "none", "--quiet")
+    done = call("distily-train", "from-cache", cache, *flags)
+    assert (done.stdout, done.stderr) == ("", "") and (tmp_path / "out" / "report.html").is_file()
+    refused = call("distily-train", "from-cache", cache, *flags, code=2)
+    assert refused.stderr.startswith("distily-train: --output-dir") and refused.stderr.count("\n") == 1
+    told = call("distily-train", "from-cache", cache, *flags, "--overwrite-output-dir", "--json")
+    assert json.loads(told.stdout)["steps"] == 1 and told.stderr == ""
+
+
+def test_no_bars_in_a_log(cache: Path, tmp_path: Path) -> None:
+    flags = ("--output-dir", tmp_path / "out", "--max-steps", 2, "--report-to", "none")
+    done = spawn("distily-train", "from-cache", cache, *flags)
+    assert "%|" not in done.stderr and "it/s" not in done.stderr and "'loss'" in done.stdout
