@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from distily.html.style import STYLE
+from distily.system.files import write_whole
 from distily.units import number
 
 Cell = str | float | int | None
@@ -71,7 +72,7 @@ def why_not_page(file: Path) -> str:
 
 def write(file: Path, text: str) -> None:
     """Write a page; what UTF-8 cannot hold (half a surrogate pair in a name) becomes a question mark."""
-    file.write_text(text, encoding="utf-8", errors="replace")
+    write_whole(file, text, errors="replace")
 
 
 def section(heading: str, *parts: Html) -> Html:

@@ -62,6 +62,7 @@ def reduce_logits(
         shifts_N: float64 in [0, 1), where each row's draws begin (featurestore.format.tail.row_shifts); with
             `tail`.
     """
+    # The head comes first: its best logit is the shift of every exponential below.
     logits = logits_NV.float()
     head_logits, head_ids = top(logits, top_k)
     peak = head_logits[:, :1]
@@ -74,11 +75,13 @@ def reduce_logits(
     lse = peak[:, 0] + log_norm
     # bf16 teachers tie often and sums round: a one-token distribution may come out at -1e-7.
     entropy = (log_norm - expected).clamp_min(0.0)
+    # From the full row, so that a label outside the head is known as well.
     picked = logits.gather(-1, labels_N.clamp_min(0)[:, None])[:, 0] - lse
     label_logprob = torch.where(labels_N >= 0, picked, torch.full_like(picked, torch.nan))
     counts = head_counts(head_logits, lse, top_p)
     draws = None
     if tail:
+        # Draws are from the row without its head; of the head's columns those beyond top_p are tail, too.
         assert shifts_N is not None
         inside = torch.arange(top_k, device=counts.device) < counts[:, None]
         outside = torch.exp(head_logits - peak).masked_fill_(inside, 0.0)

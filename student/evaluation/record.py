@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from blake3 import blake3
 
 from distily.checkpoint.weights import weight_files
+from distily.system.files import write_json
 
 VERSION = 1
 FILE = "eval.json"
@@ -57,9 +57,7 @@ def merged(old: Section, new: Section) -> Section:
 
 def write_record(directory: Path, record: Section) -> None:
     """All of it or nothing."""
-    private = directory / f"{FILE}.{os.getpid()}"
-    private.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    private.replace(directory / FILE)
+    write_json(directory / FILE, record)
 
 
 def _replaced(old: list[Section], new: list[Section], key: Callable[[Section], Any]) -> list[Section]:

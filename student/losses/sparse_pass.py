@@ -7,6 +7,15 @@ respect to every logit. For a logit outside the head that gradient is (d loss / 
 tail; head, label and largest columns add theirs. Memory beside the head's own: chunk x V for each further
 temperature.
 
+With tail_T = logsumexp of z / T over the columns outside the head, the gradient of a loss L is
+
+    column v of z         d L / d z_v
+    --------------------  ------------------------------------------------------------
+    in the head           d L / d head_v
+    outside               sum over T of  d L / d tail_T * exp(z_v / T - tail_T) / T
+    the label             the above, and d L / d label
+    of the largest        the above, and d L / d top
+
 Shape letters: N positions, n positions of a chunk, V vocabulary, D hidden size, K head columns, S loss terms.
 """
 
@@ -120,6 +129,7 @@ class _SparsePass:
 
     def step(self, rows: slice, targets: SparseTargets) -> None:
         """Losses of one chunk, and its gradients when somebody wants them."""
+        # 1. Logits of the chunk, and the few numbers that losses read: head, label, largest.
         z_nV = self.head.logits(rows)
         n = len(z_nV)
         ids_nK = targets.ids_NK
@@ -128,6 +138,7 @@ class _SparsePass:
         label_n = z_nV.gather(1, targets.label_N.unsqueeze(1)).squeeze(1)
         width = min(targets.head_columns, z_nV.shape[1]) if self.reduction.ranked else 0
         top_nK, top_ids_nK = z_nV.topk(width) if width else (z_nV.new_empty(n, 0), ids_nK[:, :0])
+        # 2. What is outside the head, as one logsumexp per temperature; its exponentials stay for stage 4.
         z_nV.scatter_(1, ids_nK, -math.inf)
         peak_n = z_nV.amax(-1)
         # A row whose head is the whole vocabulary has no tail: any finite shift keeps exp(-inf) at zero. What
@@ -139,9 +150,11 @@ class _SparsePass:
         exps = {1.0: z_nV.exp_(), **exps}
         sums = {t: exp_nV.sum(-1) for t, exp_nV in exps.items()}
         tails = [shift_n / t + sum_n.log() for t, sum_n in sums.items()]
+        # 3. The losses, and their gradient with respect to those numbers, by autograd on small tensors.
         slopes = self._losses([head_nK, label_n, top_nK, *tails], targets, rows)
         self.agree_N[rows] = _agreement(head_nK, peak_n)
         if slopes is not None:
+            # 4. The gradient of every logit, in the place of the exponentials: see the table above.
             d_head_nK, d_label_n, d_top_nK, *d_tails = slopes
             for (t, exp_nV), d_tail_n in zip(exps.items(), d_tails, strict=True):
                 exp_nV.mul_(torch.where(sums[t] > 0, d_tail_n / (sums[t] * t), 0.0).unsqueeze(1))
@@ -151,6 +164,7 @@ class _SparsePass:
             d_head_nK = torch.where(real_nK, d_head_nK, d_head_nK[:, :1])
             extra = [(targets.label_N.unsqueeze(1), d_label_n.unsqueeze(1)), (top_ids_nK, d_top_nK)]
             _spread_(z_nV, (ids_nK, d_head_nK), extra)
+            # 5. On to hidden states and weights of the head.
             self.head.add_gradient(rows, z_nV)
 
     def _losses(self, leaves: list[Tensor], targets: SparseTargets, rows: slice) -> tuple[Tensor, ...] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from distily.checkpoint.weights import explain_gaps
+from distily.system.files import write_whole
 from distily.text import one_line
 from student import bitnet
 from student.bitnet import layout
@@ -43,7 +44,7 @@ def save_student(student: Any, directory: Path, tokenizer_dir: Path) -> None:
         path = directory / "config.json"
         config = layout.to_saved(json.loads(path.read_text(encoding="utf-8")), conversion)
         config["quantization_config"] = bitnet.quantization_config(student)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     _save_stop_tokens(student, directory, tokenizer_dir)
     copy_tokenizer(tokenizer_dir, directory)
 
@@ -74,7 +75,7 @@ def _save_stop_tokens(student: Any, directory: Path, tokenizer_dir: Path) -> Non
     ends = [one for one in stop_tokens(tokenizer_dir) if one < student.config.get_text_config().vocab_size]
     if ends:
         settings = _json(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from student.losses.catalogue import Loss, catalogue
 from student.losses.sparse import Reduction
 from student.objective.projectors import ProjectorSpec
 from student.objective.weights import Weight
+
+# Kinds of losses that are computed from states or blocks, outside any LM head.
+OUTSIDE_HEADS = ("hidden", "structure", "relation")
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class Objective:
     @property
     def others(self) -> tuple[Term, ...]:
         """All other terms."""
-        return self.terms[len(self.head) + len(self.dense) :]
+        return tuple(term for term in self.terms if term.loss.kind in OUTSIDE_HEADS)
 
     @property
     def needs_head(self) -> bool:
@@ -207,6 +210,11 @@ class Objective:
     def weights_move(self) -> bool:
         """Whether the weights change in the course of the training."""
         return self.balanced or any(term.weight.schedule != "constant" for term in self.terms)
+
+    def weighted(self, kinds: Collection[str], weights: Sequence[float]) -> list[tuple[Term, float]]:
+        """The terms whose loss is of one of the kinds, each with its weight; weights: of all terms."""
+        pairs = zip(self.terms, weights, strict=True)
+        return [(term, weight) for term, weight in pairs if term.loss.kind in kinds]
 
     def weights_at(self, progress: float) -> list[float]:
         """Weights in the order of `labels` when `progress` (0 to 1) of the training is done."""

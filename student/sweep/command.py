@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distily.html.page import write as write_page
+from distily.system.files import write_json
 from student.errors import UserError
 from student.sweep.capacity import this_machine
-from student.sweep.home import Home, write_json
+from student.sweep.home import Home
 from student.sweep.page import page
 from student.sweep.planning import manifest_of, plan
 from student.sweep.results import Row, needed, ranked, report, row, savings, table

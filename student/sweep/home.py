@@ -72,15 +72,8 @@ class Home:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object that `write_json` wrote; None where there is none."""
+    """A JSON object; None where there is none."""
     if not path.is_file():
         return None
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Written whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from distily.errors import DistilyError
+from distily.system.files import write_json
 from distily.text import one_line
 from student.config.parser import parse
 from student.errors import exit_code
-from student.sweep.home import DONE, write_json
+from student.sweep.home import DONE
 from student.training.run import train_from_cache
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distily.system.files import write_json
 from student.errors import StudentError
 from student.objective.terms import Objective
 from student.training.model import DistillationModel
@@ -53,7 +54,7 @@ class GradientBalance:
 
     def save(self, directory: Path) -> None:
         """For resuming."""
-        (directory / BALANCE_FILE).write_text(json.dumps({"log_norms": self._logs}) + "\n", encoding="utf-8")
+        write_json(directory / BALANCE_FILE, {"log_norms": self._logs})
 
     def load(self, directory: Path) -> None:
         """Reads what `save` wrote; StudentError unless it is of as many terms."""

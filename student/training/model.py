@@ -23,7 +23,7 @@ from student.losses.lm_head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
 from student.losses.sparse_pass import HeadLoss, sparse_head_loss
 from student.objective.projectors import Projectors
-from student.objective.terms import Objective, View
+from student.objective.terms import OUTSIDE_HEADS, Objective, View
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
@@ -167,7 +167,7 @@ class DistillationModel(nn.Module):
 
     def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
         """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
-        terms = [(term.function, w) for term, w in zip(self.objective.head, self.weights, strict=False)]
+        terms = [(term.function, w) for term, w in self.objective.weighted(("head",), self.weights)]
         if not self.training:
             terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
         if not terms:  # other terms alone: the head is not even multiplied
@@ -186,11 +186,8 @@ class DistillationModel(nn.Module):
 
     def _dense(self, view: View) -> tuple[Tensor, Tensor]:
         """(weighted sum of the dense terms, their detached values [S', N]); float32."""
-        terms: list[tuple[Any, float]] = [
-            (term.function, w)
-            for term, w in zip(self.objective.terms, self.weights, strict=True)
-            if term.loss.kind == "dense"
-        ]
+        weighted = self.objective.weighted(("dense",), self.weights)
+        terms: list[tuple[Any, float]] = [(term.function, weight) for term, weight in weighted]
         student_ND = view.student(self._depth)
         if not terms:
             zero = student_ND.new_zeros((), dtype=torch.float32)
@@ -217,8 +214,7 @@ class DistillationModel(nn.Module):
     def _others(self, view: View, loss: Tensor) -> tuple[Tensor, Tensor]:
         """(`loss` and the weighted sum of the terms outside any head, their detached values [S', N])."""
         values = [loss.new_zeros(0, len(view.sequence_N))]
-        weights = self.weights[len(self.weights) - len(self.objective.others) :]
-        for term, weight in zip(self.objective.others, weights, strict=True):
+        for term, weight in self.objective.weighted(OUTSIDE_HEADS, self.weights):
             value_N = term.values(view)
             loss = loss + weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distily.logs import LOG
+from distily.system.files import write_json
 from featurestore.errors import BAD_REQUESTS
 from student.config.parser import Request
 from student.config.recipes import StageRequest
@@ -93,9 +94,7 @@ def _keep(stage: StageRequest, finished: bool) -> None:
             "flags": _flags(stage.request),
             "finished": finished,
         }
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_json(path, record)
     if args.distributed_state is not None:
         args.distributed_state.wait_for_everyone()
 

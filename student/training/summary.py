@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distily.system.files import write_json
 from featurestore.errors import MissingFeatureError
 from featurestore.format.schema import LogitsSpec
 from featurestore.maintenance.info import StoreInfo, store_info
@@ -96,7 +97,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "command": without_secrets(run.command),
         "environment": dict(run.environment),
     }
-    (run.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(run.output_dir / "summary.json", summary)
     return summary
 
 

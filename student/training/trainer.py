@@ -4,7 +4,6 @@ student.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments
 
+from distily.system.files import write_json
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data.batches import CachedDataset, CacheOrder, Collator
 from student.metrics import cluster_error, perplexity
@@ -214,7 +214,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             "samples": len(self.train_dataset),
             "global_batch": self.get_total_train_batch_size(self.args),
         }
-        (directory / MANIFEST_FILE).write_text(json.dumps(record))
+        write_json(directory / MANIFEST_FILE, record)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = load_adapters if has_adapters(self.model.student) else load_weights
