@@ -32,7 +32,7 @@ from featurestore.storage.files import MAX_RECORD_BYTES
 from featurestore.storage.root import Root, root_of
 
 OPEN_BUNDLES = 128
-MEND = "run the same `distily-cache generate` again to complete it"
+FIX = "run the same `distily-cache generate` again to complete it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class CacheReader:
         read_spec(root)
         fullest = fullest_manifest(root)
         if fullest is None:
-            raise StoreFormatError(f"the store {root.location} has no manifest yet: {MEND}")
+            raise StoreFormatError(f"the store {root.location} has no manifest yet: {FIX}")
         if manifest is None:
             return cls(root, fullest)
         digests = manifest_digests(root)
@@ -202,8 +202,8 @@ class CacheReader:
         partial = any(spec.kind == kind for spec in self.groups.values())
         there = ", ".join(sorted({spec.kind for spec in self.groups.values()})) or "no features"
         what = f"only some samples have {kind}" if partial else f"no {kind} in this cache (it has: {there})"
-        mend = MEND if partial else f"add it with `distily-cache generate ... {flag}`"
-        raise MissingFeatureError(f"{self.path}: {what}; {mend}")
+        fix = FIX if partial else f"add it with `distily-cache generate ... {flag}`"
+        raise MissingFeatureError(f"{self.path}: {what}; {fix}")
 
     def find_logits(
         self, top_k: int | None = None, top_p: float | None = None, tail: int | None = None

@@ -1,4 +1,4 @@
-"""What can go wrong in stage 1. `RequestError` is the user's to mend (exit code 2), the rest is ours."""
+"""What can go wrong in stage 1. `RequestError` is the user's to fix (exit code 2), the rest is ours."""
 
 from distily.errors import DistilyError
 
@@ -8,7 +8,7 @@ class PipelineError(DistilyError):
 
 
 class RequestError(PipelineError, ValueError):
-    """The request cannot be served as it stands; the message is one line that names the flag and the mend."""
+    """The request cannot be served as it stands; the message is one line that names the flag and the fix."""
 
 
 class EngineError(PipelineError, RuntimeError):

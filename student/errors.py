@@ -1,7 +1,7 @@
 """The exception tree of the training stage.
 
 The command line maps `UserError` to exit code 2 (the request was wrong, one line says which flag and the
-mend) and every other `StudentError` to exit code 1.
+fix) and every other `StudentError` to exit code 1.
 """
 
 from distily.errors import DistilyError
@@ -13,7 +13,7 @@ class StudentError(DistilyError):
 
 
 class UserError(StudentError, ValueError):
-    """The request cannot be served as it was made; the message names the flag and the mend."""
+    """The request cannot be served as it was made; the message names the flag and the fix."""
 
 
 def exit_code(error: DistilyError) -> int:

@@ -54,7 +54,7 @@ _current: _Line | None = None
 
 
 def advise(text: str) -> None:
-    """What the line of a stopped command says from now on: what is kept, and how to go on from there."""
+    """What the line of a stopped command says from now on: what is kept, and how to continue from there."""
     if _current is not None:
         _current.advice = text
 

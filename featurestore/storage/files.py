@@ -30,7 +30,7 @@ def writing(what: str, path: str | Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         failure = StoreWriteError(
             f"cannot write {what} under {path}: {reason}. Nothing committed is lost; "
-            "mend this and run the same command again"
+            "fix this and run the same command again"
         )
         failure.errno = error.errno
         raise failure from error

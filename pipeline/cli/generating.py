@@ -23,7 +23,7 @@ def generate(
 ) -> None:
     """Run TEACHER over DATASET and store its features; computes only what STORE lacks.
 
-    Killed or interrupted at any moment, the same command goes on where it stopped. A request that the store
+    Killed or interrupted at any moment, the same command resumes where it stopped. A request that the store
     covers already computes nothing. Each position keeps the head of the teacher's distribution, logsumexp,
     the log-probability of the actual next token, the entropy, and the temperatures and hidden layers
     asked for. With --continuations the samples are texts that the teacher, or a student, writes first.

@@ -47,7 +47,7 @@ def pull(
 ) -> None:
     """Download the store in the data set REPO of the hub; it appears at STORE once every byte is verified.
 
-    Killed at any moment, the same command goes on.
+    Killed at any moment, the same command resumes.
 
     Example: distily-cache pull me/smollm2-features ./cache
     """

@@ -11,7 +11,7 @@ _PANEL = "Texts to be written first"
 ContinuationsOption = Annotated[
     int | None,
     typer.Option(
-        help="Let the teacher go on N times with each text, cut to --prompt-tokens, or with each chat before "
+        help="Let the teacher continue each text N times, cut to --prompt-tokens, or with each chat before "
         "the assistant's last turn; the samples are then what it writes, and that alone is learned.",
         metavar="N",
         rich_help_panel=_PANEL,
@@ -27,7 +27,7 @@ StudentOption = Annotated[
     ),
 ]
 PromptOption = Annotated[
-    int | None, typer.Option(help="Tokens of a text to go on from. [default: 64]", rich_help_panel=_PANEL)
+    int | None, typer.Option(help="Tokens of a text to continue from. [default: 64]", rich_help_panel=_PANEL)
 ]
 TemperatureOption = Annotated[
     float | None,

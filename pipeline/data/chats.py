@@ -60,14 +60,14 @@ class ChatFormat:
     def text_and_spans(self, messages: Sequence[Message], where: str) -> tuple[str, Spans]:
         """The conversation, and the characters that the assistant has to produce, in order.
 
-        Where the template has {% generation %} marks they decide; what the assistant says has to lie inside.
+        Where the template has {% generation %} marks they decide; the assistant's text has to lie inside.
         Else a turn's span is the content as the template writes it (white space at its ends may be trimmed),
         all that stands between the prompt and the content where the template writes a reasoning, and
         the special token that ends the turn: the first one behind the content with nothing but white space
         between, when the template put it there and it is not the one that begins a text.
 
         Raises:
-            RowError: the template refuses the conversation, or changes what the assistant says.
+            RowError: the template refuses the conversation, or changes the assistant's text.
             RequestError: the template is no Jinja.
         """
         text, spans = self._render(messages, where, self._marked)
@@ -75,16 +75,16 @@ class ChatFormat:
         if self._marked:
             if not _holds("".join(text[start:end] for start, end in spans), said):
                 raise RowError(
-                    f"DATASET {where}: what the assistant says is not between the chat template's "
-                    "{% generation %} marks; mend the row, give another --chat-template, or --loss-on all"
+                    f"DATASET {where}: the assistant's text is not between the chat template's "
+                    "{% generation %} marks; correct the row, give another --chat-template, or --loss-on all"
                 )
             return text, spans
         found = self._locate(messages, text, where) if said else []
         if found is None:
             raise RowError(
                 f"DATASET {where}: the chat template does not write the messages as they are, so it is not "
-                "known what the assistant says; mend the row, give a --chat-template with {% generation %} "
-                "marks, or --loss-on all"
+                "known what the assistant's text is; correct the row, give a --chat-template with "
+                "{% generation %} marks, or --loss-on all"
             )
         return text, found
 

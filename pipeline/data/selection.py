@@ -49,7 +49,7 @@ def select(
     it is remembered which they are.
 
     Raises:
-        RequestError: anything about data set, tokenizer or chat template that the user has to mend.
+        RequestError: anything about data set, tokenizer or chat template that the user has to fix.
     """
     documents = load_documents(
         request.dataset,

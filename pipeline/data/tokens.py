@@ -211,7 +211,7 @@ def token_spans(text: str, spans: Spans, bounds: npt.NDArray[np.int64]) -> Spans
         around = text[int(starts[first:last].min()) : start] + text[end : int(ends[first:last].max())]
         if around.strip():
             raise ValueError(
-                f"the tokenizer joins what the assistant says ({text[start:end][:20]!r}…) with the chat "
+                f"the tokenizer joins the assistant's text ({text[start:end][:20]!r}…) with the chat "
                 f"template's {around!r} in one token"
             )
         found.append((first, last))

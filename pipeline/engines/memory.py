@@ -15,15 +15,15 @@ OUT_OF_MEMORY = re.compile(
 
 
 @contextmanager
-def memory_for(doing: str, mend: str) -> Iterator[None]:
+def memory_for(doing: str, fix: str) -> Iterator[None]:
     """What is done inside may take more memory than there is; other errors pass.
 
     Raises:
-        EngineError: it did; the line says while `doing` what, and the `mend`.
+        EngineError: it did; the line says while `doing` what, and the `fix`.
     """
     try:
         yield
     except Exception as error:  # torch raises RuntimeError, Python MemoryError, mmap OSError
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        raise EngineError(f"out of memory while {doing} ({one_line(error)}); {mend}") from error
+        raise EngineError(f"out of memory while {doing} ({one_line(error)}); {fix}") from error

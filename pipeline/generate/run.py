@@ -93,7 +93,7 @@ def prepare(request: GenerateRequest, report: Reporter) -> PreparedCapture:
     """Check the request against teacher, store and data, and plan the work.
 
     Raises:
-        RequestError: anything the user has to mend; nothing has been written.
+        RequestError: anything the user has to fix; nothing has been written.
         SpecMismatchError: the store belongs to another teacher, tokenizer or engine.
     """
     check_store_directory(request.out)

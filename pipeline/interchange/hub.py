@@ -89,7 +89,7 @@ def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shar
     """Download the store in the data set `repo` into the new directory `path`.
 
     It comes into a hidden directory beside `path`, is verified there to the last byte, and only then gets its
-    name. A pull that was killed goes on there. Raises RequestError when `path` is in use or `repo` lists what
+    name. A pull that was killed resumes there. Raises RequestError when `path` is in use or `repo` lists what
     no store has, CorruptionError when a file is not what was committed, HubError when the hub fails.
     """
     if is_url(path):
@@ -104,7 +104,7 @@ def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shar
     names = _of_the_store(repo, remote)
     private = path.absolute().with_name(f".{path.name}.pull-{commit[:12]}")
     private.mkdir(parents=True, exist_ok=True)
-    with asking(f"REPO {repo}: the pull failed; the same command goes on"):
+    with asking(f"REPO {repo}: the pull failed; the same command resumes"):
         api.snapshot_download(
             repo, repo_type="dataset", revision=commit, local_dir=private, allow_patterns=STORE_FILES
         )

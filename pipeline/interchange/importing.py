@@ -1,7 +1,7 @@
 """`distily-cache import`: a published top-k data set becomes a store. No model is loaded.
 
 The data set is read twice: once to plan (sample ids, lengths, the widest head), once to write shard by shard.
-So memory is bounded by a shard, and a killed import goes on where it stopped.
+So memory is bounded by a shard, and a killed import resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class _Survey:
 def import_dataset(request: ImportRequest, progress: Progress | None = None) -> ImportOutcome:
     """Bring a published data set into the store at `request.out`.
 
-    Raises RequestError for what the user has to mend (nothing is written then), SpecMismatchError when the
+    Raises RequestError for what the user has to fix (nothing is written then), SpecMismatchError when the
     store is of another teacher or layout.
     """
     check_store_directory(request.out)

@@ -63,7 +63,7 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
 def sweep_(
     store: Annotated[str, typer.Argument(help="Cache made by `distily-cache generate`.")],
     spec: Annotated[Path, typer.Argument(help="YAML file of what to vary: base, grid or search, seeds.")],
-    out: Annotated[Path, typer.Option(help="Directory of the sweep; the same command goes on in it.")],
+    out: Annotated[Path, typer.Option(help="Directory of the sweep; the same command resumes in it.")],
     jobs: Annotated[
         int | None, typer.Option(help="Runs at once. Default: as many as cores and memory allow.")
     ] = None,
@@ -169,7 +169,7 @@ def generate_(
     kernel: Annotated[str, typer.Option(help="torch, or bitblas on an NVIDIA GPU.")] = "torch",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Let a student go on with a prompt, with its speed and memory."""
+    """Let a student continue a prompt, with its speed and memory."""
     from student.export.generation import GenerationRequest, generate
 
     with _exit_codes(), _no_bars():

@@ -104,7 +104,7 @@ def _chained(stages: Sequence[Stage], parsed: Sequence[Request]) -> list[StageRe
     training = parsed[0].training
     if training.resume_from_checkpoint is not None:
         raise UserError(
-            "--resume-from-checkpoint: a recipe with stages goes on by itself when its command is run again; "
+            "--resume-from-checkpoint: a recipe with stages resumes by itself when its command is run again; "
             "leave the flag out"
         )
     base = Path(training.output_dir)
@@ -155,7 +155,7 @@ def parse_recipe(value: object, where: str, folder: Path) -> Recipe:
         )
         if index:
             _refuse(
-                own, _OF_FIRST_STAGE, place, "is of the first stage; others go on with the student before"
+                own, _OF_FIRST_STAGE, place, "is of the first stage; later ones start from the student before"
             )
         stages.append(Stage(name, share, own))
     return Recipe(flags, tuple(stages))

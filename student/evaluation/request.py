@@ -98,14 +98,14 @@ class EvalRequest:
 
     def _check_effects(self) -> None:
         texts, tasks = bool(self.texts.names or self.suites), bool(self.tasks.names or self.suites)
-        for flag, given, used, mend in (
+        for flag, given, used, fix in (
             ("--teacher", self.teacher, texts or tasks, "--text, --tasks or --suite (the cache has its own)"),
             ("--task-data", self.tasks.data, tasks, "--tasks or --suite"),
             ("--text-column", self.texts.column, texts, "--text or --suite"),
             ("--since", self.texts.since, texts, "--text or --suite"),
         ):
             if given is not None and not used:
-                raise UserError(f"{flag} has no effect without {mend}")
+                raise UserError(f"{flag} has no effect without {fix}")
 
 
 def _check_date(since: str) -> None:

@@ -35,7 +35,7 @@ def check(source: ExportSource) -> None:
         axis=0,
         multiple=PER_BYTE,
         what="a byte holds one column of four rows",
-        mend="choose sizes that are multiples of 4 in --student-model-config",
+        fix="choose sizes that are multiples of 4 in --student-model-config",
     )
     mode, config = norm_mode(source), source.config
     if mode == "other" or len(norm_epsilons(source)) > 1:

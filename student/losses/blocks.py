@@ -218,7 +218,7 @@ class BlockPair:
 
     @property
     def scorings(self) -> tuple[Scoring, Scoring]:
-        """Of both attentions."""
+        """Of the attention of both models."""
         return self._blocks[0].scoring, self._blocks[1].scoring
 
     @property
@@ -232,7 +232,7 @@ class BlockPair:
         return student.rotate(self.student, self._rotation), teacher.rotate(self.teacher)
 
     def attention(self) -> tuple[Vectors, Vectors]:
-        """Both attentions, with a copy of a key head for each query head that shares it."""
+        """The attention of both models, with a copy of a key head for each query head that shares it."""
         sides = []
         for (query, key), scoring in zip(self.rotated(), self.scorings, strict=True):
             repeated = key.repeat_interleave(query.shape[2] // key.shape[2], 2)

@@ -91,7 +91,7 @@ class Projectors(nn.ModuleDict):
             if saved != self._config():
                 raise UserError(
                     f"--resume-from-checkpoint {directory}: it has {_names(saved)}, the objective asks for "
-                    f"{_names(self._config())}; go on with the objective that it was trained with"
+                    f"{_names(self._config())}; resume with the objective that it was trained with"
                 )
             if self.specs:
                 self.load_state_dict(load_file(weights))

@@ -46,7 +46,7 @@ class Home:
         return self.path / "logs" / f"{self.directory(run).name}.log"
 
     def checkpointed(self, run: SweepRun) -> bool:
-        """Whether the run has a checkpoint to go on from."""
+        """Whether the run has a checkpoint to resume from."""
         return last_checkpoint(self.directory(run)) is not None
 
     def finished(self, run: SweepRun) -> dict[str, Any] | None:

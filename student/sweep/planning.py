@@ -59,5 +59,5 @@ def _check(runs: Iterable[SweepRun], spec: SweepSpec, store: str, manifest: str,
         groups = held_out.groups if held_out else ()
         known = any(isinstance(group, LogitsSpec) for group in groups)
         if held_out is None or (spec.metric in ("eval_kl", "eval_top1_agreement") and not known):
-            mend = "take metric: eval_ce" if held_out else "give an --eval-fraction above 0"
-            raise UserError(f"run {run.name}: there will be no {spec.metric} to compare by; {mend}")
+            fix = "take metric: eval_ce" if held_out else "give an --eval-fraction above 0"
+            raise UserError(f"run {run.name}: there will be no {spec.metric} to compare by; {fix}")

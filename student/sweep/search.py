@@ -1,4 +1,4 @@
-"""Runs that Optuna chooses; its trials are kept in the sweep's directory, so that a search goes on."""
+"""Runs that Optuna chooses; its trials are kept in the sweep's directory, so that a search resumes."""
 
 from __future__ import annotations
 

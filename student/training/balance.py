@@ -66,7 +66,7 @@ class GradientBalance:
             log is None or (isinstance(log, float) and math.isfinite(log)) for log in logs
         )
         if not numbers or len(logs) != len(self._logs):
-            raise StudentError(f"{directory}: {BALANCE_FILE} is of another objective; go on with its own")
+            raise StudentError(f"{directory}: {BALANCE_FILE} is of another objective; resume with its own")
         self._logs = logs
 
 

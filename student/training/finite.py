@@ -1,6 +1,6 @@
 """A training whose numbers are not finite any more ends, instead of saving a student of NaNs.
 
-Trainer by itself goes on to its end, and its log hides such losses (--logging_nan_inf_filter).
+Trainer by itself continues to its end, and its log hides such losses (--logging_nan_inf_filter).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from student.errors import StudentError
 
 _MENDS = (
     "lower --learning-rate or --max-grad-norm, lengthen --warmup-steps, or train in float32 (without --bf16 "
-    "and --fp16); earlier checkpoints are whole, --resume_from_checkpoint True goes on from the last"
+    "and --fp16); earlier checkpoints are whole, --resume_from_checkpoint True resumes from the last"
 )
 
 

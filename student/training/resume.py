@@ -1,4 +1,4 @@
-"""From which checkpoint a run goes on, and that it goes on with the same samples in the same order.
+"""From which checkpoint a run resumes, and that it resumes with the same samples in the same order.
 
 Which samples a step learns from follows from the manifest, the seed, how many samples are trained on, and the
 global batch: MANIFEST_FILE of a checkpoint records them, Trainer's state the step. The number of processes
@@ -95,7 +95,7 @@ def _whole(checkpoint: Path) -> bool:
 
 
 def manifest_to_read(wanted: str | None, checkpoint: Path | None) -> str | None:
-    """What to read: a run that goes on reads on where it was, however the cache has grown meanwhile."""
+    """What to read: a resumed run reads on where it was, however the cache has grown meanwhile."""
     digest = _record(checkpoint).get("manifest")
     if digest is None:
         return wanted
@@ -114,7 +114,7 @@ def order_seed(args: TrainingArguments) -> int:
 
 
 def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) -> None:
-    """UserError where a run that goes on would skip other samples than those that were learned.
+    """UserError where a resumed run would skip other samples than those that were learned.
 
     A run that skips nothing (--ignore_data_skip) may change what it likes, and with --auto_find_batch_size
     Trainer sets the batch itself.
@@ -149,7 +149,7 @@ def check_kind(checkpoint: Path, plan: StudentPlan) -> None:
     was = (saved_conversion(saved_config(str(checkpoint))), masters)
     if was != (plan.conversion, plan.masters):
         raise UserError(
-            f"--resume-from-checkpoint: this run would go on with {_kind(plan.conversion, plan.masters)}, "
+            f"--resume-from-checkpoint: this run would resume with {_kind(plan.conversion, plan.masters)}, "
             f"but {checkpoint} is of a run with {_kind(*was)}; resume with the flags that it was started with"
         )
 

@@ -50,7 +50,7 @@ _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 class PreparedTraining:
     """A request that was checked, and what follows from it and the cache.
 
-    checkpoint: where it goes on; None: at the start.
+    checkpoint: where it resumes; None: at the start.
     """
 
     request: Request

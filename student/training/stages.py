@@ -36,7 +36,7 @@ _HOW_LONG = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_typ
 def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
     """Train what is left of the stages; the summary of the last one, {} in processes other than the first.
 
-    All of them read the cache as it was when the first one began. A stage that was killed goes on from its
+    All of them read the cache as it was when the first one began. A stage that was killed resumes from its
     last checkpoint. UserError, before any training, for what is wrong in any stage.
     """
     overwrite = stages[0].request.options.overwrite_output_dir

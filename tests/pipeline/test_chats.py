@@ -286,7 +286,7 @@ def test_turns_that_are_lost_doubled_reversed_or_counted_are_refused(smollm: Any
 
 def test_marks_around_something_else_are_refused(smollm: Any) -> None:
     template = "{% for m in messages %}{{ m.content }}{% generation %}!{% endgeneration %}{% endfor %}"
-    with pytest.raises(RequestError, match=r"row 3: what the assistant says is not between .*generation"):
+    with pytest.raises(RequestError, match=r"row 3: the assistant's text is not between .*generation"):
         learn(smollm, template, [{"role": "assistant", "content": "one"}])
 
 

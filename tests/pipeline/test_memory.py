@@ -65,7 +65,7 @@ def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "options", "doing", "mend"),
+    ("stage", "options", "doing", "fix"),
     [
         # 1,500 x 100,003 logits of 4 bytes.
         ("start_engine", (), "running the teacher over a sample of 1,500 tokens", "lower --max-seq-len"),
@@ -86,7 +86,7 @@ def test_at_work(
     stage: str,
     options: tuple[object, ...],
     doing: str,
-    mend: str,
+    fix: str,
 ) -> None:
     start = getattr(pipeline.generate.run, stage)
 
@@ -98,7 +98,7 @@ def test_at_work(
     monkeypatch.setattr(pipeline.generate.run, stage, started)
     line = fail(wide_teacher, *options)
     assert line.startswith(f"distily-cache: out of memory while {doing} (")
-    assert "you tried to allocate" in line and mend in line
+    assert "you tried to allocate" in line and fix in line
 
 
 def test_at_samples_that_are_taken_together(

@@ -116,7 +116,7 @@ def test_what_is_wrong_in_a_later_stage_is_found_before_the_first(
     for store, more, said in (
         (cache, (), "stage distil: --objective: terms[2] (qkv_relation): the cache lacks projections"),
         (relations, ("--max-steps", 1), "--max-steps 1 leaves no step to the stage pretrain"),
-        (relations, ("--resume_from_checkpoint", "True"), "goes on by itself"),
+        (relations, ("--resume_from_checkpoint", "True"), "resumes by itself"),
     ):
         code, _, err = distily_train(store, *words, *more)
         assert code == 2 and said in err.splitlines()[-1], err

@@ -57,7 +57,7 @@ def test_a_resumed_run_keeps_strength_stage_and_rounding(train: Train, run: Run,
     ):
         code, _, err = run(tmp_path / "other", *other, "--resume_from_checkpoint", checkpoint)
         assert code == 2
-        assert f"this run would go on with {kind}, but" in err
+        assert f"this run would resume with {kind}, but" in err
         assert "is of a run with --bitnet-conversion subln --bitnet-masters bf16" in err
 
 

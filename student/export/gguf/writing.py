@@ -33,13 +33,13 @@ def check(source: ExportSource, kind: BlockType) -> None:
     architectures.architecture(source)
     smaller = [one for one in TYPES.values() if one.columns < kind.columns]
     others = [f"or --gguf-type {one.name}, whose blocks have {one.columns}" for one in smaller]
-    mend = "choose hidden_size, intermediate_size and heads like that in --student-model-config"
+    fix = "choose hidden_size, intermediate_size and heads like that in --student-model-config"
     require_multiple(
         source,
         axis=1,
         multiple=kind.columns,
         what=f"{kind.name} has blocks of {kind.columns} columns",
-        mend="; ".join([f"{mend} (with --init random where the teacher has other sizes)", *others]),
+        fix="; ".join([f"{fix} (with --init random where the teacher has other sizes)", *others]),
     )
     for name, layer in integer_linears(source.model):
         if not _SMALLEST <= 1.0 / float(layer.weight_scale) <= 65504:
