@@ -5,6 +5,8 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -34,6 +36,39 @@ def reflow_help(app: typer.Typer) -> None:
     for command in app.registered_commands:
         text = inspect.cleandoc(command.help or (command.callback and command.callback.__doc__) or "")
         command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+
+
+# What brings a package, where it is not the extra of the command's own stage.
+_EXTRAS = {
+    "bitsandbytes": "[quantized]",
+    "compressed_tensors": "[export]",
+    "gguf": "[export]",
+    "lm_eval": "[eval]",
+    "obstore": "[s3]",
+    "optuna": "[sweep]",
+    "peft": "[peft]",
+}
+_OF_A_STAGE = {
+    *("accelerate", "datasets", "huggingface_hub", "matplotlib", "safetensors", "torch", "transformers"),
+    *("vllm", "yaml"),
+}
+
+
+@contextmanager
+def installed(program: str, extra: str) -> Iterator[None]:
+    """End `program` with one line and exit code 2 where a package is not installed that an extra brings.
+
+    extra: of the program's own stage.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS and package not in _OF_A_STAGE:
+            raise
+        wanted = _EXTRAS.get(package, extra)
+        sys.stderr.write(f"{program}: this needs the package {package}; install the extra {wanted}\n")
+        sys.exit(2)
 
 
 def quiet_libraries(quiet: bool = False) -> None:

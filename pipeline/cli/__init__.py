@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from distily.system.command_line import add_version, quiet_libraries, reflow_help
+from distily.system.command_line import add_version, installed, quiet_libraries, reflow_help
 from distily.system.stopping import stoppable
 from pipeline.cli.exchange import export, import_command, merge
 from pipeline.cli.generating import generate, plan
@@ -44,5 +44,5 @@ reflow_help(app)
 
 def main() -> None:
     quiet_libraries()
-    with stoppable("distily-cache"):
+    with stoppable("distily-cache"), installed("distily-cache", "[generate] or [generate-cpu]"):
         app(spelled(sys.argv[1:], typer.main.get_command(app)))

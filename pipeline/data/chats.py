@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from distily.text import one_line
 from pipeline.data.bad_rows import RowError
@@ -139,6 +138,8 @@ class ChatFormat:
     def _render(
         self, messages: Sequence[Message], where: str, marked: bool, prompt: bool = False
     ) -> tuple[str, Spans]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             texts, spans = render_jinja_template(
                 [list(messages)],

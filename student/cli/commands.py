@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distily.logs import show_on_stderr
-from distily.system.command_line import add_version, quiet_libraries, reflow_help
+from distily.system.command_line import add_version, installed, quiet_libraries, reflow_help
 from distily.system.stopping import stoppable
 from distily.text import one_line
 
@@ -375,5 +375,5 @@ def main() -> None:
     """Console script `distily-train`."""
     quiet_libraries()
     show_on_stderr("distily-train")
-    with stoppable("distily-train"):
+    with stoppable("distily-train"), installed("distily-train", "[train]"):
         app()
