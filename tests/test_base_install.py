@@ -1,4 +1,4 @@
-"""Without torch, vLLM and Hugging Face's libraries: stores are read and checked, and the rest names its extra."""
+"""Without torch, vLLM and Hugging Face's libraries stores are read and checked; the rest names its extra."""
 
 from __future__ import annotations
 
