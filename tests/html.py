@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
+from distily.html.sorting import SCRIPT, SOURCE
+
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -53,7 +55,12 @@ def parsed(html: str) -> Parsed:
 
 
 def page(html: str) -> Parsed:
-    """`parsed`, of a whole page that is on its own: no script, nothing loaded from elsewhere."""
+    """`parsed`, of a whole page that is on its own: no script but the one that sorts tables, nothing loaded
+    from elsewhere.
+    """
+    sorts = 'class="sortable"' in html
+    assert html.count("<script>") == html.count(SCRIPT) == html.count(SOURCE) == sorts
+    html = html.replace(f"<script>{SCRIPT}</script>", "")
     found = parsed(html)
     assert html.startswith("<!doctype html>")
     assert found.tags.count("h1") == 1

@@ -20,6 +20,7 @@ _WIDTH, _HEIGHT = 380, 240
 _TOP, _BOTTOM = 28, 40
 _LETTER = 8.3  # width of a digit at the charts' font size
 _MARKS = 7  # shapes drawn along one line at most
+_HOVERS = 100  # points of one series that tell their values to a pointer, at most
 # Round (0, 0): circle, square, triangle, diamond, upside-down triangle, plus, bar.
 _SHAPES = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
@@ -191,7 +192,18 @@ def _drawn(index: int, series: Series, x_axis: Axis, y_axis: Axis) -> str:
         # The marks of several lines stand at different points.
         for x, y in places[index % step :: step] or places[-1:]:
             parts.append(_mark(index, f' transform="translate({x:.1f} {y:.1f})"'))
+    every = -(-len(places) // _HOVERS)
+    shown = list(zip(series.points, places, strict=True))[::every]
+    parts += [_hover(series.name, point, place) for point, place in shown]
     return "".join(parts) + "</g>"
+
+
+def _hover(name: str, point: tuple[float, float], place: tuple[float, float]) -> str:
+    """What shows a point's values to a pointer that rests on it."""
+    said = html(f"{name}: {short(point[1])} at {short(point[0])}")
+    return (
+        f'<circle class="hover" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="6"><title>{said}</title></circle>'
+    )
 
 
 def _key(index: int, series: Series) -> str:

@@ -1,4 +1,4 @@
-"""The frame of every report: one HTML page that needs no network, no script and no other file.
+"""The frame of every report: one HTML page that needs no network, no other file, and no script to be read.
 
 Pure functions, data in and text out, but for `why_not` and `write`. What is not `Html` already is escaped,
 wherever it comes from. Charts are in distily.html.chart.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from distily.html.sorting import SCRIPT, SORTABLE, SOURCE
 from distily.html.style import STYLE
 from distily.system.files import write_whole
 from distily.units import number
@@ -19,11 +20,12 @@ from distily.units import number
 Cell = str | float | int | None
 
 
+# By which a page of ours is known, of any version.
 _START = (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "style-src 'unsafe-inline'\">"
+    "style-src 'unsafe-inline'"
 )
 
 
@@ -41,10 +43,14 @@ def html(value: Cell) -> Html:
 
 
 def page(title: str, *parts: Html) -> str:
-    """The whole document. Its policy forbids the browser to load anything."""
+    """The whole document. Its policy forbids the browser to load anything, or to run more than `SCRIPT`."""
+    body = "".join(parts)
+    sorts = f'<table class="{SORTABLE}"' in body
+    policy = f'; script-src {SOURCE}">' if sorts else '">'
+    script = f"<script>{SCRIPT}</script>" if sorts else ""
     return (
-        f"{_START}<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{html(title)}</h1>\n"
-        f"{''.join(parts)}</main></body></html>\n"
+        f"{_START}{policy}<title>{html(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><main><h1>{html(title)}</h1>\n{body}</main>{script}</body></html>\n"
     )
 
 
@@ -113,9 +119,14 @@ def row(*parts: Html) -> Html:
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str = "", tall: bool = False
+    header: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    caption: str = "",
+    tall: bool = False,
+    sortable: bool = False,
 ) -> Html:
-    """A table that scrolls inside itself where the screen is narrow, and with `tall` also downwards.
+    """A table that scrolls inside itself where the screen is narrow, and with `tall` also downwards; with
+    `sortable` a click on a column's heading sorts it.
 
     The first cell of a row is its heading. Columns of numbers stand to the right. Nothing without rows.
     """
@@ -128,7 +139,8 @@ def table(
     )
     body = "".join(f"<tr>{_cells(cells, right)}</tr>\n" for cells in texts)
     top = f"<thead><tr>{head}</tr></thead>"
-    return _framed("", caption, ", ".join(header), f"{top}<tbody>{body}</tbody>", tall)
+    style = SORTABLE if sortable else ""
+    return _framed(style, caption, ", ".join(header), f"{top}<tbody>{body}</tbody>", tall)
 
 
 def facts(rows: Iterable[tuple[str, Cell]], caption: str) -> Html:

@@ -57,6 +57,13 @@ p { max-width: 48rem; margin: .4rem 0; overflow-wrap: anywhere; }
 .cards span { color: var(--soft); font-size: .85rem; }
 .row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 figure { margin: 0; padding: .7rem .8rem; min-width: 0; }
+.hover { fill: transparent; stroke: none; }
+.hover:hover { fill: var(--c); fill-opacity: .3; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid currentColor; }
+th button::after { content: " ↕"; opacity: .4; }
+th[aria-sort=ascending] button::after { content: " ↑"; opacity: 1; }
+th[aria-sort=descending] button::after { content: " ↓"; opacity: 1; }
 figcaption { font-weight: 600; margin-bottom: .3rem; }
 figure .note { margin: .3rem 0 0; }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,13 +68,15 @@ def register_engine(
         version: of what computes; a store is only extended by the engine that it was made with.
 
     Raises:
-        ValueError: there is one of that name.
+        ValueError: there is one of that name, or it is no word of letters, digits, _ and -.
 
     Example:
         register_engine("mine", lambda config, verbose: MyEngine(config), lambda: my_package.__version__)
     """
     if name in _OURS or name in _registered:
         raise ValueError(f"an engine named {name!r} exists already")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"{name!r} is no name of an engine; take letters, digits, _ and -")
     _registered[name] = EngineEntry(start=start, version=version)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distily.plugins import load_plugins
 from student.errors import UserError
@@ -152,13 +152,17 @@ def register_loss(loss: Loss) -> Loss:
         The entry.
 
     Raises:
-        ValueError: there is a loss of that name.
+        ValueError: there is a loss of that name, or its kind or needs are none that there are.
 
     Example:
         register_loss(Loss(name="hidden_l1", kind="hidden", function=mean_distance, needs="R"))
     """
     if loss.name in _ours() or loss.name in _registered:
         raise ValueError(f"a loss named {loss.name!r} exists already")
+    if loss.kind not in get_args(Kind):
+        raise ValueError(f"{loss.name}: kind {loss.kind!r} is none of {', '.join(get_args(Kind))}")
+    if unknown := set(loss.needs + loss.better) - set(NEEDS):
+        raise ValueError(f"{loss.name}: needs {min(unknown)!r}, which is none of {', '.join(NEEDS)}")
     _registered[loss.name] = loss
     return loss
 

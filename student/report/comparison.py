@@ -49,7 +49,7 @@ def comparison(runs: Sequence[RunFiles]) -> Html:
     }
     known = {name: get for name, get in columns.items() if any(get(run) is not None for run in runs)}
     rows = [(run.name, *(get(run) for get in known.values())) for run in runs]
-    return section("Runs", table(("run", *known), rows))
+    return section("Runs", table(("run", *known), rows, sortable=True))
 
 
 def differing_flags(flags: Sequence[Mapping[str, str]]) -> list[str]:

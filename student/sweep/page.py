@@ -24,7 +24,7 @@ def page(rows: Sequence[Row], spec: SweepSpec, store: str) -> str:
         paragraph(f"Trainings from {store}, the best first by {spec.metric}."),
         _figures(rows, done, spec),
         paragraph(savings(rows) or ""),
-        section("Runs", table(columns(spec), [cells(one, spec) for one in rows])),
+        section("Runs", table(columns(spec), [cells(one, spec) for one in rows], sortable=True)),
         section("What each setting did", row(*(_by_axis(axis, done, spec) for axis in _varied(done, spec)))),
         section("Time", row(_by_time(done, spec))),
         section("Failures", *(_failure(one) for one in rows if one.reason)),

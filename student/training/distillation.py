@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import TrainOutput
 
 from distily.logs import LOG
 from featurestore.reader import CacheReader
@@ -17,7 +19,7 @@ from student.errors import UserError
 from student.modeling.adapters import add_adapters, has_adapters
 from student.modeling.tokenizer import load_tokenizer
 from student.training.outputs import check_output, remove_training
-from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
+from student.training.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
 from student.training.run import assemble, check_writable, prepare
 from student.training.trainer import CacheTrainer
 
@@ -107,7 +109,8 @@ class DistillationTrainer(CacheTrainer):
                 directory; it reads on where that one stopped.
 
         Returns:
-            transformers' `TrainOutput`.
+            transformers' `TrainOutput`; its loss is NaN where the checkpoint is of a training that has ended
+            already, which is only loaded.
 
         Raises:
             UserError: the output directory holds a training, and neither is it resumed nor does
@@ -122,6 +125,10 @@ class DistillationTrainer(CacheTrainer):
             self._check_checkpoint(checkpoint)
         elif self.args.overwrite_output_dir and self.args.should_save:
             remove_training(Path(self.args.output_dir))
+        done = None if checkpoint is None else finished(checkpoint, self.args)
+        if checkpoint is not None and done is not None:
+            self.take_up(done, checkpoint)
+            return TrainOutput(done.global_step, math.nan, {})
         return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
 
     def _check_checkpoint(self, checkpoint: Path) -> None:

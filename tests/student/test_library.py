@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from distily import CacheReader, DistillationConfig, DistillationTrainer
+from distily import CacheReader, DistillationConfig, DistillationTrainer, Loss
 from featurestore.errors import MissingFeatureError
 from student.errors import StudentError, UserError
 from student.losses import catalogue
@@ -127,6 +127,11 @@ def test_it_resumes_where_it_stopped(
     again.train(resume_from_checkpoint=True)
     again.save_model()
     assert same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    ended = DistillationTrainer(student(teacher), config(), cache)
+    assert ended.train(resume_from_checkpoint=True).global_step == 4
+    assert all(
+        torch.equal(p, q) for p, q in zip(ended.model.parameters(), again.model.parameters(), strict=True)
+    )
     other = DistillationTrainer(student(teacher), config(seed=7), cache)
     with pytest.raises(UserError, match="order of seed 42"):
         other.train(resume_from_checkpoint=True)
@@ -273,6 +278,11 @@ def test_the_example_of_a_loss(
         catalogue.register_loss(catalogue.catalogue()["hidden_huber"])
     with pytest.raises(ValueError, match="exists already"):
         catalogue.register_loss(catalogue.catalogue()["kl"])
+    for wrong, message in (({"kind": "hiden"}, "kind 'hiden'"), ({"needs": "X"}, "needs 'X'")):
+        with pytest.raises(ValueError, match=message):
+            catalogue.register_loss(
+                Loss(**({"name": "a", "kind": "head", "function": huber, "needs": "H"} | wrong))
+            )
 
 
 def test_the_example_of_a_loop(
