@@ -63,7 +63,7 @@ def top_k_alone(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
 
 
 ALONE = Term(
-    Loss(
+    loss=Loss(
         name="top_k_alone",
         kind="head",
         function=top_k_alone,
@@ -73,8 +73,8 @@ ALONE = Term(
         exactness="coarse",
         statement="nothing stands for what is outside the head",
     ),
-    Weight.constant(1.0),
-    "top_k_alone",
+    weight=Weight.constant(1.0),
+    label="top_k_alone",
 )
 
 

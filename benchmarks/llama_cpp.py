@@ -71,7 +71,7 @@ def exported(directory: Path, kind: str, dtype: str) -> Path:
     """The GGUF file, made when it is not there."""
     out = WORK / directory.name / f"{kind}-{dtype}"
     if not out.is_dir():
-        export(ExportRequest(directory, "gguf", out, dtype, kind))
+        export(ExportRequest(directory=directory, format="gguf", out=out, dtype=dtype, gguf_type=kind))
     return out / f"model-{kind}.gguf"
 
 

@@ -35,7 +35,7 @@ OPEN_BUNDLES = 128
 FIX = "run the same `distily-cache generate` again to complete it"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CachedSample:
     """One sample and its features. tokens: int32 [T]; loss_mask: bool [T]; features by the spec asked for;
     documents: see `schema.Sample`.
@@ -48,7 +48,7 @@ class CachedSample:
     documents: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CodedSample:
     """One sample and its features as stored, for decoding elsewhere. Otherwise as CachedSample."""
 
@@ -265,7 +265,11 @@ class CacheReader:
         sample = bundle.samples()[position]
         features = {spec: bundle.features(position, spec) for spec in groups}
         return CachedSample(
-            self.sample_ids[index], sample.tokens, sample.loss_mask, features, sample.documents
+            id=self.sample_ids[index],
+            tokens=sample.tokens,
+            loss_mask=sample.loss_mask,
+            features=features,
+            documents=sample.documents,
         )
 
     def read_codes(self, index: int, groups: Sequence[GroupSpec]) -> CodedSample:
@@ -274,7 +278,11 @@ class CacheReader:
         sample = bundle.samples()[position]
         features = {spec: bundle.codes(position, spec) for spec in groups}
         return CodedSample(
-            self.sample_ids[index], sample.tokens, sample.loss_mask, features, sample.documents
+            id=self.sample_ids[index],
+            tokens=sample.tokens,
+            loss_mask=sample.loss_mask,
+            features=features,
+            documents=sample.documents,
         )
 
     def _place(self, index: int) -> tuple[Bundle, int]:

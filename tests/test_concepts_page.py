@@ -25,7 +25,14 @@ def targets(draws: tuple[int, ...]) -> SparseTargets:
     p = torch.tensor([[*P[:HEAD], *share]], dtype=torch.float64)
     entropy = -(P * P.log()).sum()[None] if draws else None
     tail = torch.tensor([-math.inf if draws else math.log(0.3)], dtype=torch.float64)
-    return SparseTargets(torch.tensor([ids]), p.log(), tail, torch.zeros(1).long(), entropy, draws=len(share))
+    return SparseTargets(
+        ids_NK=torch.tensor([ids]),
+        logprob_NK=p.log(),
+        tail_N=tail,
+        label_N=torch.zeros(1).long(),
+        entropy_N=entropy,
+        draws=len(share),
+    )
 
 
 def kl(draws: tuple[int, ...], q: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -35,7 +42,7 @@ def kl(draws: tuple[int, ...], q: torch.Tensor) -> tuple[float, torch.Tensor]:
     inside = torch.zeros(8, dtype=torch.bool)
     inside[known.ids_NK[0]] = True
     rest = logits.masked_fill(inside, -math.inf).logsumexp(0)[None]
-    value = forward_kl(ReducedLogits(logits[known.ids_NK], rest, logits[:1]), known)[0]
+    value = forward_kl(ReducedLogits(head_NK=logits[known.ids_NK], tail_N=rest, label_N=logits[:1]), known)[0]
     value.backward()
     assert logits.grad is not None
     return float(value.detach()), logits.grad

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Axis:
     """Maps low..high to the pixels start..end, by the logarithm when `log`; ticks: the values to mark."""
 
@@ -30,8 +30,8 @@ class Axis:
         marks = list(ticks or (log_ticks(low, high) if log else nice_ticks(low, high)))
         if tight and low < high:
             inside = [tick for tick in marks if low <= tick <= high]
-            return cls(inside or [low, high], low, high, log)
-        return cls(marks, min(marks[0], low), max(marks[-1], high), log)
+            return cls(ticks=inside or [low, high], low=low, high=high, log=log)
+        return cls(ticks=marks, low=min(marks[0], low), high=max(marks[-1], high), log=log)
 
     def between(self, start: float, end: float) -> Axis:
         """The same axis on other pixels."""

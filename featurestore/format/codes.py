@@ -31,7 +31,7 @@ from featurestore.format.tail import first_draws, row_shifts
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LogitsCodes:
     """One sample's rows of a logits group, ragged rows one after the other (CSR); see docs/FORMAT.md.
 

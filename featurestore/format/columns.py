@@ -55,7 +55,7 @@ LOGITS_STATS = ("entries", "distinct_ids", "labels", "head_mass", "label_logprob
 HIDDEN_STATS = ("squared_error", "squared_norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayLayout:
     """One array of a group: its shape, numpy dtype, rows per inner chunk, compression, attributes."""
 
@@ -66,7 +66,7 @@ class ArrayLayout:
     attributes: Mapping[str, str | int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extent:
     """The sizes that the shapes of a group's arrays follow from."""
 
@@ -198,7 +198,9 @@ def _flat(
     chunk: int = VALUES_PER_CHUNK,
     attributes: Mapping[str, str | int] | None = None,
 ) -> ArrayLayout:
-    return ArrayLayout(shape, np.dtype(dtype), chunk, True, attributes or {})
+    return ArrayLayout(
+        shape=shape, dtype=np.dtype(dtype), chunk_rows=chunk, compressed=True, attributes=attributes or {}
+    )
 
 
 def _check(spec: GroupSpec, one: GroupFeatures, length: int, vocab_size: int, hidden_size: int) -> None:

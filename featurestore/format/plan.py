@@ -49,7 +49,7 @@ class Work:
     needs_samples: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationPlan:
     """The difference between a request and a store.
 

@@ -67,7 +67,7 @@ class RunCost:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CommitRecord:
     """One column group (or the samples) of one task is complete, in this bundle, as these files.
 
@@ -139,7 +139,7 @@ class CommitRecord:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a reader trusts: the tasks of one moment, and the exact commit record of each of their groups.
 

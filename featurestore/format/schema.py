@@ -32,7 +32,7 @@ NO_DRAW = -1
 MAX_TOKENS = 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
     """The teacher whose numbers a store holds, and how they were computed (the content of SPEC.json).
 

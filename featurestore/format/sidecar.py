@@ -65,7 +65,7 @@ class Tensor:
         return self.values.astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadSpec:
     """The LM head: `weight` [V, D], perhaps `bias` [V]; `norm.weight` [D] of the final norm, to refer to."""
 
@@ -99,7 +99,7 @@ class HeadSpec:
         return {"bias": (self.vocab_size,)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSpec:
     """Input norm and projections of decoder block `layer`; `rope` to `window` are for attention maps.
 

@@ -28,7 +28,7 @@ Key = tuple[str, int]
 """Which text of a writer: the id of its prompt, and its number (from 0) among those of the prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WriterSpec:
     """What a text depends on besides its prompt and number.
 

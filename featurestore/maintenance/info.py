@@ -16,7 +16,7 @@ from featurestore.identity import SAMPLES
 from featurestore.store import FeatureStore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupInfo:
     """One column group over all tasks that have it. bytes_per_row: bytes on disk per position.
 
@@ -42,7 +42,7 @@ class GroupInfo:
     relative_error: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreInfo:
     """samples, rows: of tasks whose samples are committed; the planned ones include the rest.
 

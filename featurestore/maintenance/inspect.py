@@ -21,7 +21,7 @@ MAX_SAMPLES = 64
 MAX_ENTRIES = 2**23
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankMass:
     """How the stored heads spread their mass: from `samples` samples (of `of` in the store) with `rows` rows
     that are learned from, those whose next token is in the loss mask.
@@ -58,7 +58,7 @@ class Survey:
     label_logprob: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowView:
     """What the teacher said at one position of a sample.
 

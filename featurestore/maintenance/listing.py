@@ -10,7 +10,7 @@ from featurestore.identity import SAMPLES
 from featurestore.store import FeatureStore
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One task. groups: committed column groups and their bytes; complete: has all that any shard has."""
 

@@ -32,7 +32,7 @@ from featurestore.store import FeatureStore
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Merged:
     """What one merge did. tasks, records: copied, not those that were there; bytes: of the copied files."""
 

@@ -24,7 +24,7 @@ NO_DRAW = -1
 FARTHEST = -1e4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogitRows:
     """Reduced logits of N rows; all tensors on the device of the logits.
 

@@ -14,7 +14,7 @@ CONFIG_KEY = "distily_capture"
 POOLING_TASK = "token_embed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CaptureSpec:
     """The features of one pass over the teacher.
 

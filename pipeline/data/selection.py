@@ -20,7 +20,7 @@ from pipeline.request.generate import GenerateRequest
 from pipeline.teacher.checkpoint import Teacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """The samples wanted, in order; what was left out; the text of --chat-template, where it was given.
 
@@ -69,7 +69,7 @@ def select(
     if known is not None and covered(known.wanted):
         if known.left_out.bad_rows:
             report.stage(f"dropped {known.left_out.bad_rows:,} bad rows")
-        return Selection([], known.left_out, template, wanted=known.wanted)
+        return Selection(samples=[], left_out=known.left_out, chat_template=template, wanted=known.wanted)
     learn_all = request.loss_on == "all" or not documents.chats
     bad = BadRows()
     values = bad.usable(documents.values)
@@ -106,7 +106,13 @@ def select(
     wanted = [(sample.id, len(sample)) for sample in samples]
     if not request.writing:
         remember(key, wanted, left_out)
-    return Selection(samples, left_out, template, longest if request.writing else None, wanted)
+    return Selection(
+        samples=samples,
+        left_out=left_out,
+        chat_template=template,
+        prompt_tokens=longest if request.writing else None,
+        wanted=wanted,
+    )
 
 
 def _samples(

@@ -12,7 +12,7 @@ import numpy as np
 from featurestore.format.schema import GroupFeatures, GroupSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything an engine needs to start; validated by `pipeline.request.generate` before.
 

@@ -24,7 +24,7 @@ _DRAW_BYTES = 1.3
 _LSE_BYTES = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Sizes of the work that is left, and about how long it takes.
 

@@ -70,7 +70,7 @@ class PreparedCapture:
     writing: WritingPlan | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one `generate` did. Seconds are wall-clock; `tokens` counts captured positions. Bytes: `size` of
     their features, `sidecar_size` of the parts of the teacher's sidecar that were added.

@@ -20,7 +20,7 @@ from pipeline.errors import RequestError
 FORMATS = ("parquet", "datasets")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exported:
     """What one export wrote. tokens: positions; bytes: of all files."""
 

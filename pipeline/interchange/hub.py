@@ -39,7 +39,7 @@ _COMMIT_FILES = 500
 _HOSTILE = re.compile(r"[\x00-\x1f\\:]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shared:
     """What was pushed or pulled. revision: the commit on the hub. bytes: of the store's files."""
 
@@ -82,7 +82,7 @@ def push_store(store: str | Path, repo: str, private: bool = False) -> Shared:
     stale = [path for path in remote if path.startswith("MANIFEST-") and path != names[-1]]
     with asking(f"REPO {repo}: the push failed; the same command completes it"):
         revision = _send(api, repo, paths, card, stale)
-    return Shared(str(url), revision, info.manifest, len(names), sent)
+    return Shared(url=str(url), revision=revision, manifest=info.manifest, files=len(names), bytes=sent)
 
 
 def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shared:
@@ -115,7 +115,13 @@ def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shar
     private.rename(path)
     sync(path.absolute().parent)
     url = f"{api.endpoint}/datasets/{repo}"
-    return Shared(url, commit, manifest, len(names), sum(remote[name].size for name in names))
+    return Shared(
+        url=url,
+        revision=commit,
+        manifest=manifest,
+        files=len(names),
+        bytes=sum(remote[name].size for name in names),
+    )
 
 
 def safe(path: str) -> bool:

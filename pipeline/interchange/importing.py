@@ -37,7 +37,7 @@ MISFIT = 0.1
 MISFIT_TOKENS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportRequest:
     """The flags of `distily-cache import`."""
 
@@ -65,7 +65,7 @@ class ImportRequest:
             raise RequestError(f"--shard-tokens {self.shard_tokens}: must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportOutcome:
     """What one import found and wrote.
 

@@ -18,7 +18,7 @@ _LONG_ENOUGH = 64
 _TOKENS = 160
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreFacts:
     """survey, view: None where there are no logits or no manifest, or `damage` says why they are not read.
 
@@ -41,16 +41,16 @@ def gather(store: str, samples: int) -> StoreFacts:
     """
     info, shards = store_info(store), list_shards(store)
     if info.manifest is None or not info.samples:
-        return StoreFacts(info, shards, [])
+        return StoreFacts(info=info, shards=shards, lengths=[])
     reader = CacheReader.open(store)
     lengths = reader.lengths.tolist()
     try:
         found = survey(reader, samples)
         view = look_at(reader, _to_show(reader), _TOKENS)
     except MissingFeatureError:
-        return StoreFacts(info, shards, lengths)
+        return StoreFacts(info=info, shards=shards, lengths=lengths)
     except CorruptionError as error:
-        return StoreFacts(info, shards, lengths, damage=str(error))
+        return StoreFacts(info=info, shards=shards, lengths=lengths, damage=str(error))
     return StoreFacts(
         info=info,
         shards=shards,

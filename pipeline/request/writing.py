@@ -18,7 +18,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WritingRequest:
     """The flags that go with --continuations. Fields are named as the flags are.
 

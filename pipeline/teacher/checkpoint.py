@@ -38,7 +38,7 @@ _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dty
 _NO_LIMIT = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A teacher checkpoint on disk.
 

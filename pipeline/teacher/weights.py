@@ -37,7 +37,7 @@ MODEL_TYPES = tuple(sorted((*_PLAIN, *_ONE_PLUS)))
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorSource:
     """Rows of one tensor of the checkpoint. one_plus: 1 is added, in float32, where the model does so too."""
 

@@ -22,7 +22,7 @@ from pipeline.writing.base import Writer
 from pipeline.writing.plan import Array, WritingJob, WritingPlan, documents_of, jobs_of, prompts_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """What the stage did. by: the checkpoint's name. texts: of the request. new, tokens: texts written now,
     and their length together. seconds: wall-clock, with the start of the writer.

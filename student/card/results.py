@@ -19,7 +19,7 @@ _ON_CACHE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One number of the student. kind: the hub's name of the data set, where there is one; config: tells it
     from others of that kind; metric: the key in the file; label: for people; teacher, error (standard error):

@@ -100,7 +100,9 @@ def export_(
     from student.export.report import lines
 
     with _exit_codes(), _no_bars():
-        report = export(ExportRequest(directory, format, out, dtype, gguf_type))
+        report = export(
+            ExportRequest(directory=directory, format=format, out=out, dtype=dtype, gguf_type=gguf_type)
+        )
     typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
 
 

@@ -251,16 +251,24 @@ class StudentOptions:
         if self.logits_loss != "none" and self.logits_weight > 0:
             loss, where = self._logits_loss(), f"--logits-loss {self.logits_loss}"
             options = loss.check_options({}, where)
-            terms.append(TermRequest(loss, Weight.constant(self.logits_weight), where, options))
+            terms.append(
+                TermRequest(
+                    loss=loss, weight=Weight.constant(self.logits_weight), where=where, options=options
+                )
+            )
         if self.ce_weight > 0:
-            terms.append(TermRequest(losses["ce"], Weight.constant(self.ce_weight), "--ce-weight"))
+            terms.append(
+                TermRequest(loss=losses["ce"], weight=Weight.constant(self.ce_weight), where="--ce-weight")
+            )
         if self.hidden_loss != "none" and self.hidden_weight > 0:
             given = "--layer-map" if self.layer_map else "--hidden-layers"
             terms.append(
                 TermRequest(
-                    self._hidden_loss(),
-                    Weight.constant(self.hidden_weight),
-                    given if self.layer_map or self.hidden_layers else f"--hidden-loss {self.hidden_loss}",
+                    loss=self._hidden_loss(),
+                    weight=Weight.constant(self.hidden_weight),
+                    where=given
+                    if self.layer_map or self.hidden_layers
+                    else f"--hidden-loss {self.hidden_loss}",
                     layers=tuple(parse_layers(self.hidden_layers)) if self.hidden_layers else None,
                     layer_map=tuple(parse_layer_map(self.layer_map)) if self.layer_map else None,
                     mapper=self.mapper,

@@ -25,7 +25,7 @@ _DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A parsed command line."""
 

@@ -47,7 +47,9 @@ def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
         if name.startswith(LSE)
     }
     if "draws" not in coded:
-        return SparseTargets(ids_NK.long(), logprob_NK, tail_N, label_N, tempered=tempered)
+        return SparseTargets(
+            ids_NK=ids_NK.long(), logprob_NK=logprob_NK, tail_N=tail_N, label_N=label_N, tempered=tempered
+        )
     draws_NM, top_N1 = coded["draws"], ids_NK[:, :1]
     drawn_N = draws_NM[:, 0] != top_N1[:, 0]  # no draw is inside the head
     repeats_NM = coded["repeats"] * drawn_N.unsqueeze(-1)
@@ -56,11 +58,11 @@ def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
     # Arithmetic, since selecting by a random mask is slow on CPUs.
     draws_NM = (draws_NM - top_N1).mul_(repeats_NM > 0).add_(top_N1)
     return SparseTargets(
-        torch.cat([ids_NK, draws_NM], dim=-1).long(),
-        torch.cat([logprob_NK, share_NM], dim=-1),
-        tail_N.masked_fill(drawn_N, -math.inf),
-        label_N,
-        (unsigned(coded["entropy"]) / ROW_STEPS).masked_fill_(~drawn_N, math.nan),
+        ids_NK=torch.cat([ids_NK, draws_NM], dim=-1).long(),
+        logprob_NK=torch.cat([logprob_NK, share_NM], dim=-1),
+        tail_N=tail_N.masked_fill(drawn_N, -math.inf),
+        label_N=label_N,
+        entropy_N=(unsigned(coded["entropy"]) / ROW_STEPS).masked_fill_(~drawn_N, math.nan),
         draws=draws_NM.shape[1],
         tempered=tempered,
     )

@@ -20,7 +20,7 @@ from student.evaluation.texts import TextSource
 from student.export.source import quantization_of, read_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What is measured, all of it known to be there."""
 

@@ -26,7 +26,7 @@ _DEFAULT_GEN_TOKS = 256  # the harness's
 _BOOTSTRAP = 200  # for standard errors of metrics that are no means
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedTasks:
     """tasks: the harness's objects with their records. names: what was asked for, by leaf task. datasets: by
     leaf task. suites: by what was asked for.

@@ -23,7 +23,7 @@ class CacheOptions:
     all_samples: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """names: files, hub data sets `name:config`, or entries of suites.yaml. split and column: of all."""
 
@@ -45,7 +45,7 @@ class TaskOptions:
     max_gen_toks: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalRequest:
     """directory: a student. teacher: of texts and tasks; the cache needs none. limit: at most so many
     samples of the cache, windows of each text and records of each task. command: the words it was made

@@ -28,7 +28,7 @@ _ROWS = 256  # logits in float32 at a time
 DEFAULT_LENGTH = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextSource:
     """source: a file, or a hub data set as `name` or `name:config`. since: leave out rows whose date_column
     is an earlier day, written YYYY-MM-DD.

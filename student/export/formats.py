@@ -19,7 +19,7 @@ from student.export.source import ExportSource
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Format:
     """One format: what it refuses, how it is written, and who reads it back.
 
@@ -36,7 +36,7 @@ class Format:
     ternary_bytes: Callable[[ExportSource], int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportRequest:
     """directory: a BitNet student. dtype: of embeddings, head, norms and biases; None takes the format's.
     gguf_type: of the blocks, for gguf alone.

@@ -25,7 +25,7 @@ from student.modeling.whole import load_whole
 KERNELS = ("torch", "bitblas")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """temperature: 0 takes the best token. chat: put the prompt into the tokenizer's chat template."""
 

@@ -90,13 +90,19 @@ def relation_kl(
         )
     heads, length = student.rows.shape[1:3]
     chunk = chunk or max(1, CHUNK_ELEMENTS // max(1, heads * length))
-    plan = _Plan(student.scoring, teacher.scoring, window, documents_BT, chunk)
+    plan = _Plan(
+        student=student.scoring,
+        teacher=teacher.scoring,
+        window=window,
+        documents_BT=documents_BT,
+        chunk=chunk,
+    )
     sides = (student.rows, student.columns, teacher.rows, teacher.columns)
     value_BT: Tensor = _RelationKL.apply(*sides, plan)  # type: ignore[no-untyped-call]
     return value_BT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     student: Scoring
     teacher: Scoring
@@ -194,7 +200,9 @@ def attention_output(
     mask = None
     if window is not None or documents_BT is not None:
         length = q.shape[2]
-        plan = _Plan(Scoring(1.0), Scoring(1.0), window, documents_BT, length)
+        plan = _Plan(
+            student=Scoring(1.0), teacher=Scoring(1.0), window=window, documents_BT=documents_BT, chunk=length
+        )
         whole = slice(0, length)
         mask = torch.stack([~plan.hidden(sample, whole, whole, q.device) for sample in range(len(q))])
         mask = mask.unsqueeze(1)

@@ -34,7 +34,7 @@ class Tempered:
     tail_N: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SparseTargets:
     """The teacher's side of N positions.
 
@@ -89,7 +89,7 @@ class Reduction:
     ranked: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReducedLogits:
     """The student's side of N positions.
 

@@ -175,7 +175,9 @@ class _SparsePass:
             head_nK, label_n, top_nK, tail_n, *others = leaves
             tails = dict(zip(self.reduction.tails, others, strict=True))
             ranked_nK = top_nK if self.reduction.ranked else None
-            student = ReducedLogits(head_nK, tail_n, label_n, tails, ranked_nK)
+            student = ReducedLogits(
+                head_NK=head_nK, tail_N=tail_n, label_N=label_n, tails=tails, top_NK=ranked_nK
+            )
             total = tail_n.new_zeros(())
             for index, (loss, weight) in enumerate(self.terms):
                 value_n = loss(student, targets)

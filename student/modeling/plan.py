@@ -34,7 +34,7 @@ from student.modeling.tokenizer import load_tokenizer
 from student.modeling.whole import load_whole, local_checkpoint, whole_files
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudentPlan:
     """Everything that building needs.
 

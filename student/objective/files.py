@@ -20,7 +20,7 @@ _SCHEDULES = ("constant", "linear", "cosine")
 _BALANCES = ("none", "gradient_norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TermRequest:
     """One term that is asked for. layers, layer_map, mapper, projector: as in the flags --hidden-layers,
     --layer-map, --mapper and --projector; where: how error lines name the term.

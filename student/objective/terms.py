@@ -21,7 +21,7 @@ from student.objective.weights import Weight
 OUTSIDE_HEADS = ("hidden", "structure", "relation")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class View:
     """What terms outside the fused head see of a batch.
 
@@ -46,7 +46,7 @@ class View:
         return lengths
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Term:
     """One summand. label: its name in logs; pair: (teacher layer, student layer) of a hidden term, or blocks
     of a relation, numbered as the hidden states that go into them; (last, last) of a dense term; following

@@ -25,7 +25,7 @@ SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFiles:
     """name: tells the run from the others on a page. log: Trainer's log entries, oldest first.
 

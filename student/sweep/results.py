@@ -18,7 +18,7 @@ from student.sweep.spec import SweepSpec
 SHOWN = ("eval_kl", "eval_perplexity", "eval_top1_agreement")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One run. state: waiting, running, finished or failed, with the reason. seconds: of its process, for one
     that was `resumed` the last. generation_seconds: see the function of that name.

@@ -63,7 +63,7 @@ class Search:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """base: flags of all runs. grid: all combinations are run, unless there is a search. seeds: each setting
     is trained once with each of them; none: with the default seed. content: the parsed file.

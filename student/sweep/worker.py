@@ -26,7 +26,7 @@ from student.sweep.home import DONE
 from student.training.run import train_from_cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunJob:
     """words: after `distily-train from-cache`; threads: of torch; gpu: CUDA_VISIBLE_DEVICES of the process,
     or None.

@@ -79,7 +79,7 @@ class DistillationTrainer(CacheTrainer):
             args.check()
         if isinstance(train_dataset, CacheReader):
             args.manifest, train_dataset = train_dataset.manifest_digest, train_dataset.path
-        request = Request(str(train_dataset), args, args, args.notes)
+        request = Request(store=str(train_dataset), options=args, training=args, notes=args.notes)
         check_writable(Path(args.output_dir))
         prepared = prepare(request, given=model)
         _check_tokenizer(processing_class, prepared.reader.teacher_dir)

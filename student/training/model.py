@@ -158,7 +158,12 @@ class DistillationModel(nn.Module):
         """The learned positions' targets; heads of zero columns where the batch carries none."""
         if not coded:
             empty = label_N.new_empty(len(label_N), 0)
-            return SparseTargets(empty, empty.float(), torch.zeros_like(label_N, dtype=torch.float), label_N)
+            return SparseTargets(
+                ids_NK=empty,
+                logprob_NK=empty.float(),
+                tail_N=torch.zeros_like(label_N, dtype=torch.float),
+                label_N=label_N,
+            )
         targets = decode_targets(coded, label_N)
         if not any("Y" in term.loss.needs for term in self.objective.head):
             return targets

@@ -46,7 +46,7 @@ from student.training.uniform import best_copy
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedTraining:
     """A request that was checked, and what follows from it and the cache.
 

@@ -27,7 +27,7 @@ from student.training.uniform import worse_than_uniform
 TEACHER_SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """A finished training. state: Trainer's; seconds: of training with its evaluations; command: the words
     that asked for it; environment: see `student.training.provenance`.

@@ -34,7 +34,7 @@ from tests.s3 import Bucket
 
 NUMPY = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-HEAD = HeadSpec(VOCAB, HIDDEN, 1e-6, 0.25, 30.0)
+HEAD = HeadSpec(vocab_size=VOCAB, hidden_size=HIDDEN, norm_eps=1e-6, logit_scale=0.25, logit_softcap=30.0)
 BLOCK = BlockSpec(
     layer=2,
     hidden_size=HIDDEN,
@@ -117,7 +117,10 @@ def test_the_bytes_of_version_1_stay_as_they_are() -> None:
             for name, shape in shapes.items()
         }
 
-    head, block = HeadSpec(3, 2, 1e-6), replace(BLOCK, hidden_size=2, heads=2, kv_heads=1, head_dim=2)
+    head, block = (
+        HeadSpec(vocab_size=3, hidden_size=2, norm_eps=1e-6),
+        replace(BLOCK, hidden_size=2, heads=2, kv_heads=1, head_dim=2),
+    )
     assert part_file(head, counted(head, "f32"))[0] == "head-8ca60311d71af52d67189562d704bb42.safetensors"
     assert (
         part_file(block, counted(block, "bf16"))[0] == "block2-08258654647d4bb4bdbc6887fecd2edc.safetensors"

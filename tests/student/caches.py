@@ -110,7 +110,11 @@ def write_cache(
 def put_head(path: Path, teacher: Path) -> None:
     """Add the teacher's LM head to a store, as `generate --final` does."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    spec = HeadSpec(model.config.vocab_size, model.config.hidden_size, model.config.rms_norm_eps)
+    spec = HeadSpec(
+        vocab_size=model.config.vocab_size,
+        hidden_size=model.config.hidden_size,
+        norm_eps=model.config.rms_norm_eps,
+    )
     weights = {"weight": model.lm_head.weight, "norm.weight": model.get_decoder().norm.weight}
     stored = {name: sidecar.Tensor("f32", w.detach().numpy()) for name, w in weights.items()}
     writer = FeatureStore.open(path)

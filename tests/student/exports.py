@@ -39,7 +39,7 @@ def save(directory: Path, model_type: str, conversion: str = "none", **changes: 
     config = AutoConfig.for_model(model_type, **(_SHAPE | CONFIGS[model_type] | changes))
     torch.manual_seed(0)
     plan = StudentPlan(
-        config,
+        config=config,
         checkpoint=None,
         layers=[],
         teacher=None,

@@ -40,9 +40,9 @@ def targets_of(features: LogitsFeatures, labels: Tensor) -> SparseTargets:
     outside = torch.tensor([rest for _, rest, _ in rows], dtype=torch.float64)
     entropy = torch.tensor([h for _, _, h in rows], dtype=torch.float64)
     return SparseTargets(
-        torch.tensor(ids),
-        torch.tensor(columns, dtype=torch.float64).log(),
-        outside.log(),
-        labels,
-        None if features.tail_ids is None else entropy,
+        ids_NK=torch.tensor(ids),
+        logprob_NK=torch.tensor(columns, dtype=torch.float64).log(),
+        tail_N=outside.log(),
+        label_N=labels,
+        entropy_N=None if features.tail_ids is None else entropy,
     )

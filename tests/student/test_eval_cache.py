@@ -85,9 +85,9 @@ def reference(student: Path, teacher: Path, reader: CacheReader, indices: list[i
 
 
 def test_everything_is_what_both_models_logits_give(full_store: Path, teacher: Path, student: Path) -> None:
-    found = evaluate(EvalRequest(student, CacheOptions(str(full_store), all_samples=True), batch_size=5))[
-        "cache"
-    ]
+    found = evaluate(
+        EvalRequest(directory=student, cache=CacheOptions(str(full_store), all_samples=True), batch_size=5)
+    )["cache"]
     reader = CacheReader.open(full_store)
     wanted = reference(student, teacher, reader, list(range(len(reader))))
     own, theirs = found["student"], found["teacher"]
@@ -122,7 +122,7 @@ def test_everything_is_what_both_models_logits_give(full_store: Path, teacher: P
 
 
 def test_a_sparse_head_gives_lower_bounds(cache: Path, teacher: Path, student: Path) -> None:
-    found = evaluate(EvalRequest(student))["cache"]  # the training's cache and its held-out samples
+    found = evaluate(EvalRequest(directory=student))["cache"]  # the training's cache and its held-out samples
     reader = CacheReader.open(cache)
     held_out = split_samples(reader.sample_ids, 0.25).held_out
     wanted = reference(student, teacher, reader, held_out)
@@ -138,7 +138,9 @@ def test_a_sparse_head_gives_lower_bounds(cache: Path, teacher: Path, student: P
 
 def test_a_student_that_is_the_teacher(full_store: Path, teacher: Path, tmp_path: Path) -> None:
     same = Path(shutil.copytree(teacher, tmp_path / "same"))
-    found = evaluate(EvalRequest(same, CacheOptions(str(full_store), all_samples=True), limit=3))["cache"]
+    found = evaluate(
+        EvalRequest(directory=same, cache=CacheOptions(str(full_store), all_samples=True), limit=3)
+    )["cache"]
     assert found["samples"] == 3
     assert found["student"]["kl"] == pytest.approx(0, abs=1e-6)
     assert found["student"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
@@ -147,7 +149,7 @@ def test_a_student_that_is_the_teacher(full_store: Path, teacher: Path, tmp_path
 
 def test_ternary_students(cache: Path, students: Students, tmp_path: Path) -> None:
     student = Path(shutil.copytree(students("llama", hidden_size=64), tmp_path / "ternary"))
-    found = evaluate(EvalRequest(student, CacheOptions(str(cache), fraction=0.25)))["cache"]
+    found = evaluate(EvalRequest(directory=student, cache=CacheOptions(str(cache), fraction=0.25)))["cache"]
     assert found["student"]["kl"] > 0.1
 
 
@@ -185,7 +187,7 @@ def test_bad_requests(refused: Refused, student: Path, teacher: Path, cache: Pat
 
 def test_other_defaults_are_left_alone() -> None:
     """A cache is measured where it is asked for, and where nothing is."""
-    request = EvalRequest(Path("x"))
+    request = EvalRequest(directory=Path("x"))
     assert request.wants_cache
     assert not replace(request, suites=("seed",)).wants_cache
     assert replace(request, suites=("seed",), cache=CacheOptions("store")).wants_cache

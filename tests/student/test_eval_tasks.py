@@ -45,7 +45,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(records: Path, trained: Path) -> LoadedTasks:
     """Every family."""
-    request = EvalRequest(trained, tasks=TaskOptions(FAMILIES, records, max_gen_toks=8))
+    request = EvalRequest(directory=trained, tasks=TaskOptions(FAMILIES, records, max_gen_toks=8))
     tasks = load_tasks(request, [student_side(trained)])
     assert tasks is not None
     return tasks
@@ -106,7 +106,7 @@ def test_the_suite_names_tasks_that_there_are() -> None:
     assert len(list(leaves(index, ["mmlu"]))) == 57
     for name in ("nothing_like_it", "squadd", "humaneval"):
         with pytest.raises(UserError, match=name):
-            load_tasks(EvalRequest(Path("x"), tasks=TaskOptions((name,))), [])
+            load_tasks(EvalRequest(directory=Path("x"), tasks=TaskOptions((name,))), [])
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_a_student_and_its_teacher_choose_what_is_likelier(
 ) -> None:
     student = Path(shutil.copytree(trained, tmp_path / "student"))
     tasks = TaskOptions(("sst2", "squad"), records, max_gen_toks=4)
-    record = evaluate(EvalRequest(student, tasks=tasks, teacher=str(teacher), command=("x",)))
+    record = evaluate(EvalRequest(directory=student, tasks=tasks, teacher=str(teacher), command=("x",)))
     assert record == json.loads((student / "eval.json").read_text())
     found = {(entry["task"], entry["metric"]): entry for entry in record["tasks"]}
     rows = RECORDS["nyu-mll/glue/sst2/validation"]
@@ -140,7 +140,9 @@ def test_a_student_and_its_teacher_choose_what_is_likelier(
 
 def test_ternary_students_run_too(students: Students, records: Path, tmp_path: Path) -> None:
     student = Path(shutil.copytree(students("llama"), tmp_path / "ternary"))
-    request = EvalRequest(student, tasks=TaskOptions(("conll2003",), records, max_gen_toks=4), limit=1)
+    request = EvalRequest(
+        directory=student, tasks=TaskOptions(("conll2003",), records, max_gen_toks=4), limit=1
+    )
     (entry,) = evaluate(request)["tasks"]
     assert (entry["metric"], entry["samples"], entry["teacher"]) == ("entity_f1", 1, None)
 

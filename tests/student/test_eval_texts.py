@@ -83,7 +83,11 @@ def test_texts_of_student_and_teacher(distily: Run, student: Path, tmp_path: Pat
     assert (second["teacher"], third["tokens"], record["teacher"]) == (None, 9, str(big))
     late = list(
         TextSource(
-            "x", str(tmp_path / "rows.jsonl"), column="body", since="2024-02-01", date_column="day"
+            name="x",
+            source=str(tmp_path / "rows.jsonl"),
+            column="body",
+            since="2024-02-01",
+            date_column="day",
         ).documents()
     )
     assert late == documents[1:]
@@ -91,7 +95,7 @@ def test_texts_of_student_and_teacher(distily: Run, student: Path, tmp_path: Pat
 
 def test_a_limit_ends_after_whole_windows_for_both_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text_of(50, 1))
-    source, tokenizer = TextSource("a", str(tmp_path / "a.txt")), word_tokenizer(199)
+    source, tokenizer = TextSource(name="a", source=str(tmp_path / "a.txt")), word_tokenizer(199)
     (piece,) = cut(source, tokenizer, 8, 3)
     assert len(tokenizer(piece).input_ids) == 3 * 8
     assert text_of(50, 1).startswith(piece)
@@ -156,7 +160,7 @@ def test_kinds_of_files_at_any_path(tmp_path: Path, suffix: str, name: str) -> N
             stream.write(content.encode())
     else:
         file.write_text(content)
-    assert list(TextSource("x", str(file)).documents()) == texts
+    assert list(TextSource(name="x", source=str(file)).documents()) == texts
 
 
 def test_a_split_of_files_alone_is_refused(refused: Refused, student: Path, tmp_path: Path) -> None:

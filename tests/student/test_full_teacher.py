@@ -36,7 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     write_cache(path, teacher, random_samples(12, 199), SPECS)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     config, block = model.config, model.get_decoder().layers[1]
-    head = HeadSpec(199, 64, config.rms_norm_eps)
+    head = HeadSpec(vocab_size=199, hidden_size=64, norm_eps=config.rms_norm_eps)
     attention = BlockSpec(
         layer=1,
         hidden_size=64,

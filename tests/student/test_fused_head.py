@@ -30,7 +30,7 @@ def problem(n: int, v: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tens
     tail = torch.log1p(-logprob.exp().sum(-1)).masked_fill(counts[:, 0] == v, -math.inf)
     labels = torch.randint(0, v, (n,), generator=generator)
     labels[::2] = ids[::2, 0]  # labels inside the head as well as outside
-    return hidden, weight, SparseTargets(ids, logprob, tail, labels), full
+    return hidden, weight, SparseTargets(ids_NK=ids, logprob_NK=logprob, tail_N=tail, label_N=labels), full
 
 
 def reference(
@@ -65,7 +65,10 @@ def leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def lowered(targets: SparseTargets, dtype: torch.dtype) -> SparseTargets:
     return SparseTargets(
-        targets.ids_NK, targets.logprob_NK.to(dtype), targets.tail_N.to(dtype), targets.label_N
+        ids_NK=targets.ids_NK,
+        logprob_NK=targets.logprob_NK.to(dtype),
+        tail_N=targets.tail_N.to(dtype),
+        label_N=targets.label_N,
     )
 
 
@@ -194,7 +197,12 @@ def test_a_head_that_holds_all_the_mass_is_finite() -> None:
     vanish into NaN.
     """
     ids = torch.tensor([[0, 1]])
-    targets = SparseTargets(ids, torch.tensor([[0.0, -40.0]]), torch.tensor([-math.inf]), torch.tensor([0]))
+    targets = SparseTargets(
+        ids_NK=ids,
+        logprob_NK=torch.tensor([[0.0, -40.0]]),
+        tail_N=torch.tensor([-math.inf]),
+        label_N=torch.tensor([0]),
+    )
     hidden = torch.tensor([[80.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.5], [0.1], [0.0]], requires_grad=True)
     result = sparse_head_loss(
@@ -215,7 +223,7 @@ def test_agreement_looks_at_the_whole_vocabulary() -> None:
     ids = torch.tensor([[2, 0], [2, 0], [2, 0]])
     logprob, tail = torch.tensor([[0.6, 0.3]] * 3).log(), torch.full((3,), math.log(0.1))
     logits = torch.tensor([[1.0, 0.0, 2.0, 0.0], [3.0, 0.0, 2.0, 0.0], [1.0, 0.0, 2.0, 9.0]])
-    targets = SparseTargets(ids, logprob, tail, torch.tensor([0, 0, 0]))
+    targets = SparseTargets(ids_NK=ids, logprob_NK=logprob, tail_N=tail, label_N=torch.tensor([0, 0, 0]))
     result = sparse_head_loss(
         hidden_ND=logits,
         weight_VD=torch.eye(4),
@@ -231,7 +239,10 @@ def test_agreement_looks_at_the_whole_vocabulary() -> None:
 def test_no_head_columns_leave_plain_cross_entropy() -> None:
     hidden, weight, targets, _ = problem(9, 31, 4, 3)
     bare = SparseTargets(
-        targets.ids_NK[:, :0], targets.logprob_NK[:, :0], torch.zeros(9).double(), targets.label_N
+        ids_NK=targets.ids_NK[:, :0],
+        logprob_NK=targets.logprob_NK[:, :0],
+        tail_N=torch.zeros(9).double(),
+        label_N=targets.label_N,
     )
     got = sparse_head_loss(
         hidden_ND=hidden,

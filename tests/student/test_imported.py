@@ -15,7 +15,9 @@ def test_training_from_an_imported_cache(
     distily_train: Callable[..., tuple[int, str, str]], teacher: Path, tmp_path: Path
 ) -> None:
     write_axolotl(tmp_path / "rows.parquet", *texts_and_heads(16, 199, 5), prompt=3, own=False)
-    request = ImportRequest(str(tmp_path / "rows.parquet"), tmp_path / "cache", str(teacher), "axolotl")
+    request = ImportRequest(
+        dataset=str(tmp_path / "rows.parquet"), out=tmp_path / "cache", teacher=str(teacher), layout="axolotl"
+    )
     import_dataset(request)
     arguments = [
         "--output-dir",

@@ -24,7 +24,9 @@ def test_value_and_gradient_are_those_of_the_dense_formula(gamma: float, columns
     top, ids = logprob.topk(columns, dim=-1)
     outside = (1 - top.exp().sum(-1)).clamp_min(0) if columns < vocab else torch.zeros(positions).double()
     known = logprob.gather(1, label[:, None])[:, 0]
-    targets = SparseTargets(ids, top, outside.log(), label, label_logprob_N=known)
+    targets = SparseTargets(
+        ids_NK=ids, logprob_NK=top, tail_N=outside.log(), label_N=label, label_logprob_N=known
+    )
 
     loss = (partial(one_for_all, gamma=gamma), 1.0)
     got = sparse_head_loss(
@@ -58,7 +60,7 @@ def test_a_label_that_the_cache_does_not_know_weighs_one() -> None:
     top, ids = torch.randn(2, 5, dtype=torch.float64).log_softmax(-1).topk(5, dim=-1)
     closed, label = torch.full((2,), -torch.inf, dtype=torch.float64), torch.tensor([1, 2])
     unknown = torch.full((2,), torch.nan, dtype=torch.float64)
-    targets = SparseTargets(ids, top, closed, label, label_logprob_N=unknown)
+    targets = SparseTargets(ids_NK=ids, logprob_NK=top, tail_N=closed, label_N=label, label_logprob_N=unknown)
     got = sparse_head_loss(
         hidden_ND=states,
         weight_VD=head,

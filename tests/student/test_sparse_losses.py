@@ -158,10 +158,10 @@ class Problem:
         label[::2] = ids[::2, 0]
         known = self.log_p.gather(1, label[:, None])[:, 0]
         self.targets = SparseTargets(
-            torch.where(real, ids, ids[:, :1]),
-            logprob.masked_fill(~real, -math.inf),
-            self._outside(logprob, real, v),
-            label,
+            ids_NK=torch.where(real, ids, ids[:, :1]),
+            logprob_NK=logprob.masked_fill(~real, -math.inf),
+            tail_N=self._outside(logprob, real, v),
+            label_N=label,
             label_logprob_N=known,
             token_scale_N=token_scale(known, self.sequence),
             tempered={TEMPERATURE: self._tempered(ids, real)},
@@ -445,10 +445,10 @@ def test_a_sure_teacher_and_a_sure_student_stay_finite(name: str, options: dict[
     logprob = torch.tensor([[0.0, -40.0], [-0.7, -0.7]])
     tempered = Tempered(torch.tensor([[0.0, -20.0], [-0.7, -0.7]]), torch.tensor([-math.inf, -5.0]))
     targets = SparseTargets(
-        torch.tensor([[0, 1], [2, 0]]),
-        logprob,
-        torch.tensor([-math.inf, -5.0]),
-        torch.tensor([0, 3]),
+        ids_NK=torch.tensor([[0, 1], [2, 0]]),
+        logprob_NK=logprob,
+        tail_N=torch.tensor([-math.inf, -5.0]),
+        label_N=torch.tensor([0, 3]),
         label_logprob_N=torch.tensor([0.0, -9.0]),
         token_scale_N=torch.ones(2),
         tempered={TEMPERATURE: tempered},

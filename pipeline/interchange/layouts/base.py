@@ -28,7 +28,7 @@ ROUNDING = 1e-6
 EXCESS = 1e-5
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Document:
     """One text with the teacher's distributions, as a data set has them.
 
@@ -54,7 +54,7 @@ class Layout(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Imported:
     """A document as the store takes it, and what was done to it.
 

@@ -35,7 +35,7 @@ class Bin:
     num_elements: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compression:
     """How a position's log-probabilities were made into bytes; the fields have DistillKit's names."""
 

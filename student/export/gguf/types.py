@@ -16,7 +16,7 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockType:
     """number: of the tensor type. file_type: of a file whose matrices are of it. scale_first: whether a
     block's scale stands before its weights.
