@@ -37,7 +37,7 @@ from student.config.flags import StudentOptions
 from student.config.parser import defaults
 from student.data.batches import IGNORE, CachedDataset
 from student.data.held_out import split_cache
-from student.losses.catalogue import Loss, Paper
+from student.losses.catalogue import Loss, Need, Paper
 from student.losses.sparse import ReducedLogits, SparseTargets
 from student.modeling.plan import plan_student
 from student.objective.terms import Objective, Term, term
@@ -69,7 +69,7 @@ ALONE = Term(
         function=top_k_alone,
         formula="−Σ p log q over the head",
         paper=Paper("Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", "2503.16870"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="coarse",
         statement="nothing stands for what is outside the head",
     ),

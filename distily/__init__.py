@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from student.config.training_config import DistillationConfig as DistillationConfig
     from student.data.dataset import DistillationDataset as DistillationDataset
     from student.losses.catalogue import Loss as Loss
+    from student.losses.catalogue import Need as Need
     from student.losses.catalogue import Option as LossOption
     from student.losses.catalogue import register_loss as register_loss
     from student.modeling.saving import load_student as load_student
@@ -51,6 +52,7 @@ _NAMES = {
     "HiddenSpec": ("featurestore.format.schema", "HiddenSpec"),
     "LogitsSpec": ("featurestore.format.schema", "LogitsSpec"),
     "Loss": ("student.losses.catalogue", "Loss"),
+    "Need": ("student.losses.catalogue", "Need"),
     "LossOption": ("student.losses.catalogue", "Option"),
     "LseSpec": ("featurestore.format.schema", "LseSpec"),
     "expectations": ("student.api", "expectations"),
@@ -74,6 +76,7 @@ __all__ = [
     "Loss",
     "LossOption",
     "LseSpec",
+    "Need",
     "__version__",
     "expectations",
     "load_student",

@@ -17,7 +17,7 @@ from tests.command import call
 from tests.teachers import llama, text_of
 
 MODULE = """
-from distily import Loss, register_engine, register_loss
+from distily import Loss, Need, register_engine, register_loss
 from pipeline.engines.transformers_engine import TransformersEngine
 
 
@@ -26,7 +26,7 @@ def l1(student, teacher):
 
 
 def register():
-    register_loss(Loss(name="hidden_theirs", kind="hidden", function=l1, needs="R"))
+    register_loss(Loss(name="hidden_theirs", kind="hidden", function=l1, needs=Need.HIDDEN))
     register_engine("echo", lambda config, verbose: TransformersEngine(config), lambda: "7.5")
 """
 

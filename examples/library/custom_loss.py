@@ -4,7 +4,7 @@ import sys
 
 from torch import Tensor
 
-from distily import DistillationConfig, DistillationTrainer, Loss, LossOption, register_loss
+from distily import DistillationConfig, DistillationTrainer, Loss, LossOption, Need, register_loss
 
 
 def huber(student_ND: Tensor, teacher_ND: Tensor, delta: float) -> Tensor:
@@ -19,7 +19,7 @@ register_loss(
         name="hidden_huber",
         kind="hidden",
         function=huber,
-        needs="R",
+        needs=Need.HIDDEN,
         options={"delta": LossOption(1.0, "where it turns linear", low=0.0, open=True)},
     )
 )

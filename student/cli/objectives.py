@@ -23,8 +23,8 @@ def rows() -> list[dict[str, Any]]:
             "kind": loss.kind,
             "formula": loss.formula,
             "paper": None if loss.paper is None else {"title": loss.paper.title, "arxiv": loss.paper.arxiv},
-            "needs": list(loss.needs),
-            "better_with": list(loss.better),
+            "needs": list(loss.needs.letters),
+            "better_with": list(loss.better.letters),
             "exactness": loss.exactness,
             "statement": loss.statement,
             "options": {
@@ -38,7 +38,7 @@ def rows() -> list[dict[str, Any]]:
 
 def letters(loss: Loss) -> str:
     """`H`, or `H (T)` when T makes it more exact; `–` for nothing."""
-    return (loss.needs or "–") + (f" ({loss.better})" if loss.better else "")
+    return (loss.needs.letters or "–") + (f" ({loss.better.letters})" if loss.better else "")
 
 
 def defaults(loss: Loss) -> str:
@@ -67,7 +67,7 @@ def show() -> None:
             cells = (loss.name, loss.formula, letters(loss), exact, defaults(loss), source)
             table.add_row(*map(Text, cells))  # as they are: brackets would be markup
         console.print(table)
-    console.print("needs: " + "; ".join(f"{letter} {text}" for letter, text in NEEDS.items()))
+    console.print("needs: " + "; ".join(f"{letter} {text}" for letter, text in NEEDS.values()))
 
 
 def markdown() -> str:

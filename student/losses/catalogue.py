@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,14 +24,34 @@ if TYPE_CHECKING:
 Kind = Literal["head", "dense", "hidden", "structure", "relation"]
 Exactness = Literal["exact", "unbiased", "bound", "coarse"]
 
+
+class Need(Flag):
+    """What a loss reads of a cache."""
+
+    NOTHING = 0
+    HEAD = auto()
+    DRAWS = auto()
+    LABEL = auto()
+    FULL = auto()
+    HIDDEN = auto()
+    PROJECTIONS = auto()
+
+    @property
+    def letters(self) -> str:
+        """As tables show them."""
+        return "".join(NEEDS[need][0] for need in self)
+
+
+# Letter in the tables, and what is meant.
 NEEDS = {
-    "H": "head and logsumexp",
-    "T": "sampled tail",
-    "Y": "log-probability of the label",
-    "F": "full distribution: final hidden state and the teacher's head",
-    "R": "hidden states",
-    "A": "hidden states and the teacher's projections",
+    Need.HEAD: ("H", "head and logsumexp"),
+    Need.DRAWS: ("T", "sampled tail"),
+    Need.LABEL: ("Y", "log-probability of the label"),
+    Need.FULL: ("F", "full distribution: final hidden state and the teacher's head"),
+    Need.HIDDEN: ("R", "hidden states"),
+    Need.PROJECTIONS: ("A", "hidden states and the teacher's projections"),
 }
+DISTRIBUTION = Need.HEAD | Need.DRAWS | Need.LABEL
 EXACTNESS = {
     "exact": "the loss itself",
     "unbiased": "an unbiased estimate",
@@ -100,7 +121,7 @@ class Loss:
     to each sequence; student and teacher [N, D] of each pair, or with `flow` two such tensors each, of a pair
     and the next deeper one.
 
-    needs, better: letters of NEEDS, what the cache must hold and what makes the loss more exact. statement:
+    needs, better: what the cache must hold, and what makes the loss more exact. statement:
     in what sense it is exact, or why not, in a sentence.
 
     For kind head: `tails`, temperatures of the student's tail beside 1 and the option `temperature`;
@@ -113,12 +134,12 @@ class Loss:
     name: str
     kind: Kind
     function: Callable[..., Tensor]
-    needs: str
+    needs: Need
     formula: str = ""
     paper: Paper | None = None
     exactness: Exactness = "exact"
     statement: str = ""
-    better: str = ""
+    better: Need = Need.NOTHING
     options: Mapping[str, Option] = field(default_factory=dict)
     tails: tuple[float, ...] = ()
     ranked: bool = False
@@ -155,14 +176,16 @@ def register_loss(loss: Loss) -> Loss:
         ValueError: there is a loss of that name, or its kind or needs are none that there are.
 
     Example:
-        register_loss(Loss(name="hidden_l1", kind="hidden", function=mean_distance, needs="R"))
+        register_loss(Loss(name="hidden_mine", kind="hidden", function=mine, needs=Need.HIDDEN))
     """
     if loss.name in _ours() or loss.name in _registered:
         raise ValueError(f"a loss named {loss.name!r} exists already")
     if loss.kind not in get_args(Kind):
         raise ValueError(f"{loss.name}: kind {loss.kind!r} is none of {', '.join(get_args(Kind))}")
-    if unknown := set(loss.needs + loss.better) - set(NEEDS):
-        raise ValueError(f"{loss.name}: needs {min(unknown)!r}, which is none of {', '.join(NEEDS)}")
+    if not isinstance(loss.needs, Need):
+        raise ValueError(
+            f"{loss.name}: needs {loss.needs!r}; give members of Need, e.g. Need.HEAD | Need.DRAWS"
+        )
     _registered[loss.name] = loss
     return loss
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from student.losses import full
-from student.losses.catalogue import Loss, Option, Paper
+from student.losses.catalogue import Loss, Need, Option, Paper
 from student.losses.full_pass import fisher_mse
 
 _TEMPERATURE = Option(1.0, "of both distributions", low=0.05, high=100.0)
@@ -21,7 +21,7 @@ def _entry(
     formula: str,
     paper: Paper,
     options: Mapping[str, Option],
-    needs: str = "F",
+    needs: Need = Need.FULL,
 ) -> Loss:
     return Loss(
         name=f"full_{name}",
@@ -97,7 +97,7 @@ DENSE_LOSSES: tuple[Loss, ...] = (
         "γ KL(q‖p) + (1−γ) KL(p‖q), γ: mean of p(label)",
         Paper("BitDistiller: Unleashing the Potential of Sub-4-Bit LLMs", "2402.10631"),
         {"confidence": Option(None, "γ; without it, the mean over 256 training samples", low=0.0, high=1.0)},
-        needs="FY",
+        needs=Need.FULL | Need.LABEL,
     ),
     _entry(
         "tvd",
@@ -128,7 +128,7 @@ DENSE_LOSSES: tuple[Loss, ...] = (
         function=fisher_mse,
         formula="½ Σ F_d (h_S − h_T)²_d, F_d = Σ p(y) (∂ log p(y) / ∂ h_d)², h: final states",
         paper=_LKD,
-        needs="F",
+        needs=Need.FULL,
         exactness="exact",
         statement="up to the rounding of the stored final states; KL(p‖q) to second order, F without what is "
         "off its diagonal",

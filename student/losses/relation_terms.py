@@ -13,7 +13,7 @@ from torch import Tensor
 from featurestore.format.sidecar import BlockSpec
 from student.errors import UserError
 from student.losses.blocks import BlockPair
-from student.losses.catalogue import Loss, Option, Paper
+from student.losses.catalogue import Loss, Need, Option, Paper
 from student.losses.hidden import mse
 from student.losses.relations import Vectors, attention_output, relation_kl
 
@@ -111,7 +111,7 @@ def _entry(name: str, function: object, formula: str, paper: Paper, split: bool)
         function=function,  # type: ignore[arg-type]
         formula=formula,
         paper=paper,
-        needs="A",
+        needs=Need.PROJECTIONS,
         exactness="exact",
         statement=_STATEMENT,
         options={"relation_heads": _HEADS} if split else {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from student.losses.catalogue import Loss, Option, Paper
+from student.losses.catalogue import Loss, Need, Option, Paper
 from student.losses.divergences import (
     adaptive_kl,
     confidence_kl,
@@ -30,8 +30,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=tempered_kl,
         formula="T² Σ p log(p / q)",
         paper=Paper("Distilling the Knowledge in a Neural Network", "1503.02531"),
-        needs="H",
-        better="T",
+        needs=Need.HEAD,
+        better=Need.DRAWS,
         exactness="unbiased",
         statement="value and gradient, at temperature 1 with draws; otherwise a lower bound (one bucket for "
         "what is outside the head)",
@@ -43,7 +43,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=cross_entropy,
         formula="−log q(label)",
         paper=None,
-        needs="",
+        needs=Need.NOTHING,
         exactness="exact",
         statement="uses the labels only",
     ),
@@ -53,7 +53,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=reverse_kl,
         formula="T² Σ q log(q / p)",
         paper=Paper("MiniLLM: Knowledge Distillation of Large Language Models", "2306.08543"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement=_MERGED,
         options={"temperature": _TEMPERATURE},
@@ -64,7 +64,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=jsd,
         formula="T² (β KL(p‖m) + (1−β) KL(q‖m)), m = βp + (1−β)q",
         paper=Paper("On-Policy Distillation of Language Models (GKD)", "2306.13649"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement=_MERGED,
         options={
@@ -78,7 +78,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=skew_kl,
         formula="T² KL(p ‖ αp + (1−α)q)",
         paper=Paper("DistiLLM: Towards Streamlined Distillation for Large Language Models", "2402.03898"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement=_MERGED,
         options={
@@ -92,7 +92,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=skew_reverse_kl,
         formula="T² KL(q ‖ (1−α)p + αq)",
         paper=Paper("DistiLLM: Towards Streamlined Distillation for Large Language Models", "2402.03898"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement=_MERGED,
         options={
@@ -108,7 +108,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         paper=Paper(
             "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs", "2404.02657"
         ),
-        needs="H",
+        needs=Need.HEAD,
         exactness="coarse",
         statement="both divergences are lower bounds, their weight is that of the merged distributions",
         options={
@@ -122,8 +122,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=confidence_kl,
         formula="γ KL(q‖p) + (1−γ) KL(p‖q), γ: mean of p(label)",
         paper=Paper("BitDistiller: Unleashing the Potential of Sub-4-Bit LLMs", "2402.10631"),
-        needs="HY",
-        better="T",
+        needs=Need.HEAD | Need.LABEL,
+        better=Need.DRAWS,
         exactness="bound",
         statement="the reverse part; with draws the forward part is unbiased",
         options={
@@ -136,7 +136,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=total_variation,
         formula="½ Σ |p − q|",
         paper=Paper("f-Divergence Minimization for Sequence-Level Knowledge Distillation", "2307.15190"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement=_MERGED,
     ),
@@ -146,8 +146,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=token_scaled_kl,
         formula="KL(p‖q) · softmax over the sequence of (−log p(label) / 10) · length",
         paper=Paper("Token-Scaled Logit Distillation for Ternary Weight Generative LMs", "2308.06744"),
-        needs="HY",
-        better="T",
+        needs=Need.HEAD | Need.LABEL,
+        better=Need.DRAWS,
         exactness="unbiased",
         statement="as kl: with draws, without them a lower bound; the weights are exact",
     ),
@@ -157,8 +157,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=soft_mse,
         formula="Σ (p − q)²",
         paper=Paper("Verification of Forecasts Expressed in Terms of Probability (Brier, 1950)"),
-        needs="H",
-        better="T",
+        needs=Need.HEAD,
+        better=Need.DRAWS,
         exactness="unbiased",
         statement="with draws, the gradient, and the value less Σ p² outside the head, a constant; without "
         "them the sum over the head, a lower bound",
@@ -172,7 +172,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         paper=Paper(
             "Comparing Kullback-Leibler Divergence and MSE Loss in Knowledge Distillation", "2105.08919"
         ),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement="times K, of the sum over the vocabulary: a subset centred on itself has the smaller sum",
     ),
@@ -184,7 +184,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         paper=Paper(
             "Training Data-Efficient Image Transformers & Distillation through Attention", "2012.12877"
         ),
-        needs="H",
+        needs=Need.HEAD,
         exactness="exact",
         statement="the teacher's first choice is always in the head",
     ),
@@ -194,7 +194,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=hinge_ranking,
         formula="mean over pairs p_i > p_j of max(0, margin − (z_i − z_j))",
         paper=Paper("Large Margin Rank Boundaries for Ordinal Regression (Herbrich et al., 2000)"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="exact",
         statement="over the pairs of the head's best tokens, but for those that storing in steps of 1/16 nat "
         "made equal (0.7 %)",
@@ -206,7 +206,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=logistic_ranking,
         formula="mean over pairs p_i > p_j of log(1 + exp(−(z_i − z_j)))",
         paper=Paper("Learning to Rank using Gradient Descent (Burges et al., 2005)"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="exact",
         statement="over the pairs of the head's best tokens, but for those that storing in steps of 1/16 nat "
         "made equal (0.7 %)",
@@ -218,7 +218,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=sinkhorn,
         formula="Σ P_ij |p_i − q_j|, P: exp(−|p_i − q_j| / λ), rows and columns scaled in turn",
         paper=Paper("Sinkhorn Distance Minimization for Knowledge Distillation", "2402.17110"),
-        needs="H",
+        needs=Need.HEAD,
         exactness="coarse",
         statement="the form for single positions, on the head's best tokens; not the form over a batch",
         options={
@@ -236,7 +236,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         paper=Paper(
             "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss", "2402.12030"
         ),
-        needs="H",
+        needs=Need.HEAD,
         exactness="bound",
         statement="the order beyond the head is one summand, by the triangle inequality",
         ranked=True,
@@ -247,8 +247,8 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         function=one_for_all,
         formula="−(1 + p(label))^γ log q(label) − Σ p log q without the label",
         paper=Paper("One-for-All: Bridge the Gap Between Heterogeneous Architectures", "2310.19444"),
-        needs="HY",
-        better="T",
+        needs=Need.HEAD | Need.LABEL,
+        better=Need.DRAWS,
         exactness="unbiased",
         statement="value and gradient with draws; without, what is outside the head is one bucket. At the "
         "student's last layer, not at exits before it",

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from student.losses.catalogue import Loss, Paper
+from student.losses.catalogue import Loss, Need, Paper
 from student.losses.hidden import widened
 
 ROW_ELEMENTS = 2**22  # of a T x T matrix held at a time
@@ -193,7 +193,7 @@ STRUCTURE_LOSSES: tuple[Loss, ...] = (
         function=similarity,
         formula="‖norm(H_S H_Sᵀ) − norm(H_T H_Tᵀ)‖² / T²",
         paper=Paper("Similarity-Preserving Knowledge Distillation", "1907.09682"),
-        needs="R",
+        needs=Need.HIDDEN,
         exactness="exact",
         statement="among the learned positions of a sample, in the paper among the samples of a batch",
         any_width=True,
@@ -204,7 +204,7 @@ STRUCTURE_LOSSES: tuple[Loss, ...] = (
         function=distance,
         formula="Σ huber(d_S(i, j) / mean − d_T(i, j) / mean) / T(T − 1)",
         paper=_RKD,
-        needs="R",
+        needs=Need.HIDDEN,
         exactness="exact",
         statement="among the learned positions of a sample",
         any_width=True,
@@ -215,7 +215,7 @@ STRUCTURE_LOSSES: tuple[Loss, ...] = (
         function=angle,
         formula="Σ huber(cos ∠_S(i, j, k) − cos ∠_T(i, j, k)) / 8T",
         paper=_RKD,
-        needs="R",
+        needs=Need.HIDDEN,
         exactness="exact",
         statement="of 8 fixed angles at each learned position, in the paper of all",
         any_width=True,
@@ -226,7 +226,7 @@ STRUCTURE_LOSSES: tuple[Loss, ...] = (
         function=fsp,
         formula="‖H_Sᵀ H′_S − H_Tᵀ H′_T‖² / T²D²",
         paper=Paper("A Gift from Knowledge Distillation (Yim et al., CVPR 2017)"),
-        needs="R",
+        needs=Need.HIDDEN,
         exactness="exact",
         statement="between each two neighbouring pairs of layers, over the learned positions of a sample",
         flow=True,

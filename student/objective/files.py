@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from student.errors import UserError
-from student.losses.catalogue import Loss, find_loss, suggest
+from student.losses.catalogue import Loss, Need, find_loss, suggest
 from student.objective.layer_maps import MAPPERS, check_mapper
 from student.objective.weights import Weight
 from student.yamlfile import read_yaml
@@ -92,7 +92,7 @@ def _term(value: object, where: str) -> TermRequest:
     loss = find_loss(value["loss"], where)
     where = f"{where} ({loss.name})"
     options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
-    final = "F" in loss.needs
+    final = Need.FULL in loss.needs
     layered = loss.kind in ("hidden", "structure", "relation") and not final
     known = _TERM_KEYS[: (4 if loss.kind == "relation" else 6) if layered else 2]
     for key in options:

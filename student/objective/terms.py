@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from student.losses.blocks import BlockPair
-from student.losses.catalogue import Loss, catalogue
+from student.losses.catalogue import DISTRIBUTION, Loss, Need, catalogue
 from student.losses.sparse import Reduction
 from student.objective.projectors import ProjectorSpec
 from student.objective.weights import Weight
@@ -77,7 +77,7 @@ class Term:
     @property
     def needs(self) -> frozenset[str]:
         """Kinds of column groups that the cache must hold."""
-        kinds = {"logits"} if set(self.loss.needs) & set("HTY") else set()
+        kinds = {"logits"} if self.loss.needs & DISTRIBUTION else set()
         if self.temperature != 1.0 and self.loss.kind == "head":
             kinds.add(f"lse.T{self.temperature:g}")
         return frozenset(kinds | {f"hidden.L{layer}" for layer, _ in self.pairs})
@@ -109,7 +109,7 @@ class Term:
         if self.loss.kind == "structure":
             sides = (student, teacher) if self.loss.flow else (student[0], teacher[0])
             return self.function(*sides, view.lengths())
-        if "F" in self.loss.needs:
+        if Need.FULL in self.loss.needs:
             return self.function(student[0], teacher[0], view.fisher())
         return self.function(student[0], teacher[0])
 
@@ -178,7 +178,7 @@ class Objective:
     @property
     def needs_head(self) -> bool:
         """Whether a term needs the teacher's LM head."""
-        return any("F" in term.loss.needs for term in self.terms)
+        return any(Need.FULL in term.loss.needs for term in self.terms)
 
     @property
     def relations(self) -> frozenset[tuple[int, int]]:

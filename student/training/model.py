@@ -18,6 +18,7 @@ from student.data.batches import IGNORE
 from student.data.decoding import Coded, decode_hidden, decode_labels, decode_targets
 from student.data.teacher_weights import TeacherParts
 from student.losses.blocks import BlockPair, Rotation, StudentBlock
+from student.losses.catalogue import Need
 from student.losses.full_pass import DenseTargets, dense_head_loss, fisher_diagonal
 from student.losses.lm_head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
@@ -165,7 +166,7 @@ class DistillationModel(nn.Module):
                 label_N=label_N,
             )
         targets = decode_targets(coded, label_N)
-        if not any("Y" in term.loss.needs for term in self.objective.head):
+        if not any(Need.LABEL in term.loss.needs for term in self.objective.head):
             return targets
         known_N = decode_labels(coded["label_logprob"])
         return replace(targets, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
@@ -210,7 +211,9 @@ class DistillationModel(nn.Module):
 
     def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
         """The teacher's full distributions at the learned positions."""
-        layer = next(term.pair[0] for term in self.objective.terms if "F" in term.loss.needs and term.pair)
+        layer = next(
+            term.pair[0] for term in self.objective.terms if Need.FULL in term.loss.needs and term.pair
+        )
         hidden_ND = teacher(layer).float()
         head = self.teacher.to(hidden_ND.device).head
         assert head is not None, "the objective needs the teacher's head"

@@ -19,6 +19,7 @@ from student.data.held_out import Split, split_cache
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
 from student.losses.blocks import check_student_blocks
+from student.losses.catalogue import Need
 from student.losses.relation_terms import check_sizes
 from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.layer_maps import Pairs, check_pairs, depth_map, map_layers
@@ -38,14 +39,14 @@ def plan_objective(
     terms: list[Term] = []
     for given in request.terms:
         wanted = _with_confidence(given, reader, training)
-        if "Y" in wanted.loss.needs and "confidence" not in wanted.options:
+        if Need.LABEL in wanted.loss.needs and "confidence" not in wanted.options:
             _check_labels(wanted, reader)
         if wanted.loss.kind == "head":
             terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
-        elif "F" not in wanted.loss.needs and wanted.loss.kind in ("hidden", "structure"):
+        elif Need.FULL not in wanted.loss.needs and wanted.loss.kind in ("hidden", "structure"):
             terms += _hidden_terms(wanted, reader, config)
         else:
-            find = _final_pair if "F" in wanted.loss.needs else _block_pairs
+            find = _final_pair if Need.FULL in wanted.loss.needs else _block_pairs
             pairs = find(wanted, reader, config)
             weight = wanted.weight.scaled(1 / len(pairs))
             terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]

@@ -17,14 +17,14 @@ from featurestore.format.sidecar import BlockSpec, HeadSpec
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from student.data.batches import IGNORE, CachedDataset, Collator
-from student.losses.catalogue import catalogue
+from student.losses.catalogue import Need, catalogue
 from student.objective.terms import Objective, Term, term
 from student.training.model import DistillationModel
 from student.training.plan import load_teacher
 from tests.student.caches import random_samples, write_cache
 
 SPECS = [LogitsSpec(16), HiddenSpec(1, "f32"), HiddenSpec(3, "f32")]
-DENSE = [name for name, loss in catalogue().items() if "F" in loss.needs]
+DENSE = [name for name, loss in catalogue().items() if Need.FULL in loss.needs]
 RELATION = [name for name, loss in catalogue().items() if loss.kind == "relation"]
 GIVEN: dict[str, dict[str, Any]] = {"full_cakld": {"confidence": 0.4}}
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, CachedDataset, Collator
 from student.losses import structure
-from student.losses.catalogue import catalogue
+from student.losses.catalogue import Need, catalogue
 from student.objective.files import read_objective
 from student.objective.projectors import ProjectorSpec
 from student.objective.terms import Objective, term
@@ -36,7 +36,7 @@ NARROW = (
 COMPARING = [
     loss.name
     for loss in catalogue().values()
-    if loss.kind in ("hidden", "structure") and "F" not in loss.needs
+    if loss.kind in ("hidden", "structure") and Need.FULL not in loss.needs
 ]
 
 

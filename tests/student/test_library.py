@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
-from distily import CacheReader, DistillationConfig, DistillationTrainer, Loss
+from distily import CacheReader, DistillationConfig, DistillationTrainer, Loss, Need
 from featurestore.errors import MissingFeatureError
 from student.errors import StudentError, UserError
 from student.losses import catalogue
@@ -278,10 +278,10 @@ def test_the_example_of_a_loss(
         catalogue.register_loss(catalogue.catalogue()["hidden_huber"])
     with pytest.raises(ValueError, match="exists already"):
         catalogue.register_loss(catalogue.catalogue()["kl"])
-    for wrong, message in (({"kind": "hiden"}, "kind 'hiden'"), ({"needs": "X"}, "needs 'X'")):
+    for wrong, message in (({"kind": "hiden"}, "kind 'hiden'"), ({"needs": "H"}, "needs 'H'")):
         with pytest.raises(ValueError, match=message):
             catalogue.register_loss(
-                Loss(**({"name": "a", "kind": "head", "function": huber, "needs": "H"} | wrong))
+                Loss(**({"name": "a", "kind": "head", "function": huber, "needs": Need.HEAD} | wrong))
             )
 
 
