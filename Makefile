@@ -7,7 +7,7 @@ PYTHON ?= python3
 ACCELERATOR ?= auto
 RUN ?= run
 # Test files that run side by side; each may start a vLLM of its own, which waits now and then.
-WORKERS ?= 4
+WORKERS ?= 3
 PY := $(VENV)/bin/python
 
 # Threads that spin at barriers slow each other down many times over on a shared machine.

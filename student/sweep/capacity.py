@@ -21,14 +21,14 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Need:
+class PeakMemory:
     """What one run took at its peak, in bytes; cuda: None without a GPU."""
 
     memory: int
     cuda: int | None = None
 
 
-def at_once(machine: Machine, seen: Sequence[Need]) -> int:
+def at_once(machine: Machine, seen: Sequence[PeakMemory]) -> int:
     """Runs that fit, by the largest that have ended; one while nothing is known.
 
     On CPUs a run has at least a core to itself.

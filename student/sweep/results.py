@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from student.sweep.capacity import Need
+from student.sweep.capacity import PeakMemory
 from student.sweep.home import Home, read_json
 from student.sweep.runs import SweepRun
 from student.sweep.spec import SweepSpec
@@ -90,10 +90,10 @@ def generation_seconds(summary: Mapping[str, Any]) -> float | None:
     return round(min(summary["tokens"], cost["tokens"]) / rate, 1) if rate else None
 
 
-def needed(home: Home, run: SweepRun) -> Need:
+def needed(home: Home, run: SweepRun) -> PeakMemory:
     """What a finished run took of the machine."""
     summary = read_json(home.directory(run) / "summary.json") or {}
-    return Need(summary["peak_rss_bytes"], summary.get("peak_cuda_bytes"))
+    return PeakMemory(summary["peak_rss_bytes"], summary.get("peak_cuda_bytes"))
 
 
 def ranked(rows: Iterable[Row], spec: SweepSpec) -> list[Row]:

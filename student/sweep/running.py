@@ -12,7 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Protocol
 
 from student.sweep import capacity
-from student.sweep.capacity import Machine, Need
+from student.sweep.capacity import Machine, PeakMemory
 from student.sweep.home import Home
 from student.sweep.planning import arguments
 from student.sweep.runs import SweepRun
@@ -59,8 +59,8 @@ class Pool:
     manifest: str
     machine: Machine
     jobs: int | None
-    needed: Callable[[SweepRun], Need]
-    seen: list[Need] = field(default_factory=list)
+    needed: Callable[[SweepRun], PeakMemory]
+    seen: list[PeakMemory] = field(default_factory=list)
 
     def run(self, source: RunSource, changed: Callable[[SweepRun, str, str | None], None]) -> None:
         """All runs of a source, but for those that are finished. changed: told of each run's new state,

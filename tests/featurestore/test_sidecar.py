@@ -76,7 +76,13 @@ def same(part: Part[Any], spec: PartSpec, expected: dict[str, Tensor]) -> None:
 
 
 @given(
-    head=st.builds(HeadSpec, st.integers(1, 40), st.integers(1, 9), st.just(0.0), st.floats(0.01, 9)),
+    head=st.builds(
+        HeadSpec,
+        vocab_size=st.integers(1, 40),
+        hidden_size=st.integers(1, 9),
+        norm_eps=st.just(0.0),
+        logit_scale=st.floats(0.01, 9),
+    ),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     head_dim=st.integers(1, 7),

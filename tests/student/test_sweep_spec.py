@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from student.config.parser import parse as parse_flags
 from student.errors import UserError
-from student.sweep.capacity import Machine, Need, at_once
+from student.sweep.capacity import Machine, PeakMemory, at_once
 from student.sweep.runs import SweepRun, corners, expand
 from student.sweep.spec import parse, read
 
@@ -124,9 +124,9 @@ def test_runs_at_once() -> None:
     gib = 2**30
     machine = Machine(cores=8, memory=16 * gib)
     assert at_once(machine, []) == 1
-    assert at_once(machine, [Need(gib)]) == 8
-    assert at_once(machine, [Need(gib), Need(4 * gib)]) == 3
-    assert at_once(machine, [Need(40 * gib)]) == 1
+    assert at_once(machine, [PeakMemory(gib)]) == 8
+    assert at_once(machine, [PeakMemory(gib), PeakMemory(4 * gib)]) == 3
+    assert at_once(machine, [PeakMemory(40 * gib)]) == 1
     gpus = Machine(cores=2, memory=64 * gib, gpus=(24 * gib, 24 * gib))
-    assert at_once(gpus, [Need(gib, 6 * gib)]) == 6
-    assert at_once(gpus, [Need(30 * gib, 6 * gib)]) == 1
+    assert at_once(gpus, [PeakMemory(gib, 6 * gib)]) == 6
+    assert at_once(gpus, [PeakMemory(30 * gib, 6 * gib)]) == 1
