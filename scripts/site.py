@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import typer
@@ -27,19 +26,14 @@ _FOLDERS = ("docs", "benchmarks", "examples")
 
 
 def lay_out() -> None:
-    """Copy what is under version control, or will be, and write the two references."""
+    """Copy pages and what they link to, and write the two references."""
     shutil.rmtree(OUT, ignore_errors=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in map(Path, listed):
-        if name.suffix in _SUFFIXES and (len(name.parts) == 1 or name.parts[0] in _FOLDERS):
+    pages = [*ROOT.glob("*.md"), *(path for folder in _FOLDERS for path in (ROOT / folder).rglob("*"))]
+    for path in pages:
+        name = path.relative_to(ROOT)
+        if path.suffix in _SUFFIXES and not any(part.startswith((".", "_")) for part in name.parts):
             (OUT / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, OUT / name)
+            shutil.copyfile(path, OUT / name)
     reference = OUT / "docs" / "reference"
     reference.mkdir()
     (reference / "commands.md").write_text(commands(), encoding="utf-8")
