@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 RUN=${RUN:-run}
-# So many that a processor without AVX-512, at about 6 s a step, trains in two minutes; 48 learn visibly more.
-STEPS=${STEPS:-16}
+# So many that a processor without AVX-512, at about 6 s a step, trains in a minute; 48 learn visibly more.
+STEPS=${STEPS:-10}
 # Of the 266 that the text has: the rest would take a slow processor three minutes more.
 SAMPLES=${SAMPLES:-160}
 step() { printf '\n==> %s\n' "$*"; }
