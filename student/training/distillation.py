@@ -83,11 +83,9 @@ class DistillationTrainer(CacheTrainer):
         check_writable(Path(args.output_dir))
         prepared = prepare(request, given=model)
         _check_tokenizer(processing_class, prepared.reader.teacher_dir)
-        assembled, chosen = assemble(prepared)
-        for note in args.notes:
-            LOG.info(note)
-        for surprise in filter(None, [chosen, str(prepared.data.split)]):
-            LOG.warning(surprise)
+        assembled = assemble(prepared)
+        if str(prepared.data.split) and args.process_index == 0:
+            LOG.warning(prepared.data.split)
         if peft_config is not None:
             if prepared.plan.conversion is not None:
                 raise UserError("peft_config: a BitNet student trains its own weights; leave one of them out")

@@ -145,29 +145,27 @@ def build(prepared: PreparedTraining) -> Built:
     """The student and its trainer, from the request's seed."""
     args = prepared.request.training
     check_writable(Path(args.output_dir))
-    if args.process_index == 0:
-        for note in prepared.request.notes:
-            LOG.info(note)
-    assembled, chosen = assemble(prepared)
-    if chosen is not None and args.process_index == 0:
-        LOG.warning(chosen)
+    assembled = assemble(prepared)
     return Built(assembled, CacheTrainer(**assembled.for_trainer()))
 
 
-def assemble(prepared: PreparedTraining) -> tuple[Assembled, str | None]:
-    """The student with its objective, from the request's seed, and a sentence where other layers of the
-    teacher were copied than usual.
-    """
+def assemble(prepared: PreparedTraining) -> Assembled:
+    """The student with its objective, from the request's seed. The first process logs what was chosen."""
     options, args = prepared.request.options, prepared.request.training
+    if args.process_index == 0:
+        for note in prepared.request.notes:
+            LOG.info(note)
     samples = calibration_samples(prepared.data.train)
     plan, chosen = best_copy(prepared.plan, samples, args.device)
+    if chosen is not None and args.process_index == 0:
+        LOG.warning(chosen)
     prepared = replace(prepared, plan=plan)
     set_seed(args.seed)
     student, drift = plan.build(samples, args.device)
     if options.pack_rows:
         check_packing(student)
     teacher = load_teacher(prepared.objective, prepared.reader)
-    return Assembled(prepared, DistillationModel(student, prepared.objective, teacher), drift), chosen
+    return Assembled(prepared, DistillationModel(student, prepared.objective, teacher), drift)
 
 
 def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
