@@ -6,15 +6,12 @@ from typing import Annotated
 
 import typer
 
-_PANEL = "Texts to be written first"
-
 ContinuationsOption = Annotated[
     int | None,
     typer.Option(
         help="Let the teacher continue each text N times, cut to --prompt-tokens, or with each chat before "
         "the assistant's last turn; the samples are then what it writes, and that alone is learned.",
         metavar="N",
-        rich_help_panel=_PANEL,
     ),
 ]
 StudentOption = Annotated[
@@ -23,18 +20,14 @@ StudentOption = Annotated[
         "--from-student",
         help="Let this student write instead (checkpoint directory or hub name), and the teacher score it.",
         metavar="CKPT",
-        rich_help_panel=_PANEL,
     ),
 ]
-PromptOption = Annotated[
-    int | None, typer.Option(help="Tokens of a text to continue from. [default: 64]", rich_help_panel=_PANEL)
-]
+PromptOption = Annotated[int | None, typer.Option(help="Tokens of a text to continue from. [default: 64]")]
 TemperatureOption = Annotated[
     float | None,
     typer.Option(
         "--continuation-temperature",
         help="Temperature to sample at, up to 2; 0 takes the most probable token. [default: 1]",
-        rich_help_panel=_PANEL,
     ),
 ]
 NucleusOption = Annotated[
@@ -42,7 +35,6 @@ NucleusOption = Annotated[
     typer.Option(
         "--continuation-top-p",
         help="Sample from the most probable tokens that together have this probability. [default: 1]",
-        rich_help_panel=_PANEL,
     ),
 ]
 MaxTokensOption = Annotated[
@@ -50,6 +42,5 @@ MaxTokensOption = Annotated[
     typer.Option(
         "--continuation-max-tokens",
         help="Longest text; it ends earlier where the writer ends it. [default: 128]",
-        rich_help_panel=_PANEL,
     ),
 ]
