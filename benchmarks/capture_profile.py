@@ -24,7 +24,8 @@ from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec, Sample
 from featurestore.store import FeatureStore
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
-from pipeline.request.generate import GenerateRequest, identity_of
+from pipeline.request.generate import GenerateRequest
+from pipeline.request.teacher import identity_of
 from pipeline.teacher.checkpoint import load_teacher
 
 SAMPLES, ROUNDS, CHUNK = 8, 5, 512
@@ -98,7 +99,8 @@ def main() -> None:
     packed = layout.pack(fields).numpy().reshape(SAMPLES, LENGTH, -1)
     features = [to_features(layout.unpack(sample), groups) for sample in packed]
     teacher = load_teacher(str(RUN / "teacher"))
-    identity = identity_of(GenerateRequest(str(RUN / "teacher"), "", ""), teacher, "benchmark")
+    request = GenerateRequest(str(RUN / "teacher"), "", "")
+    identity = identity_of(request, teacher, "benchmark")
     samples = [Sample(tokens, np.ones(len(tokens), np.bool_)) for tokens in given]
 
     def commit() -> None:

@@ -128,7 +128,7 @@ def ours(**request: Any) -> float:
     from pipeline.generate.precision import Precision
     from pipeline.generate.run import PreparedCapture, _run, start_engine
     from pipeline.progress import ConsoleReporter
-    from pipeline.request.generate import identity_of
+    from pipeline.request.teacher import identity_of
 
     teacher, wanted = settled(shard_tokens=4096, **request)
     print(f"{wanted.dtype}, steps of {wanted.step_size:,} positions", file=sys.stderr)

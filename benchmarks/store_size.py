@@ -29,7 +29,8 @@ from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from pipeline.capture.packing import logit_fields, to_features
 from pipeline.capture.reduce import reduce_logits
-from pipeline.request.generate import GenerateRequest, identity_of
+from pipeline.request.generate import GenerateRequest
+from pipeline.request.teacher import identity_of
 from pipeline.teacher.checkpoint import load_teacher
 from student.data.batches import pad_logits
 from student.data.decoding import decode_targets

@@ -14,7 +14,7 @@ from featurestore.format.schema import GroupFeatures, GroupSpec
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything an engine needs to start; validated by `pipeline.request.generate` before.
+    """Everything an engine needs to start; validated by `pipeline.request` before.
 
     `dtype` is a torch dtype's name. `groups` are the column groups that one pass produces. `vocab_size` is
     where logits are cut: columns beyond it are padding of the LM head.

@@ -26,7 +26,7 @@ from pipeline.generate.committer import Committer
 from pipeline.generate.precision import Precision
 from pipeline.generate.sizing import settle
 from pipeline.progress import Reporter
-from pipeline.request.generate import GenerateRequest, check_against_teacher, engine_config, identity_of
+from pipeline.request.generate import GenerateRequest
 from pipeline.request.target import (
     check_store_directory,
     create_store,
@@ -34,6 +34,7 @@ from pipeline.request.target import (
     plan_missing,
     stored_dtype,
 )
+from pipeline.request.teacher import check_against_teacher, engine_config, identity_of
 from pipeline.teacher.checkpoint import Teacher, load_teacher, teacher_files, without_padding
 from pipeline.teacher.tokenizer import check_kept_files, load_tokenizer
 from pipeline.teacher.weights import PlannedPart, plan_sidecar

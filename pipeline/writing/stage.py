@@ -15,7 +15,8 @@ from featurestore.storage.root import Root
 from pipeline.data.selection import Selection
 from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter
-from pipeline.request.generate import GenerateRequest, engine_config
+from pipeline.request.generate import GenerateRequest
+from pipeline.request.teacher import engine_config
 from pipeline.teacher.checkpoint import Teacher, load_teacher, without_padding
 from pipeline.teacher.tokenizer import load_tokenizer
 from pipeline.writing.base import Writer

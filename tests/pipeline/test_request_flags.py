@@ -12,7 +12,8 @@ from pipeline.cli import app
 from pipeline.cli.request_flags import RequestFlags
 from pipeline.engines.llm import _start
 from pipeline.errors import RequestError
-from pipeline.request.generate import GenerateRequest, engine_config
+from pipeline.request.generate import GenerateRequest
+from pipeline.request.teacher import engine_config
 from pipeline.teacher.checkpoint import load_teacher
 from tests.command import call
 from tests.teachers import text_of
