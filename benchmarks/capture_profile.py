@@ -99,7 +99,7 @@ def main() -> None:
     packed = layout.pack(fields).numpy().reshape(SAMPLES, LENGTH, -1)
     features = [to_features(layout.unpack(sample), groups) for sample in packed]
     teacher = load_teacher(str(RUN / "teacher"))
-    request = GenerateRequest(str(RUN / "teacher"), "", "")
+    request = GenerateRequest(teacher=str(RUN / "teacher"), dataset="", out="")
     identity = identity_of(request, teacher, "benchmark")
     samples = [Sample(tokens, np.ones(len(tokens), np.bool_)) for tokens in given]
 

@@ -68,7 +68,7 @@ def test_docs_use_the_front_door() -> None:
     [
         ("distily", ("numpy", "torch", "vllm", "transformers", "featurestore", "pipeline", "student")),
         ("featurestore", ("torch", "vllm", "transformers", "datasets")),
-        ("pipeline.cli", ("torch", "vllm", "transformers", "datasets", "student")),
+        ("pipeline.cli", ("torch", "vllm", "transformers", "datasets", "numpy", "student")),
         ("student.cli", ("vllm", "pipeline")),
     ],
 )

@@ -9,9 +9,17 @@ from typing import Annotated
 import typer
 
 from distily.system.stopping import advise
-from pipeline.cli.data_options import ConfigOption, DatasetArgument, SplitOption
 from pipeline.cli.exits import RESUMES, exit_codes
-from pipeline.cli.options import JsonOption, OutOption, ShardOption, StoreArgument, TrustOption
+from pipeline.cli.options import (
+    ConfigOption,
+    DatasetArgument,
+    JsonOption,
+    OutOption,
+    ShardOption,
+    SplitOption,
+    StoreArgument,
+    TrustOption,
+)
 from pipeline.cli.output import console, print_json, say
 
 

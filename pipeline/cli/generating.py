@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,12 +12,12 @@ from distily.system.command_line import quiet_libraries
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, QuietOption
 from pipeline.cli.output import console, print_json, say
-from pipeline.cli.request_flags import RequestFlags, takes_request
+from pipeline.cli.request_flags import request_of, takes_request
 
 
 @takes_request()
 def generate(
-    flags: RequestFlags,
+    flags: Mapping[str, Any],
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the engine's own log.")] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -33,7 +34,7 @@ def generate(
     from pipeline.generate.run import execute, prepare
 
     with exit_codes(verbose):
-        request = flags.request()
+        request = request_of(flags)
         with _reporter(quiet) as report:
             prepared = prepare(request, report)
             outcome = execute(prepared, report, verbose)
@@ -42,7 +43,7 @@ def generate(
 
 @takes_request(without=("tensor_parallel_size", "max_num_batched_tokens", "gpu_memory_utilization"))
 def plan(
-    flags: RequestFlags,
+    flags: Mapping[str, Any],
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,7 +57,7 @@ def plan(
 
     with exit_codes():
         with _reporter(quiet) as report:
-            prepared = prepare(flags.request(), report)
+            prepared = prepare(request_of(flags), report)
         forecast = estimate(prepared)
         if as_json:
             print_json(forecast.to_json())

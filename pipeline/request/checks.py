@@ -8,15 +8,10 @@ from featurestore.errors import StoreFormatError
 from featurestore.format.schema import MAX_TAIL, LseSpec
 from pipeline.engines.registry import find_engine
 from pipeline.errors import RequestError
+from pipeline.request.flags import check_flags
 
 if TYPE_CHECKING:
     from pipeline.request.generate import GenerateRequest
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-HIDDEN_DTYPES = ("bf16", "int8", "fp8", "f32")
-LOSS_ON = ("assistant", "all")
-LONG = ("split", "drop")
-BAD_ROWS = ("refuse", "drop")
 
 # Engines that write texts, too.
 _WRITERS = ("vllm", "transformers")
@@ -24,15 +19,7 @@ _WRITERS = ("vllm", "transformers")
 
 def check_request(request: GenerateRequest) -> None:
     """Refuse values out of range and flags that contradict each other; RequestError names the first."""
-    for flag, name, choices in (
-        ("--dtype", request.dtype, DTYPES),
-        ("--hidden-dtype", request.hidden_dtype, HIDDEN_DTYPES),
-        ("--loss-on", request.loss_on, (None, *LOSS_ON)),
-        ("--long", request.long, LONG),
-        ("--bad-rows", request.bad_rows, BAD_ROWS),
-    ):
-        if name not in choices:
-            raise RequestError(f"{flag} {name}: choose one of {', '.join(filter(None, choices))}")
+    check_flags(request)
     find_engine(request.engine)
     if request.top_p is not None and not 0.0 < request.top_p <= 1.0:
         raise RequestError(f"--top-p {request.top_p}: a probability in (0, 1] is needed")
@@ -41,20 +28,6 @@ def check_request(request: GenerateRequest) -> None:
         raise RequestError(f"--gpu-memory-utilization {share}: a share in (0, 1] is needed")
     if share is not None and request.engine != "vllm":
         raise RequestError("--gpu-memory-utilization: only for --engine vllm; leave it out")
-    for flag, value, least in (
-        ("--num-samples", request.num_samples, 1),
-        ("--shuffle-seed", request.shuffle_seed, 0),
-        ("--min-seq-len", request.min_seq_len, 2),
-        ("--max-seq-len", request.max_seq_len, 2),
-        ("--top-k", request.top_k, 0),
-        ("--tail", request.tail, 0),
-        ("--seed", request.seed, 0),
-        ("--tensor-parallel-size", request.tensor_parallel_size, 1),
-        ("--max-num-batched-tokens", request.max_num_batched_tokens, 16),
-        ("--shard-tokens", request.shard_tokens, 1),
-    ):
-        if value is not None and value < least:
-            raise RequestError(f"{flag} {value}: must be at least {least}")
     hidden = request.hidden_layers or request.relation_layers or request.final
     if not (request.top_k or hidden or request.temperatures):
         raise RequestError(
@@ -75,13 +48,13 @@ def _check_writing(request: GenerateRequest) -> None:
         raise RequestError(
             f"--continuations: --engine {request.engine} writes no text; use {' or '.join(_WRITERS)}"
         )
-    if request.writing and (request.pack or request.append_eos or request.loss_on):
-        given = {
-            "--pack": request.pack,
-            "--append-eos": request.append_eos,
-            f"--loss-on {request.loss_on}": True,
-        }
-        flag = next(name for name, is_given in given.items() if is_given)
+    given = {
+        "--pack": request.pack,
+        "--append-eos": request.append_eos,
+        f"--loss-on {request.loss_on}": request.loss_on,
+    }
+    flag = next((name for name, value in given.items() if value), None)
+    if request.writing and flag:
         raise RequestError(
             f"{flag}: not with --continuations, where a sample is a prompt and what is written on it; "
             "leave one of them out"

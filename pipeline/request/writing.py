@@ -2,45 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import RequestError
+from pipeline.request.flags import check_flags, flag, flags_of, name_of
 
 # vLLM samples at no higher one.
 MAX_TEMPERATURE = 2.0
 PROMPT_TOKENS = 64
-_OPTIONAL = ("prompt_tokens", "from_student")
-_DEFAULTS: dict[str, Any] = {
-    "continuation_temperature": 1.0,
-    "continuation_top_p": 1.0,
-    "continuation_max_tokens": 128,
-}
+# Heading of `--help`.
+_WRITING = "Texts that the teacher or a student writes first"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WritingRequest:
-    """The flags that go with --continuations. Fields are named as the flags are.
+    """The flags that go with --continuations, one for each field.
 
-    continuations: how many of each prompt. prompt_tokens: where a text is cut; None: at PROMPT_TOKENS. Chats
-    are not cut. from_student: the checkpoint that writes; None: the teacher.
+    continuations: how many of each prompt. from_student: the checkpoint that writes; None: the teacher.
+    prompt_tokens: where a text is cut; None: at PROMPT_TOKENS. Chats are not cut.
     """
 
-    continuations: int
-    prompt_tokens: int | None
-    continuation_temperature: float
-    continuation_top_p: float
-    continuation_max_tokens: int
-    from_student: str | None
+    continuations: int = field(
+        metadata=flag(
+            "Let the teacher continue each text N times, cut to --prompt-tokens, or with each chat before "
+            "the assistant's last turn; the samples are then what it writes, and that alone is learned.",
+            _WRITING,
+            metavar="N",
+            least=1,
+        )
+    )
+    from_student: str | None = field(
+        default=None,
+        metadata=flag(
+            "Let this student write instead (checkpoint directory or hub name), and the teacher score it.",
+            _WRITING,
+            metavar="CKPT",
+        ),
+    )
+    prompt_tokens: int | None = field(
+        default=None,
+        metadata=flag(
+            f"Tokens of a text to continue from. (default: {PROMPT_TOKENS})",
+            _WRITING,
+            least=1,
+        ),
+    )
+    continuation_temperature: float = field(
+        default=1.0,
+        metadata=flag(
+            "Temperature to sample at, up to 2; 0 takes the most probable token. (default: 1)", _WRITING
+        ),
+    )
+    continuation_top_p: float = field(
+        default=1.0,
+        metadata=flag(
+            "Sample from the most probable tokens that together have this probability. (default: 1)",
+            _WRITING,
+        ),
+    )
+    continuation_max_tokens: int = field(
+        default=128,
+        metadata=flag(
+            "Longest text; it ends earlier where the writer ends it. (default: 128)", _WRITING, least=1
+        ),
+    )
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("--continuations", self.continuations),
-            ("--prompt-tokens", self.prompt_tokens),
-            ("--continuation-max-tokens", self.continuation_max_tokens),
-        ):
-            if value is not None and value < 1:
-                raise RequestError(f"{flag} {value}: must be at least 1")
+        check_flags(self)
         if not 0.0 <= self.continuation_temperature <= MAX_TEMPERATURE:
             raise RequestError(
                 f"--continuation-temperature {self.continuation_temperature}: a number from 0 to "
@@ -84,20 +114,16 @@ class WritingRequest:
         return max_seq_len - texts
 
 
-def writing_request(flags: dict[str, Any]) -> WritingRequest | None:
-    """The request that the command's parameters make, None without --continuations.
+def writing_request(flags: Mapping[str, Any]) -> WritingRequest | None:
+    """The request that the command's flags make, those that are None being not given; None without any.
 
     Raises:
         RequestError: a value out of range, or flags that mean nothing without --continuations.
     """
-    given = {name: flags[name] for name in (*_DEFAULTS, *_OPTIONAL) if flags[name] is not None}
-    if flags["continuations"] is None:
-        if given:
-            flag = "--" + next(iter(given)).replace("_", "-")
-            raise RequestError(
-                f"{flag}: has no effect without --continuations; add --continuations N, or leave it out"
-            )
-        return None
-    return WritingRequest(
-        **{"continuations": flags["continuations"], **dict.fromkeys(_OPTIONAL), **_DEFAULTS, **given}
-    )
+    given = {name: flags[name] for name in flags_of(WritingRequest) if flags.get(name) is not None}
+    if given and "continuations" not in given:
+        raise RequestError(
+            f"{name_of(next(iter(given)))}: has no effect without --continuations; add --continuations N, "
+            "or leave it out"
+        )
+    return WritingRequest(**given) if given else None

@@ -21,6 +21,7 @@ from tests.teachers import llama, text_of
 
 AVX2 = {"float32": 36e9, "bfloat16": 5e9, "float16": 9e9}
 AMX = {"float32": 400e9, "bfloat16": 1600e9, "float16": 300e9}
+WORDS = {"teacher": "t", "dataset": "d", "out": "o"}
 SMALL, LARGE = 135_000_000, 7_000_000_000
 
 
@@ -63,7 +64,7 @@ def test_quantised_teachers_keep_the_type_that_their_kernels_expect() -> None:
 
 @given(rate=st.floats(1e8, 1e15), parameters=st.integers(10**6, 10**12))
 def test_sizes_stay_within_their_bounds(rate: float, parameters: int) -> None:
-    request = sizing.sized(GenerateRequest("t", "d", "o"), rough_pace(rate, parameters))
+    request = sizing.sized(GenerateRequest(**WORDS), rough_pace(rate, parameters))
     assert STEP_TOKENS.start <= request.step_size <= STEP_TOKENS.stop
     assert SHARD_TOKENS.start <= request.shard_size <= SHARD_TOKENS.stop
 
@@ -71,13 +72,13 @@ def test_sizes_stay_within_their_bounds(rate: float, parameters: int) -> None:
 def test_a_large_teacher_on_a_slow_cpu_computes_steps_of_seconds() -> None:
     """7B in float32 products of 36 GFLOP/s: 4,096 positions, the former step, would take 50 minutes."""
     pace = rough_pace(AVX2["float32"], LARGE)
-    request = sizing.sized(GenerateRequest("t", "d", "o"), pace)
+    request = sizing.sized(GenerateRequest(**WORDS), pace)
     assert request.step_size == STEP_TOKENS.start and pace.seconds(request.step_size) < 15
     assert pace.seconds(4096) > 3000
 
 
 def test_sizes_that_are_given_stay() -> None:
-    request = GenerateRequest("t", "d", "o", max_num_batched_tokens=77, shard_tokens=99)
+    request = GenerateRequest(**WORDS, max_num_batched_tokens=77, shard_tokens=99)
     assert sizing.sized(request, Pace(1.0, "")) == request
 
 
@@ -139,4 +140,4 @@ def in_bfloat16(source: Path, target: Path) -> Path:
 
 def test_sizes_below_the_least_are_refused() -> None:
     with pytest.raises(RequestError, match="--max-num-batched-tokens 8: must be at least 16"):
-        GenerateRequest("t", "d", "o", max_num_batched_tokens=8)
+        GenerateRequest(**WORDS, max_num_batched_tokens=8)
