@@ -31,10 +31,11 @@ def generate(
 
     Example: distily-cache generate ./teacher corpus.txt --out ./cache --hidden-layers 15
     """
-    from pipeline.generate.run import execute, prepare
-
     with exit_codes(verbose):
         request = request_of(flags)
+        # Only now: a request that is refused need not wait until this is loaded.
+        from pipeline.generate.run import execute, prepare
+
         with _reporter(quiet) as report:
             prepared = prepare(request, report)
             outcome = execute(prepared, report, verbose)
@@ -51,13 +52,14 @@ def plan(
 
     Starts and writes nothing. The time is that of earlier runs of the store, else a rough one.
     """
-    from pipeline.generate.estimate import estimate
-    from pipeline.generate.run import prepare
-    from pipeline.report.tables import render_plan
-
     with exit_codes():
+        request = request_of(flags)
+        from pipeline.generate.estimate import estimate
+        from pipeline.generate.run import prepare
+        from pipeline.report.tables import render_plan
+
         with _reporter(quiet) as report:
-            prepared = prepare(request_of(flags), report)
+            prepared = prepare(request, report)
         forecast = estimate(prepared)
         if as_json:
             print_json(forecast.to_json())
