@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from featurestore.reader import CacheReader
-
-BIN = Path(sys.executable).parent
-
-
-def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(BIN / program), *map(str, arguments)], capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+from tests.command import call, spawn
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +19,7 @@ def cache(demo: Path) -> Path:
     store = demo / "cache"
     arguments = [demo / "teacher", demo / "topics.jsonl", "--out", store, "--max-seq-len", 256]
     arguments += ["--num-samples", 24, "--shard-tokens", 512, "--top-k", 32, "--hidden-layers", "15"]
-    made = json.loads(run("distily-cache", "generate", *arguments, "--json").stdout)
+    made = json.loads(spawn("distily-cache", "generate", *arguments, "--json", timeout=900).stdout)
     assert made["tokens"] == int(sum(CacheReader.open(store).lengths))
     return store
 
@@ -38,9 +27,9 @@ def cache(demo: Path) -> Path:
 @pytest.mark.vllm
 def test_the_cache_is_whole_and_asks_for_nothing_more(demo: Path, cache: Path) -> None:
     assert len(CacheReader.open(cache)) == 24
-    assert json.loads(run("distily-cache", "verify", cache, "--deep", "--json").stdout)["problems"] == []
+    assert json.loads(call("distily-cache", "verify", cache, "--deep", "--json").stdout)["problems"] == []
     arguments = [demo / "teacher", demo / "topics.jsonl", "--out", cache, "--max-seq-len", 256]
-    again = run("distily-cache", "generate", *arguments, "--num-samples", 24, "--top-k", 32)
+    again = call("distily-cache", "generate", *arguments, "--num-samples", 24, "--top-k", 32)
     assert "nothing to generate" in again.stderr
     assert "starting" not in again.stderr
 
@@ -49,7 +38,7 @@ def test_the_cache_is_whole_and_asks_for_nothing_more(demo: Path, cache: Path) -
 def test_a_ternary_student_learns_from_it(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "student"
     config = '{"num_hidden_layers": 3}'
-    done = run(
+    done = spawn(
         "distily-train",
         *("from-cache", cache, "--output-dir", out, "--student-model-config", config),
         *("--student-model-as-bitnet", "--hidden-loss", "cosine", "--ce-weight", "0.1"),

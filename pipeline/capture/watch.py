@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -16,9 +18,20 @@ from distily.vllm_plugin import DRIVER_VARIABLE
 _POLL_SECONDS = 1.0
 
 
-def announce_driver() -> None:
-    """In the command: name it to the processes that vLLM will start; they inherit the environment."""
+@contextmanager
+def announced_driver() -> Iterator[None]:
+    """In the command: name it to the processes that vLLM starts meanwhile; they inherit the environment.
+
+    What the caller starts later, a vLLM of its own for one, hears nothing from us.
+    """
+    before = os.environ.get(DRIVER_VARIABLE)
     os.environ[DRIVER_VARIABLE] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[DRIVER_VARIABLE]
+        if before is not None:
+            os.environ[DRIVER_VARIABLE] = before
 
 
 def end_with_driver() -> None:

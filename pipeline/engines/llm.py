@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from pipeline.capture.watch import announce_driver
+from pipeline.capture.watch import announced_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.links import without_unused_weights
 from pipeline.engines.supervision import EngineProcesses
@@ -39,7 +39,6 @@ _CPU_DEFAULTS = {
 
 def set_environment(verbose: bool) -> None:
     """What vLLM reads from the environment at import, and its processes; what the user has set stays."""
-    announce_driver()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A step that still computes is not late, whatever the machine; processes that died are noticed as such.
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", _NEVER)
@@ -63,6 +62,7 @@ class SupervisedLLM:
         EngineError: vLLM did not start, or its processes died during a call; the message says why.
     """
 
+    @announced_driver()
     def __init__(
         self,
         config: EngineConfig,

@@ -17,6 +17,7 @@ from featurestore.format.schema import GroupFeatures, GroupSpec
 from pipeline.capture.complaint import listen_at
 from pipeline.capture.packing import RowLayout, to_features
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
+from pipeline.capture.watch import announced_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.batching import pieces
 from pipeline.engines.kv_cache import kv_cache_bytes
@@ -46,6 +47,7 @@ def version() -> str:
 class VllmEngine:
     """One vLLM engine that captures `config.groups` from each prompt's prefill."""
 
+    @announced_driver()
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
         from vllm.config import PoolerConfig

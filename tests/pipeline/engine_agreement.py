@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distily.vllm_plugin import DRIVER_VARIABLE
 from featurestore.format.schema import (
     GroupFeatures,
     GroupSpec,
@@ -101,6 +102,7 @@ def run(directory: str, samples: list[list[int]]) -> dict[str, Any]:
     oracle = list(TransformersEngine(config).capture(prompts))
     try:
         engine = VllmEngine(config)
+        assert DRIVER_VARIABLE not in os.environ, "what this program starts later would hear from us"
         captured = list(engine.capture(prompts))
     except RequestError as refusal:
         return {"architecture": teacher.architecture, "refused": str(refusal)}
