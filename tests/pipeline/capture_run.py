@@ -16,6 +16,7 @@ from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.teacher.checkpoint import Teacher, load_teacher
+from tests.pipeline.engine_agreement import loaded_modules_are_no_garbage
 
 LOGITS, HIDDEN = LogitsSpec(12, 0.7, 16, seed=5), HiddenSpec(1, "f32")
 
@@ -23,6 +24,7 @@ LOGITS, HIDDEN = LogitsSpec(12, 0.7, 16, seed=5), HiddenSpec(1, "f32")
 def main() -> None:
     directory, samples, folder, runs = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    loaded_modules_are_no_garbage()
     teacher = load_teacher(directory)
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(samples).read_text())]
     for name, (step, seed, processes) in json.loads(Path(runs).read_text()).items():
