@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Pictures of both reports for docs/reports.md, from a real browser: screenshots.sh STORE RUN...
+# The RUNs of the picture of tokens are those that `distily-train eval` has evaluated.
 # Needs chromium (or CHROMIUM=...) and pngquant, e.g. `apt-get install chromium pngquant`. The commands come from
 # the environment that is active.
 set -euo pipefail
@@ -15,6 +16,10 @@ distily-train report "$@" --out "$work/train.html"
 
 # Nobody needs the paths of this machine.
 sed -i "s#$(dirname "$(realpath "$store")")/##g" "$work"/*.html
+
+# Samples alone, with the details of a token open as the keyboard opens them.
+perl -0pe 's/<\/style>/main > :not(section:has(.sample)) { display: none }$&/;
+  s/<input( type="radio" name="w0")/++$n == 50 ? "<input autofocus$1" : $&/ge' "$work/train.html" >"$work/tokens.html"
 
 shoot() { # page, picture, width, height, pixels per unit, colour scheme of Blink's settings (0 dark, 1 light)
   "${CHROMIUM:-chromium}" --headless=new --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir="$work/profile" \
@@ -32,4 +37,5 @@ shoot store report-store-phone 390 2400 1 1
 shoot train report-train 1280 1500 1 1
 shoot train report-train-dark 1280 1500 1 0
 shoot train report-train-phone 390 2400 1 1
+shoot tokens report-tokens 1280 600 1 1
 ls -l "$img"/report-*.png

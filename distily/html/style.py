@@ -24,11 +24,61 @@ HEAT = (
     ("#f08f8f", "#8c2626"),
 )
 INK = ("#1b1f24", "#e8eaed")
+# Behind a probability, as long as it is large.
+BAR = ("#d5e3fa", "#24456f")
+# Numbers that one text can be coloured by.
+MAX_SHADES = 7
 
 _COLOURS = "".join(
     f".c{index} {{ --c: light-dark({light}, {dark}); }}\n" for index, (light, dark) in enumerate(PALETTE)
-) + "".join(
-    f".h{index} {{ background: light-dark({light}, {dark}); }}\n" for index, (light, dark) in enumerate(HEAT)
+)
+_HEATS = "".join(
+    f"{', '.join([f'.h{step}', *(f'.by{n}:checked ~ .words .s{n}{step}' for n in range(MAX_SHADES))])}"
+    f" {{ background: light-dark({light}, {dark}); }}\n"
+    for step, (light, dark) in enumerate(HEAT)
+)
+_LAST = ", ".join(f".by{n}:checked ~ .words .s{n}{len(HEAT) - 1}" for n in range(MAX_SHADES))
+_KEYS = ", ".join(f".by{n}:checked ~ .key{n}" for n in range(MAX_SHADES))
+# Texts of distily.html.tokens. Details stand below their line, and where the browser can tell where the word
+# is, below the word; a pointer goes through them to the next line.
+_TOKENS = (
+    """
+.sample { margin: .8rem 0; }
+.sample input { position: absolute; opacity: 0; pointer-events: none; }
+.sample > label { display: inline-block; cursor: pointer; padding: .1rem .6rem; margin: 0 .3rem .3rem 0;
+  border: 1px solid var(--rule); border-radius: 1rem; font-size: .85rem; overflow-wrap: anywhere; }
+.sample > :checked + label { border-color: currentColor; font-weight: 600; }
+.sample > :focus-visible + label { outline: 2px solid currentColor; outline-offset: 1px; }
+.key { display: none; }
+.key span { display: inline-block; padding: 0 .4rem; border-radius: 3px; color: var(--ink); }
+.words { position: relative; padding: .7rem .8rem; margin: .5rem 0; line-height: 1.9; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .95rem; }
+.words label { padding: .1rem 0; border-radius: 3px; cursor: help; }
+.words label:hover, .words label:focus-within { outline: 2px solid currentColor; }
+.tip { display: none; position: absolute; left: .4rem; right: .4rem; z-index: 1; padding: .5rem .7rem;
+  pointer-events: none; white-space: normal; font-size: .85rem; line-height: 1.4;
+  background: var(--paper); border: 1px solid var(--soft); border-radius: .5rem;
+  box-shadow: 0 .3rem 1rem #0004; }
+label:hover > .tip, label:focus-within > .tip { display: block; }
+label:hover > .tip { z-index: 2; }
+label:has(:focus-visible) > .tip { z-index: 3; }
+@supports (anchor-scope: all) {
+  .words label { anchor-name: --word; anchor-scope: --word; }
+  .tip { position-anchor: --word; position-area: bottom span-all; align-self: unsafe start;
+    left: auto; right: auto; width: max-content; max-width: 100%; margin: 3px 0; }
+}
+.guesses { display: flex; flex-wrap: wrap; gap: .5rem .8rem; }
+.guesses > span { width: min(13rem, 50vw - 2.3rem); overflow-wrap: anywhere; }
+.guesses > :only-child { width: 20rem; max-width: 100%; }
+.guesses small { display: block; color: var(--soft); font-size: .8rem; }
+.g { display: flex; justify-content: space-between; gap: .8rem; margin-top: 2px; padding: 0 .3rem;
+  background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 0 / var(--p) 100%; }
+.g bdi { overflow-wrap: anywhere; }
+.own { font-weight: 700; }
+.own bdi::before { content: "✓ "; }
+"""
+    f"{_HEATS}{_LAST} {{ text-decoration: underline dotted; text-underline-offset: 3px; }}\n"
+    f"{_KEYS} {{ display: block; }}\n"
 )
 STYLE = (
     """
@@ -36,7 +86,7 @@ STYLE = (
   --soft: light-dark(#5b6470, #a9b1bb); --shade: light-dark(#c3c9d1, #000000);
   --rule: light-dark(#e1e4e8, #363b43); --back: light-dark(#f5f6f8, #111316);
 """
-    f"  --ink: light-dark({INK[0]}, {INK[1]});\n"
+    f"  --ink: light-dark({INK[0]}, {INK[1]}); --bar: light-dark({BAR[0]}, {BAR[1]});\n"
     f"  --paper: light-dark({PAPER[0]}, {PAPER[1]}); }}\n{_COLOURS}"
     """
 * { box-sizing: border-box; }
@@ -89,12 +139,6 @@ td.n, th.n { text-align: right; white-space: nowrap; }
 pre { padding: .7rem .8rem; margin: .3rem 0 .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre, code { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 
-.words { padding: .7rem .8rem; margin: .5rem 0; line-height: 1.9; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: .95rem; }
-.words span, .words + .note span { padding: .1rem 0; border-radius: 3px; }
-.words + .note span { display: inline-block; padding: 0 .4rem; color: var(--ink); }
-.words .h4 { text-decoration: underline dotted; text-underline-offset: 3px; }
-
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 13px; fill: var(--soft); }
 .grid { stroke: var(--rule); stroke-width: 1; }
@@ -109,4 +153,5 @@ svg text { font-size: 13px; fill: var(--soft); }
 .bars span { overflow-wrap: anywhere; }
 .bars i { grid-column: 1 / -1; height: .6rem; border-radius: 2px; background: var(--c); min-width: 2px; }
 """
+    f"{_TOKENS}"
 )

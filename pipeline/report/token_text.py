@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from distily.text import token_text
 from pipeline.teacher.tokenizer import tokenizer_of
 
 Pieces = Callable[[int], str]
@@ -23,4 +24,4 @@ def load_pieces(directory: Path) -> Pieces | None:
         tokenizer: Any = tokenizer_of(directory)
     except Exception:  # tokenizers raise whatever their backend raises, and ids are a fair second best
         return None
-    return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    return lambda token: token_text(tokenizer, token)

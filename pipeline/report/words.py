@@ -1,28 +1,30 @@
-"""A sample token by token: the text coloured by how expected each word was, and what else the teacher saw."""
+"""A sample token by token: the text coloured by how uncertain the teacher was, and what else it saw."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
-from distily.html.page import Cell, Html, html, note, section, table
+from distily.html.page import Cell, Html, note, section, table
+from distily.html.tokens import ENTROPY, Guesses, Shade, Word, coloured_text
 from featurestore.maintenance.inspect import RowView, SampleView
 from pipeline.report.terminal import shown, text_of
 from pipeline.report.token_text import Pieces
 
-# Least probability of each colour, from expected to surprising.
-_STEPS = (0.5, 0.1, 0.01, 0.001, 0.0)
-_NAMES = ("over 50 %", "10 to 50 %", "1 to 10 %", "0.1 to 1 %", "below 0.1 %")
+# Of -p, so that the first colour is that of what was expected.
+_PROBABILITY = Shade(
+    "how probable it held each token",
+    (-0.5, -0.1, -0.01, -0.001),
+    ("over 50 %", "10 to 50 %", "1 to 10 %", "0.1 to 1 %", "below 0.1 %"),
+)
 
 
 def sample_section(view: SampleView | None, pieces: Pieces | None) -> Html:
     """Nothing without a view."""
     if view is None:
         return Html("")
-    first = _word(view.rows[0].token, None, pieces)
-    rest = (_word(row.token, before.probability, pieces) for before, row in pairwise(view.rows))
-    text = Html(f'<div class="words">{first}{"".join(rest)}</div>')
-    keys = " ".join(f'<span class="h{step}">{name}</span>' for step, name in enumerate(_NAMES))
-    legend = Html(f'<p class="note">How probable the teacher held each token, given those before: {keys}</p>')
+    words = [Word(text=_text(view.rows[0].token, pieces))]
+    words += [_word(before, row, pieces) for before, row in pairwise(view.rows)]
     header = (
         "position",
         "token",
@@ -31,24 +33,53 @@ def sample_section(view: SampleView | None, pieces: Pieces | None) -> Html:
         "in the head",
         "the teacher's best for the next",
     )
-    rows = [_row(row, pieces) for row in view.rows]
     return section(
         "A sample, token by token",
-        note(f"Sample {view.index} ({view.id}): {len(view.rows):,} of {view.length:,} tokens."),
-        text,
-        legend,
-        table(header, rows, "After each token", tall=True),
+        note(
+            f"Sample {view.index} ({view.id}): {len(view.rows):,} of {view.length:,} tokens. Rest on a "
+            "token, tap it, or walk with the arrow keys to see what the teacher expected in its place."
+        ),
+        coloured_text("s", f"Sample {view.index}", (ENTROPY, _PROBABILITY), words),
+        table(
+            header,
+            [_row(row, pieces) for row in view.rows],
+            "After each token",
+            tall=True,
+            sortable=True,
+        ),
     )
 
 
-def _word(token: int, probability: float | None, pieces: Pieces | None) -> Html:
-    """One token; without a probability (the first one, or one that is not known) it has no colour."""
-    text = text_of(token, pieces)
-    body = f"{token} " if text is None else text.replace("\n", "↵\n")
-    if probability is None:
-        return Html(f"<span>{html(body)}</span>")
-    step = next(index for index, least in enumerate(_STEPS) if probability >= least)
-    return Html(f'<span class="h{step}" title="{probability:.3g}">{html(body)}</span>')
+def _word(before: RowView, row: RowView, pieces: Pieces | None) -> Word:
+    """A token, with the distribution that it is an outcome of: that of the position before it."""
+    p = before.probability
+    teacher = Guesses(
+        who="The teacher's best",
+        remark=" · ".join(_numbers(before)),
+        best=[(shown(token, pieces), probability) for token, probability in before.best],
+        actual=next((place for place, (token, _) in enumerate(before.best) if token == row.token), None),
+    )
+    return Word(
+        text=_text(row.token, pieces),
+        values=(before.entropy, None if p is None else -p),
+        title=f"Position {row.position}: {shown(row.token, pieces)}",
+        guesses=[teacher],
+    )
+
+
+def _numbers(row: RowView) -> list[str]:
+    """What is known of a distribution and of the token that came."""
+    p = row.probability
+    return [
+        *([] if p is None else [f"p {p:.3g}"]),
+        *([f"log p {math.log(p):z.2f}"] if p else []),
+        *([] if row.entropy is None else [f"entropy {row.entropy:.2f} nats"]),
+        f"{row.head_mass:.1%} in the head",
+    ]
+
+
+def _text(token: int, pieces: Pieces | None) -> str:
+    return text_of(token, pieces) or f"{token} "
 
 
 def _row(row: RowView, pieces: Pieces | None) -> tuple[Cell, ...]:

@@ -3,9 +3,10 @@
 Shape letters: B batch, T positions, N measured positions, V vocabulary.
 """
 
+# ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from featurestore.format.codec import decode_entropy
 from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader, CodedSample
-from student.data.batches import IGNORE, CachedDataset, Collator, pad
+from student.data.batches import IGNORE, Collator, pad
 from student.data.decoding import decode_hidden, decode_labels, decode_targets
 from student.data.held_out import number_documents
 from student.data.teacher_weights import load_parts
@@ -64,10 +65,41 @@ class CachePlan:
             return {"kl": "exact", "reverse_kl": "exact"}
         return {"kl": kl, "reverse_kl": "lower bound"}
 
+    @property
+    def groups(self) -> list[GroupSpec]:
+        """What is read of a sample."""
+        return [self.logits, *([self.final] if self.final else [])]
 
-def measure(student: Any, plan: CachePlan, batch_size: int) -> dict[str, Any]:
+    def read(self, indices: Sequence[int]) -> list[CodedSample]:
+        """Samples of the cache."""
+        return [self.reader.read_codes(index, self.groups) for index in indices]
+
+    def collate(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
+        """A batch as trainings have it, with the teacher's `entropy` [B, T]."""
+        return Collator(self.groups, 0)(samples) | {"entropy": _entropies(samples, self.logits)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedStates:
+    """The positions of a batch that have a label: places in the flattened batch, the student's final states
+    there, and what is stored of the teacher, coded and decoded.
+    """
+
+    place_N: Tensor
+    states_ND: Tensor
+    coded: dict[str, Tensor]
+    targets: SparseTargets
+    teacher_ND: Tensor | None
+
+
+def teacher_head(plan: CachePlan, device: torch.device) -> TeacherHead | None:
+    """Of the cache, where it gives the full distribution."""
+    return load_parts(plan.reader, plan.final is not None, ()).to(device).head
+
+
+def measure(student: Any, plan: CachePlan, head: TeacherHead | None, batch_size: int) -> dict[str, Any]:
     """The `cache` section of eval.json, but for the command. Kept in memory: ten numbers per position."""
-    parts = list(_batches(student, plan, batch_size))
+    parts = list(_batches(student, plan, head, batch_size))
     return summarise({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, plan)
 
 
@@ -110,22 +142,21 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
     }
 
 
-def _batches(student: Any, plan: CachePlan, batch_size: int) -> Iterator[dict[str, Array]]:
-    groups: list[GroupSpec] = [plan.logits, *([plan.final] if plan.final else [])]
-    dataset, collate = CachedDataset(plan.reader, plan.indices, groups), Collator(groups, 0)
-    head = load_parts(plan.reader, plan.final is not None, ()).to(student.device).head
+def _batches(
+    student: Any, plan: CachePlan, head: TeacherHead | None, batch_size: int
+) -> Iterator[dict[str, Array]]:
     numbers: dict[str, int] = {}
-    for start in range(0, len(dataset), batch_size):
-        samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = collate(samples) | {"entropy": _entropies(samples, plan.logits)}
+    for start in range(0, len(plan.indices), batch_size):
+        samples = plan.read(plan.indices[start : start + batch_size])
+        batch = plan.collate(samples)
         if bool((batch["labels"] != IGNORE).any()):
-            columns = measure_batch(student, batch, head)
+            columns = measure_batch(student, batch, learned_states(student, batch), head)
             documents = number_documents(((one.id, one.documents) for one in samples), numbers)
             columns["document"] = torch.tensor(documents, device=student.device)[columns.pop("sample")]
             yield {name: column.cpu().numpy() for name, column in columns.items()}
 
 
-def _entropies(samples: list[CodedSample], group: LogitsSpec) -> Tensor:
+def _entropies(samples: Sequence[CodedSample], group: LogitsSpec) -> Tensor:
     """Of the teacher, float32 [B, T] in nats; NaN where it is not known."""
     codes = [sample.features[group] for sample in samples]
     rows = [decode_entropy(one.entropy) for one in codes if isinstance(one, LogitsCodes)]
@@ -133,34 +164,47 @@ def _entropies(samples: list[CodedSample], group: LogitsSpec) -> Tensor:
 
 
 @torch.no_grad()
-def measure_batch(student: Any, batch: dict[str, Any], head: TeacherHead | None) -> dict[str, Tensor]:
-    """What is measured at each position that has a label, [N] each; head: the teacher's, where the batch
-    carries its final states.
-    """
+def learned_states(student: Any, batch: dict[str, Any]) -> LearnedStates:
+    """One pass of the student over a batch."""
     labels_BT = batch["labels"].to(student.device)
     states_BTD = student.get_decoder()(
         input_ids=batch["input_ids"].to(student.device), use_cache=False
     ).last_hidden_state
     place_N = (labels_BT.flatten() != IGNORE).nonzero().squeeze(1)
 
-    def at(part_BT: Tensor) -> Tensor:
-        return select(part_BT.to(student.device), place_N)
+    def at(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: select(part.to(student.device), place_N) for name, part in parts.items()}
 
-    coded = {name: at(part) for name, part in batch["coded_head"].items()}
-    targets, states_ND = decode_targets(coded, at(labels_BT)), select(states_BTD, place_N)
-    columns = _own(student, states_ND, targets)
-    if head is not None:
-        (hidden,) = batch["coded_hidden"].values()
-        teacher_ND = decode_hidden({name: at(part) for name, part in hidden.items()}).float()
-        exact = _exact(student, states_ND, DenseTargets(head, teacher_ND))
+    coded = at(batch["coded_head"])
+    hidden = next(iter(batch.get("coded_hidden", {}).values()), None)
+    return LearnedStates(
+        place_N=place_N,
+        states_ND=select(states_BTD, place_N),
+        coded=coded,
+        targets=decode_targets(coded, select(labels_BT, place_N)),
+        teacher_ND=None if hidden is None else decode_hidden(at(hidden)).float(),
+    )
+
+
+@torch.no_grad()
+def measure_batch(
+    student: Any, batch: dict[str, Any], read: LearnedStates, head: TeacherHead | None
+) -> dict[str, Tensor]:
+    """What is measured at each position that has a label, [N] each; head: the teacher's, where the batch
+    carries its final states.
+    """
+    targets, length = read.targets, batch["labels"].shape[1]
+    columns = _own(student, read.states_ND, targets)
+    if head is not None and read.teacher_ND is not None:
+        exact = _exact(student, read.states_ND, DenseTargets(head, read.teacher_ND))
         columns |= dict(zip(("kl", "reverse_kl"), exact, strict=True))
     return columns | {
-        "teacher_ce": -decode_labels(coded["label_logprob"]),
+        "teacher_ce": -decode_labels(read.coded["label_logprob"]),
         "teacher_confidence": targets.logprob_NK[:, 0].exp(),
         "teacher_right": targets.ids_NK[:, 0] == targets.label_N,
-        "entropy": at(batch["entropy"]),
-        "position": place_N % labels_BT.shape[1],
-        "sample": place_N // labels_BT.shape[1],
+        "entropy": select(batch["entropy"].to(student.device), read.place_N),
+        "position": read.place_N % length,
+        "sample": read.place_N // length,
     }
 
 

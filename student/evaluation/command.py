@@ -13,6 +13,7 @@ from student.evaluation.cache import CachePlan
 from student.evaluation.harness import LoadedTasks
 from student.evaluation.models import Side, free_memory, student_side, teacher_side
 from student.evaluation.planning import plan_cache
+from student.evaluation.positions import look_at_samples, write_samples
 from student.evaluation.record import VERSION, merged, read_record, weights_digest, write_record
 from student.evaluation.request import EvalRequest
 from student.evaluation.suites import text_sources
@@ -35,9 +36,10 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one model; texts in the order of the plan's."""
+    """Of one model; texts in the order of the plan's. samples: of the cache, position by position."""
 
     cache: dict[str, Any] | None
+    samples: dict[str, Any] | None
     texts: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
 
@@ -52,6 +54,8 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
     free_memory()
     teacher = _measure(plan, plan.teacher) if plan.teacher else None
     record = merged(read_record(request.directory), _new_record(plan, student, teacher))
+    if student.samples and student.cache:
+        write_samples(request.directory, student.samples, record["weights"], student.cache["manifest"])
     write_record(request.directory, record)
     return record
 
@@ -95,7 +99,7 @@ def _measure(plan: _Plan, side: Side) -> _Measured:
     request, in_vllm = plan.request, plan.request.engine == "vllm"
     cached = plan.cache if side is plan.student else None
     model: Any = side.load() if cached or plan.texts or (plan.tasks and not in_vllm) else None
-    found = cache.measure(model, cached, request.batch_size) if cached else None
+    found, samples = _on_cache(model, cached, side, request.batch_size) if cached else (None, None)
     by_text = [
         texts.measure(
             model,
@@ -106,14 +110,23 @@ def _measure(plan: _Plan, side: Side) -> _Measured:
         for source in plan.texts
     ]
     if plan.tasks is None:
-        return _Measured(found, by_text, [])
+        return _Measured(found, samples, by_text, [])
     if in_vllm:
         del model
         free_memory()
         engine = harness.vllm_model(side, request.batch_size)
     else:
         engine = harness.language_model(model, side, request.batch_size)
-    return _Measured(found, by_text, harness.run(engine, plan.tasks, request.limit))
+    return _Measured(found, samples, by_text, harness.run(engine, plan.tasks, request.limit))
+
+
+def _on_cache(
+    student: Any, plan: CachePlan, side: Side, batch_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures, and a few samples position by position."""
+    head = cache.teacher_head(plan, student.device)
+    found = cache.measure(student, plan, head, batch_size)
+    return found, look_at_samples(student, plan, head, side.tokenizer)
 
 
 def _new_record(plan: _Plan, student: _Measured, teacher: _Measured | None) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A finished training as its files tell it: summary.json, trainer_state.json, config.json, eval.json.
+"""A finished training as its files tell it: summary.json, trainer_state.json, config.json, eval.json and
+eval-samples.json.
 
 Files of other versions may lack any key, so every look-up may find nothing.
 """
@@ -16,10 +17,11 @@ from distily.html.page import Cell
 from distily.units import number
 from student.errors import UserError
 
-SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (
+SUMMARY, STATE, EVALUATION, SAMPLES, CONFIG, SWEEP = (
     "summary.json",
     "trainer_state.json",
     "eval.json",
+    "eval-samples.json",
     "config.json",
     "sweep.json",
 )
@@ -29,8 +31,10 @@ SUMMARY, STATE, EVALUATION, CONFIG, SWEEP = (
 class RunFiles:
     """name: tells the run from the others on a page. log: Trainer's log entries, oldest first.
 
-    evaluation: of `distily-train eval`, empty without one. config: config.json of the student. flags: name
-    without dashes -> value, as on the command line that made the run, empty where it is not recorded.
+    evaluation: of `distily-train eval`, empty without one. samples: what it found position by position, empty
+    where that is not there, or of other weights or another cache than `evaluation`. config: config.json of
+    the student. flags: name without dashes -> value, as on the command line that made the run, empty where it
+    is not recorded.
     """
 
     name: str
@@ -38,6 +42,7 @@ class RunFiles:
     summary: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
+    samples: Mapping[str, Any]
     config: Mapping[str, Any]
     layers: int | None
     flags: Mapping[str, str]
@@ -80,10 +85,11 @@ def read_run(directory: Path) -> RunFiles:
             f"{directory} has no {SUMMARY}; give the --output-dir of a finished `distily-train from-cache`"
         )
     summary = _object(directory / SUMMARY)
-    state = _object(directory / STATE) if (directory / STATE).is_file() else {}
+    state, evaluation, samples, config = (
+        _object(directory / name) if (directory / name).is_file() else {}
+        for name in (STATE, EVALUATION, SAMPLES, CONFIG)
+    )
     log = state.get("log_history")
-    evaluation = _object(directory / EVALUATION) if (directory / EVALUATION).is_file() else {}
-    config = _object(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     layers = number_in(config, "num_hidden_layers") or number_in(config, "text_config", "num_hidden_layers")
     return RunFiles(
         name=directory.resolve().name,
@@ -91,6 +97,7 @@ def read_run(directory: Path) -> RunFiles:
         summary=summary,
         log=[entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else [],
         evaluation=evaluation,
+        samples=samples if _belong(samples, evaluation) else {},
         config=config,
         layers=None if layers is None else int(layers),
         flags=_flags(summary.get("command")),
@@ -116,6 +123,14 @@ def rows_in(value: Any, *keys: str) -> list[Mapping[str, Any]]:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
+
+
+def _belong(samples: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
+    """Whether both are of the same weights and manifest; older evaluations have no samples beside them."""
+    cache = evaluation.get("cache")
+    manifest = cache.get("manifest") if isinstance(cache, Mapping) else None
+    here = (evaluation.get("weights"), manifest)
+    return None not in here and here == (samples.get("weights"), samples.get("manifest"))
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from student.report.comparison import comparison, details, key_figures, objectiv
 from student.report.curves import held_out, ternary, training
 from student.report.evaluation import evaluation
 from student.report.files import RunFiles, read_run
+from student.report.samples import samples_section
 from student.report.savings import cost_section
 
 REPORT = "report.html"
@@ -35,6 +36,7 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
         training(runs),
         ternary(runs),
         evaluation(runs),
+        samples_section(runs),
         cost_section(runs),
         _commands(runs),
     )

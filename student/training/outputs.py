@@ -27,6 +27,7 @@ _WRITTEN = (
     "model.safetensors.index.json",
     "report.html",
     "eval.json",
+    "eval-samples.json",
     "sweep_run.json",
     "card-*.png",
     "checkpoint-[0-9]*",

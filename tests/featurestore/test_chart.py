@@ -10,7 +10,7 @@ import pytest
 
 from distily.html.axis import Axis, log_ticks, nice_ticks
 from distily.html.chart import Bar, Series, bar_chart, histogram, line_chart, scatter
-from distily.html.style import HEAT, INK, PALETTE, PAPER
+from distily.html.style import BAR, HEAT, INK, PALETTE, PAPER
 from tests.html import parsed
 
 SPANS = [(0.0, 1.0), (3.2, 3.2), (0.0, 0.0), (-5.0, 12.0), (1e-9, 2e-9), (1e20, 1e20), (-1e150, 1e150)]
@@ -136,7 +136,7 @@ def test_names_are_escaped() -> None:
 def test_colours_stand_out_and_text_is_legible(scheme: int) -> None:
     for pair in PALETTE:
         assert _contrast(pair[scheme], PAPER[scheme]) >= 3, pair[scheme]
-    for pair in (*HEAT, PAPER):
+    for pair in (*HEAT, BAR, PAPER):
         assert _contrast(INK[scheme], pair[scheme]) >= 4.5, pair[scheme]
 
 

@@ -60,7 +60,8 @@ def test_a_sample_is_shown_as_the_teacher_saw_it(store: Path, tiny_teacher: Path
         logits = model(torch.from_numpy(sample.tokens.astype(np.int64))[None]).logits[0].double()
     p = logits.softmax(-1).numpy()
     for t, row in enumerate(found["rows"]):
-        assert row["text"] == tokenizer.decode([int(sample.tokens[t])])
+        # With the space that it has inside a text.
+        assert row["text"] == " " + tokenizer.decode([int(sample.tokens[t])])
         assert row["next_token"] == sample.tokens[t + 1]
         assert row["probability"] == pytest.approx(p[t, sample.tokens[t + 1]], rel=0.01)
         best = np.argsort(-p[t])[:5]

@@ -60,15 +60,31 @@ def test_the_page_says_what_the_store_holds(
     ]
 
 
-def test_the_sample_is_coloured_by_what_the_teacher_gave_it(store: Path) -> None:
-    found = gather(str(store), 2)
+def test_the_sample_is_coloured_by_what_the_teacher_knew(store: Path) -> None:
+    """Token by token against the features as the reader gives them, in float64."""
+    found, reader = gather(str(store), 2), CacheReader.open(store)
     assert found.view is not None and found.pieces is not None
-    text = store_page(found)
-    for before, row in zip(found.view.rows[:-1], found.view.rows[1:], strict=True):
-        p = before.probability
-        assert p is not None
-        step = sum(p < least for least in (0.5, 0.1, 0.01, 0.001))
-        assert f'<span class="h{step}" title="{p:.3g}">{found.pieces(row.token)}</span>' in text
+    text = html.page(store_page(found))
+    spec = reader.find("logits")
+    sample = reader.read(found.view.index, [spec])
+    head = sample.features[spec]
+    assert isinstance(head, LogitsFeatures)
+    starts = np.cumsum(head.counts, dtype=np.int64) - head.counts
+    tips, classes = text.texts["small"], iter(text.attributes["class"])
+    tokens = sample.tokens[: len(found.view.rows)].tolist()
+    assert len(tips) == len(tokens) - 1
+    for t, (token, tip) in enumerate(zip(tokens[1:], tips, strict=True)):
+        inside = slice(starts[t], starts[t] + head.counts[t])
+        p = np.exp(head.logits[inside].astype(np.float64) - head.lse[t])
+        best = [f"{found.pieces(int(one))!r}" for one in head.ids[inside][:5]]
+        entropy, label = float(head.entropy[t]), float(head.label_logprob[t])
+        said = (f"p {np.exp(label):.3g}", f"log p {label:z.2f}", f"entropy {entropy:.2f} nats")
+        assert tip == " · ".join((*said, f"{p.sum():.1%} in the head"))
+        shown = text.texts["bdi"][5 * t : 5 * t + 5]
+        assert shown == best and f"Position {t + 1}: {found.pieces(token)!r}" in text.texts["b"]
+        uncertain = sum(entropy > edge for edge in (0.1, 0.5, 1.5, 3.0))
+        surprised = sum(np.exp(label) < least for least in (0.5, 0.1, 0.01, 0.001))
+        assert next(one for one in classes if one.startswith("s0")) == f"s0{uncertain} s1{surprised}"
 
 
 def test_histograms_count_every_position_that_is_learned_from(store: Path) -> None:

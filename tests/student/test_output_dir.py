@@ -48,11 +48,12 @@ def test_a_run_is_not_overwritten_by_another(
 def test_overwriting_leaves_nothing_of_the_run_before(train: Train, tmp_path: Path, flag: str) -> None:
     train(tmp_path, *QUICK, "--max-steps", 2, "--save-steps", 1)
     (tmp_path / "eval.json").write_text("{}")
+    (tmp_path / "eval-samples.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     card(tmp_path)
     summary = train(tmp_path, *QUICK, "--max-steps", 1, "--save-strategy", "no", flag)
     assert summary["steps"] == 1
-    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "eval.json").exists()
+    assert not list(tmp_path.glob("checkpoint-*")) and not list(tmp_path.glob("eval*.json"))
     assert not (tmp_path / "README.md").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
