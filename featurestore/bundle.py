@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
-from featurestore.format.arrays import ChunkCache, ShardArray
-from featurestore.format.codec import LSE_STEPS, decode_rows, row_starts
-from featurestore.format.codes import LogitsCodes, count_repeats
-from featurestore.format.columns import Extent, layouts
+from featurestore.format.arrays import ChunkCache
+from featurestore.format.codec import row_starts
+from featurestore.format.columns import Extent
+from featurestore.format.kinds.table import GroupCodes, covers, kind_of
 from featurestore.format.plan import Task
 from featurestore.format.records import SAMPLES_FILE, CommitRecord
-from featurestore.format.schema import (
-    GroupFeatures,
-    GroupSpec,
-    HiddenFeatures,
-    LogitsSpec,
-    LseFeatures,
-    LseSpec,
-    Sample,
-    TeacherIdentity,
-    covers,
-)
+from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.format.tables import samples_from_bytes
 from featurestore.identity import SAMPLES
 from featurestore.storage.root import PARTS, Root
-
-Array = npt.NDArray[Any]
-GroupCodes = LogitsCodes | LseFeatures | HiddenFeatures
 
 
 class Group:
@@ -46,77 +31,21 @@ class Group:
         identity: TeacherIdentity,
         cache: ChunkCache | None = None,
     ) -> None:
-        assert record.spec is not None
-        self.spec = record.spec
-        directory = root.local(f"{bundle_name(record)}/{record.group}")
-        extent = Extent.of(task, record.stats, identity)
-        shapes = layouts(self.spec, extent)
+        spec = record.spec
+        assert spec is not None
+        self._kind = kind_of(spec)
         self._rows = row_starts(np.asarray(task.lengths)).tolist()
-        self._entries: list[int] = []
-        decoders: dict[str, Callable[[Array], Array]] = {}
-        if isinstance(self.spec, LogitsSpec):
-            offsets = ShardArray(directory / "sample_offsets", shapes.pop("sample_offsets"))
-            self._entries = offsets.read(0, extent.samples + 1).tolist()
-            ids = ShardArray(directory / "vocabulary", shapes.pop("vocabulary"))
-            decoders = _id_decoders(ids, extent)
-        self.arrays = {
-            name: ShardArray(directory / name, layout, cache, decoders.get(name))
-            for name, layout in shapes.items()
-        }
+        extent = Extent.of(task.lengths, record.stats, identity)
+        directory = root.local(f"{bundle_name(record)}/{record.group}")
+        self._read = self._kind.open(spec, directory, extent, cache)
 
     def read(self, position: int) -> GroupFeatures:
         """The features of the sample at `position` of the task."""
-        found = self.codes(position)
-        return found.decode() if isinstance(found, LogitsCodes) else found
+        return self._kind.decode(self.codes(position))
 
     def codes(self, position: int) -> GroupCodes:
         """The same as stored."""
-        start, stop = self._rows[position], self._rows[position + 1]
-        if isinstance(self.spec, LogitsSpec):
-            return self._logits(position, start, stop)
-        if isinstance(self.spec, LseSpec):
-            return LseFeatures(decode_rows(self.arrays["lse"].read(start, stop), LSE_STEPS))
-        scale = self.arrays["scale"].read(start, stop) if "scale" in self.arrays else None
-        return HiddenFeatures(self.arrays["values"].read(start, stop), scale, self.spec.dtype)
-
-    def _logits(self, position: int, start: int, stop: int) -> LogitsCodes:
-        first, last = self._entries[position], self._entries[position + 1]
-        names = ("head_count", "head_odds", "lse", "label_logprob", "entropy")
-        counts, odds, lse, label_logprob, entropy = (self.arrays[n].read(start, stop) for n in names)
-        if last - first != int(counts.sum(dtype=np.int64)) or not counts.all():
-            path = self.arrays["head_count"].path
-            raise CorruptionError(f"{path}: head sizes that do not add up to sample_offsets")
-        draws = self.arrays["tail_index"].read(start, stop) if "tail_index" in self.arrays else None
-        return LogitsCodes(
-            counts=counts,
-            ids=self.arrays["head_index"].read(first, last),
-            gaps=self.arrays["head_gaps"].read(first, last),
-            odds=odds,
-            lse=lse,
-            label_logprob=label_logprob,
-            entropy=entropy,
-            draws=None if draws is None else draws[:, 0],
-            repeats=None if draws is None else draws[:, 1],
-        )
-
-
-def _id_decoders(vocabulary: ShardArray, extent: Extent) -> dict[str, Callable[[Array], Array]]:
-    """What turns chunks of head_index into token ids, uint32, and rows of tail_index [R, M] into ids and how
-    often each occurs, int32 [R, 2, M] (see LogitsCodes).
-    """
-    ids = vocabulary.read(0, extent.distinct_ids).astype(np.uint32)
-    if int(ids.max()) >= extent.vocab_size:
-        raise CorruptionError(f"{vocabulary.path}: ids outside the teacher's vocabulary")
-
-    def draws(steps: Array) -> Array:
-        # One running sum through all rows (modulo 2^32), less what each row began with: faster than one per
-        # row.
-        total = np.cumsum(steps.astype(np.int32), dtype=np.int32).reshape(steps.shape)
-        places = (total - (total[:, :1] - steps[:, :1])).view(np.uint32)
-        found = ids.take(places).view(np.int32)
-        return np.stack([found, count_repeats(found)], axis=1)
-
-    return {"head_index": ids.take, "tail_index": draws}
+        return self._read(position, self._rows[position], self._rows[position + 1])
 
 
 class Bundle:
@@ -156,11 +85,10 @@ class Bundle:
 
     def features(self, position: int, want: GroupSpec) -> GroupFeatures:
         """The features of one sample, from a group that covers `want`, narrowed to it."""
-        found = self.codes(position, want)
-        return found.decode() if isinstance(found, LogitsCodes) else found
+        return kind_of(want).decode(self.codes(position, want))
 
     def codes(self, position: int, want: GroupSpec) -> GroupCodes:
-        """The same as stored, but for `LogitsCodes.closed`."""
+        """The same as stored, cut to `want` (see `GroupKind.cut`)."""
         record = self._record(want)
         try:
             found = self._read(record, position)
@@ -172,10 +100,9 @@ class Bundle:
             self._verified.discard((self.task.id, record.group))
             with self._root.naming():
                 found = self._read(record, position)
-        if not (isinstance(want, LogitsSpec) and isinstance(found, LogitsCodes)):
-            return found
-        found = found.closed(self._identity.vocab_size)
-        return found if want == record.spec else found.narrow(want, self.samples()[position].tokens)
+        assert record.spec is not None
+        tokens = self.samples()[position].tokens
+        return kind_of(want).cut(found, record.spec, want, tokens, self._identity)
 
     def _record(self, want: GroupSpec) -> CommitRecord:
         if want not in self._serving:

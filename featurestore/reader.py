@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.bundle import Bundle, GroupCodes, check_extent
+from featurestore.bundle import Bundle, check_extent
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.directory import (
@@ -22,9 +21,11 @@ from featurestore.format.directory import (
     read_spec,
     read_teacher_listing,
 )
+from featurestore.format.kinds.logits import narrowed
+from featurestore.format.kinds.table import GroupCodes, covers, flag_of, width
 from featurestore.format.plan import Task
 from featurestore.format.records import Manifest, commit_name, read_commit
-from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, covers, narrowed
+from featurestore.format.schema import GroupFeatures, GroupSpec, LogitsSpec
 from featurestore.format.sidecar import Sidecar, part_of
 from featurestore.format.tables import read_plan
 from featurestore.identity import SAMPLES
@@ -197,8 +198,8 @@ class CacheReader:
         """
         candidates = [spec for spec in self.groups.values() if spec.kind == kind and self._complete(spec)]
         if candidates:
-            return max(candidates, key=_width)
-        flag = _flag(kind)
+            return max(candidates, key=width)
+        flag = flag_of(kind)
         partial = any(spec.kind == kind for spec in self.groups.values())
         there = ", ".join(sorted({spec.kind for spec in self.groups.values()})) or "no features"
         what = f"only some samples have {kind}" if partial else f"no {kind} in this cache (it has: {there})"
@@ -221,7 +222,7 @@ class CacheReader:
         widest = self.find("logits")
         assert isinstance(widest, LogitsSpec)
         held = [spec for spec in self.complete_groups() if isinstance(spec, LogitsSpec)] or [widest]
-        for have in sorted(held, key=_width, reverse=True):
+        for have in sorted(held, key=width, reverse=True):
             if (want := narrowed(have, top_k, top_p, tail)) is not None:
                 return want
         given = {"--top-k": top_k, "--top-p": top_p, "--tail": tail}
@@ -328,28 +329,10 @@ class CacheReader:
         return all(serving & set(named) for named in self._manifest.tasks.values())
 
 
-def _width(spec: GroupSpec) -> tuple[float, ...]:
-    """Orders the specs of one kind by how much they tell; a distribution with a tail is the unbiased one."""
-    if isinstance(spec, LogitsSpec):
-        return not spec.partial, spec.tail > 0, spec.top_k, spec.top_p or 1.0, spec.tail
-    if isinstance(spec, HiddenSpec):
-        return (["fp8", "int8", "bf16", "f32"].index(spec.dtype),)
-    return ()
-
-
 def _words(spec: LogitsSpec) -> str:
     """`top-k 12, top-p 0.7 and 16 draws from outside that head`."""
     cut = "" if spec.top_p is None else f", top-p {spec.top_p:g}"
     return f"top-k {spec.top_k}{cut}" + (f" and {spec.tail} draws from outside that head" * bool(spec.tail))
-
-
-def _flag(kind: str) -> str:
-    """The flag of `distily-cache generate` that adds a kind of column group."""
-    if layer := re.fullmatch(r"hidden\.L([0-9]+)", kind):
-        return f"--hidden-layers {layer[1]}"
-    if temperature := re.fullmatch(r"lse\.T([0-9.]+)", kind):
-        return f"--temperatures {temperature[1]}"
-    return "--top-k K" if kind == "logits" else "that adds it"
 
 
 def _tasks_of(root: Root, manifest: Manifest) -> list[Task]:

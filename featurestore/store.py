@@ -21,7 +21,7 @@ from featurestore.errors import (
     StoreFormatError,
 )
 from featurestore.format.arrays import write_group
-from featurestore.format.columns import Extent, Stats, layouts, pack
+from featurestore.format.columns import Extent, Stats
 from featurestore.format.directory import (
     SPEC_FILE,
     committed_groups,
@@ -33,6 +33,7 @@ from featurestore.format.directory import (
     read_spec,
     teacher_listings,
 )
+from featurestore.format.kinds.table import kind_of, pack
 from featurestore.format.mismatch import explain
 from featurestore.format.plan import Task
 from featurestore.format.records import (
@@ -48,7 +49,7 @@ from featurestore.format.records import (
     sum_stats,
     unrecorded,
 )
-from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity, group_id
+from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity, group_id
 from featurestore.format.sidecar import sidecar_files
 from featurestore.format.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
@@ -200,11 +201,7 @@ class FeatureStore:
         """
         self._check_samples(task, samples)
         missing = {g: f for g, f in features.items() if not self._has(g, task)}
-        packed = {
-            spec: pack(spec, given, task.lengths, self.identity.vocab_size, self.identity.hidden_size)
-            for spec, given in missing.items()
-            if self._checked(spec)
-        }
+        packed = {spec: pack(spec, given, task.lengths, self.identity) for spec, given in missing.items()}
         has_samples = self._has(None, task)
         if packed or not has_samples:
             self._write_and_commit(task, packed, None if has_samples else samples, run)
@@ -326,11 +323,6 @@ class FeatureStore:
         self.root.fetch({commit_name(group, task): MAX_RECORD_BYTES for task in tasks})
         return {task: read_commit_and_digest(self.root, group, task) for task in tasks}
 
-    def _checked(self, spec: GroupSpec) -> bool:
-        if isinstance(spec, HiddenSpec) and spec.layer > self.identity.num_layers:
-            raise ValueError(f"the teacher has {self.identity.num_layers} layers, no layer {spec.layer}")
-        return True
-
     def _check_samples(self, task: Task, samples: Sequence[Sample]) -> None:
         if tuple(sample.id for sample in samples) != task.sample_ids:
             raise ValueError(f"these are not the samples of task {task.id}, in its order")
@@ -369,9 +361,9 @@ class FeatureStore:
         documents: tuple[tuple[str, ...], ...] = ()
         for spec, (arrays, stats) in packed.items():
             group = group_id(spec)
-            extent = Extent.of(task, stats, self.identity)
+            extent = Extent.of(task.lengths, stats, self.identity)
             attributes = {"task": task.id, "group": group, "spec": spec.to_json()}
-            write_group(folder / group, attributes, layouts(spec, extent), arrays)
+            write_group(folder / group, attributes, kind_of(spec).layouts(spec, extent), arrays)
             contents.append((spec, group, stats))
         if samples is not None:
             write_new(folder / SAMPLES_FILE, samples_to_bytes(samples))

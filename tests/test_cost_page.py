@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
-from pipeline.generate.estimate import row_bytes
 from pipeline.generate.pace import rough_pace
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +54,14 @@ def size(count: float) -> str:
     raise AssertionError(count)
 
 
+def row_bytes(spec: GroupSpec, hidden_size: int) -> float:
+    return kind_of(spec).row_bytes(spec, hidden_size)
+
+
 def test_bytes_of_a_token() -> None:
     expected = {
         name: [
-            f"{row_bytes(spec, D):,.4g}" if row_bytes(spec, D) < 1000 else f"{row_bytes(spec, D):,.0f}"
-            for _, D in TEACHERS
+            f"{count:,.4g}" if (count := row_bytes(spec, D)) < 1000 else f"{count:,.0f}" for _, D in TEACHERS
         ]
         for name, spec in PARTS.items()
     }

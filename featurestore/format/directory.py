@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 from featurestore.errors import CorruptionError, StoreFormatError, StoreNotFoundError
+from featurestore.format.kinds.table import group_ids
 from featurestore.format.records import MAX_BYTES, Manifest, Stamp
 from featurestore.format.schema import TeacherIdentity
 from featurestore.identity import (
     DIGEST,
     FILE_NAME,
-    GROUP_ID,
     HASH,
     SAMPLES,
     TASK_ID,
@@ -51,7 +51,8 @@ def plan_names(root: Root) -> list[str]:
 
 def committed_groups(root: Root) -> list[str]:
     """Groups that have a directory of commit records, "samples" included."""
-    return [g for g in root.names("commit") if g == SAMPLES or GROUP_ID.fullmatch(g)]
+    pattern = group_ids()
+    return [g for g in root.names("commit") if g == SAMPLES or pattern.fullmatch(g)]
 
 
 def committed_tasks(root: Root, group: str) -> list[str]:

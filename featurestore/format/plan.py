@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from featurestore.errors import StoreFormatError
-from featurestore.format.schema import MAX_TOKENS, GroupSpec, covers
+from featurestore.format.kinds.table import covers
+from featurestore.format.schema import MAX_TOKENS, GroupSpec
 from featurestore.identity import SAMPLE_ID, SAMPLES, canonical_json, check_id, check_int, digest
 
 

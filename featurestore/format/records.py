@@ -8,20 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from featurestore.errors import CorruptionError, StoreFormatError
-from featurestore.format.columns import HIDDEN_STATS, LOGITS_STATS, Stats, group_files
-from featurestore.format.schema import (
-    MAX_TOKENS,
-    GroupSpec,
-    HiddenSpec,
-    LogitsSpec,
-    group_id,
-    group_spec_from_json,
-)
+from featurestore.format.columns import Stats
+from featurestore.format.kinds.table import group_files, group_ids, group_spec_from_json, kind_of
+from featurestore.format.schema import MAX_TOKENS, GroupSpec, group_id
 from featurestore.identity import (
     BUNDLE_ID,
     DIGEST,
     FILE_NAME,
-    GROUP_ID,
     HASH,
     RUN_ID,
     SAMPLES,
@@ -38,8 +31,6 @@ from featurestore.storage.root import Root
 SAMPLES_FILE = "samples.parquet"
 MAX_BYTES = 2**50
 MAX_STAT = 1e100
-# The list of them is read whole.
-MAX_DISTINCT_IDS = 2**24
 
 Stamp = tuple[int, str]
 
@@ -72,7 +63,7 @@ class CommitRecord:
     """One column group (or the samples) of one task is complete, in this bundle, as these files.
 
     group: a group id, or "samples" (then spec is None). files: path relative to the bundle -> (size in
-    bytes, XXH3-64 hex). stats: sums over the rows, see columns.LOGITS_STATS and HIDDEN_STATS. documents: of
+    bytes, XXH3-64 hex). stats: sums over the rows, see `GroupKind.stats`. documents: of
     "samples" only, per sample the keys of `schema.Sample.documents`; empty where none is known. run: what the
     run that wrote it had spent; None for imports, and in records of before.
     """
@@ -208,7 +199,7 @@ class Manifest:
 def commit_name(group: str, task: str) -> str:
     """commit/<group>/<task>.json, the path of a commit record in its store."""
     if group != SAMPLES:
-        check_id(group, GROUP_ID, "commit")
+        check_id(group, group_ids(), "commit")
     return f"commit/{group}/{check_id(task, TASK_ID, 'commit')}.json"
 
 
@@ -300,24 +291,13 @@ def _documents(value: Any, samples: int, where: str) -> tuple[tuple[str, ...], .
 
 def _stats(value: Any, spec: GroupSpec | None, rows: int, where: str) -> Stats:
     stats = _numbers(value, where)
-    # Hidden groups of before, and those whose capture could not measure its error, have none.
-    optional = isinstance(spec, HiddenSpec) and not stats
-    if set(stats) != _stats_of(spec) and not optional:
+    kind = None if spec is None else kind_of(spec)
+    left_out = kind is not None and kind.stats_optional and not stats
+    if set(stats) != set(kind.stats if kind else ()) and not left_out:
         raise StoreFormatError(f"{where}: missing or unknown stats")
-    if isinstance(spec, HiddenSpec) and min(stats.values(), default=0) < 0:
-        raise StoreFormatError(f"{where}: a sum of squares is negative")
-    if isinstance(spec, LogitsSpec):
-        check_int(stats["entries"], rows, rows * spec.top_k, f"{where}: entries")
-        check_int(stats["labels"], 0, rows, f"{where}: labels")
-        most = min(rows * (spec.top_k + spec.tail), MAX_DISTINCT_IDS)
-        check_int(stats["distinct_ids"], 1, most, f"{where}: distinct_ids")
+    if kind is not None and spec is not None and stats:
+        kind.check_stats(spec, stats, rows, where)
     return stats
-
-
-def _stats_of(spec: GroupSpec | None) -> set[str]:
-    if isinstance(spec, LogitsSpec):
-        return set(LOGITS_STATS)
-    return set(HIDDEN_STATS) if isinstance(spec, HiddenSpec) else set()
 
 
 def _numbers(value: Any, where: str) -> Stats:

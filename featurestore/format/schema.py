@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,9 @@ MAX_LAYER = 9_999
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 100.0
 MAX_VOCAB = 2**31 - 1
 NO_DRAW = -1
+# What a capture measures of the error of stored hidden states, summed up in commit records: fields of
+# HiddenFeatures.
+HIDDEN_STATS = ("squared_error", "squared_norm")
 # Of a sample, and of a task: what a reader has to be ready to hold at once.
 MAX_TOKENS = 2**24
 
@@ -202,55 +205,9 @@ class LseSpec:
 GroupSpec = LogitsSpec | HiddenSpec | LseSpec
 
 
-def group_spec_from_json(value: object) -> GroupSpec:
-    """The inverse of `to_json`; StoreFormatError for anything that `to_json` cannot have written."""
-    fields = dict(value) if isinstance(value, dict) else {}
-    kind = fields.pop("kind", None)
-    try:
-        if kind == "logits":
-            return LogitsSpec(**fields)
-        if kind == "hidden":
-            return HiddenSpec(**fields)
-        if kind == "lse":
-            return LseSpec(**fields)
-    except TypeError:
-        raise StoreFormatError(f"column group {kind}: unknown or missing fields {sorted(fields)}") from None
-    raise StoreFormatError(f"unknown kind of column group: {str(kind)[:80]!r}")
-
-
 def group_id(spec: GroupSpec) -> str:
     """`<kind>-<8 hex>`, a name for the group's directories."""
     return f"{spec.kind}-{digest(canonical_json(spec.to_json()), 8)}"
-
-
-def covers(have: GroupSpec, want: GroupSpec) -> bool:
-    """Whether a cache of `have` serves a request for `want`."""
-    if isinstance(have, LogitsSpec) and isinstance(want, LogitsSpec):
-        if have.partial and not want.partial:
-            return False
-        if want.tail:
-            # Draws exclude the head that they were made for, so that a narrower one is another distribution.
-            return have.tail >= want.tail and replace(have, tail=want.tail) == want
-        wide = have.top_p is None or (want.top_p is not None and have.top_p >= want.top_p)
-        return have.top_k >= want.top_k and wide
-    return have == want
-
-
-def narrowed(
-    have: LogitsSpec, top_k: int | None = None, top_p: float | None = None, tail: int | None = None
-) -> LogitsSpec | None:
-    """The part of `have` that is asked for, None where it does not cover that.
-
-    What is None is as in `have`; but draws exclude the head that they were made for, so that another head has
-    none unless `tail` asks for them, which nothing covers then.
-    """
-    head = replace(have, top_k=top_k or have.top_k, top_p=top_p or have.top_p, tail=0, seed=0)
-    if tail is None:
-        tail = have.tail if (head.top_k, head.top_p) == (have.top_k, have.top_p) else 0
-    if tail > have.tail:
-        return None
-    want = replace(head, tail=tail, seed=have.seed if tail else 0)
-    return want if covers(have, want) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,7 +316,7 @@ class HiddenFeatures:
             _check("scale", self.scale, np.float32, (length,))
         if (self.squared_error is None) != (self.squared_norm is None):
             raise ValueError("squared_error and squared_norm go together")
-        for name in ("squared_error", "squared_norm"):
+        for name in HIDDEN_STATS:
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), np.float32, (length,))
 

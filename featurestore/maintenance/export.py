@@ -10,34 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.format.codec import row_starts
-from featurestore.format.schema import (
-    NO_DRAW,
-    GroupSpec,
-    HiddenFeatures,
-    HiddenSpec,
-    LogitsFeatures,
-    LogitsSpec,
-    LseFeatures,
-    LseSpec,
-)
+from featurestore.format.kinds.arrow import IDS, lists
+from featurestore.format.kinds.table import kind_of
+from featurestore.format.schema import GroupSpec
 from featurestore.identity import canonical_json
 from featurestore.reader import CachedSample, CacheReader
 from featurestore.storage.files import sync_tree
 
-Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
 
 METADATA_KEY = "distily-cache"
 # Uncompressed, by the upper bound that the specs give.
 SHARD_BYTES = 512 * 2**20
 ROW_GROUP_BYTES = 32 * 2**20
-
-IDS, NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
 
 def find_groups(reader: CacheReader, kinds: Sequence[str] | None) -> list[GroupSpec]:
@@ -57,15 +45,7 @@ def export_schema(reader: CacheReader, groups: Sequence[GroupSpec]) -> Any:
     if any(keys for copies in reader.documents() for keys in copies):
         fields.append(("documents", pa.list_(pa.string())))
     for spec in groups:
-        if isinstance(spec, HiddenSpec):
-            fields.append((_column(spec), pa.list_(NUMBERS)))
-            continue
-        if isinstance(spec, LseSpec):
-            fields.append((_column(spec), NUMBERS))
-            continue
-        fields += [("head_ids", pa.list_(IDS)), ("head_logprobs", pa.list_(NUMBERS))]
-        fields += [("lse", NUMBERS), ("label_logprob", NUMBERS), ("entropy", NUMBERS)]
-        fields += [("tail_ids", pa.list_(IDS))] if spec.tail else []
+        fields += kind_of(spec).export_fields(spec)
     return pa.schema(fields, metadata={METADATA_KEY: canonical_json(description(reader, groups))})
 
 
@@ -83,24 +63,14 @@ def to_batch(samples: Sequence[CachedSample], groups: Sequence[GroupSpec], schem
     lengths = [len(sample.tokens) for sample in samples]
     columns = {
         "id": pa.array([sample.id for sample in samples]),
-        "tokens": _lists(lengths, pa.array(np.concatenate([sample.tokens for sample in samples]))),
-        "loss_mask": _lists(lengths, pa.array(np.concatenate([sample.loss_mask for sample in samples]))),
+        "tokens": lists(lengths, pa.array(np.concatenate([sample.tokens for sample in samples]))),
+        "loss_mask": lists(lengths, pa.array(np.concatenate([sample.loss_mask for sample in samples]))),
     }
     if "documents" in schema.names:
         columns["documents"] = pa.array([list(sample.documents) for sample in samples], pa.list_(pa.string()))
     for spec in groups:
-        features = [sample.features[spec] for sample in samples]
-        if isinstance(spec, LogitsSpec):
-            rows = _logits_columns([f for f in features if isinstance(f, LogitsFeatures)])
-        elif isinstance(spec, LseSpec):
-            rows = {
-                _column(spec): pa.array(
-                    np.concatenate([f.lse for f in features if isinstance(f, LseFeatures)])
-                )
-            }
-        else:
-            rows = {_column(spec): _hidden_rows([f for f in features if isinstance(f, HiddenFeatures)])}
-        columns |= {name: _lists(lengths, values) for name, values in rows.items()}
+        rows = kind_of(spec).export_columns(spec, [sample.features[spec] for sample in samples])
+        columns |= {name: lists(lengths, values) for name, values in rows.items()}
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
@@ -139,8 +109,8 @@ def _write(
     start: Callable[[str, Any], Any],
     progress: Progress | None,
 ) -> list[Path]:
-    schema = export_schema(reader, groups)
-    cost = 8 + sum(_bytes_per_row(spec, reader.identity.hidden_size) for spec in groups)
+    schema, hidden = export_schema(reader, groups), reader.identity.hidden_size
+    cost = 8 + sum(kind_of(spec).export_row_bytes(spec, hidden) for spec in groups)
     lengths = reader.lengths.tolist()
     shards = list(_runs(range(len(reader)), lengths, SHARD_BYTES // cost))
     total, done = sum(lengths), 0
@@ -170,47 +140,3 @@ def _runs(indices: Sequence[int], lengths: Sequence[int], most: int) -> Iterator
         positions += lengths[index]
     if run:
         yield run
-
-
-def _bytes_per_row(spec: GroupSpec, hidden_size: int) -> int:
-    """Of one position, uncompressed, at most."""
-    if isinstance(spec, LogitsSpec):
-        return 8 * spec.top_k + 4 * spec.tail + 24
-    return 4 * hidden_size if isinstance(spec, HiddenSpec) else 4
-
-
-def _column(spec: HiddenSpec | LseSpec) -> str:
-    """hidden_L2, lse_T0.5."""
-    return spec.kind.replace(".", "_", 1)
-
-
-def _logits_columns(features: Sequence[LogitsFeatures]) -> dict[str, Any]:
-    """Of all positions of all samples, one after the other: heads as lists, numbers of a row flat."""
-    counts, ids, logits, lse, label, entropy = (
-        np.concatenate([getattr(f, name) for f in features])
-        for name in ("counts", "ids", "logits", "lse", "label_logprob", "entropy")
-    )
-    logprobs = logits - np.repeat(lse, counts)
-    columns = {
-        "head_ids": _lists(counts, pa.array(ids.astype(np.int32))),
-        "head_logprobs": _lists(counts, pa.array(logprobs)),
-        "lse": pa.array(lse),
-        "label_logprob": pa.array(label, from_pandas=True),
-        "entropy": pa.array(entropy, from_pandas=True),
-    }
-    tails = [f.tail_ids for f in features if f.tail_ids is not None]
-    if tails:
-        draws = np.concatenate(tails)
-        drawn = draws != NO_DRAW
-        columns["tail_ids"] = _lists(drawn.sum(axis=1), pa.array(draws[drawn]))
-    return columns
-
-
-def _hidden_rows(features: Sequence[HiddenFeatures]) -> Any:
-    values = np.concatenate([f.to_float32() for f in features])
-    return _lists(np.full(len(values), values.shape[1]), pa.array(values.ravel()))
-
-
-def _lists(counts: Sequence[int] | Array, values: Any) -> Any:
-    """Cut an array into lists of these lengths."""
-    return pa.ListArray.from_arrays(pa.array(row_starts(np.asarray(counts)), pa.int32()), values)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from featurestore.format.directory import fullest_manifest
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.plan import Task
 from featurestore.format.records import CommitRecord, sum_stats
-from featurestore.format.schema import LogitsSpec, TeacherIdentity
+from featurestore.format.schema import TeacherIdentity
 from featurestore.identity import SAMPLES
 from featurestore.store import FeatureStore
 
@@ -123,10 +123,6 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
             array = parts[1] if len(parts) > 2 else parts[-1]
             arrays[array] = arrays.get(array, 0) + length
     stats = sum_stats(records.values())
-    norm = stats.get("squared_norm", 0.0)
-    logits = isinstance(first.spec, LogitsSpec)
-    partial = isinstance(first.spec, LogitsSpec) and first.spec.partial
-    labels = 0 if partial else stats.get("labels", 0)
     return GroupInfo(
         kind=SAMPLES if first.spec is None else first.spec.kind,
         spec=None if first.spec is None else first.spec.to_json(),
@@ -136,11 +132,7 @@ def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
         bytes=size,
         bytes_per_row=size / rows,
         arrays=dict(sorted(arrays.items())),
-        mean_head_size=stats["entries"] / rows if logits else None,
-        mean_head_mass=stats["head_mass"] / rows if logits else None,
-        mean_entropy=stats["entropy"] / rows if logits and not partial else None,
-        perplexity=math.exp(min(-stats["label_logprob"] / labels, 700.0)) if labels else None,
-        relative_error=math.sqrt(stats["squared_error"] / norm) if norm else None,
+        **({} if first.spec is None else kind_of(first.spec).measures(first.spec, stats, rows)),
     )
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from featurestore.format.columns import HIDDEN_STATS
+from featurestore.format.codec import HIDDEN_DTYPES
 from featurestore.format.schema import (
+    HIDDEN_STATS,
     GroupFeatures,
     GroupSpec,
     HiddenFeatures,
@@ -27,8 +28,6 @@ from featurestore.format.schema import (
 from pipeline.capture.reduce import LogitRows, encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
 from pipeline.capture.tiles import run_tiles
-
-_HIDDEN_NUMPY = {"bf16": np.uint16, "int8": np.int8, "fp8": np.uint8, "f32": np.float32}
 
 TILE_ELEMENTS = 2**20
 
@@ -59,8 +58,9 @@ class RowLayout:
             wanted.append(("tail_draws", np.dtype(np.int32), spec.tail))
         wanted += [(lse_field(temperature), np.dtype(np.float32), 1) for temperature in spec.temperatures]
         for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
-            wanted.append((f"hidden.{layer}", np.dtype(_HIDDEN_NUMPY[dtype]), hidden_size))
-            if dtype in ("int8", "fp8"):
+            stored, scaled = HIDDEN_DTYPES[dtype]
+            wanted.append((f"hidden.{layer}", np.dtype(stored), hidden_size))
+            if scaled:
                 wanted.append((f"scale.{layer}", np.dtype(np.float32), 1))
             wanted += [(f"{name}.{layer}", np.dtype(np.float32), 1) for name in HIDDEN_STATS]
         fields, start = [], 0

@@ -6,22 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.plan import Work
 from featurestore.format.records import CommitRecord
-from featurestore.format.schema import GroupSpec, LogitsSpec, LseSpec
+from featurestore.format.schema import GroupSpec
 from pipeline.data.samples import LeftOut
 from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
 from pipeline.generate.run import PreparedCapture
 from pipeline.teacher.checkpoint import count_parameters
-
-_HIDDEN_BYTES = {"bf16": 2, "f32": 4, "int8": 1, "fp8": 1}
-# Per position: head size and mass, lse, label logprob, entropy; measured in benchmarks/store_size.py, as are
-# the bytes of a head entry (an id and a coded logit) and of a tail draw.
-_ROW_BYTES = 7
-_ENTRY_BYTES = 1.9
-_DRAW_BYTES = 1.3
-# Measured on 5,236 positions of the demo: 2.1 at T=0.5, 1.7 at T=4.
-_LSE_BYTES = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +74,7 @@ def bytes_of(work: Iterable[Work], stored: Mapping[GroupSpec, float], hidden_siz
     size = 0.0
     for one in work:
         for group in one.groups:
-            size += one.task.rows * stored.get(group, row_bytes(group, hidden_size))
+            size += one.task.rows * stored.get(group, kind_of(group).row_bytes(group, hidden_size))
     return size
 
 
@@ -95,15 +87,6 @@ def stored_row_bytes(commits: Mapping[str, Mapping[str, CommitRecord]]) -> dict[
             rows = sum(record.rows for record in records.values())
             found[spec] = sum(record.size for record in records.values()) / rows
     return found
-
-
-def row_bytes(group: GroupSpec, hidden_size: int) -> float:
-    """About how many bytes one position of `group` takes on disk."""
-    if isinstance(group, LogitsSpec):
-        return _ROW_BYTES + group.top_k * _ENTRY_BYTES + group.tail * _DRAW_BYTES
-    if isinstance(group, LseSpec):
-        return _LSE_BYTES
-    return hidden_size * _HIDDEN_BYTES[group.dtype] + (4 if group.dtype in ("int8", "fp8") else 0)
 
 
 def _pace(prepared: PreparedCapture) -> Pace:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
 from featurestore.maintenance.info import StoreInfo
-from pipeline.generate.estimate import row_bytes
 from pipeline.generate.pace import Pace
 
 _MORE_SAMPLES = 1_000
@@ -36,7 +36,8 @@ def further(info: StoreInfo, pace: Pace | None) -> list[Cost]:
         ("a further hidden layer, bf16", HiddenSpec(layer, "bf16")),
         ("the top 64 of every row, 16 draws", LogitsSpec(64, tail=16)),
     ]
-    costs = [Cost(what, rows * row_bytes(spec, hidden), _seconds(pace, rows)) for what, spec in wanted]
+    seconds = _seconds(pace, rows)
+    costs = [Cost(what, rows * kind_of(spec).row_bytes(spec, hidden), seconds) for what, spec in wanted]
     share = _MORE_SAMPLES / info.samples
     more = f"{_MORE_SAMPLES:,} more samples like these"
     return [*costs, Cost(more, share * info.bytes, _seconds(pace, round(share * rows)))]

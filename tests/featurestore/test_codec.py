@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from featurestore.format import codec
-from featurestore.format.columns import pack
+from featurestore.format.kinds.table import pack
 from featurestore.format.schema import LogitsFeatures, LogitsSpec
-from tests.featurestore.helpers import logits, sample
+from tests.featurestore.helpers import identity, logits, sample
 
 
 def ragged(draw: st.DrawFn, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +131,7 @@ def test_ids_are_small_indexes_into_the_tasks_own_list(vocab: int) -> None:
         entropy=np.array([0.1, 0.0], np.float32),
         tail_ids=np.array([[7, 7, 9], [-1, -1, -1]], np.int32),
     )
-    arrays, stats = pack(LogitsSpec(2, tail=3), [one], [2], vocab, 8)
+    arrays, stats = pack(LogitsSpec(2, tail=3), [one], [2], identity(vocab_size=vocab))
     assert arrays["vocabulary"].itemsize == (2 if vocab <= 65_536 else 4)
     assert arrays["head_index"].dtype == arrays["tail_index"].dtype == np.uint16
     # The last id occurs five times: twice as a head, three times for the row without draws.
@@ -155,7 +155,7 @@ def test_draws_inside_the_head_are_refused() -> None:
         (None, "2 tail draws"),
     ):
         with pytest.raises(ValueError, match=match):
-            pack(LogitsSpec(4, tail=2), [replace(good, tail_ids=bad)], [4], 1000, 16)
+            pack(LogitsSpec(4, tail=2), [replace(good, tail_ids=bad)], [4], identity())
 
 
 @pytest.mark.parametrize(

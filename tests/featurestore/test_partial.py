@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.format.schema import LogitsFeatures, LogitsSpec, Sample, covers, group_id
+from featurestore.format.kinds.table import covers
+from featurestore.format.schema import LogitsFeatures, LogitsSpec, Sample, group_id
 from featurestore.maintenance.info import store_info
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore

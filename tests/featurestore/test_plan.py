@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featurestore.format.kinds.table import covers
 from featurestore.format.plan import Task, plan_generation, split_tasks
-from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, covers, group_id
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, group_id
 
 GROUPS: list[GroupSpec] = [
     LogitsSpec(8),

@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 
 from featurestore.errors import FeatureStoreError, MissingFeatureError, StoreFormatError
+from featurestore.format.kinds.table import covers, group_ids, group_spec_from_json
 from featurestore.format.schema import (
     HiddenSpec,
     LogitsSpec,
     LseSpec,
     Sample,
     TeacherIdentity,
-    covers,
     group_id,
-    group_spec_from_json,
 )
-from featurestore.identity import GROUP_ID
 from tests.featurestore.helpers import hidden, identity, logits, sample
 
 
@@ -85,7 +83,7 @@ def test_invalid_specs_are_refused(value: object) -> None:
 )
 def test_a_temperature_is_named_by_its_shortest_decimal_form(temperature: float, kind: str) -> None:
     spec = LseSpec(temperature)
-    assert spec.kind == kind and GROUP_ID.fullmatch(group_id(spec))
+    assert spec.kind == kind and group_ids().fullmatch(group_id(spec))
     assert group_id(LseSpec(2)) == group_id(LseSpec(2.0))
     assert covers(spec, spec) and not covers(spec, LseSpec(3)) and not covers(LogitsSpec(5), spec)
 
@@ -94,7 +92,7 @@ def test_a_temperature_is_named_by_its_shortest_decimal_form(temperature: float,
     "name", ["lse.T2.0", "lse.T02", "lse.T", "lse.T2.", "lse.T0.1234", "lse.T-2", "lse.T1000"]
 )
 def test_other_spellings_of_a_temperature_are_no_group(name: str) -> None:
-    assert not GROUP_ID.fullmatch(f"{name}-00000000")
+    assert not group_ids().fullmatch(f"{name}-00000000")
 
 
 def test_identity_compares_all_but_name_and_engine_version() -> None:

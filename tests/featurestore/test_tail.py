@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore.format.codec import row_starts
-from featurestore.format.schema import LogitsFeatures, LogitsSpec, covers
+from featurestore.format.kinds.table import covers
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.format.tail import first_draws, row_shifts, van_der_corput
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore

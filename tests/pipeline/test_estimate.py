@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from distily.units import duration
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.plan import Task, Work
 from featurestore.format.records import CommitRecord
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
 from featurestore.maintenance.info import store_info
-from pipeline.generate.estimate import bytes_of, row_bytes, stored_row_bytes
+from pipeline.generate.estimate import bytes_of, stored_row_bytes
 from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
 from pipeline.teacher.checkpoint import count_parameters, load_teacher
 from tests.command import call, generate
@@ -74,7 +75,7 @@ def test_bytes_follow_the_store_where_it_knows_the_group() -> None:
     assert stored == {known: 15 + 80 / 400}
     work = [Work(tasks[0], (known, other), True), Work(tasks[1], (other, LseSpec(2)), False)]
     assert bytes_of(work, stored, 16) == pytest.approx(
-        100 * 15.2 + 400 * 20 + 300 * row_bytes(LseSpec(2), 16)
+        100 * 15.2 + 400 * 20 + 300 * kind_of(LseSpec(2)).row_bytes(LseSpec(2), 16)
     )
     assert bytes_of(work, {}, 16) > bytes_of(work, stored, 16)
 

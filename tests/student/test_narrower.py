@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from featurestore.format.schema import LogitsSpec, narrowed
+from featurestore.format.kinds.logits import narrowed
+from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader
 from student.errors import UserError
 from student.objective.files import read_objective

@@ -1,0 +1,1 @@
+"""The kinds of column groups, one module for each; `table` lists them."""
