@@ -16,9 +16,9 @@ from torch import Tensor
 from student.errors import UserError
 from student.export.hf_bitnet import kept_linears, plain_state, write_config
 from student.export.norms import norm_mode
-from student.export.packages import require_package
 from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
+from student.export.requirements import require_package
 from student.export.source import ExportSource
 from student.modeling.checkpoint import WEIGHTS
 

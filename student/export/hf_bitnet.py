@@ -23,7 +23,7 @@ from student.errors import UserError
 from student.export.norms import norm_epsilons, norm_mode
 from student.export.packing import PER_BYTE
 from student.export.reference import integer_linears
-from student.export.shapes import require_multiple
+from student.export.requirements import require_multiple
 from student.export.source import ExportSource
 from student.modeling.checkpoint import WEIGHTS
 

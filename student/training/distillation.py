@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -18,8 +17,8 @@ from student.config.training_config import DistillationConfig
 from student.errors import UserError
 from student.modeling.adapters import add_adapters, has_adapters
 from student.modeling.tokenizer import load_tokenizer
-from student.training.outputs import check_output, remove_training
-from student.training.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
+from student.training.outputs import check_output
+from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.training.run import assemble, check_writable, prepare
 from student.training.trainer import CacheTrainer
 
@@ -99,7 +98,7 @@ class DistillationTrainer(CacheTrainer):
             optimizers=optimizers,
         )
 
-    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: bool | str | None = None, **kwargs: Any) -> TrainOutput:
         """Train; what lies in the output directory is never overwritten unasked.
 
         Args:
@@ -121,13 +120,7 @@ class DistillationTrainer(CacheTrainer):
         checkpoint = find_checkpoint(self.args)
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
-        elif self.args.overwrite_output_dir and self.args.should_save:
-            remove_training(Path(self.args.output_dir))
-        done = None if checkpoint is None else finished(checkpoint, self.args)
-        if checkpoint is not None and done is not None:
-            self.take_up(done, checkpoint)
-            return TrainOutput(done.global_step, math.nan, {})
-        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        return self.train_from(checkpoint, self.args.overwrite_output_dir, **kwargs)
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         """UserError where a checkpoint is of another student, or of another cache or order of it."""

@@ -28,7 +28,7 @@ from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_
 from student.objective.terms import Objective
 from student.report import write_report
 from student.training.model import DistillationModel
-from student.training.outputs import check_output, remove_training
+from student.training.outputs import check_output
 from student.training.plan import (
     DataPlan,
     load_teacher,
@@ -38,7 +38,7 @@ from student.training.plan import (
     plan_split,
 )
 from student.training.provenance import environment, typed
-from student.training.resume import check_kind, check_order, find_checkpoint, finished, manifest_to_read
+from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.training.summary import TrainingRun, summarise
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
@@ -174,17 +174,11 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     command: the words that ask for this training, those of this process when left out.
     """
     trainer, prepared = built.trainer, built.assembled.prepared
-    reader, data, checkpoint = prepared.reader, prepared.data, prepared.checkpoint
-    if prepared.request.options.overwrite_output_dir and trainer.args.should_save:
-        remove_training(Path(trainer.args.output_dir))
+    reader, data = prepared.reader, prepared.data
     if str(data.split) and trainer.is_world_process_zero():
         LOG.warning(data.split)
     start, started = time.perf_counter(), datetime.now(UTC)
-    done = None if checkpoint is None else finished(checkpoint, trainer.args)
-    if checkpoint is not None and done is not None:
-        trainer.take_up(done, checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_from(prepared.checkpoint, prepared.request.options.overwrite_output_dir)
     seconds = time.perf_counter() - start
     if data.held_out is not None and not _evaluated_last_step(trainer):
         trainer.evaluate()

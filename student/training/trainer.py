@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from distily.system.files import write_json
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
@@ -25,7 +26,8 @@ from student.modeling.saving import MANIFEST_FILE, load_weights, save_student
 from student.training.balance import EVERY, GradientBalance, gradient_norms
 from student.training.finite import check_terms, check_weights
 from student.training.model import EVAL_COLUMNS, DistillationModel
-from student.training.resume import KeptCallback, order_seed
+from student.training.outputs import remove_training
+from student.training.resume import KeptCallback, finished, order_seed
 from student.training.uniform import UniformGuess
 
 
@@ -192,6 +194,22 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
                 for bar in ("prediction_bar", "training_bar"):
                     if isinstance(callback, ProgressCallback) and (open_bar := getattr(callback, bar)):
                         open_bar.close()
+
+    def train_from(self, checkpoint: Path | None, overwrite: bool, **kwargs: Any) -> TrainOutput:
+        """Train from a checkpoint, or from the start; a training that has ended there is only loaded.
+
+        overwrite: delete what an earlier training left in the output directory, see `check_output`.
+
+        Returns:
+            transformers' `TrainOutput`; its loss is NaN where no step was left.
+        """
+        if overwrite and self.args.should_save:
+            remove_training(Path(self.args.output_dir))
+        done = None if checkpoint is None else finished(checkpoint, self.args)
+        if checkpoint is not None and done is not None:
+            self.take_up(done, checkpoint)
+            return TrainOutput(done.global_step, math.nan, {})
+        return CacheTrainer.train(self, resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own, of checkpoints and of the finished student; StudentError for weights of NaNs."""

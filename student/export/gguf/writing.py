@@ -18,9 +18,8 @@ from student.export.gguf import architectures
 from student.export.gguf.scales import fit_scales
 from student.export.gguf.tokenizer import add_tokenizer
 from student.export.gguf.types import TYPES, BlockType, to_blocks
-from student.export.packages import require_package
 from student.export.reference import integer_linears
-from student.export.shapes import require_multiple
+from student.export.requirements import require_multiple, require_package
 from student.export.source import ExportSource
 
 _SMALLEST = 2.0**-14  # below, float16 has fewer than 11 bits

@@ -1,9 +1,21 @@
-"""Shapes that a format can hold."""
+"""What single formats need: packages, and shapes that they can hold."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from student.errors import UserError
 from student.export.source import ExportSource
+
+
+def require_package(format: str, name: str) -> None:
+    """UserError where the package that writes a format is not installed."""
+    if find_spec(name) is None:
+        package = name.replace("_", "-")
+        raise UserError(
+            f"--format {format} needs the package {package}; install the extra [export], or pip install "
+            f"{package}"
+        )
 
 
 def require_multiple(source: ExportSource, axis: int, multiple: int, what: str, fix: str) -> None:
