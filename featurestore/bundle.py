@@ -17,7 +17,7 @@ from featurestore.format.records import SAMPLES_FILE, CommitRecord
 from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.format.tables import samples_from_bytes
 from featurestore.identity import SAMPLES
-from featurestore.storage.root import PARTS, Root
+from featurestore.storage.protocol import PARTS, Root
 
 
 class Group:

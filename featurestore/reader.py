@@ -30,7 +30,8 @@ from featurestore.format.sidecar import Sidecar, part_of
 from featurestore.format.tables import read_plan
 from featurestore.identity import SAMPLES
 from featurestore.storage.files import MAX_RECORD_BYTES
-from featurestore.storage.root import Root, root_of
+from featurestore.storage.protocol import Root
+from featurestore.storage.root import root_of
 
 OPEN_BUNDLES = 128
 FIX = "run the same `distily-cache generate` again to complete it"

@@ -54,7 +54,8 @@ from featurestore.format.sidecar import sidecar_files
 from featurestore.format.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
 from featurestore.storage.files import MAX_RECORD_BYTES, hash_file, write_new, writing
-from featurestore.storage.root import Root, root_of
+from featurestore.storage.protocol import Root
+from featurestore.storage.root import root_of
 
 
 def _spec(identity: TeacherIdentity) -> bytes:

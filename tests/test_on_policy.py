@@ -13,7 +13,7 @@ import pytest
 from featurestore.format.written import piece_names, read_piece
 from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.storage.root import LocalRoot
+from featurestore.storage.local import LocalRoot
 from pipeline.teacher.checkpoint import load_teacher
 from tests.pipeline.writing import corpus, teacher
 

@@ -20,7 +20,7 @@ from featurestore.identity import (
     digest,
     unseal,
 )
-from featurestore.storage.root import Root
+from featurestore.storage.protocol import Root
 
 SPEC_FILE = "SPEC.json"
 PLAN = re.compile(r"plan-[0-9a-f]{32}\.parquet")

@@ -26,7 +26,7 @@ from featurestore.identity import (
     seal,
     unseal,
 )
-from featurestore.storage.root import Root
+from featurestore.storage.protocol import Root
 
 SAMPLES_FILE = "samples.parquet"
 MAX_BYTES = 2**50

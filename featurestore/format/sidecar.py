@@ -33,7 +33,7 @@ from featurestore.format.directory import read_teacher_listing
 from featurestore.format.records import Stamp
 from featurestore.format.schema import MAX_LAYER, MAX_VOCAB, TeacherIdentity
 from featurestore.identity import canonical_json, check_int, digest, header, seal, unseal
-from featurestore.storage.root import Root
+from featurestore.storage.protocol import Root
 
 Array = npt.NDArray[Any]
 

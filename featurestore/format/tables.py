@@ -16,7 +16,7 @@ from featurestore.format.parquet_pages import check_pages
 from featurestore.format.plan import Task
 from featurestore.format.schema import Sample
 from featurestore.identity import digest
-from featurestore.storage.root import Root
+from featurestore.storage.protocol import Root
 
 PLAN_SCHEMA = pa.schema([("task", pa.string()), ("sample", pa.string()), ("length", pa.int32())])
 SAMPLE_SCHEMA = pa.schema(

@@ -21,7 +21,7 @@ from featurestore.errors import CorruptionError, StoreFormatError
 from featurestore.format.schema import MAX_SEED, MAX_TOKENS, MAX_VOCAB
 from featurestore.identity import DIGEST, canonical_json, check_id, check_int, digest, header, seal, unseal
 from featurestore.storage.files import MAX_RECORD_BYTES, writing
-from featurestore.storage.root import WRITTEN, Root
+from featurestore.storage.protocol import WRITTEN, Root
 
 Array = npt.NDArray[np.int32]
 Key = tuple[str, int]

@@ -18,7 +18,8 @@ from featurestore.format.directory import SPEC_FILE, committed_groups, committed
 from featurestore.format.records import commit_name, read_commit
 from featurestore.identity import BUNDLE_ID
 from featurestore.storage.files import MAX_RECORD_BYTES, writing
-from featurestore.storage.root import PARTS, Root, root_of
+from featurestore.storage.protocol import PARTS, Root
+from featurestore.storage.root import root_of
 
 MIN_AGE_SECONDS = 3600.0
 

@@ -26,7 +26,8 @@ from featurestore.format.plan import Task
 from featurestore.format.records import CommitRecord
 from featurestore.format.written import piece_names, read_piece
 from featurestore.storage.files import copy_checked, writing
-from featurestore.storage.root import Root, root_of
+from featurestore.storage.protocol import Root
+from featurestore.storage.root import root_of
 from featurestore.store import FeatureStore
 
 Progress = Callable[[int, int], None]

@@ -16,7 +16,7 @@ from featurestore.format.directory import (
 from featurestore.format.records import Stamp, commit_name, read_commit
 from featurestore.format.tables import read_plan
 from featurestore.storage.files import MAX_RECORD_BYTES
-from featurestore.storage.root import Root
+from featurestore.storage.protocol import Root
 
 
 def trusted_files(root: Root, manifest_digest: str) -> list[str]:

@@ -32,7 +32,8 @@ from featurestore.format.tables import read_plan
 from featurestore.format.written import piece_names, read_piece
 from featurestore.identity import SAMPLES
 from featurestore.storage.files import MAX_RECORD_BYTES
-from featurestore.storage.root import Root, root_of
+from featurestore.storage.protocol import Root
+from featurestore.storage.root import root_of
 
 Progress = Callable[[int, int], None]
 

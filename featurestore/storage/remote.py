@@ -23,7 +23,7 @@ from featurestore.errors import CorruptionError, FeatureStoreError, StoreAccessE
 from featurestore.identity import canonical_json, digest
 from featurestore.storage.files import MAX_RECORD_BYTES, TEMPORARY, check_file, read_bounded
 from featurestore.storage.objects import Objects, forked
-from featurestore.storage.root import PARTS, Parse, Root, Stamps, State, T
+from featurestore.storage.protocol import PARTS, Parse, Root, Stamps, State, T
 
 SPEC_FILE = "SPEC.json"
 TRANSFERS = 8

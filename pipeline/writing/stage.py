@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from featurestore.format.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
-from featurestore.storage.root import Root
+from featurestore.storage.protocol import Root
 from pipeline.data.selection import Selection
 from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter

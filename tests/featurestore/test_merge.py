@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import featurestore.maintenance.merge
-import featurestore.storage.root
+import featurestore.storage.local
 from featurestore.errors import CorruptionError, SpecMismatchError, StoreNotFoundError
 from featurestore.format.plan import split_tasks
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, group_id
@@ -167,7 +167,7 @@ def test_killed_and_completed(
 ) -> None:
     """A merge that stops dead anywhere, without tidying up, is completed by the same merge."""
     target, calls = tmp_path / "all", 0
-    module = featurestore.maintenance.merge if step == "copy_checked" else featurestore.storage.root
+    module = featurestore.maintenance.merge if step == "copy_checked" else featurestore.storage.local
     real = getattr(module, step)
 
     def dies(*arguments: object) -> object:

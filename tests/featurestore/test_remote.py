@@ -27,8 +27,9 @@ from featurestore.format.schema import HiddenSpec
 from featurestore.maintenance.gc import collect
 from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
+from featurestore.storage.local import LocalRoot
 from featurestore.storage.objects import Objects
-from featurestore.storage.root import LocalRoot, is_url, root_of
+from featurestore.storage.root import is_url, root_of
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import SMALL, Filled, fill, read_everything
 from tests.featurestore.helpers import features, identity, sample, task_of

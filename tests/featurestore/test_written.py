@@ -28,7 +28,9 @@ from featurestore.identity import header, seal
 from featurestore.maintenance.gc import collect
 from featurestore.maintenance.merge import merge_stores
 from featurestore.maintenance.verify import verify_store
-from featurestore.storage.root import LocalRoot, Root, root_of
+from featurestore.storage.local import LocalRoot
+from featurestore.storage.protocol import Root
+from featurestore.storage.root import root_of
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import identity
 from tests.s3 import Bucket

@@ -30,7 +30,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-import featurestore.storage.root
+import featurestore.storage.local
 from featurestore.format.schema import HiddenSpec
 from featurestore.format.sidecar import Part, Tensor
 from featurestore.maintenance.verify import verify_store
@@ -343,7 +343,7 @@ def test_killed_and_completed(after: int, tmp_path: Path, monkeypatch: pytest.Mo
     """A run that stops dead at any publication is completed by the same run, with the same parts."""
     teacher, store, calls = save(CONFIGS["llama"], tmp_path / "teacher"), tmp_path / "store", 0
     flags: dict[str, Any] = {"top_k": 0, "final": True, "relation_layers": (2,)}
-    real = featurestore.storage.root.publish
+    real = featurestore.storage.local.publish
 
     def dies(path: Path, data: bytes) -> bool:
         nonlocal calls
@@ -353,7 +353,7 @@ def test_killed_and_completed(after: int, tmp_path: Path, monkeypatch: pytest.Mo
         return real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(featurestore.storage.root, "publish", dies)
+        patch.setattr(featurestore.storage.local, "publish", dies)
         with pytest.raises(KeyboardInterrupt):
             generate(teacher, store, **flags)
     generate(teacher, store, **flags)

@@ -21,7 +21,7 @@ from featurestore.format.schema import LogitsSpec
 from featurestore.format.written import piece_names, read_piece
 from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
-from featurestore.storage.root import LocalRoot
+from featurestore.storage.local import LocalRoot
 from pipeline.generate.estimate import estimate
 from pipeline.generate.run import prepare
 from pipeline.writing.plan import seed_of

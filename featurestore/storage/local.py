@@ -1,0 +1,161 @@
+"""A store in a local directory."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from featurestore.storage.files import (
+    MAX_RECORD_BYTES,
+    TEMPORARY,
+    check_file,
+    ensure_directory,
+    names_in,
+    publish,
+    read_bounded,
+    sync,
+    sync_tree,
+    write_new,
+)
+from featurestore.storage.protocol import PARTS, WRITTEN, Parse, Root, Stamps, State, T
+
+
+class LocalRoot:
+    """A directory. Files are published with link(2), which never replaces."""
+
+    keeps_copies = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def location(self) -> Path:
+        return self.path
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def local(self, name: str) -> Path:
+        return self.path / name
+
+    def naming(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def probe(self) -> None:
+        pass
+
+    def names(self, folder: str) -> list[str]:
+        return names_in(self.path / folder)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def size(self, name: str) -> int:
+        path = self.path / name
+        return path.stat().st_size if path.exists() else 0
+
+    def load(self, name: str, parse: Parse[T], limit: int = MAX_RECORD_BYTES) -> T:
+        path = self.path / name
+        return parse(read_bounded(path, limit), str(path))
+
+    def fetch(self, limits: Mapping[str, int]) -> None:
+        pass
+
+    def check(self, stamps: Stamps, deep: bool = True) -> None:
+        for name, stamp in stamps.items():
+            check_file(self.path / name, stamp, deep)
+
+    def make(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
+
+    def publish(self, name: str, data: bytes) -> bool:
+        path = self.path / name
+        ensure_directory(path.parent, self.path)
+        return publish(path, data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        temporary = self.path / f"{TEMPORARY}{secrets.token_hex(8)}"
+        write_new(temporary, data)
+        temporary.replace(self.path / name)
+        sync(self.path)
+
+    def same(self, name: str, data: bytes) -> bool:
+        path = self.path / name
+        return path.exists() and read_bounded(path) == data
+
+    def begin(self, bundle: str) -> Path:
+        ensure_directory(self.path / PARTS, self.path)
+        directory = self.path / PARTS / bundle
+        directory.mkdir()
+        return directory
+
+    def settle(self, bundle: str) -> Path:
+        directory = self.path / PARTS / bundle
+        sync_tree(directory)
+        sync(directory.parent)
+        return directory
+
+    def finish(self, bundle: str) -> None:
+        # For `gc`, which takes a bundle that nobody has touched for long as garbage.
+        os.utime(self.path / PARTS / bundle)
+
+    def abandon(self, bundle: str) -> None:
+        directory = self.path / PARTS / bundle
+        # After one write has failed, a thread of zarr's may still be at another and make a file anew.
+        for _ in range(10):
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                return
+            time.sleep(0.02)
+
+    def unfinished(self) -> list[str]:
+        folders = [self.path / name for name in ("", PARTS, "provenance", "teacher")]
+        folders += [*self.path.glob("commit/*"), *self.path.glob(f"{WRITTEN}/*")]
+        found = [path for folder in folders for path in sorted(folder.glob(f"{TEMPORARY}*"))]
+        return [str(path.relative_to(self.path)) for path in found]
+
+    def state(self, name: str) -> State | None:
+        path = self.path / name
+        try:
+            inside = [Path(folder, file) for folder, _, files in os.walk(path) for file in (".", *files)]
+            states = [one.stat() for one in (path, *inside)]
+        except FileNotFoundError:
+            return None
+        size = sum(one.stat().st_size for one in {path, *inside} if one.is_file())
+        return State(size, max(state.st_mtime for state in states))
+
+    def now(self) -> float:
+        """The file system's time, which on a network is not this machine's."""
+        probe = self.path / f"{TEMPORARY}{secrets.token_hex(8)}"
+        probe.touch(exist_ok=False)
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def remove(self, name: str, spare: Callable[[str], bool]) -> None:
+        """A bundle goes out of the way first, then away, unless a commit record has come to name it."""
+        path = self.path / name
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        # A collection that was killed here has left the prefix behind.
+        bundle = path.with_name(path.name.removeprefix(TEMPORARY))
+        aside = path.with_name(f"{TEMPORARY}{bundle.name}")
+        path.rename(aside)
+        if spare(bundle.name):
+            aside.rename(bundle)
+            return
+        shutil.rmtree(aside)
+
+    def audit(self) -> AbstractContextManager[Root]:
+        return nullcontext(self)
+
+    def release(self, folder: str) -> None:
+        pass
