@@ -52,7 +52,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():
-            subprocess.run([sys.executable, "-m", "pipeline.demo", str(directory)], check=True, timeout=300)
+            subprocess.run([sys.executable, "-m", "pipeline.demo", str(directory)], check=True, timeout=900)
     return directory
 
 
