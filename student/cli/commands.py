@@ -312,11 +312,13 @@ def _no_bars() -> Iterator[None]:
     """Of loading and writing a model, which takes seconds."""
     from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _show_sweep(done: Sweep, as_json: bool) -> None:
