@@ -163,15 +163,15 @@ class CacheReader:
             CorruptionError: a commit record is missing or damaged.
         """
         self._root.fetch({commit_name(SAMPLES, task.id): MAX_RECORD_BYTES for task in self._tasks})
-        found: dict[str, list[tuple[str, ...]]] = {sample_id: [] for sample_id in self.sample_ids}
+        by_sample: dict[str, list[tuple[str, ...]]] = {sample_id: [] for sample_id in self.sample_ids}
         for task in self._tasks:
             expected = self._manifest.tasks[task.id][SAMPLES]
             record = read_commit(self._root, SAMPLES, task.id, expected)
             check_extent(record, task)
             known = record.documents or ((),) * len(task.sample_ids)
             for sample_id, keys in zip(task.sample_ids, known, strict=True):
-                found[sample_id].append(keys)
-        return list(found.values())
+                by_sample[sample_id].append(keys)
+        return list(by_sample.values())
 
     @property
     def teacher_dir(self) -> Path:
