@@ -271,7 +271,7 @@ class CacheReader:
                 group that all samples have.
 
         Returns:
-            Tokens int32 [T], loss mask bool [T], and for each spec its features: `LogitsFeatures` with
+            Tokens int32 [T], loss mask bool [T], and the features by spec, which are `LogitsFeatures` with
             ragged heads, `LseFeatures` float32 [T], or hidden states [T, D].
 
         Raises:

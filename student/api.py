@@ -40,10 +40,10 @@ def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3
         best: how many of the most probable tokens.
 
     Returns:
-        Of each position: position (int), token and next (str, None behind the last one), learned (bool: is
-        `token` learned), probability (of `next`, None where the cache does not know it), best ([(str,
-        probability)], descending), head_mass (probability inside the stored head), entropy (nats, None where
-        unknown).
+        A mapping for each position, with position (int), token and next (str, None behind the last one),
+        learned (bool, whether `token` is learned), probability (of `next`, None where the cache does not know
+        it), best ([(str, probability)], descending), head_mass (probability inside the stored head) and
+        entropy (nats, None where unknown).
 
     Raises:
         IndexError: there is no such sample.
@@ -123,8 +123,8 @@ class Experiment:
             batch: one of `batches()`.
 
         Returns:
-            Scalars in float32, means over the learned positions: "loss", which is differentiable, and each of
-            the S terms under its label, unweighted.
+            "loss", which is differentiable, and each of the S terms under its label, unweighted. All are
+            scalars in float32, means over the learned positions.
         """
         self.model.train()
         with self.trainer.compute_loss_context_manager():
