@@ -4,7 +4,14 @@ share. Each is also the builtin that callers expect.
 
 
 class DistilyError(Exception):
-    """Anything that distily-cache raises on purpose; the message is one line."""
+    """Anything that distily-cache raises on purpose; the message is one line.
+
+    Example:
+        try:
+            reader = CacheReader.open("run/cache")
+        except DistilyError as error:
+            sys.exit(str(error))
+    """
 
 
 class CheckpointError(DistilyError, ValueError):

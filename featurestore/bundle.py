@@ -91,7 +91,7 @@ class Bundle:
         """The same as stored, cut to `want` (see `GroupKind.cut`)."""
         record = self._record(want)
         try:
-            found = self._read(record, position)
+            codes = self._read(record, position)
         except (CorruptionError, StoreFormatError):
             if not self._root.keeps_copies:
                 raise
@@ -99,10 +99,10 @@ class Bundle:
             self._groups.pop(record.group, None)
             self._verified.discard((self.task.id, record.group))
             with self._root.naming():
-                found = self._read(record, position)
+                codes = self._read(record, position)
         assert record.spec is not None
         tokens = self.samples()[position].tokens
-        return kind_of(want).cut(found, record.spec, want, tokens, self._identity)
+        return kind_of(want).cut(codes, record.spec, want, tokens, self._identity)
 
     def _record(self, want: GroupSpec) -> CommitRecord:
         if want not in self._serving:
@@ -164,7 +164,7 @@ def load_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
     samples = root.load(name, lambda data, where: samples_from_bytes(data, task, where), size)
     if not record.documents:
         return samples
-    return [replace(one, documents=keys) for one, keys in zip(samples, record.documents, strict=True)]
+    return [replace(sample, documents=keys) for sample, keys in zip(samples, record.documents, strict=True)]
 
 
 def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecord | None:

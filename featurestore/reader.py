@@ -153,23 +153,34 @@ class CacheReader:
         return len(self.sample_ids)
 
     def documents(self) -> list[list[tuple[str, ...]]]:
-        """Per sample the keys of its documents, once for each task that holds the sample (mostly one); ()
-        where a task does not know them. Reads one small record per task.
+        """The documents that each sample was cut from. One small record is read for each task.
+
+        Returns:
+            One list per sample, in the order of `sample_ids`. It has an entry for each task that holds the
+            sample (mostly one): the keys of its documents, () where the task does not know them.
+
+        Raises:
+            CorruptionError: a commit record is missing or damaged.
         """
         self._root.fetch({commit_name(SAMPLES, task.id): MAX_RECORD_BYTES for task in self._tasks})
-        found: dict[str, list[tuple[str, ...]]] = {sample_id: [] for sample_id in self.sample_ids}
+        by_sample: dict[str, list[tuple[str, ...]]] = {sample_id: [] for sample_id in self.sample_ids}
         for task in self._tasks:
             expected = self._manifest.tasks[task.id][SAMPLES]
             record = read_commit(self._root, SAMPLES, task.id, expected)
             check_extent(record, task)
             known = record.documents or ((),) * len(task.sample_ids)
             for sample_id, keys in zip(task.sample_ids, known, strict=True):
-                found[sample_id].append(keys)
-        return list(found.values())
+                by_sample[sample_id].append(keys)
+        return list(by_sample.values())
 
     @property
     def teacher_dir(self) -> Path:
-        """A local directory with the teacher's config and tokenizer files."""
+        """A local directory with the teacher's configuration and tokenizer files.
+
+        Raises:
+            CorruptionError: a file of an object store is missing or is not what was committed.
+            StoreAccessError: the object store does not answer.
+        """
         if self._root.keeps_copies:
             for listing in self._manifest.teacher:
                 stamps = read_teacher_listing(self._root, listing)
@@ -182,7 +193,11 @@ class CacheReader:
         return Sidecar(self._root, self.identity, self._manifest.teacher)
 
     def shards(self) -> list[list[int]]:
-        """The indices of the samples of each task, for `featurestore.order.epoch_order`."""
+        """The samples of each task, which share their files and are best read one after the other.
+
+        Returns:
+            One list of indices per task, as `featurestore.order.epoch_order` takes them.
+        """
         members: dict[int, list[int]] = {}
         for index, task in enumerate(self._places[:, 0].tolist()):
             members.setdefault(task, []).append(index)
@@ -217,8 +232,15 @@ class CacheReader:
             top_p: the smallest part of each head with this share of the mass.
             tail: the first so many draws from outside the head.
 
+        Returns:
+            A spec for `read`.
+
         Raises:
             MissingFeatureError: nothing covers it; the message names what there is, and the generate flags.
+
+        Example:
+            top = reader.find_logits(top_k=10)
+            ids = reader.read(0, [top]).features[top].ids
         """
         widest = self.find("logits")
         assert isinstance(widest, LogitsSpec)
@@ -249,7 +271,7 @@ class CacheReader:
                 group that all samples have.
 
         Returns:
-            Tokens int32 [T], loss mask bool [T], and for each spec its features: `LogitsFeatures` with
+            Tokens int32 [T], loss mask bool [T], and the features by spec, which are `LogitsFeatures` with
             ragged heads, `LseFeatures` float32 [T], or hidden states [T, D].
 
         Raises:
@@ -275,7 +297,20 @@ class CacheReader:
         )
 
     def read_codes(self, index: int, groups: Sequence[GroupSpec]) -> CodedSample:
-        """Sample `index` with features as stored: a batch of them is decoded at once by who reads them."""
+        """One sample with its features as stored, so that a whole batch can be decoded at once.
+
+        Args:
+            index: from 0 to `len(reader) - 1`.
+            groups: the specs to read, as in `read`.
+
+        Returns:
+            What `read` gives, with `LogitsCodes` (integers as stored) in the place of `LogitsFeatures`.
+
+        Raises:
+            IndexError: there is no such sample.
+            MissingFeatureError: no group of the store covers a spec.
+            CorruptionError: the bytes are not those that were committed.
+        """
         bundle, position = self._place(index)
         sample = bundle.samples()[position]
         features = {spec: bundle.codes(position, spec) for spec in groups}
@@ -297,7 +332,15 @@ class CacheReader:
         """Make the files of the shard that holds sample `index` available and verified; nothing is decoded.
 
         Safe in one thread while another reads: the reads that follow find the files at hand and trust them.
-        A spec that no group serves is left to `read`, which says so. Raises what `read` raises for damage.
+
+        Args:
+            index: of the sample, from 0 to `len(reader) - 1`.
+            groups: the specs that `read` will be asked for. One that no group serves is left to `read`, which
+                raises an error for it.
+
+        Raises:
+            CorruptionError: a file is missing, or is not what was committed.
+            StoreAccessError: the object store does not answer.
         """
         self._open(int(self._places[index, 0])).warm(groups)
 

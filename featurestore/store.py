@@ -71,6 +71,10 @@ class FeatureStore:
     Attributes:
         path: where the store lies.
         identity: the teacher, its tokenizer and its engine.
+
+    Example:
+        store = FeatureStore.open("run/cache")
+        print(len(store.known_tasks()), "tasks;", list(store.group_specs()))
     """
 
     def __init__(self, root: Root, identity: TeacherIdentity) -> None:
@@ -87,6 +91,9 @@ class FeatureStore:
         Args:
             path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
             identity: whose features it will hold.
+
+        Returns:
+            The store, new or as it was found.
 
         Raises:
             SpecMismatchError: it holds features of another teacher.
@@ -117,8 +124,14 @@ class FeatureStore:
     def open(cls, path: str | Path) -> FeatureStore:
         """Open an existing store.
 
+        Args:
+            path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+
         Raises:
             StoreNotFoundError: there is none.
+            StoreFormatError: it is of a version that is not known.
+            CorruptionError: SPEC.json is damaged.
+            StoreAccessError: the object store does not answer.
         """
         root = root_of(path)
         return cls(root, read_spec(root)[0])
@@ -149,7 +162,11 @@ class FeatureStore:
         return {task.id: task for _, tasks in sorted(self._plans.items()) for task in tasks}
 
     def add_plan(self, tasks: Sequence[Task]) -> None:
-        """Publish a plan file with the tasks that are not planned yet."""
+        """Publish a plan file with the tasks that are not planned yet.
+
+        Raises:
+            StoreWriteError: the place cannot be written.
+        """
         known = self.known_tasks()
         new = [task for task in tasks if task.id not in known]
         if new:
@@ -176,7 +193,12 @@ class FeatureStore:
         return specs
 
     def read_samples(self, task_id: str) -> list[Sample]:
-        """Tokens and masks of a committed task, in the task's order."""
+        """Tokens and masks of a committed task, in the task's order.
+
+        Raises:
+            MissingFeatureError: the task is not planned, or its samples are not committed.
+            CorruptionError: the bytes are not those that were committed.
+        """
         task = self.known_tasks().get(task_id)
         if task is None or not self._has(None, task):
             raise MissingFeatureError(f"the samples of task {task_id} are not committed in {self.path}")
@@ -195,10 +217,20 @@ class FeatureStore:
     ) -> list[CommitRecord]:
         """Write and commit the samples and features of one task; what is committed already is kept.
 
-        samples: in the task's order. features: per group one entry per sample. run: what the
-        run has spent so far, kept in the records. Returns the record of each
-        group in `features`, then that of the samples, whichever writer's they are. Raises ValueError for
-        numbers that the contract excludes, StoreWriteError when the disk refuses.
+        Args:
+            task: one that `add_plan` has published.
+            samples: those of the task, in its order.
+            features: for each group one entry per sample.
+            run: what the run has spent so far; it is kept in the records.
+
+        Returns:
+            The record of each group in `features`, then that of the samples. Where another writer committed
+            first, the record is the other writer's.
+
+        Raises:
+            ValueError: the samples are not those of the task, or a value is one that the format excludes.
+            StoreWriteError: the place cannot be written.
+            SpecMismatchError: the store, empty until now, was given to another teacher meanwhile.
         """
         self._check_samples(task, samples)
         missing = {g: f for g, f in features.items() if not self._has(g, task)}
@@ -213,8 +245,12 @@ class FeatureStore:
     def commit(self, records: Sequence[CommitRecord]) -> None:
         """Publish the records of durable, private bundles, in this order; a record that is there stays.
 
-        Raises StoreWriteError when the disk refuses, SpecMismatchError when the store, empty until now,
-        was given to another teacher meanwhile.
+        Args:
+            records: of bundles whose files are all written and durable.
+
+        Raises:
+            StoreWriteError: the place cannot be written.
+            SpecMismatchError: the store, empty until now, was given to another teacher meanwhile.
         """
         with writing("commit records", self.path):
             for bundle in {record.bundle for record in records}:
@@ -230,7 +266,15 @@ class FeatureStore:
                 )
 
     def publish_manifest(self) -> Manifest:
-        """Publish the list of all that is committed now. The same commits give the same manifest."""
+        """Publish the list of all that is committed now. The same commits give the same manifest.
+
+        Returns:
+            The manifest. `CacheReader.open(path, manifest.digest)` reads exactly what it lists.
+
+        Raises:
+            StoreFormatError: nothing is committed yet.
+            StoreWriteError: the place cannot be written.
+        """
         tasks: dict[str, dict[str, str]] = {}
         specs: dict[str, GroupSpec] = {}
         records: dict[str, list[CommitRecord]] = {}
@@ -251,8 +295,8 @@ class FeatureStore:
             tasks=complete,
             stats={
                 group: sums
-                for group, found in sorted(records.items())
-                if (sums := sum_stats(record for record in found if record.task in complete))
+                for group, listed in sorted(records.items())
+                if (sums := sum_stats(record for record in listed if record.task in complete))
             },
         )
         with writing("a manifest", self.path):
@@ -278,7 +322,17 @@ class FeatureStore:
         return sidecar_files(self.root, teacher_listings(self.root))
 
     def add_provenance(self, record: Mapping[str, Any]) -> str:
-        """Keep a JSON record of one run (argv, versions, seconds); returns its id."""
+        """Keep a record of one run: its command line, versions, seconds.
+
+        Args:
+            record: what JSON can hold.
+
+        Returns:
+            The record's id.
+
+        Raises:
+            StoreWriteError: the place cannot be written.
+        """
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
         with writing("provenance", self.path):
             # Through JSON once, so that what is sealed is what a reader parses.
@@ -295,7 +349,7 @@ class FeatureStore:
         """What runs spent that left no provenance record (they were stopped, or are at work), in the fields
         of one.
         """
-        records = (record for found in self.commits().values() for record in found.values())
+        records = (record for by_task in self.commits().values() for record in by_task.values())
         return [
             {
                 "command": "generate (stopped, or still at work)",

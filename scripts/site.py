@@ -92,10 +92,8 @@ def _cell(text: str) -> str:
 def python() -> str:
     """The public names, for mkdocstrings."""
     parts = ["# Python reference\n\nThe names that `distily` offers; [how they are used](../python.md).\n"]
-    for name in distily.__all__:
-        if not name.startswith("_"):
-            value = getattr(distily, name)
-            parts.append(f"::: {value.__module__}.{value.__qualname__}\n")
+    # Under the names that programs import, which are not always those of the definitions.
+    parts += [f"::: distily.{name}\n" for name in distily.__all__ if not name.startswith("_")]
     return "\n".join(parts)
 
 

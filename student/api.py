@@ -40,10 +40,10 @@ def expectations(reader: CacheReader, index: int, limit: int = 20, best: int = 3
         best: how many of the most probable tokens.
 
     Returns:
-        Of each position: position (int), token and next (str, None behind the last one), learned (bool: is
-        `token` learned), probability (of `next`, None where the cache does not know it), best ([(str,
-        probability)], descending), head_mass (probability inside the stored head), entropy (nats, None where
-        unknown).
+        A mapping for each position, with position (int), token and next (str, None behind the last one),
+        learned (bool, whether `token` is learned), probability (of `next`, None where the cache does not know
+        it), best ([(str, probability)], descending), head_mass (probability inside the stored head) and
+        entropy (nats, None where unknown).
 
     Raises:
         IndexError: there is no such sample.
@@ -88,6 +88,11 @@ class Experiment:
         trainer: transformers' Trainer, on the device of its `args`.
         model: its module; `model.student` is the student as transformers knows it, `model.objective` what is
             learned.
+
+    Example:
+        experiment = Experiment("run/cache", "out", student_model_config={"num_hidden_layers": 2})
+        print(experiment.losses(next(experiment.batches())))
+        experiment.train()
     """
 
     def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:
@@ -102,23 +107,38 @@ class Experiment:
     def batches(self) -> Iterator[dict[str, Any]]:
         """The batches of the first epoch, in the order in which training reads them, on its device.
 
-        input_ids, attention_mask and labels int64 [B, T] (a label is the token that follows, -100 where
-        nothing is learned), and the teacher's features as stored: see `student.data.batches.Collator`.
+        Yields:
+            input_ids, attention_mask and labels, int64 [B, T] (a label is the token that follows, -100 where
+            nothing is learned), and the teacher's features as stored; see `student.data.batches.Collator`.
         """
         return iter(self.trainer.get_train_dataloader())
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What a training step would compute of a batch, scalars in float32: "loss", with its gradient, and
-        each of the S terms under its label, unweighted; all means over the learned positions.
+        """The losses that a training step would compute of a batch.
 
-        Weights are those of the first step, where they move. The gradient adds to that of earlier calls, as
-        always in torch; `train` begins with none.
+        Weights are those of the first step, where they move. After `backward`, gradients add to those of
+        earlier calls, as always in torch; `train` begins with none.
+
+        Args:
+            batch: one of `batches()`.
+
+        Returns:
+            "loss", which is differentiable, and each of the S terms under its label, unweighted. All are
+            scalars in float32, means over the learned positions.
         """
         self.model.train()
         with self.trainer.compute_loss_context_manager():
-            found = self.model(**batch)
-        return {"loss": found["loss"], **dict(zip(self.model.objective.labels, found["terms"], strict=True))}
+            outputs = self.model(**batch)
+        terms = dict(zip(self.model.objective.labels, outputs["terms"], strict=True))
+        return {"loss": outputs["loss"], **terms}
 
     def train(self) -> dict[str, Any]:
-        """Train, and write student, report.html and summary.json into the output directory; the summary."""
+        """Train, and write student, report.html and summary.json into the output directory.
+
+        Returns:
+            What summary.json holds; {} in processes other than the first.
+
+        Raises:
+            StudentError: a loss or a weight is not finite, or the checkpoint is not of this student.
+        """
         return train(self._built, self._command)

@@ -67,6 +67,8 @@ def encode_head(
         raise ValueError("head logits must not be NaN, and the top of each row must be finite")
     if (logits[1:] > logits[:-1])[_inside(starts, len(logits))].any():
         raise ValueError("head logits must descend inside each row")
+    # Each drop from the top is rounded, and only then are differences taken: rounded differences would add up
+    # their errors with rank.
     drop = np.repeat(top, counts) - logits
     steps = np.minimum(np.rint(drop * STEPS_PER_NAT), MAX_DROP)
     gaps = np.diff(steps, prepend=0.0)
@@ -88,6 +90,7 @@ def decode_head(counts: Array, gaps: Array, odds: Array, lse: Array) -> npt.NDAr
     total = np.cumsum(gaps, dtype=np.int64)
     # A row's first gap is 0 by definition and cancels.
     drop = (total - np.repeat(total[starts], counts)) / STEPS_PER_NAT
+    # One shift for each row makes the exponentials of its head sum to the stored mass.
     log_mass = np.where(odds == CLOSED, 0.0, -np.logaddexp(0.0, odds / -ODDS_STEPS))
     shift = lse + log_mass - np.log(np.add.reduceat(np.exp(-drop), starts))
     return (np.repeat(shift, counts) - drop).astype(np.float32)
@@ -146,6 +149,7 @@ def narrow_mask(counts: Array, logits: Array, lse: Array, top_k: int, top_p: flo
     rank = np.arange(len(logits)) - np.repeat(starts, counts)
     keep = rank < top_k
     if top_p is not None:
+        # The mass of the ranks above each entry: a running sum over all rows, less what each row began with.
         p = np.exp(logits.astype(np.float64) - np.repeat(lse.astype(np.float64), counts))
         before = np.cumsum(p) - p
         keep &= (before - np.repeat(before[starts], counts)) < top_p

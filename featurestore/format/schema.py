@@ -125,6 +125,7 @@ class LogitsSpec:
 
     @property
     def kind(self) -> str:
+        """The name that `CacheReader.find` takes: "logits"."""
         return "logits"
 
     def to_json(self) -> dict[str, Any]:
@@ -145,6 +146,9 @@ class HiddenSpec:
 
     Raises:
         StoreFormatError: the layer is out of its range, or the type is unknown.
+
+    Example:
+        HiddenSpec(20, "int8")
     """
 
     layer: int
@@ -160,6 +164,7 @@ class HiddenSpec:
 
     @property
     def kind(self) -> str:
+        """The name that `CacheReader.find` takes: "hidden.L20" for layer 20."""
         return f"hidden.L{self.layer}"
 
     def to_json(self) -> dict[str, Any]:
@@ -179,6 +184,9 @@ class LseSpec:
 
     Raises:
         StoreFormatError: it is out of its range.
+
+    Example:
+        LseSpec(2.0)
     """
 
     temperature: float
@@ -195,6 +203,7 @@ class LseSpec:
 
     @property
     def kind(self) -> str:
+        """The name that `CacheReader.find` takes: "lse.T2" for temperature 2."""
         return f"lse.T{self.temperature:g}"
 
     def to_json(self) -> dict[str, Any]:

@@ -81,10 +81,14 @@ def store_info(path: str | Path) -> StoreInfo:
     Args:
         path: a local directory, s3://bucket/prefix or gs://bucket/prefix.
 
+    Returns:
+        The sums as attributes; `to_json()` makes a JSON object of them.
+
     Raises:
         StoreNotFoundError: there is no store.
         StoreFormatError: a record is not of this format.
         CorruptionError: a record is damaged.
+        StoreAccessError: the object store does not answer.
 
     Example:
         store_info("run/cache").rows

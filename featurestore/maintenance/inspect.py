@@ -130,8 +130,16 @@ def mass_by_rank(reader: CacheReader) -> RankMass:
     """How much of the teacher's distribution its most probable tokens hold, by rank: means over the learned
     positions of samples that are spread over the store.
 
+    Args:
+        reader: an open store.
+
+    Returns:
+        `ranks`, which are 1, 2, 4, ... and the widest head, and for each of them `probability`, the mean at
+        that rank, and `cumulative`, the mean of the mass of all ranks up to it.
+
     Raises:
-        MissingFeatureError: not every sample has logits.
+        MissingFeatureError: not every sample has logits, or none is learned from.
+        CorruptionError: the bytes are not those that were committed.
 
     Example:
         mass = mass_by_rank(reader)

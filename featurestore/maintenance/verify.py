@@ -82,7 +82,7 @@ def verify_store(path: str | Path, deep: bool, progress: Progress | None = None)
         StoreAccessError: the object store does not answer.
 
     Example:
-        assert verify_store("run/cache", deep=True).sound
+        assert verify("run/cache", deep=True).sound
     """
     root = root_of(path)
     if not root.exists(SPEC_FILE) and not root.names("commit"):

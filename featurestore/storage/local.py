@@ -117,17 +117,17 @@ class LocalRoot:
     def unfinished(self) -> list[str]:
         folders = [self.path / name for name in ("", PARTS, "provenance", "teacher")]
         folders += [*self.path.glob("commit/*"), *self.path.glob(f"{WRITTEN}/*")]
-        found = [path for folder in folders for path in sorted(folder.glob(f"{TEMPORARY}*"))]
-        return [str(path.relative_to(self.path)) for path in found]
+        leftovers = [path for folder in folders for path in sorted(folder.glob(f"{TEMPORARY}*"))]
+        return [str(path.relative_to(self.path)) for path in leftovers]
 
     def state(self, name: str) -> State | None:
         path = self.path / name
         try:
             inside = [Path(folder, file) for folder, _, files in os.walk(path) for file in (".", *files)]
-            states = [one.stat() for one in (path, *inside)]
+            states = [entry.stat() for entry in (path, *inside)]
         except FileNotFoundError:
             return None
-        size = sum(one.stat().st_size for one in {path, *inside} if one.is_file())
+        size = sum(entry.stat().st_size for entry in {path, *inside} if entry.is_file())
         return State(size, max(state.st_mtime for state in states))
 
     def now(self) -> float:

@@ -65,18 +65,18 @@ class Objects:
         """Whether an object has these bytes, None when there is no such object."""
         try:
             with self._errors(name):
-                found = self._obstore.get(self._here(), name)
-                return found.meta["size"] == len(data) and bytes(found.bytes()) == data
+                reply = self._obstore.get(self._here(), name)
+                return reply.meta["size"] == len(data) and bytes(reply.bytes()) == data
         except CorruptionError:
             return None
 
     def blocks(self, name: str, limit: int) -> Iterator[bytes]:
         """The bytes of an object in order; CorruptionError when it has more than `limit`."""
         with self._errors(name):
-            found = self._obstore.get(self._here(), name)
-            if found.meta["size"] > limit:
-                raise CorruptionError(f"{self.url}/{name}: {found.meta['size']} bytes, more than {limit}")
-            yield from found.stream()
+            reply = self._obstore.get(self._here(), name)
+            if reply.meta["size"] > limit:
+                raise CorruptionError(f"{self.url}/{name}: {reply.meta['size']} bytes, more than {limit}")
+            yield from reply.stream()
 
     def below(self, folder: str) -> list[Any]:
         """Metadata of every object below a folder."""
@@ -86,8 +86,8 @@ class Objects:
     def within(self, folder: str) -> list[str]:
         """Last parts of the names of the objects and folders right in a folder."""
         with self._errors():
-            found = self._obstore.list_with_delimiter(self._here(), folder or None)
-        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+            listing = self._obstore.list_with_delimiter(self._here(), folder or None)
+        paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
         return sorted(name for path in paths if (name := path.rsplit("/", 1)[-1]))
 
     def put(self, name: str, content: Path | bytes) -> None:

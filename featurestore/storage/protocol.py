@@ -31,10 +31,18 @@ class State:
 
 
 class Root(Protocol):
-    """A place for one store.
+    """A place for one store: all that the rest of the package asks of a directory or a bucket.
+
+    An implementation guarantees that
+
+    - `publish` decides between writers that run at the same moment. Of several calls with different bytes one
+      returns True, and no reader ever sees a part of a file. To look first and then write is not enough;
+    - what `publish`, `replace` and `settle` wrote survives a crash once they have returned;
+    - a file never changes once it is there, except SPEC.json.
 
     Reading raises CorruptionError, naming the file, for what is missing or damaged, and StoreAccessError when
-    the place does not answer. Writing raises OSError.
+    the place does not answer. Writing raises OSError. Tests of what holds for every place take the fixture
+    `place`.
     """
 
     keeps_copies: bool

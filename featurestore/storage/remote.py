@@ -171,11 +171,11 @@ class RemoteRoot:
         return [name for name in self._objects.within("") if name.startswith(TEMPORARY)]
 
     def state(self, name: str) -> State | None:
-        found = self._objects.below(name) or [meta for meta in [self._objects.head(name)] if meta]
-        if not found:
+        metas = self._objects.below(name) or [meta for meta in [self._objects.head(name)] if meta]
+        if not metas:
             return None
-        newest = max(meta["last_modified"].timestamp() for meta in found)
-        return State(sum(meta["size"] for meta in found), newest)
+        newest = max(meta["last_modified"].timestamp() for meta in metas)
+        return State(sum(meta["size"] for meta in metas), newest)
 
     def now(self) -> float:
         """The service's time: what it says of an object that was made just now."""

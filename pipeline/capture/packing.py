@@ -49,22 +49,22 @@ class RowLayout:
 
     @classmethod
     def of(cls, spec: CaptureSpec, hidden_size: int) -> RowLayout:
-        wanted: list[tuple[str, np.dtype[np.generic], int]] = []
+        columns: list[tuple[str, np.dtype[np.generic], int]] = []
         if spec.top_k:
-            wanted += [("counts", np.dtype(np.int32), 1), ("head_ids", np.dtype(np.int32), spec.top_k)]
-            wanted += [("head_logits", np.dtype(np.float32), spec.top_k)]
-            wanted += [(name, np.dtype(np.float32), 1) for name in ("lse", "label_logprob", "entropy")]
+            columns += [("counts", np.dtype(np.int32), 1), ("head_ids", np.dtype(np.int32), spec.top_k)]
+            columns += [("head_logits", np.dtype(np.float32), spec.top_k)]
+            columns += [(name, np.dtype(np.float32), 1) for name in ("lse", "label_logprob", "entropy")]
         if spec.tail:
-            wanted.append(("tail_draws", np.dtype(np.int32), spec.tail))
-        wanted += [(lse_field(temperature), np.dtype(np.float32), 1) for temperature in spec.temperatures]
+            columns.append(("tail_draws", np.dtype(np.int32), spec.tail))
+        columns += [(lse_field(temperature), np.dtype(np.float32), 1) for temperature in spec.temperatures]
         for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
             stored, scaled = HIDDEN_DTYPES[dtype]
-            wanted.append((f"hidden.{layer}", np.dtype(stored), hidden_size))
+            columns.append((f"hidden.{layer}", np.dtype(stored), hidden_size))
             if scaled:
-                wanted.append((f"scale.{layer}", np.dtype(np.float32), 1))
-            wanted += [(f"{name}.{layer}", np.dtype(np.float32), 1) for name in HIDDEN_STATS]
+                columns.append((f"scale.{layer}", np.dtype(np.float32), 1))
+            columns += [(f"{name}.{layer}", np.dtype(np.float32), 1) for name in HIDDEN_STATS]
         fields, start = [], 0
-        for name, numpy_dtype, width in wanted:
+        for name, numpy_dtype, width in columns:
             fields.append(Field(name, numpy_dtype, width, start))
             start += numpy_dtype.itemsize * width
         return cls(tuple(fields), start)

@@ -106,17 +106,17 @@ def top(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = logits_NV.shape
     blocks = vocab // BLOCK
     if 2 * k > blocks:
-        found = torch.topk(logits_NV, k, dim=-1)
-        return found.values, found.indices
+        largest = torch.topk(logits_NV, k, dim=-1)
+        return largest.values, largest.indices
     whole = torch.unflatten(logits_NV[:, : blocks * BLOCK], -1, (blocks, BLOCK))
     best = whole.amax(-1).topk(k, dim=-1, sorted=False).indices
     row = torch.arange(rows, device=best.device).unsqueeze(-1)
     candidates = torch.cat([whole[row, best].flatten(1), logits_NV[:, blocks * BLOCK :]], dim=-1)
-    found = torch.topk(candidates, k, dim=-1)
-    block, inside = found.indices // BLOCK, found.indices % BLOCK
+    largest = torch.topk(candidates, k, dim=-1)
+    block, inside = largest.indices // BLOCK, largest.indices % BLOCK
     # What is left beside whole blocks comes after the k best ones, as one more block in its own place.
     best = torch.nn.functional.pad(best, (0, 1), value=blocks)
-    return found.values, best.gather(-1, block) * BLOCK + inside
+    return largest.values, best.gather(-1, block) * BLOCK + inside
 
 
 def lse_at(logits_NV: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
@@ -132,7 +132,7 @@ def lse_at(logits_NV: torch.Tensor, temperatures: Sequence[float]) -> list[torch
     distance = logits - peak
     weights = torch.empty_like(distance)
     exact = last = math.inf
-    found = {}
+    by_temperature = {}
     for temperature in sorted(temperatures, reverse=True):
         squarings = math.log2(last / temperature) if exact <= MAX_SQUARED * temperature else 0.5
         if squarings.is_integer():
@@ -142,8 +142,8 @@ def lse_at(logits_NV: torch.Tensor, temperatures: Sequence[float]) -> list[torch
             torch.div(distance, temperature, out=weights).exp_()
             exact = temperature
         last = temperature
-        found[temperature] = peak[:, 0] / temperature + weights.sum(-1).log()
-    return [found[temperature] for temperature in temperatures]
+        by_temperature[temperature] = peak[:, 0] / temperature + weights.sum(-1).log()
+    return [by_temperature[temperature] for temperature in temperatures]
 
 
 def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:
@@ -155,14 +155,18 @@ def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) ->
     never drawn; a row without any weight gives NO_DRAW.
     """
     rows, vocab = weights_NV.shape
+    # 1. The mass of each block of columns, and of the columns beside whole blocks, summed up along the row.
     whole = vocab // BLOCK * BLOCK
     blocks = weights_NV[:, :whole].reshape(rows, -1, BLOCK).sum(-1)
     sums = torch.cat([blocks, weights_NV[:, whole:].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
+    # 2. The row's points: the low-discrepancy grid, moved by the row's shift and scaled to the row's mass.
     grid = torch.from_numpy(van_der_corput(count)).to(shifts_N.device)
     points = torch.sort((shifts_N[:, None] + grid) % 1.0, dim=-1).values
     target = _below(points * sums[:, -1:], sums[:, -1:])
+    # 3. The block in which each point falls, and the mass in front of that block.
     block = torch.searchsorted(sums, target, right=True).clamp_max_(sums.shape[1] - 1)
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp_min(0)), 0.0)
+    # 4. The column within that block. Places beyond V weigh nothing, so that none of them is drawn.
     columns = block[..., None] * BLOCK + torch.arange(BLOCK, device=block.device)
     flat = columns.clamp_max(vocab - 1).reshape(rows, -1)
     inner = weights_NV.gather(-1, flat).reshape(columns.shape).masked_fill_(columns >= vocab, 0.0)

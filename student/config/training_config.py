@@ -32,8 +32,8 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
     """transformers' `TrainingArguments`, and what is distilled: each flag of `distily-train from-cache`, with
     underscores.
 
-    Where a default differs from that of TrainingArguments it stands below; None follows from the machine and
-    from other arguments.
+    Defaults that differ from those of `TrainingArguments` stand below. A field that is None is filled in from
+    the machine and from the other arguments.
 
     `student_model_config` and `objective` may be mappings. `objective` takes the place of `logits_loss`,
     `ce_weight`, `hidden_loss` and their kin.
@@ -49,22 +49,41 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
     """
 
     eval_strategy: Any = "steps"
+    """Held-out samples are measured during the run, not only at its end."""
     eval_on_start: bool = True
+    """They are also measured before the first step, which shows where the student starts."""
     eval_steps: float | None = None
+    """A share of the run, or a number of steps from 1 up. None: a tenth of the run, but every 5 steps where
+    `max_steps` is below 50 and `load_best_model_at_end` is off."""
     logging_steps: float = 0.02
+    """A share of the run: the curve has about fifty points, however long the run is."""
     logging_first_step: bool = True
+    """The loss of the first step is logged as well: it is that of the student as it starts."""
     save_steps: float = 0.2
+    """A share of the run: five checkpoints over its length."""
     save_total_limit: int | None = 2
+    """The last two checkpoints are kept and older ones removed, except the best one with
+    `load_best_model_at_end`."""
     learning_rate: float = 4e-4
+    """Eight times that of `TrainingArguments`. `distily-train sweep` compares several."""
     lr_scheduler_type: Any = "cosine"
+    """The learning rate falls as a cosine, to zero at the last step."""
     warmup_steps: float = 0.05
+    """A share of the run, in which the learning rate rises linearly from zero."""
     report_to: Any = field(default_factory=_report_to)
+    """TensorBoard where it is installed, else nothing."""
     include_num_input_tokens_seen: Any = "non_padding"
+    """Tokens are counted for the summary, without padding."""
     remove_unused_columns: bool = False
+    """A cache has no columns to remove."""
     use_cpu: bool | None = None
+    """None: the GPU that torch sees, or the CPU of a machine without one."""
     bf16: bool | None = None
+    """None: bfloat16 autocast is on where the machine computes fast in it; `notes` says what was chosen."""
     dataloader_num_workers: int | None = None
+    """None: for a training on a GPU up to 4, no more than the CPU has cores; on a CPU 0."""
     dataloader_pin_memory: bool | None = None
+    """None: on for a training on a GPU."""
 
     def __post_init__(self) -> None:
         for name in _AS_TEXT:

@@ -63,7 +63,7 @@ def calibration_samples(dataset: CachedDataset) -> list[Tensor]:
     """The beginnings of the first samples, int64 [t] each: always the same, and none that is held out."""
     count = min(CALIBRATION_SAMPLES, len(dataset))
     tokens = [dataset[index].tokens[:CALIBRATION_LENGTH] for index in range(count)]
-    return [torch.from_numpy(one.astype(np.int64)) for one in tokens]
+    return [torch.from_numpy(ids.astype(np.int64)) for ids in tokens]
 
 
 class CacheOrder(torch.utils.data.Sampler[int]):
@@ -145,7 +145,7 @@ class Collator:
             codes = [_logits_codes(sample, self._logits) for sample in samples]
             batch["coded_head"] = pad_logits(codes, length)
             if self._lse:
-                batch["coded_head"]["lse"] = pad([one.lse for one in codes], length, np.int32)
+                batch["coded_head"]["lse"] = pad([row.lse for row in codes], length, np.int32)
             for group in self._lse:
                 rows = [_lse(sample, group) for sample in samples]
                 batch["coded_head"][group.kind] = pad(rows, length, np.float32)
@@ -182,7 +182,7 @@ def pad_logits(codes: Sequence[LogitsCodes], length: int) -> dict[str, Tensor]:
     int16 [B, T]. torch has few operations for unsigned integers, so that these travel as the bits of their
     signed twins.
     """
-    counts_BT = pad([one.counts for one in codes], length, np.uint16).numpy()
+    counts_BT = pad([row.counts for row in codes], length, np.uint16).numpy()
     # Where each entry of the padded heads lies in the ragged ones: padding takes a row's first.
     starts_BT = np.zeros(counts_BT.shape, np.int64)
     np.cumsum(counts_BT.ravel()[:-1], out=starts_BT.ravel()[1:])
@@ -195,16 +195,16 @@ def pad_logits(codes: Sequence[LogitsCodes], length: int) -> dict[str, Tensor]:
 
     batch = {
         "counts": torch.from_numpy(counts_BT.view(np.int16)),
-        "odds": pad([one.odds for one in codes], length, np.int16, CLOSED),
-        "ids": heads([one.ids.view(np.int32) for one in codes]),
-        "gaps": heads([one.gaps.view(np.int16) for one in codes]),
-        "label_logprob": pad([one.label_logprob.view(np.int32) for one in codes], length, np.int32, -1),
+        "odds": pad([row.odds for row in codes], length, np.int16, CLOSED),
+        "ids": heads([row.ids.view(np.int32) for row in codes]),
+        "gaps": heads([row.gaps.view(np.int16) for row in codes]),
+        "label_logprob": pad([row.label_logprob.view(np.int32) for row in codes], length, np.int32, -1),
     }
-    draws = [one.draws for one in codes if one.draws is not None]
+    draws = [row.draws for row in codes if row.draws is not None]
     if draws:
         batch["draws"] = pad(draws, length, np.int32)
-        batch["repeats"] = pad([one.repeats for one in codes if one.repeats is not None], length, np.int32)
-        batch["entropy"] = pad([one.entropy.view(np.int16) for one in codes], length, np.int16)
+        batch["repeats"] = pad([row.repeats for row in codes if row.repeats is not None], length, np.int32)
+        batch["entropy"] = pad([row.entropy.view(np.int16) for row in codes], length, np.int16)
     return batch
 
 

@@ -89,13 +89,23 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         Args:
             epoch: each has an order of its own.
             seed: of all of them.
+
+        Returns:
+            Indices into this data set, for the argument `sampler` of a `DataLoader`.
         """
         shards = self._coded.shards()
         return [int(index) for index in epoch_order(self._coded.manifest_digest, seed, epoch, shards)]
 
     @staticmethod
     def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A batch of items, padded on the right: tensors [B, T, ...], and attention_mask int64 [B, T]."""
+        """A batch of items, for the argument `collate_fn` of a `DataLoader`.
+
+        Args:
+            items: samples of this data set.
+
+        Returns:
+            The tensors of the items, padded on the right to [B, T, ...], and attention_mask int64 [B, T].
+        """
         longest = max(len(item["input_ids"]) for item in items)
         batch = {name: _stack(name, [item[name] for item in items], longest) for name in items[0]}
         lengths = torch.tensor([len(item["input_ids"]) for item in items])

@@ -26,7 +26,20 @@ Exactness = Literal["exact", "unbiased", "bound", "coarse"]
 
 
 class Need(Flag):
-    """What a loss reads of a cache."""
+    """What a loss reads of a cache; members are joined by `|`.
+
+    Attributes:
+        NOTHING: labels only, which every cache has.
+        HEAD: the stored head of each distribution and its logsumexp.
+        DRAWS: tokens sampled from outside the head.
+        LABEL: the teacher's log-probability of the label.
+        FULL: the full distribution, by way of the final hidden state and the teacher's head.
+        HIDDEN: hidden states.
+        PROJECTIONS: hidden states, and the teacher's projections of them to queries, keys and values.
+
+    Example:
+        Need.HEAD | Need.DRAWS
+    """
 
     NOTHING = 0
     HEAD = auto()
@@ -38,7 +51,7 @@ class Need(Flag):
 
     @property
     def letters(self) -> str:
-        """As tables show them."""
+        """The letters that tables show for the members."""
         return "".join(NEEDS[need][0] for need in self)
 
 
@@ -62,8 +75,19 @@ EXACTNESS = {
 
 @dataclass(frozen=True)
 class Option:
-    """A number or a word that a loss takes beside its weight. low and high: allowed range, ends included
-    unless `open`; None as the default: found from the cache.
+    """A number or a word that a loss takes beside its weight.
+
+    Args:
+        default: the value where none is given. None: it follows from the cache and the student.
+        help: what it does, for tables and messages.
+        low: the smallest value allowed.
+        high: the largest value allowed.
+        open: whether `low` and `high` themselves are excluded.
+        choices: the words allowed, in the place of a range.
+        integer: whether only whole numbers are allowed.
+
+    Example:
+        LossOption(0.5, "share of the teacher in the mixture", low=0.0, high=1.0, open=True)
     """
 
     default: float | int | str | None
@@ -111,24 +135,40 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """One entry. function, by kind:
+    """One entry of the catalogue. What `function` takes and returns depends on `kind`:
 
-    head: (ReducedLogits, SparseTargets, **options) -> [N], run inside the fused LM head, so that it may use
-    what `ReducedLogits` holds and nothing else of the student. hidden: (student [N, D], teacher [N, D],
-    **options) -> [N], for each pair of layers. dense: (Rows, **options) -> ([N], slope
-    [N, V]), see `student.losses.full`. relation: (BlockPair, **options) -> [B, T], for each pair of blocks.
-    structure: (student, teacher, lengths, **options) -> [N], where lengths are how many of the N rows belong
-    to each sequence; student and teacher [N, D] of each pair, or with `flow` two such tensors each, of a pair
-    and the next deeper one.
+    - head: `(ReducedLogits, SparseTargets, **options) -> [N]`. It runs inside the fused LM head and sees
+      nothing of the student but what `ReducedLogits` holds.
+    - dense: `(Rows, **options) -> ([N], [N, V])`, the loss and its gradient with respect to the student's
+      logits; see `student.losses.full`.
+    - hidden: `(student [N, D], teacher [N, D], **options) -> [N]`, called for each pair of layers.
+    - structure: `(student, teacher, lengths, **options) -> [N]`, where `lengths` says how many of the N rows
+      belong to each sequence. Student and teacher are `[N, D]` of a pair of layers, or with `flow` two such
+      tensors each, of a pair and of the next deeper one.
+    - relation: `(BlockPair, **options) -> [B, T]`, called for each pair of blocks.
 
-    needs, better: what the cache must hold, and what makes the loss more exact. statement:
-    in what sense it is exact, or why not, in a sentence.
+    Shape letters: N learned positions, D hidden size, V vocabulary, B batch, T positions.
 
-    For kind head: `tails`, temperatures of the student's tail beside 1 and the option `temperature`;
-    `ranked`, whether the student's own largest logits are wanted.
+    Args:
+        name: unique; flags and objective files use it.
+        kind: one of the five above.
+        function: what computes the loss, see above.
+        needs: what the cache must hold.
+        formula: as tables and the documentation show it.
+        paper: where the loss comes from.
+        exactness: "exact" (the loss itself), "unbiased" (an unbiased estimate), "bound" (a lower bound) or
+            "coarse" (the loss of the head and one bucket for the rest, which is no bound).
+        statement: in what sense it is exact, or why it is not, in a sentence.
+        better: what makes it more exact where the cache holds it.
+        options: its further arguments, by name.
+        tails: for head: temperatures at which it needs the student's tail, beside 1 and the option
+            `temperature`.
+        ranked: for head: whether it needs the student's own largest logits.
+        any_width: for structure: whether student and teacher may differ in width without a projector.
+        flow: for structure: whether it takes a pair of layers together with the next deeper one.
 
-    For kind structure: `any_width`, whether student and teacher may differ in width without a projector;
-    `flow`, see above.
+    Example:
+        Loss(name="brier", kind="head", function=brier, needs=Need.HEAD, exactness="bound")
     """
 
     name: str

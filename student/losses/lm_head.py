@@ -123,11 +123,13 @@ class ChunkedHead:
 
         `g_nV` is of the exact dtype, may be the buffer that `logits` gave, and is overwritten.
         """
+        # Back through soft-capping and scale, to the raw logits.
         if self._slope_nV is not None:
             g_nV.mul_(self._slope_nV)
         h_nD, low_nV = self.h_ND[rows], self._z_nV[: len(g_nV)]
         if g_nV.dtype != low_nV.dtype:
             g_nV = low_nV.copy_(g_nV)
+        # dH is complete for the rows of this chunk; dW and db add up over the chunks, in the exact dtype.
         if self._dh_ND is not None:
             torch.mm(g_nV, self.w_VD, out=self._dh_ND[rows])
         if self._dw_VD is not None and self._part_VD is None:

@@ -72,8 +72,8 @@ class SparseTargets:
         parts = {name: getattr(self, name) for name in names}
         sliced = {name: part[start:stop] for name, part in parts.items() if part is not None}
         tempered = {
-            temperature: Tempered(one.logprob_NK[start:stop], one.tail_N[start:stop])
-            for temperature, one in self.tempered.items()
+            temperature: Tempered(at_temperature.logprob_NK[start:stop], at_temperature.tail_N[start:stop])
+            for temperature, at_temperature in self.tempered.items()
         }
         return replace(self, **sliced, tempered=tempered)
 
@@ -132,8 +132,10 @@ def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     """
     lse_N = student.lse()
     real_NK = torch.isfinite(teacher.logprob_NK)
+    # Head: the sum of p (log p - log q). In padding, p = 0 and log p = -inf; its product is set to 0.
     gap_NK = teacher.logprob_NK - (student.head_NK - lse_N.unsqueeze(-1))
     head_N = torch.where(real_NK, teacher.logprob_NK.exp() * gap_NK.masked_fill(~real_NK, 0.0), 0.0).sum(-1)
+    # Tail: the same product for the two masses outside the head. Rows without a tail add nothing.
     has_tail_N = torch.isfinite(teacher.tail_N)
     gap_N = (teacher.tail_N - (student.tail_N - lse_N)).masked_fill(~has_tail_N, 0.0)
     kl_N = head_N + teacher.tail_N.exp() * gap_N

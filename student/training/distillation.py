@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.trainer_utils import TrainOutput
@@ -21,6 +21,11 @@ from student.training.outputs import check_output
 from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
 from student.training.run import assemble, check_writable, prepare
 from student.training.trainer import CacheTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
 class DistillationTrainer(CacheTrainer):
@@ -58,13 +63,13 @@ class DistillationTrainer(CacheTrainer):
 
     def __init__(
         self,
-        model: Any = None,
+        model: PreTrainedModel | str | Path | None = None,
         args: DistillationConfig | None = None,
         train_dataset: CacheReader | str | Path | None = None,
-        processing_class: Any = None,
-        callbacks: Sequence[Any] = (),
-        optimizers: tuple[Any, Any] = (None, None),
-        peft_config: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
+        peft_config: PeftConfig | None = None,
     ) -> None:
         args = DistillationConfig(output_dir="trainer_output") if args is None else copy(args)
         if not isinstance(args, DistillationConfig):
@@ -78,6 +83,7 @@ class DistillationTrainer(CacheTrainer):
             args.check()
         if isinstance(train_dataset, CacheReader):
             args.manifest, train_dataset = train_dataset.manifest_digest, train_dataset.path
+        # The request that `distily-train from-cache` would make of these arguments.
         request = Request(store=str(train_dataset), options=args, training=args, notes=args.notes)
         check_writable(Path(args.output_dir))
         prepared = prepare(request, given=model)
@@ -85,6 +91,7 @@ class DistillationTrainer(CacheTrainer):
         assembled = assemble(prepared)
         if str(prepared.data.split) and args.process_index == 0:
             LOG.warning(prepared.data.split)
+        # Adapters go on last: what was checked against the cache is the student that they wrap.
         if peft_config is not None:
             if prepared.plan.conversion is not None:
                 raise UserError("peft_config: a BitNet student trains its own weights; leave one of them out")
@@ -135,7 +142,7 @@ class DistillationTrainer(CacheTrainer):
         check_order(self.args, len(self.train_dataset), checkpoint)
 
 
-def _check_tokenizer(tokenizer: Any, teacher_dir: Path) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, teacher_dir: Path) -> None:
     """UserError where a tokenizer makes other ids of texts than those in the cache."""
     if tokenizer is not None and tokenizer.get_vocab() != load_tokenizer(teacher_dir).get_vocab():
         raise UserError(

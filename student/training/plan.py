@@ -37,19 +37,19 @@ def plan_objective(
     training: the samples that are trained on, from which options come that were left to us.
     """
     terms: list[Term] = []
-    for given in request.terms:
-        wanted = _with_confidence(given, reader, training)
-        if Need.LABEL in wanted.loss.needs and "confidence" not in wanted.options:
-            _check_labels(wanted, reader)
-        if wanted.loss.kind == "head":
-            terms.append(term(wanted.loss.name, wanted.weight, **wanted.options))
-        elif Need.FULL not in wanted.loss.needs and wanted.loss.kind in ("hidden", "structure"):
-            terms += _hidden_terms(wanted, reader, config)
+    for requested in request.terms:
+        resolved = _with_confidence(requested, reader, training)
+        if Need.LABEL in resolved.loss.needs and "confidence" not in resolved.options:
+            _check_labels(resolved, reader)
+        if resolved.loss.kind == "head":
+            terms.append(term(resolved.loss.name, resolved.weight, **resolved.options))
+        elif Need.FULL not in resolved.loss.needs and resolved.loss.kind in ("hidden", "structure"):
+            terms += _hidden_terms(resolved, reader, config)
         else:
-            find = _final_pair if Need.FULL in wanted.loss.needs else _block_pairs
-            pairs = find(wanted, reader, config)
-            weight = wanted.weight.scaled(1 / len(pairs))
-            terms += [term(wanted.loss.name, weight, pair, **wanted.options) for pair in pairs]
+            find = _final_pair if Need.FULL in resolved.loss.needs else _block_pairs
+            pairs = find(resolved, reader, config)
+            weight = resolved.weight.scaled(1 / len(pairs))
+            terms += [term(resolved.loss.name, weight, pair, **resolved.options) for pair in pairs]
     if request.balanced:
         _check_balance(terms)
     return Objective.of(terms, request.balanced)
@@ -66,23 +66,23 @@ def _check_balance(terms: list[Term]) -> None:
             )
 
 
-def _check_labels(wanted: TermRequest, reader: CacheReader) -> None:
+def _check_labels(request: TermRequest, reader: CacheReader) -> None:
     """UserError where the teacher's probability of the next token is not known at every position."""
     group = reader.find("logits")
     if isinstance(group, LogitsSpec) and group.partial:
         raise UserError(
-            f"{wanted.where}: needs the teacher's probability of every next token, which an imported cache "
+            f"{request.where}: needs the teacher's probability of every next token, which an imported cache "
             "does not have; make one with `distily-cache generate`, or take another loss"
         )
 
 
-def _with_confidence(wanted: TermRequest, reader: CacheReader, training: Sequence[int]) -> TermRequest:
+def _with_confidence(request: TermRequest, reader: CacheReader, training: Sequence[int]) -> TermRequest:
     """A `confidence` that was not given is the teacher's mean probability of the learned tokens, over up to
     CONFIDENCE_SAMPLES of the training samples: those of the smallest ids, which are hashes, so that the
     order of the cache does not matter.
     """
-    if wanted.options.get("confidence", 0.0) is not None:
-        return wanted
+    if request.options.get("confidence", 0.0) is not None:
+        return request
     group = reader.find("logits")
     known = []
     for index in sorted(sorted(training, key=reader.sample_ids.__getitem__)[:CONFIDENCE_SAMPLES]):
@@ -92,110 +92,112 @@ def _with_confidence(wanted: TermRequest, reader: CacheReader, training: Sequenc
         learned = features.label_logprob[:-1][sample.loss_mask[1:]]
         known.append(learned[np.isfinite(learned)])
     if not sum(map(len, known)):
-        raise UserError(f"{wanted.where}: no learned token's probability is in the cache; give `confidence`")
+        raise UserError(f"{request.where}: no learned token's probability is in the cache; give `confidence`")
     confidence = float(np.exp(np.concatenate(known), dtype=np.float64).mean())
-    return replace(wanted, options={**wanted.options, "confidence": confidence})
+    return replace(request, options={**request.options, "confidence": confidence})
 
 
-def _hidden_terms(wanted: TermRequest, reader: CacheReader, config: Any) -> list[Term]:
+def _hidden_terms(request: TermRequest, reader: CacheReader, config: Any) -> list[Term]:
     """A term for each pair of layers, or with a flow for each two neighbouring pairs; they share the
     weight.
     """
-    pairs = _layer_pairs(wanted, reader, config)
+    pairs = _layer_pairs(request, reader, config)
     ends: list[tuple[int, int] | None] = [None] * len(pairs)
-    if wanted.loss.flow:
+    if request.loss.flow:
         if len(pairs) < 2:
-            raise UserError(f"{wanted.where}: {wanted.loss.name} needs at least two pairs of layers, has one")
+            raise UserError(
+                f"{request.where}: {request.loss.name} needs at least two pairs of layers, has one"
+            )
         ends = list(pairs[1:])
-    projector = _projector(wanted, reader.identity.hidden_size, config.get_text_config().hidden_size)
-    weight = wanted.weight.scaled(1 / len(ends))
+    projector = _projector(request, reader.identity.hidden_size, config.get_text_config().hidden_size)
+    weight = request.weight.scaled(1 / len(ends))
     return [
-        term(wanted.loss.name, weight, pair, end, projector, **wanted.options)
+        term(request.loss.name, weight, pair, end, projector, **request.options)
         for pair, end in zip(pairs, ends, strict=False)
     ]
 
 
-def _projector(wanted: TermRequest, teacher_width: int, student_width: int) -> ProjectorSpec | None:
-    if wanted.projector != IDENTITY:
-        return ProjectorSpec(wanted.projector, student_width, teacher_width)
-    if student_width != teacher_width and not wanted.loss.any_width:
+def _projector(request: TermRequest, teacher_width: int, student_width: int) -> ProjectorSpec | None:
+    if request.projector != IDENTITY:
+        return ProjectorSpec(request.projector, student_width, teacher_width)
+    if student_width != teacher_width and not request.loss.any_width:
         raise UserError(
-            f"{wanted.where}: the student is {student_width} wide and the teacher {teacher_width}, so their "
+            f"{request.where}: the student is {student_width} wide and the teacher {teacher_width}, so their "
             "hidden states cannot be compared as they are; add --projector linear (in an objective's file "
             "`projector: linear`)"
         )
     return None
 
 
-def _layer_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> Pairs:
+def _layer_pairs(request: TermRequest, reader: CacheReader, config: Any) -> Pairs:
     """Teacher and student index of every pair, checked against both models' depth."""
     text, identity = config.get_text_config(), reader.identity
     cached = _hidden_layers(reader)
     if not cached:
         raise UserError(
-            f"{wanted.where}: the cache holds no hidden states; add them with "
+            f"{request.where}: the cache holds no hidden states; add them with "
             "`distily-cache generate ... --hidden-layers 10,20`"
         )
     depths = (identity.num_layers, text.num_hidden_layers)
-    if wanted.layer_map is not None:
-        check_pairs(wanted.layer_map, *depths, wanted.where)
-        return list(wanted.layer_map)
-    layers = list(wanted.layers) if wanted.layers is not None else cached
-    check_pairs([(layer, 0) for layer in layers], *depths, wanted.where)
-    return map_layers(wanted.mapper, layers, *depths, wanted.where)
+    if request.layer_map is not None:
+        check_pairs(request.layer_map, *depths, request.where)
+        return list(request.layer_map)
+    layers = list(request.layers) if request.layers is not None else cached
+    check_pairs([(layer, 0) for layer in layers], *depths, request.where)
+    return map_layers(request.mapper, layers, *depths, request.where)
 
 
-def _check_width(wanted: TermRequest, reader: CacheReader, config: Any) -> None:
+def _check_width(request: TermRequest, reader: CacheReader, config: Any) -> None:
     own, theirs = config.get_text_config().hidden_size, reader.identity.hidden_size
     if own != theirs:
         raise UserError(
-            f"{wanted.where}: the student is {own} wide and the teacher {theirs}, so their hidden states "
+            f"{request.where}: the student is {own} wide and the teacher {theirs}, so their hidden states "
             "cannot be compared; keep the teacher's hidden_size or leave the loss out"
         )
 
 
-def _final_pair(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+def _final_pair(request: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
     """The last hidden states of both models; UserError unless the cache has the teacher's, and its head."""
     depth = reader.identity.num_layers
-    if wanted.loss.kind == "hidden":
-        _check_width(wanted, reader, config)
+    if request.loss.kind == "hidden":
+        _check_width(request, reader, config)
     if "head" not in reader.sidecar().parts or depth not in _hidden_layers(reader):
         raise UserError(
-            f"{wanted.where}: the cache cannot give the full distribution; add it with "
+            f"{request.where}: the cache cannot give the full distribution; add it with "
             "`distily-cache generate ... --final`"
         )
     return [(depth, config.get_text_config().num_hidden_layers)]
 
 
-def _block_pairs(wanted: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
+def _block_pairs(request: TermRequest, reader: CacheReader, config: Any) -> list[tuple[int, int]]:
     """Blocks of teacher and student, numbered by what goes into them; UserError where the cache lacks one, or
     the student has none like it.
     """
     depths = (reader.identity.num_layers, config.get_text_config().num_hidden_layers)
     parts = reader.sidecar().parts
     cached = [layer for layer in _hidden_layers(reader) if block_part(layer) in parts]
-    if wanted.layer_map is not None:
-        pairs = list(wanted.layer_map)
+    if request.layer_map is not None:
+        pairs = list(request.layer_map)
     else:
-        layers = list(wanted.layers) if wanted.layers is not None else cached
+        layers = list(request.layers) if request.layers is not None else cached
         pairs = [(t, min(s, depths[1] - 1)) for t, s in depth_map(layers, *depths)]
     for theirs, own in pairs:
         if not (0 <= theirs < depths[0] and 0 <= own < depths[1]):
             raise UserError(
-                f"{wanted.where}: no pair of blocks {theirs}:{own}; the teacher's are 0 to {depths[0] - 1}, "
+                f"{request.where}: no pair of blocks {theirs}:{own}; the teacher's are 0 to {depths[0] - 1}, "
                 f"the student's 0 to {depths[1] - 1}"
             )
     absent = [theirs for theirs, _ in pairs if theirs not in cached]
     if absent or not pairs:
         layer = absent[0] if absent else depths[0] - 1
         raise UserError(
-            f"{wanted.where}: the cache lacks projections and input of the teacher's block {layer}; add them "
-            f"with `distily-cache generate ... --relation-layers {layer}`"
+            f"{request.where}: the cache lacks projections and input of the teacher's block {layer}; add "
+            f"them with `distily-cache generate ... --relation-layers {layer}`"
         )
-    check_student_blocks(config, wanted.where)
+    check_student_blocks(config, request.where)
     for theirs, _ in pairs:
         spec = reader.sidecar().block(theirs).spec
-        check_sizes(wanted.loss, wanted.options, config.get_text_config(), spec, wanted.where)
+        check_sizes(request.loss, request.options, config.get_text_config(), spec, request.where)
     return pairs
 
 

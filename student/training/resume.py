@@ -43,7 +43,18 @@ class KeptCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint means: a directory, or for `True` the last whole one."""
+    """The checkpoint that `--resume-from-checkpoint` asks for.
+
+    Args:
+        args: its `resume_from_checkpoint` is a directory, or "True" for the last whole checkpoint in
+            `output_dir`, or "False" or None.
+
+    Returns:
+        The checkpoint; None where the training begins from the start.
+
+    Raises:
+        UserError: there is no such checkpoint, or steps are left and it has no optimizer state.
+    """
     checkpoint = _find(args)
     if checkpoint is None or finished(checkpoint, args):
         return checkpoint
@@ -56,29 +67,29 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
 
 
 def _find(args: TrainingArguments) -> Path | None:
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not _whole(Path(wanted)):
-            raise UserError(f"--resume-from-checkpoint {wanted}: not a checkpoint of this trainer; give one")
-        return Path(wanted)
-    found = last_checkpoint(Path(args.output_dir))
-    if found is None:
+    if str(asked).lower() != "true":
+        if not _whole(Path(asked)):
+            raise UserError(f"--resume-from-checkpoint {asked}: not a checkpoint of this trainer; give one")
+        return Path(asked)
+    last = last_checkpoint(Path(args.output_dir))
+    if last is None:
         raise UserError(
             f"--resume-from-checkpoint: no checkpoint in {args.output_dir}; leave the flag out to start anew"
         )
-    return found
+    return last
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The last whole checkpoint of a training there."""
-    found = [path for path in output_dir.glob("checkpoint-[0-9]*") if _whole(path)]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    whole = [path for path in output_dir.glob("checkpoint-[0-9]*") if _whole(path)]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def finished(checkpoint: Path, args: TrainingArguments) -> TrainerState | None:
-    """The state that a checkpoint was saved with, where no step is left of what `args` ask for."""
+    """The state saved in a checkpoint, if it has reached the end that `args` ask for, else None."""
     state = TrainerState.load_from_json(str(checkpoint / _STATE))
     if args.max_steps > 0:
         return state if state.global_step >= args.max_steps else None
@@ -86,7 +97,7 @@ def finished(checkpoint: Path, args: TrainingArguments) -> TrainerState | None:
 
 
 def _whole(checkpoint: Path) -> bool:
-    """Whether nobody was killed while writing it, nor while writing what comes last."""
+    """Whether a checkpoint was written to its end: the file that Trainer writes last can be read."""
     try:
         json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,14 +105,18 @@ def _whole(checkpoint: Path) -> bool:
     return True
 
 
-def manifest_to_read(wanted: str | None, checkpoint: Path | None) -> str | None:
-    """What to read: a resumed run reads on where it was, however the cache has grown meanwhile."""
+def manifest_to_read(manifest: str | None, checkpoint: Path | None) -> str | None:
+    """The manifest to read: that of the checkpoint, however the cache has grown since, else `manifest`.
+
+    Raises:
+        UserError: `manifest`, which is a digest or the start of one, is not that of the checkpoint.
+    """
     digest = _record(checkpoint).get("manifest")
     if digest is None:
-        return wanted
-    if wanted and not digest.startswith(wanted):
+        return manifest
+    if manifest and not digest.startswith(manifest):
         raise UserError(
-            f"--manifest {wanted}: {checkpoint} was trained on manifest {digest}; leave the flag out to go "
+            f"--manifest {manifest}: {checkpoint} was trained on manifest {digest}; leave the flag out to go "
             "on with it"
         )
     return str(digest)
@@ -114,10 +129,18 @@ def order_seed(args: TrainingArguments) -> int:
 
 
 def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) -> None:
-    """UserError where a resumed run would skip other samples than those that were learned.
+    """Refuse to resume where the samples that would be skipped are not those that were learned.
 
-    A run that skips nothing (--ignore_data_skip) may change what it likes, and with --auto_find_batch_size
-    Trainer sets the batch itself.
+    A run that skips nothing (`--ignore-data-skip`) may change what it likes, and with
+    `--auto-find-batch-size` Trainer sets the batch size itself.
+
+    Args:
+        args: of the run that resumes.
+        samples: how many samples it trains on.
+        checkpoint: None for a run that does not resume.
+
+    Raises:
+        UserError: the seed, the number of samples or the global batch is another; the message names the flag.
     """
     if args.ignore_data_skip:
         return

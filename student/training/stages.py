@@ -34,11 +34,18 @@ _HOW_LONG = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_typ
 
 
 def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
-    """Train what is left of the stages; the summary of the last one, {} in processes other than the first.
+    """Train the stages that are not finished, one after the other.
 
-    All of them read the cache as it was when the first one began. A stage that was killed resumes from its
-    last checkpoint. UserError, before any training, for what is wrong in any stage.
+    All stages read the cache as it was when the first one began. A stage that was killed resumes from its
+    last checkpoint.
+
+    Returns:
+        The summary of the last stage; {} in processes other than the first.
+
+    Raises:
+        UserError: a stage cannot be trained as asked. Every stage is checked before any training begins.
     """
+    # 1. Find out which stages are finished.
     overwrite = stages[0].request.options.overwrite_output_dir
     records: list[dict[str, Any]] = [{} if overwrite else _record(stage) for stage in stages]
     done = next((i for i, record in enumerate(records) if not record.get("finished")), len(stages))
@@ -51,6 +58,7 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
                 "another one"
             )
         return _load(_folder(stages[-1]) / "summary.json") if _first(stages[-1].request) else {}
+    # 2. Check the others, each on the plan of the one before it, before anything is trained.
     manifest = records[0].get("manifest")
     before: StudentPlan | None = None
     for stage, record in zip(stages[done:], records[done:], strict=True):
@@ -61,6 +69,7 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
             check_writable(_folder(stage))
         before, manifest = prepared.plan, prepared.reader.manifest_digest
         stage.request.options.manifest = manifest
+    # 3. Train them.
     summary: dict[str, Any] = {}
     for number, stage in enumerate(stages[done:], done + 1):
         _tell(stage.request, f"stage {stage.name}: {number} of {len(stages)}, in {_folder(stage)}")
@@ -75,7 +84,7 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
 
 
 def _go_on(stage: StageRequest, record: dict[str, Any]) -> None:
-    """From the last checkpoint, if this recipe left it; UserError where another training lies there."""
+    """Resume from the stage's last checkpoint, if this recipe wrote it; refuse to touch another training."""
     if record.get("finished") is not False:
         check_output(stage.request)
         return

@@ -242,7 +242,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             self._balance.load(Path(resume_from_checkpoint))
 
     def take_up(self, state: TrainerState, checkpoint: Path) -> None:
-        """Be where a training that is finished has ended; `train` would take a step more."""
+        """Load the state in which a finished training has ended; `train` would take one more step."""
         self._load_from_checkpoint(str(checkpoint))
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()

@@ -259,8 +259,8 @@ def _id_decoders(vocabulary: ShardArray, extent: Extent) -> dict[str, Callable[[
         # row.
         total = np.cumsum(steps.astype(np.int32), dtype=np.int32).reshape(steps.shape)
         places = (total - (total[:, :1] - steps[:, :1])).view(np.uint32)
-        found = ids.take(places).view(np.int32)
-        return np.stack([found, count_repeats(found)], axis=1)
+        draw_ids = ids.take(places).view(np.int32)
+        return np.stack([draw_ids, count_repeats(draw_ids)], axis=1)
 
     return {"head_index": ids.take, "tail_index": draws}
 
