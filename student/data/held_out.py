@@ -95,6 +95,36 @@ def split_cache(reader: CacheReader, fraction: float) -> Split:
     return split_samples(reader.sample_ids, fraction, reader.documents())
 
 
+def split_between(trained: CacheReader, evaluated: CacheReader) -> Split:
+    """All samples of one cache are trained on, all of another are held out.
+
+    UserError for samples of another teacher or tokenizer, and where a sample is in both: its metrics would be
+    those of what was learned by heart.
+    """
+    ours, theirs = trained.identity, evaluated.identity
+    for what, own, other in (
+        ("teacher", ours.digest, theirs.digest),
+        ("tokenizer", ours.tokenizer_digest, theirs.tokenizer_digest),
+    ):
+        if own != other:
+            raise UserError(
+                f"eval_dataset: its {what} ({other[:12]}) is not that of train_dataset ({own[:12]}); give a "
+                "cache of the same teacher"
+            )
+    shared = set(trained.sample_ids) & set(evaluated.sample_ids)
+    if shared:
+        raise UserError(
+            f"eval_dataset: {len(shared):,} of its {len(evaluated):,} samples are in train_dataset, too; "
+            "give a cache of other texts, or leave it out and hold samples out by args.eval_fraction"
+        )
+    documents = ((next(filter(None, known), ())) for known in evaluated.documents())
+    return Split(
+        training=list(range(len(trained))),
+        held_out=list(range(len(evaluated))),
+        held_out_documents=number_documents(zip(evaluated.sample_ids, documents, strict=True), {}),
+    )
+
+
 def number_documents(samples: Iterable[tuple[str, tuple[str, ...]]], numbers: dict[str, int]) -> list[int]:
     """A number per sample, of which the id and the keys of its documents are given: equal where samples begin
     in one document. A sample whose document is not known has a number of its own.

@@ -32,7 +32,7 @@ class DistillationTrainer(CacheTrainer):
     """transformers' `Trainer` for a student that learns from a cache; the teacher is never loaded.
 
     The objective is that of `args`: Hinton et al., "Distilling the Knowledge in a Neural Network"
-    (arXiv:1503.02531), unless it says otherwise. Held-out samples are those of `args.eval_fraction`.
+    (arXiv:1503.02531), unless it says otherwise.
 
     Args:
         model: the student: a transformers model, which is trained itself; a directory or hub name; or None
@@ -40,6 +40,8 @@ class DistillationTrainer(CacheTrainer):
             starts from the teacher's weights.
         args: a `DistillationConfig`; None for one that writes into "trainer_output".
         train_dataset: a cache: an open one, or where it is.
+        eval_dataset: a cache of other samples by the same teacher, all of which are held out; None for a
+            share `args.eval_fraction` of the documents of `train_dataset`.
         processing_class: the tokenizer, only to be checked: token ids in a cache are those of the teacher's
             tokenizer, which is saved with the student.
         callbacks: transformers' `TrainerCallback`s.
@@ -66,6 +68,7 @@ class DistillationTrainer(CacheTrainer):
         model: PreTrainedModel | str | Path | None = None,
         args: DistillationConfig | None = None,
         train_dataset: CacheReader | str | Path | None = None,
+        eval_dataset: CacheReader | str | Path | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
@@ -86,7 +89,10 @@ class DistillationTrainer(CacheTrainer):
         # The request that `distily-train from-cache` would make of these arguments.
         request = Request(store=str(train_dataset), options=args, training=args, notes=args.notes)
         check_writable(Path(args.output_dir))
-        prepared = prepare(request, given=model)
+        evaluated = _open_held_out(eval_dataset)
+        if evaluated is not None:
+            args.eval_fraction = 0.0
+        prepared = prepare(request, given=model, evaluated=evaluated)
         _check_tokenizer(processing_class, prepared.reader.teacher_dir)
         assembled = assemble(prepared)
         if str(prepared.data.split) and args.process_index == 0:
@@ -140,6 +146,10 @@ class DistillationTrainer(CacheTrainer):
                 f"and this is {here}; give train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
             )
         check_order(self.args, len(self.train_dataset), checkpoint)
+
+
+def _open_held_out(cache: CacheReader | str | Path | None) -> CacheReader | None:
+    return CacheReader.open(cache) if isinstance(cache, (str, Path)) else cache
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, teacher_dir: Path) -> None:

@@ -15,7 +15,7 @@ from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsFeatures, Lo
 from featurestore.format.sidecar import block_part
 from featurestore.reader import CacheReader
 from student.data.batches import CachedDataset
-from student.data.held_out import Split, split_cache
+from student.data.held_out import Split, split_between, split_cache
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
 from student.losses.blocks import check_student_blocks
@@ -222,12 +222,15 @@ def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
     return load_parts(reader, objective.needs_head, blocks)
 
 
-def plan_split(reader: CacheReader, fraction: float, samples: int | None = None) -> Split:
+def plan_split(
+    reader: CacheReader, fraction: float, samples: int | None = None, evaluated: CacheReader | None = None
+) -> Split:
     """The samples that are trained on, and those that are held out.
 
     samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
+    evaluated: the cache of the held-out samples; None for a fraction of the one that is trained on.
     """
-    split = split_cache(reader, fraction)
+    split = split_cache(reader, fraction) if evaluated is None else split_between(reader, evaluated)
     if samples is not None and samples > len(split.training):
         raise UserError(
             f"--train-samples {samples}: the cache has {len(split.training)} that are not held out"
@@ -240,8 +243,11 @@ def plan_data(
     reader: CacheReader,
     split: Split,
     learned: LogitsSpec | None = None,
+    evaluated: CacheReader | None = None,
 ) -> DataPlan:
     """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
+
+    evaluated: the cache of the held-out samples; None for the one that is trained on.
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers.
@@ -251,8 +257,11 @@ def plan_data(
     train, held_out = split.training, split.held_out
     if not held_out:
         return DataPlan(CachedDataset(reader, train, trained), None, split)
-    evaluated = CachedDataset(reader, held_out, _with_logits(groups, reader))
-    return DataPlan(CachedDataset(reader, train, trained), evaluated, split)
+    source = reader
+    if evaluated is not None:
+        source, groups = evaluated, [evaluated.find(kind) for kind in sorted(objective.needs)]
+    measured = CachedDataset(source, held_out, _with_logits(groups, source))
+    return DataPlan(CachedDataset(reader, train, trained), measured, split)
 
 
 def plan_distribution(

@@ -105,11 +105,17 @@ def train_from_cache(request: Request, command: Sequence[str] | None = None) -> 
     return train(build(prepare(request)), command)
 
 
-def prepare(request: Request, before: StudentPlan | None = None, given: Any = None) -> PreparedTraining:
+def prepare(
+    request: Request,
+    before: StudentPlan | None = None,
+    given: Any = None,
+    evaluated: CacheReader | None = None,
+) -> PreparedTraining:
     """Find everything that can be wrong with a request, before any student is built.
 
     before: the student that this one starts from, where a stage before has yet to save it. given: a model
-    that is to be trained itself.
+    that is to be trained itself. evaluated: the cache of the held-out samples; None for a fraction of the one
+    that is trained on.
     """
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
@@ -121,12 +127,12 @@ def prepare(request: Request, before: StudentPlan | None = None, given: Any = No
         plan = plan_student(options, reader) if before is None else plan_following(options, before)
     if checkpoint is not None:
         check_kind(checkpoint, plan)
-    split = plan_split(reader, options.eval_fraction, options.train_samples)
+    split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated)
     objective = plan_objective(wanted, reader, plan.config, split.training)
     if options.pack_rows and objective.relations:
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
     learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
-    data = plan_data(objective, reader, split, learned)
+    data = plan_data(objective, reader, split, learned, evaluated)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         _check_needs_evaluation(args)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
@@ -102,6 +103,50 @@ def test_a_model_of_the_script_is_trained_itself(cache: Path, teacher: Path, con
     assert steps == [1, 2, 3, 4] and trainer.optimizer.optimizer is optimizer
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
     assert trainer.evaluate()["eval_kl"] == pytest.approx(trainer.state.log_history[-1]["eval_kl"])
+
+
+def test_another_cache_is_held_out(cache: Path, teacher: Path, tmp_path: Path, config: Config) -> None:
+    """All of it, and all of the first is trained on; the KL is that of its definition in float64."""
+    samples = random_samples(9, 199, seed=7)
+    held_out = write_cache(tmp_path / "held-out", teacher, samples, SPECS)
+    args = config(eval_fraction=0.3)
+    trainer = DistillationTrainer(student(teacher), args, cache, held_out)
+    assert len(trainer.train_dataset) == len(CacheReader.open(cache)) and len(trainer.eval_dataset) == 9
+    assert args.eval_fraction == 0.3, "the caller's own arguments are left alone"
+    metrics, model = trainer.evaluate(), student(teacher)
+    reader, divergences = CacheReader.open(held_out), []
+    for index in range(len(reader)):
+        sample = reader.read(index, [reader.find("logits")])
+        head = sample.features[reader.find("logits")]
+        starts = np.cumsum([0, *head.counts])
+        tokens = torch.from_numpy(sample.tokens.astype(np.int64))[None]
+        log_q = model(tokens).logits[0].double().log_softmax(-1).detach().numpy()
+        for t in np.flatnonzero(sample.loss_mask[1:]):
+            entries = slice(starts[t], starts[t + 1])
+            log_p = head.logits[entries].astype(np.float64) - head.lse[t]
+            log_head = log_q[t, head.ids[entries]]
+            rest = [1 - np.exp(logs).sum() for logs in (log_p, log_head)]
+            kl = (np.exp(log_p) * (log_p - log_head)).sum() + rest[0] * np.log(rest[0] / rest[1])
+            divergences.append(kl)
+    # Logits are stored to 1/32 nat, and float32 rounds in the loss.
+    assert metrics["eval_kl"] == pytest.approx(np.mean(divergences), rel=1e-4)
+    trainer.train()
+    measured = [entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry]
+    assert measured[-1] < metrics["eval_kl"]
+
+
+def test_what_cannot_be_held_out_is_refused(
+    cache: Path, teacher: Path, tmp_path: Path, config: Config
+) -> None:
+    with pytest.raises(UserError, match=r"eval_dataset: 36 of its 36 samples are in train_dataset"):
+        DistillationTrainer(student(teacher), config(), cache, cache)
+    other = save_teacher(tmp_path / "other", layers=2)
+    foreign = write_cache(tmp_path / "foreign", other, random_samples(4, 199, seed=8), SPECS[:1])
+    with pytest.raises(UserError, match="eval_dataset: its teacher"):
+        DistillationTrainer(student(teacher), config(), cache, foreign)
+    poor = write_cache(tmp_path / "poor", teacher, random_samples(4, 199, seed=9), SPECS[:1])
+    with pytest.raises(MissingFeatureError, match="--hidden-layers"):
+        DistillationTrainer(student(teacher), config(hidden_loss="cosine"), cache, poor)
 
 
 def test_it_resumes_where_it_stopped(
