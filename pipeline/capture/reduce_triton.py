@@ -45,7 +45,7 @@ from pipeline.capture.reduce import (
 # A tile is 64 blocks of 64 columns: 16 logits for each thread of 8 warps. Not tuned, for want of a GPU.
 LANES = 64
 WARPS = 8
-# Where all is masked out, distances are taken from here, since -inf less -inf is NaN.
+# Where all of a block is masked out, distances are taken from here, since -inf less -inf is NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -143,13 +143,12 @@ def scan_kernel(
             updated_TL += (totals_TL[i] * old_L + sum_L * new_L,)
         totals_TL = updated_TL
         peak_L = higher_L
-    # The lanes of the row together.
+    # The lanes of the row together; without any mass, the step is -inf less -inf, and the row not a number.
     peak = tl.max(peak_L, 0)
-    step_L = peak_L - tl.maximum(peak, LOWEST)
+    step_L = peak_L - peak
     for i in tl.static_range(len(RATES)):
         factor_L = tl.exp2(step_L * RATES[i])
-        norm = tl.sum(totals_TL[i] * factor_L, 0)
-        tl.store(norms_NT + row * len(RATES) + i, tl.where(peak == float("-inf"), float("nan"), norm))
+        tl.store(norms_NT + row * len(RATES) + i, tl.sum(totals_TL[i] * factor_L, 0))
         if i == UNIT:
             moment_L += tl.maximum(step_L, FARTHEST) * totals_TL[i]
             tl.store(moment_N + row, tl.sum(moment_L * factor_L, 0))
