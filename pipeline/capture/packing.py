@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -93,14 +94,16 @@ def distribution_fields(
 ) -> dict[str, torch.Tensor]:
     """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
     if logits_NV.is_cuda:
-        return _tile_fields(spec, logits_NV.float(), labels_N, shifts_N)
+        # A CUDA build of torch brings Triton along, but need not.
+        reduce_rows = fused_fields if find_spec("triton") else _tile_fields
+        return reduce_rows(spec, logits_NV, labels_N, shifts_N)
     # The passes over a few rows stay in the cache of the core that makes all of them.
     rows, vocab = logits_NV.shape
     step = max(1, TILE_ELEMENTS // vocab)
 
     def tile(start: int) -> dict[str, torch.Tensor]:
         part = slice(start, start + step)
-        return _tile_fields(spec, logits_NV[part].float(), labels_N[part], shifts_N[part])
+        return _tile_fields(spec, logits_NV[part], labels_N[part], shifts_N[part])
 
     tiles = run_tiles(tile, range(0, rows, step))
     return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
@@ -109,12 +112,35 @@ def distribution_fields(
 def _tile_fields(
     spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
 ) -> dict[str, torch.Tensor]:
+    logits_NV = logits_NV.float()
     names = [lse_field(temperature) for temperature in spec.temperatures]
     fields = dict(zip(names, lse_at(logits_NV, spec.temperatures), strict=True)) if names else {}
     if spec.top_k:
         rows = reduce_logits(
             logits_NV=logits_NV,
             labels_N=labels_N,
+            top_k=spec.top_k,
+            top_p=spec.top_p,
+            tail=spec.tail,
+            shifts_N=shifts_N,
+        )
+        fields |= logit_fields(rows)
+    return fields
+
+
+def fused_fields(
+    spec: CaptureSpec, logits_NV: torch.Tensor, labels_N: torch.Tensor, shifts_N: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """`distribution_fields` by the Triton kernel, which reads logits of any float type only once."""
+    from pipeline.capture.reduce_triton import reduce_scanned, scan
+
+    found = scan(logits_NV, labels_N, spec.temperatures)
+    fields = {lse_field(temperature): found.lse(temperature) for temperature in spec.temperatures}
+    if spec.top_k:
+        rows = reduce_scanned(
+            logits_NV=logits_NV,
+            labels_N=labels_N,
+            found=found,
             top_k=spec.top_k,
             top_p=spec.top_p,
             tail=spec.tail,

@@ -1,12 +1,13 @@
 """Reduce teacher outputs to features: the numerics that both engines share.
 
-Shapes: N rows (positions of a chunk), V vocabulary, K head size, M tail draws, D hidden size.
+Shapes: N rows (positions of a chunk), V vocabulary, B blocks of C = BLOCK columns, the last one maybe
+partial, K head size, M tail draws, D hidden size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +77,8 @@ def reduce_logits(
     # bf16 teachers tie often and sums round: a one-token distribution may come out at -1e-7.
     entropy = (log_norm - expected).clamp_min(0.0)
     # From the full row, so that a label outside the head is known as well.
-    picked = logits.gather(-1, labels_N.clamp_min(0)[:, None])[:, 0] - lse
-    label_logprob = torch.where(labels_N >= 0, picked, torch.full_like(picked, torch.nan))
+    picked = logits.gather(-1, labels_N.clamp_min(0)[:, None])[:, 0]
+    label_logprob = label_logprobs(picked, lse, labels_N)
     counts = head_counts(head_logits, lse, top_p)
     draws = None
     if tail:
@@ -97,26 +98,35 @@ def reduce_logits(
     )
 
 
-def top(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest logits of each row, descending, and their columns (int64): torch.topk, but quicker.
+def label_logprobs(picked_N: torch.Tensor, lse_N: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: log-probability of each label, whose logit is `picked_N`; NaN where there is no label."""
+    return torch.where(labels_N >= 0, picked_N - lse_N, torch.full_like(lse_N, torch.nan))
+
+
+def top(
+    logits_NV: torch.Tensor, k: int, maxima_NB: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits of each row (float32), descending, and their columns (int64): a quick torch.topk.
 
     The k largest lie in the k blocks of columns whose own largest are the largest, so that only these and
-    what is left beside whole blocks are sorted.
+    what is left beside whole blocks are sorted. `maxima_NB` are the largest logits of the blocks, where they
+    are known already.
     """
     rows, vocab = logits_NV.shape
     blocks = vocab // BLOCK
     if 2 * k > blocks:
-        largest = torch.topk(logits_NV, k, dim=-1)
-        return largest.values, largest.indices
+        ranked = torch.topk(logits_NV.float(), k, dim=-1)
+        return ranked.values, ranked.indices
     whole = torch.unflatten(logits_NV[:, : blocks * BLOCK], -1, (blocks, BLOCK))
-    best = whole.amax(-1).topk(k, dim=-1, sorted=False).indices
+    largest = whole.amax(-1) if maxima_NB is None else maxima_NB[:, :blocks]
+    best = largest.topk(k, dim=-1, sorted=False).indices
     row = torch.arange(rows, device=best.device).unsqueeze(-1)
     candidates = torch.cat([whole[row, best].flatten(1), logits_NV[:, blocks * BLOCK :]], dim=-1)
-    largest = torch.topk(candidates, k, dim=-1)
-    block, inside = largest.indices // BLOCK, largest.indices % BLOCK
+    ranked = torch.topk(candidates.float(), k, dim=-1)
+    block, inside = ranked.indices // BLOCK, ranked.indices % BLOCK
     # What is left beside whole blocks comes after the k best ones, as one more block in its own place.
     best = torch.nn.functional.pad(best, (0, 1), value=blocks)
-    return largest.values, best.gather(-1, block) * BLOCK + inside
+    return ranked.values, best.gather(-1, block) * BLOCK + inside
 
 
 def lse_at(logits_NV: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
@@ -131,19 +141,33 @@ def lse_at(logits_NV: torch.Tensor, temperatures: Sequence[float]) -> list[torch
     peak = logits.amax(-1, keepdim=True)
     distance = logits - peak
     weights = torch.empty_like(distance)
-    exact = last = math.inf
     by_temperature = {}
-    for temperature in sorted(temperatures, reverse=True):
-        squarings = math.log2(last / temperature) if exact <= MAX_SQUARED * temperature else 0.5
-        if squarings.is_integer():
-            for _ in range(int(squarings)):
+    for temperature, squarings in weight_plan(temperatures):
+        if squarings:
+            for _ in range(squarings):
                 weights.square_()
         else:
             torch.div(distance, temperature, out=weights).exp_()
-            exact = temperature
-        last = temperature
         by_temperature[temperature] = peak[:, 0] / temperature + weights.sum(-1).log()
     return [by_temperature[temperature] for temperature in temperatures]
+
+
+def weight_plan(temperatures: Sequence[float]) -> list[tuple[float, int]]:
+    """In which order to compute the weights exp(distance / T), and each one from which.
+
+    Returns:
+        (T, squarings) in descending order of T: how often to square the weights of the temperature before it;
+        0 for an exponential of its own.
+    """
+    exact = last = math.inf
+    plan = []
+    for temperature in sorted(temperatures, reverse=True):
+        squarings = math.log2(last / temperature) if exact <= MAX_SQUARED * temperature else 0.5
+        if not squarings.is_integer():
+            exact, squarings = temperature, 0
+        plan.append((temperature, int(squarings)))
+        last = temperature
+    return plan
 
 
 def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) -> torch.Tensor:
@@ -158,7 +182,26 @@ def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) ->
     # 1. The mass of each block of columns, and of the columns beside whole blocks, summed up along the row.
     whole = vocab // BLOCK * BLOCK
     blocks = weights_NV[:, :whole].reshape(rows, -1, BLOCK).sum(-1)
-    sums = torch.cat([blocks, weights_NV[:, whole:].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
+    sums = torch.cat([blocks, weights_NV[:, whole:].sum(-1, keepdim=True)], dim=-1)
+
+    def inside(columns_NMC: torch.Tensor) -> torch.Tensor:
+        return gather_columns(weights_NV, columns_NMC).masked_fill_(columns_NMC >= vocab, 0.0)
+
+    return draw(sums, inside, shifts_N, count)
+
+
+def draw(
+    sums_NB: torch.Tensor,
+    inside: Callable[[torch.Tensor], torch.Tensor],
+    shifts_N: torch.Tensor,
+    count: int,
+) -> torch.Tensor:
+    """The draws of `sample_tail` from the sums of the weights of each block of columns.
+
+    `inside` gives the float32 weights of columns [N, M, C] of each row, and 0 for a column beyond the last.
+    A block with a sum above 0 has to hold a weight above 0.
+    """
+    sums = sums_NB.double().cumsum(-1)
     # 2. The row's points: the low-discrepancy grid, moved by the row's shift and scaled to the row's mass.
     grid = torch.from_numpy(van_der_corput(count)).to(shifts_N.device)
     points = torch.sort((shifts_N[:, None] + grid) % 1.0, dim=-1).values
@@ -167,14 +210,23 @@ def sample_tail(weights_NV: torch.Tensor, shifts_N: torch.Tensor, count: int) ->
     block = torch.searchsorted(sums, target, right=True).clamp_max_(sums.shape[1] - 1)
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp_min(0)), 0.0)
     # 4. The column within that block. Places beyond V weigh nothing, so that none of them is drawn.
-    columns = block[..., None] * BLOCK + torch.arange(BLOCK, device=block.device)
-    flat = columns.clamp_max(vocab - 1).reshape(rows, -1)
-    inner = weights_NV.gather(-1, flat).reshape(columns.shape).masked_fill_(columns >= vocab, 0.0)
-    inner = inner.double().cumsum(-1)
+    inner = inside(block_columns(block)).double().cumsum(-1)
     rest = _below(target - before, inner[..., -1])
     column = torch.searchsorted(inner, rest[..., None], right=True)[..., 0]
     ids = block * BLOCK + column
     return torch.where(sums[:, -1:] > 0, ids, NO_DRAW).int()
+
+
+def block_columns(block: torch.Tensor) -> torch.Tensor:
+    """int64 [..., C]: the columns of each block of `block` (int64 [...])."""
+    return block[..., None] * BLOCK + torch.arange(BLOCK, device=block.device)
+
+
+def gather_columns(values_NV: torch.Tensor, columns_NMC: torch.Tensor) -> torch.Tensor:
+    """[N, M, C]: the values at these columns of each row; any of the row's for a column beyond the last."""
+    rows, vocab = values_NV.shape
+    flat = columns_NMC.clamp_max(vocab - 1).reshape(rows, -1)
+    return values_NV.gather(-1, flat).reshape(columns_NMC.shape)
 
 
 def _below(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
