@@ -39,13 +39,14 @@ def quantize_gradient(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     scale at most. A slice that is not finite gets a scale that is not.
     """
     x = x.float()
-    scale = x.abs().amax(dim, keepdim=True).clamp_(min=_TINY) / LEVELS
-    return (x / scale).round_().to(torch.int8), scale
+    buffer = x.abs()
+    scale = buffer.amax(dim, keepdim=True).clamp_(min=_TINY).div_(LEVELS)
+    return torch.div(x, scale, out=buffer).round_().to(torch.int8), scale
 
 
 def full_input_gradient(grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor) -> Tensor:
     """dX [N, I] in dY's dtype."""
-    return torch.mm(grad_NO, ternary_OI.to(grad_NO.dtype)) * weight_scale
+    return torch.mm(grad_NO, ternary_OI.to(grad_NO.dtype)).mul_(weight_scale)
 
 
 def full_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, scale_N1: Tensor) -> Tensor:
