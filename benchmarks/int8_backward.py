@@ -164,7 +164,7 @@ def rounded(product: str, grad_NO: Tensor, other: Tensor, scale: Tensor) -> dict
             found[f"dX, per token, {how}"] = own @ other.float()
             continue
         scaled_NO = grad_NO.float() * scale
-        for tokens in (len(scaled_NO), backward.BLOCK, 64):
+        for tokens in (len(scaled_NO), backward.block_size("cpu"), 64):
             own = torch.cat([quantised(part, 0, stochastic) for part in scaled_NO.split(tokens)])
             size = "all" if tokens == len(scaled_NO) else tokens
             found[f"dW, per output and {size} tokens, {how}"] = own.t() @ other.float()

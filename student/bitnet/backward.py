@@ -7,9 +7,9 @@ y[n, o] = scale[n] weight_scale sum_i ints[n, i] ternary[o, i], straight through
 
 where ternary weights and int8 activations are exact and only dY is to be rounded. An integer product needs a
 scale that does not depend on what is summed over. So dX takes dY with a scale per token, and dW takes
-dY * scale with a scale per output. Gradients of easy and hard tokens differ in size, so each BLOCK of tokens
-has scales of its own in dW. Rounding is to nearest: stochastic rounding, though unbiased, has twice the
-variance and was measured to be worse (benchmarks/results/int8_backward.md).
+dY * scale with a scale per output. Gradients of easy and hard tokens differ in size, so each block of tokens
+has scales of its own in dW, see `block_size`. Rounding is to nearest: stochastic rounding, though unbiased,
+has twice the variance and was measured to be worse (benchmarks/results/int8_backward.md).
 
 Shape letters: N tokens, I input features, O output features.
 """
@@ -25,7 +25,6 @@ from torch import Tensor
 from student.bitnet.int_mm import int_mm
 from student.bitnet.quantizers import LEVELS
 
-BLOCK = 256  # tokens that share scales in dW
 EVERY = 25  # steps between two comparisons with full precision
 LOWEST = 0.999  # cosine to full precision below which a product is not left to int8
 _TINY = 1e-30  # smallest maximum that a scale is made of: 127 / _TINY is finite
@@ -34,18 +33,27 @@ _TINY = 1e-30  # smallest maximum that a scale is made of: 127 / _TINY is finite
 Product = Callable[..., Tensor]
 
 
+def block_size(kind: str) -> int:
+    """Tokens that share scales in dW, for a device type: few where a product of few is as quick, while a GPU
+    would launch ten kernels for each block, and read and write all of dW. The gates compare whichever it is
+    with full precision.
+    """
+    return 4096 if kind == "cuda" else 256
+
+
 def quantize_gradient(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Int8 values and float32 scales, one per slice along `dim` of a matrix; x ~ int8 * scale, off by half a
     scale at most. A slice that is not finite gets a scale that is not.
     """
     x = x.float()
-    scale = x.abs().amax(dim, keepdim=True).clamp_(min=_TINY) / LEVELS
-    return (x / scale).round_().to(torch.int8), scale
+    buffer = x.abs()
+    scale = buffer.amax(dim, keepdim=True).clamp_(min=_TINY).div_(LEVELS)
+    return torch.div(x, scale, out=buffer).round_().to(torch.int8), scale
 
 
 def full_input_gradient(grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor) -> Tensor:
     """dX [N, I] in dY's dtype."""
-    return torch.mm(grad_NO, ternary_OI.to(grad_NO.dtype)) * weight_scale
+    return torch.mm(grad_NO, ternary_OI.to(grad_NO.dtype)).mul_(weight_scale)
 
 
 def full_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, scale_N1: Tensor) -> Tensor:
@@ -61,10 +69,11 @@ def int8_input_gradient(grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tenso
 
 
 def int8_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, scale_N1: Tensor) -> Tensor:
-    """dW float32 [O, I], of dY * scale in int8 with a scale per output and BLOCK of tokens."""
+    """dW float32 [O, I], of dY * scale in int8 with a scale per output and block of tokens."""
+    size = block_size(grad_NO.device.type)
     total_OI = torch.zeros(grad_NO.shape[1], ints_NI.shape[1], device=grad_NO.device)
-    for start in range(0, len(grad_NO), BLOCK):
-        block = slice(start, start + BLOCK)
+    for start in range(0, len(grad_NO), size):
+        block = slice(start, start + size)
         grad_ints_NO, grad_scale_1O = quantize_gradient(grad_NO[block] * scale_N1[block], dim=0)
         total_OI.addcmul_(int_mm(grad_ints_NO.t(), ints_NI[block]).float(), grad_scale_1O.t())
     return total_OI

@@ -53,8 +53,12 @@ def aligned(a_MK: Tensor, b_KN: Tensor) -> tuple[Tensor, Tensor]:
     their K lying together.
     """
     inner, columns = -a_MK.shape[1] % 8, -b_KN.shape[1] % 8
-    b_NK = functional.pad(b_KN.t(), (0, inner, 0, columns)).contiguous()
-    return functional.pad(a_MK, (0, inner)).contiguous(), b_NK.t()
+    b_NK = b_KN.t()
+    if inner:
+        a_MK = functional.pad(a_MK, (0, inner))
+    if inner or columns:
+        b_NK = functional.pad(b_NK, (0, inner, 0, columns))
+    return a_MK.contiguous(), b_NK.contiguous().t()
 
 
 @cache

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from student.bitnet.backward import Gates, input_gradient, weight_gradient
+from student.bitnet.chains import chains
 from student.bitnet.int_mm import int_mm, is_integer
-from student.bitnet.quantizers import quantize_activation, quantize_weight, to_int8
+from student.bitnet.quantizers import quantize_weight
+from student.bitnet.shared_input import SharedInputs
 
 
 class Strengths(NamedTuple):
@@ -31,6 +33,7 @@ class Strengths(NamedTuple):
 
 
 FULL = Strengths()
+_inputs = SharedInputs()
 
 
 class RMSNorm(nn.Module):
@@ -92,21 +95,33 @@ class BitLinear(nn.Linear):
         if self.rms_norm is not None:  # at strength 0, too: DDP wants a gradient for every parameter
             x = self.rms_norm(x) if norms == 1 else torch.lerp(x.float(), self.rms_norm(x), norms)
         if weights == activations == 1:
-            ternary_OI, scale = self.quantized()
-            output: Tensor = _BitLinearFunction.apply(  # type: ignore[no-untyped-call]
-                x, self.weight, ternary_OI, scale, self.bias, dtype, self.gates
-            )
-            return output
+            return self._quantised(x, dtype)
         if weights > 0:
             ternary_OI, scale = self.quantized()
             weight_OI = blend(self.weight, ternary_OI * scale, weights)
         else:
             weight_OI = self.weight
         if activations > 0:
-            ints, scales = quantize_activation(x.detach())
-            x = blend(x, ints * scales, activations)
+            acts = _inputs.quantised(x, self)
+            x = blend(x, (acts.ints_NI * acts.inverse_N1.reciprocal()).view(x.shape), activations)
         bias_O = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(x.to(dtype), weight_OI.to(dtype), bias_O)
+
+    def _quantised(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The layer behind the norm, fully quantised."""
+        ternary_OI, scale = self.quantized()
+        acts = _inputs.quantised(x, self)
+        # Where the device does not multiply integers, floating-point numbers stand for them: up to 128 they
+        # are exact in bfloat16, so only the accumulated sum is ever rounded.
+        (tokens, inputs), outputs = acts.ints_NI.shape, len(ternary_OI)
+        whole = is_integer(x.device.type, tokens, inputs, outputs)
+        factor_NI = acts.ints_NI if whole else acts.factor(dtype)
+        activations = (acts.ints_NI, factor_NI, acts.inverse_N1)
+        weights = (self.weight, ternary_OI, scale)
+        output: Tensor = _BitLinearFunction.apply(  # type: ignore[no-untyped-call]
+            x, *activations, *weights, self.bias, dtype, self.gates
+        )
+        return output
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, Tensor]:
@@ -135,15 +150,15 @@ def blend(full: Tensor, quantised: Tensor, strength: float) -> Tensor:
 class _BitLinearFunction(torch.autograd.Function):
     """Exact integer product forward, scales after it; int8 operands are all that is kept for the backward
     pass.
-
-    Where the device does not multiply integers, floating-point numbers stand for them: up to 128 they are
-    exact in bfloat16, so only the accumulated sum is ever rounded.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        ints_NI: Tensor,
+        factor_NI: Tensor,
+        inverse_N1: Tensor,
         weight_OI: Tensor,
         ternary_OI: Tensor,
         weight_scale: Tensor,
@@ -151,38 +166,34 @@ class _BitLinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
         gates: Gates | None,
     ) -> Tensor:
-        ints_NI, inverse_N1 = to_int8(x.detach().reshape(-1, x.shape[-1]))
-        (tokens, inputs), outputs = ints_NI.shape, len(ternary_OI)
-        if is_integer(x.device.type, tokens, inputs, outputs):
-            sums_NO = int_mm(ints_NI, ternary_OI.t())
+        if factor_NI.dtype == torch.int8:
+            sums_NO = int_mm(factor_NI, ternary_OI.t())
         else:
-            sums_NO = torch.mm(ints_NI.to(dtype), ternary_OI.to(dtype).t())
-        # As transformers' packed layers do it: another rounding would move activations of later layers to the
-        # next integer.
-        y_NO = sums_NO / (inverse_N1 * (1.0 / weight_scale))
-        if bias_O is not None:
-            y_NO += bias_O.detach()
-        ctx.save_for_backward(ints_NI, ternary_OI, 1.0 / inverse_N1, weight_scale)
+            sums_NO = torch.mm(factor_NI, ternary_OI.to(factor_NI.dtype).t())
+        rescale = chains(x.device.type).rescale
+        y_NO = rescale(sums_NO, inverse_N1, weight_scale, bias_O, dtype)
+        ctx.save_for_backward(ints_NI, ternary_OI, inverse_N1, weight_scale)
         ctx.x_like, ctx.weight_dtype = (x.shape, x.dtype), weight_OI.dtype
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
         ctx.gates = gates
-        return y_NO.to(dtype).reshape(*x.shape[:-1], -1)
+        return y_NO.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ints_NI, ternary_OI, scale_N1, weight_scale = ctx.saved_tensors
+        ints_NI, ternary_OI, inverse_N1, weight_scale = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             shape, dtype = ctx.x_like
             grad_x_NI = input_gradient(grad_NO, ternary_OI, weight_scale, ctx.gates)
             grad_x = grad_x_NI.to(dtype).reshape(shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(grad_NO, ints_NI, scale_N1, ctx.gates).to(ctx.weight_dtype)
         if ctx.needs_input_grad[4]:
+            scale_N1 = inverse_N1.reciprocal()
+            grad_weight = weight_gradient(grad_NO, ints_NI, scale_N1, ctx.gates).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[7]:
             grad_bias = grad_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, None, None, grad_bias, None, None
+        return grad_x, None, None, None, grad_weight, None, None, grad_bias, None, None
 
 
 def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:

@@ -32,8 +32,9 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randint(
         0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32
     )
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
+    # The lower bits of an infinity are zero, so noise leaves it alone; those of NaN may be anything.
+    return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)
 
 
 class RoundingAdamW(torch.optim.Optimizer):
@@ -86,13 +87,16 @@ class RoundingAdamW(torch.optim.Optimizer):
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        value = parameter.float() * (1 - lr * group["weight_decay"])
-        value = value.addcdiv(mean, scale, value=-lr / (1 - beta1**step))
+        value = parameter.float()  # the parameter itself where it is float32
+        if group["weight_decay"]:
+            value.mul_(1 - lr * group["weight_decay"])
+        value.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
         if parameter.dtype == torch.bfloat16:
             generator = torch.Generator(parameter.device)
             generator.manual_seed(hash((self._seed, step, place)) & ((1 << 63) - 1))
             value = round_stochastically(value, generator)
-        parameter.copy_(value)
+        if value is not parameter:
+            parameter.copy_(value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of every torch optimizer, which gives moments the dtype of their parameter; ours stay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from student.bitnet.linear import BitLinear, bit_linears
 
@@ -12,7 +13,7 @@ _SAMPLE = 4096  # weights per layer, evenly spread, that are looked at for movem
 
 
 class FlipMeter:
-    """How the ternary weights move, and what they are made of. Costs one int8 copy of the weights."""
+    """How the ternary weights move, and what they are made of. Costs two bits per weight."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = dict(bit_linears(model))
@@ -22,7 +23,7 @@ class FlipMeter:
     @torch.no_grad()
     def look(self) -> None:
         """Compare with the weights as they are now, next time."""
-        self._last = {name: layer.quantized()[0] for name, layer in self._layers.items()}
+        self._last = {name: _packed(layer.quantized()[0]) for name, layer in self._layers.items()}
         self._sample = {name: _spread(layer) for name, layer in self._layers.items()}
 
     @torch.no_grad()
@@ -40,7 +41,7 @@ class FlipMeter:
         drift = 0.0
         for name, layer in self._layers.items():
             ternary, scale = layer.quantized()
-            flips += int((ternary != self._last[name]).sum())
+            flips += _differing(_packed(ternary), self._last[name])
             zeros += int((ternary == 0).sum())
             distance = (layer.weight.float().abs() - scale / 2).abs_()
             edge += int((distance < EDGE * scale).sum())
@@ -56,6 +57,22 @@ class FlipMeter:
             "bitnet_moved_share": moved / sampled,
             "bitnet_scale_drift": drift / len(self._layers),
         }
+
+
+def _packed(ternary_OI: Tensor) -> Tensor:
+    """Four values a byte, each as its lowest two bits; uint8."""
+    bits = (
+        functional.pad(ternary_OI.flatten(), (0, -ternary_OI.numel() % 4)).view(torch.uint8).view(-1, 4) & 3
+    )
+    return bits[:, 0] | bits[:, 1] << 2 | bits[:, 2] << 4 | bits[:, 3] << 6
+
+
+def _differing(one: Tensor, other: Tensor) -> int:
+    """How many values are not the same in both."""
+    changed = one ^ other
+    changed = (changed | changed >> 1) & 0b01010101  # one bit for each value, which are added up in pairs
+    changed = (changed & 0b00110011) + (changed >> 2 & 0b00110011)
+    return int(((changed & 0b1111) + (changed >> 4)).sum())
 
 
 def _spread(layer: BitLinear) -> Tensor:

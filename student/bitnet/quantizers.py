@@ -32,6 +32,9 @@ def quantize_activation(x_NI: Tensor) -> tuple[Tensor, Tensor]:
 
 def to_int8(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 activations and the inverse of their scale per token: (int8 [..., I], float32 [..., 1])."""
-    x_NI = x_NI.float()
-    inverse_N1 = LEVELS / x_NI.abs().amax(dim=-1, keepdim=True).clamp_(min=EPSILON)
-    return (x_NI * inverse_N1).round_().clamp_(-LEVELS - 1, LEVELS).to(torch.int8), inverse_N1
+    x_NI = x_NI.detach().float()
+    buffer_NI = x_NI.abs()
+    inverse_N1 = buffer_NI.amax(dim=-1, keepdim=True).clamp_(min=EPSILON).reciprocal_().mul_(LEVELS)
+    # Nothing is to be clamped: three roundings from LEVELS a product cannot get to the next half.
+    ints_NI = torch.mul(x_NI, inverse_N1, out=buffer_NI).round_()
+    return ints_NI.to(torch.int8), inverse_N1

@@ -19,10 +19,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from student.losses.full import DenseLoss, Rows
-from student.losses.lm_head import ChunkedHead, HeadTransform, compute_dtype, exact_dtype, scaled_gradients
+from student.losses.lm_head import (
+    ChunkedHead,
+    HeadTransform,
+    chunk_rows,
+    compute_dtype,
+    exact_dtype,
+    free_bytes,
+    scaled_gradients,
+)
 
-# Logits per buffer; about ten live at a time: both sides' logits, (log-)probabilities, gradient, temporaries.
+# Logits per buffer, more on GPUs that have room, and buffers that live at a time: both sides' logits,
+# (log-)probabilities, gradient, temporaries.
 CHUNK_ELEMENTS = 2**23
+_BUFFERS = 10
 # Weights of the teacher that are cast at a time.
 CAST_ELEMENTS = 2**22
 
@@ -87,18 +97,29 @@ def dense_head_loss(
     The sum is differentiable in the student's hidden, weight and bias; gradients are computed during this
     call and only scaled in the backward pass. A student whose head has more rows than the teacher's (padding)
     is compared over the teacher's vocabulary. `chunk` is the number of positions held at a time (default:
-    CHUNK_ELEMENTS / V). ValueError when the teacher's vocabulary is the larger one.
+    CHUNK_ELEMENTS / V, more on GPUs that have room). ValueError when the teacher's vocabulary is the larger
+    one.
     """
     v = len(targets.head.weight_VD)
     if len(weight_VD) < v:
         raise ValueError(f"the student's head has {len(weight_VD)} tokens, the teacher's {v}")
     if len(weight_VD) > v:
         weight_VD, bias_V = weight_VD[:v], None if bias_V is None else bias_V[:v]
-    chunk = chunk or max(1, CHUNK_ELEMENTS // v)
+    chunk = chunk or _rows(hidden_ND, weight_VD)
     out: tuple[Tensor, Tensor] = _DenseHead.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, bias_V, targets, tuple(terms), transform, chunk
     )
     return out
+
+
+def _rows(hidden_ND: Tensor, weight_VD: Tensor) -> int:
+    return chunk_rows(
+        weight_VD.shape,
+        itemsize=compute_dtype(hidden_ND).itemsize,
+        elements=CHUNK_ELEMENTS,
+        buffers=_BUFFERS,
+        free=free_bytes(hidden_ND.device),
+    )
 
 
 class _DenseHead(torch.autograd.Function):
@@ -150,8 +171,8 @@ def fisher_diagonal(targets: DenseTargets, chunk: int | None = None) -> Tensor:
     predictions; with J = scale * (d z / d raw) * W this is the variance of J_yd when y is drawn from p.
     """
     head = targets.head
-    v, d = head.weight_VD.shape
-    chunk = chunk or max(1, CHUNK_ELEMENTS // v)
+    d = head.weight_VD.shape[1]
+    chunk = chunk or _rows(targets.hidden_ND, head.weight_VD)
     exact = exact_dtype(targets.hidden_ND.dtype)
     fisher_ND = targets.hidden_ND.new_zeros(len(targets.hidden_ND), d, dtype=exact)
     for start in range(0, len(fisher_ND), chunk):

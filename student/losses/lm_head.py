@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_ROWS = 2048
+_SHARE = 4  # chunks take one part in so many of the free memory: its blocks do not lie together
+
 
 @dataclass(frozen=True)
 class HeadTransform:
@@ -60,6 +63,32 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of logits and reductions: float32, or float64 where that goes in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(shape_VD: Sequence[int], itemsize: int, elements: int, buffers: int, free: int) -> int:
+    """Positions to hold at a time.
+
+    Every chunk adds a product of V x D to dW, so on GPUs small ones are slow and those of MOST_ROWS are near
+    the best. Where memory allows it, the largest power of two up to that; at least `elements` logits, however
+    little is free.
+
+    itemsize: bytes of a number in products. buffers: matrices of chunk x V in the exact dtype beside that of
+    the products. free: bytes, before gradients of the head are there, see `free_bytes`.
+    """
+    v, d = shape_VD
+    least = max(1, elements // v)
+    exact = max(4, itemsize)
+    left = free - v * d * (exact + itemsize)
+    fitting = max(0, left // _SHARE) // (v * (itemsize + buffers * exact))
+    return max(least, min(MOST_ROWS, 1 << fitting.bit_length() >> 1))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU could still hold; 0 for devices on which larger chunks gain nothing."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class ChunkedHead:

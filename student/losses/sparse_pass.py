@@ -31,12 +31,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from student.losses.lm_head import ChunkedHead, HeadTransform, scaled_gradients
+from student.losses.lm_head import (
+    ChunkedHead,
+    HeadTransform,
+    chunk_rows,
+    compute_dtype,
+    free_bytes,
+    scaled_gradients,
+)
 from student.losses.sparse import ReducedLogits, Reduction, SparseTargets
 
 ReducedLoss = Callable[[ReducedLogits, SparseTargets], Tensor]
 Terms = tuple[tuple[ReducedLoss, float], ...]
-CHUNK_ELEMENTS = 2**25  # logits held at a time
+CHUNK_ELEMENTS = 2**25  # logits held at a time, more on GPUs that have room
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,18 @@ def sparse_head_loss(
 
     Gradients are computed during this call, for the inputs that require them, and only scaled in the backward
     pass. `chunk` is the number of positions held at a time (default: CHUNK_ELEMENTS / V, less for further
-    temperatures). `reduction`: what the losses want beside head, tail and label.
+    temperatures, more on GPUs that have room: see `lm_head.chunk_rows`). `reduction`: what the losses want
+    beside head, tail and label.
     """
     reduction = reduction or Reduction()
-    chunk = chunk or max(1, CHUNK_ELEMENTS // (weight_VD.shape[0] * (1 + len(reduction.tails))))
+    temperatures = 1 + len(reduction.tails)
+    chunk = chunk or chunk_rows(
+        weight_VD.shape,
+        itemsize=compute_dtype(hidden_ND).itemsize,
+        elements=CHUNK_ELEMENTS // temperatures,
+        buffers=temperatures + 1,  # and the slope of soft-capping
+        free=free_bytes(hidden_ND.device),
+    )
     plan = (tuple(terms), transform, reduction, chunk)
     out = _FusedHead.apply(hidden_ND, weight_VD, bias_V, targets, plan)  # type: ignore[no-untyped-call]
     return HeadLoss(*out)

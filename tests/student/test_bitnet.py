@@ -108,3 +108,20 @@ def test_the_meter_tells_what_changed_since_the_last_look() -> None:
     again = meter.measure()
     assert (again["bitnet_flip_rate"], again["bitnet_moved_share"]) == (0.0, 1 / 16)
     assert again["bitnet_edge_share"] == 1 / 16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 97)])
+def test_the_meter_counts_flips_in_two_bits_a_weight(shape: tuple[int, int]) -> None:
+    """As comparing the ternary weights does, with sizes that do not fill a byte."""
+    torch.manual_seed(0)
+    block = nn.Sequential(layer(*shape, bias=False), layer(*shape, bias=False, seed=1))
+    meter = bitnet.FlipMeter(block)
+    before = [one.quantized()[0] for one in block]
+    with torch.no_grad():
+        for one in block:
+            one.weight += 0.3 * torch.randn_like(one.weight)
+    flips = sum(int((one.quantized()[0] != was).sum()) for one, was in zip(block, before, strict=True))
+    kept = sum(bits.numel() * bits.element_size() for bits in meter._last.values())
+    assert kept == 2 * -(-shape[0] * shape[1] // 4)
+    assert meter.measure()["bitnet_flip_rate"] == flips / (2 * shape[0] * shape[1])
+    assert meter.measure()["bitnet_flip_rate"] == 0

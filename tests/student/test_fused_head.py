@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from student.losses.lm_head import HeadTransform
+from student.losses.lm_head import HeadTransform, chunk_rows, free_bytes
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl
-from student.losses.sparse_pass import sparse_head_loss
+from student.losses.sparse_pass import CHUNK_ELEMENTS, sparse_head_loss
 
 TERMS = [(forward_kl, 0.7), (cross_entropy, 0.3)]
 
@@ -254,3 +255,27 @@ def test_no_head_columns_leave_plain_cross_entropy() -> None:
     ).total
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets.label_N, reduction="sum")
     torch.testing.assert_close(got, wanted)
+
+
+GIB = 2**30
+SMALL, LARGE = (49_152, 576), (128_256, 2048)
+
+
+def test_chunks_on_cpus_are_what_they_were() -> None:
+    """2^25 logits at a time, shared by the temperatures."""
+    assert free_bytes(torch.device("cpu")) == 0
+    for shape, temperatures in itertools.product((SMALL, LARGE, (2**26, 8)), (1, 3)):
+        rows = chunk_rows(shape, 4, CHUNK_ELEMENTS // temperatures, temperatures + 1, free=0)
+        assert rows == max(1, 2**25 // (shape[0] * temperatures))
+
+
+def test_chunks_grow_with_free_memory_and_fit_into_it() -> None:
+    rows = [chunk_rows(LARGE, 2, CHUNK_ELEMENTS, 2, free * GIB) for free in (0, 2, 8, 24, 80)]
+    assert rows == [261, 261, 1024, 2048, 2048]
+    for free, (v, d) in itertools.product((4, 8, 16, 24, 80), (SMALL, LARGE)):
+        for itemsize, buffers in ((2, 2), (4, 3), (2, 10)):
+            found = chunk_rows((v, d), itemsize, CHUNK_ELEMENTS, buffers, free * GIB)
+            least = CHUNK_ELEMENTS // v
+            assert least <= found <= max(least, 2048)
+            taken = v * d * (4 + itemsize) + found * v * (itemsize + 4 * buffers)
+            assert found == least or taken <= free * GIB

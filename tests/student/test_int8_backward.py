@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from student import bitnet
 from student.bitnet import BitLinear, backward, int_mm, linear
-from student.bitnet.backward import BLOCK, Gate, Gates
+from student.bitnet.backward import Gate, Gates, block_size
 from student.bitnet.int_mm import aligned, suits, works
 from tests.student.test_training import BITNET, logs, weights
 
 Train = Callable[..., dict[str, Any]]
 SIZES = (1, 2, 7, 16, 17, 33)
+BLOCK = block_size("cpu")
 
 
 def ints(*shape: int, largest: int = 127) -> Tensor:
@@ -100,7 +102,7 @@ def test_the_integer_forward_is_the_other_ones_exact_sum(
     layer, x = BitLinear(577, 35), torch.randn(3, 21, 577).to(dtype)
     layer.bias.data.zero_()
     ternary, scale = layer.quantized()
-    tokens, token_scale = linear.quantize_activation(x)
+    tokens, token_scale = bitnet.quantize_activation(x)
     exact = tokens.double() @ ternary.double().t() * token_scale.double() * scale.double()
     own = layer(x)
     monkeypatch.setattr(linear, "is_integer", lambda *_: False)
@@ -122,11 +124,20 @@ def operands(tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Te
     return grad_NO, ternary_OI, torch.tensor(0.037), ints(tokens, inputs), torch.rand(tokens, 1) + 0.01
 
 
-@pytest.mark.parametrize("sizes", [(1, 3, 5), (67, 33, 9), (2 * BLOCK + 45, 31, 17)])
-def test_products_are_as_near_as_rounding_to_int8_lets_them(sizes: tuple[int, int, int]) -> None:
-    """Each rounded value is off by half a step (maximum / 127) at most; 1e-5 of all that is summed up is for
-    float32.
+def test_blocks_are_small_on_cpus_and_large_on_gpus() -> None:
+    assert [block_size(kind) for kind in ("cpu", "mps", "cuda")] == [256, 256, 4096]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("sizes", [(1, 3, 5), (67, 33, 9), (2 * BLOCK + 45, 31, 17), (4096 + 33, 7, 5)])
+def test_products_are_as_near_as_rounding_to_int8_lets_them(
+    sizes: tuple[int, int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the blocks of either device. Each rounded value is off by half a step (maximum / 127) at most;
+    1e-5 of all that is summed up is for float32.
     """
+    block = block_size(kind)
+    monkeypatch.setattr(backward, "block_size", lambda _kind: block)
     grad_NO, ternary_OI, weight_scale, ints_NI, scale_N1 = operands(*sizes)
     wide, ternary, acts = grad_NO.double(), ternary_OI.double(), ints_NI.double()
     exact = wide @ ternary * weight_scale.double()
@@ -139,7 +150,7 @@ def test_products_are_as_near_as_rounding_to_int8_lets_them(sizes: tuple[int, in
     scaled = wide * scale_N1.double()
     exact = scaled.t() @ acts
     bound = 1e-5 * scaled.abs().t() @ acts.abs()
-    for part, some in zip(scaled.split(BLOCK), acts.split(BLOCK), strict=True):
+    for part, some in zip(scaled.split(block), acts.split(block), strict=True):
         bound += part.abs().amax(0)[:, None] / 127 / 2 * some.abs().sum(0)
     found = backward.int8_weight_gradient(grad_NO, ints_NI, scale_N1)
     assert bool(((found - exact).abs() <= bound).all())

@@ -172,6 +172,61 @@ def test_the_rounding_optimizer_is_adamw() -> None:
     assert abs(slope - 1) < 5 * noise < 0.5
 
 
+class PlainAdamW(RoundingAdamW):
+    """The update an operation at a time."""
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
+        state, grad = self.state[parameter], parameter.grad.float()
+        step = state["step"] = state.get("step", 0) + 1
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        zeros = torch.zeros_like(grad)
+        mean = state["exp_avg"] = state.get("exp_avg", zeros).lerp(grad, 1 - beta1)
+        square = state["exp_avg_sq"] = (state.get("exp_avg_sq", zeros) * beta2).addcmul(
+            grad, grad, value=1 - beta2
+        )
+        scale = (square / (1 - beta2**step)).sqrt() + group["eps"]
+        value = parameter.float() * (1 - lr * group["weight_decay"])
+        value = value.addcdiv(mean, scale, value=-lr / (1 - beta1**step))
+        if parameter.dtype == torch.bfloat16:
+            generator = torch.Generator().manual_seed(hash((self._seed, step, place)) & ((1 << 63) - 1))
+            noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32)
+            rounded = ((value.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+            value = torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
+        parameter.copy_(value)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_rounding_optimizer_is_its_plain_account_to_the_bit(
+    dtype: torch.dtype, weight_decay: float
+) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 33, 47), torch.randn(4, 2, 33, 47)
+    start[0, 0, 0], gradients[2, 1, 0, 0], gradients[3, 1, 0, 1] = torch.inf, torch.nan, -torch.inf
+
+    def trained(kind: type[RoundingAdamW]) -> list[Tensor]:
+        parameters = [torch.nn.Parameter(part.to(dtype, copy=True)) for part in start]
+        optimizer = kind(parameters, lr=0.01, weight_decay=weight_decay, seed=5)
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.to(dtype)
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    whole = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    for own, plain in zip(trained(RoundingAdamW), trained(PlainAdamW), strict=True):
+        assert torch.equal(own.view(whole), plain.view(whole))
+
+
+def test_noise_leaves_infinities_and_nan_alone() -> None:
+    """A NaN with lower bits only would round to an infinity, one of ones beyond to zero."""
+    bits = torch.tensor([0x7F80_0000, -0x80_0000, 0x7F80_0001, 0x7FFF_FFFF], dtype=torch.int32)
+    values = bits.view(torch.float32).repeat(1000)
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0))
+    assert torch.equal(rounded.isnan(), values.isnan())
+    assert torch.equal(rounded.isinf(), values.isinf())
+
+
 def test_all_processes_round_alike() -> None:
     def step(seed: int) -> Tensor:
         parameter = torch.nn.Parameter(torch.ones(64, 64).bfloat16())
