@@ -25,7 +25,7 @@ endif
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
-test: $(VENV)/.ready
+test: $(VENV)/.triton
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 ci: lint types docs test
@@ -49,6 +49,11 @@ format: $(VENV)/.ready
 
 $(VENV)/.ready: requirements/cpu.lock pyproject.toml scripts/setup.sh
 	@scripts/setup.sh
+
+# For tests only; an environment for CUDA has one already, which goes with its torch.
+$(VENV)/.triton: $(VENV)/.ready requirements/triton.txt
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q --no-deps -r requirements/triton.txt
+	@touch $@
 
 clean:
 	rm -rf $(RUN) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

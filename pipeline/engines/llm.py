@@ -50,6 +50,9 @@ def set_environment(verbose: bool) -> None:
         os.environ.setdefault("TORCH_LOGS", "-torch._library")
         # The same here, where torch has read its environment already.
         logging.getLogger("torch._library").setLevel(logging.ERROR)
+        # Warns of a Triton without a CPU backend, which pip installs with vLLM's CPU build, before vLLM gives
+        # its loggers their level.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 

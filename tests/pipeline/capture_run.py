@@ -9,16 +9,33 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.format.schema import (
+    GroupFeatures,
+    HiddenFeatures,
+    HiddenSpec,
+    LogitsFeatures,
+    LogitsSpec,
+    LseFeatures,
+    LseSpec,
+)
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.teacher.checkpoint import Teacher, load_teacher
 from tests.pipeline.engine_agreement import loaded_modules_are_no_garbage
 
-LOGITS, HIDDEN = LogitsSpec(12, 0.7, 16, seed=5), HiddenSpec(1, "f32")
+# Layer 3 is the last of the three that the teacher has.
+GROUPS = (
+    LogitsSpec(12, 0.7, 16, seed=5),
+    LseSpec(2.0),
+    LseSpec(0.7),
+    HiddenSpec(0, "f32"),
+    HiddenSpec(1, "f32"),
+    HiddenSpec(3, "f32"),
+)
 
 
 def main() -> None:
@@ -49,7 +66,7 @@ def capture(
         EngineConfig(
             model=teacher.path,
             architecture=teacher.architecture,
-            groups=(LOGITS, HIDDEN),
+            groups=GROUPS,
             dtype="float32",
             max_seq_len=max(map(len, prompts)),
             vocab_size=teacher.vocab_size,
@@ -59,15 +76,32 @@ def capture(
             tensor_parallel_size=processes,
         )
     )
+    asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    if asked is not None:
+        assert set(engine._llm.call(lambda llm: llm.collective_rpc(_runner))) == {f"V{1 + int(asked)}"}
     arrays = {}
     for place, captured in zip(order, engine.capture([prompts[i] for i in order]), strict=True):
-        logits, hidden = captured[LOGITS], captured[HIDDEN]
-        assert isinstance(logits, LogitsFeatures)
-        for name in ("counts", "ids", "logits", "lse", "label_logprob", "entropy", "tail_ids"):
-            arrays[f"{place}.{name}"] = getattr(logits, name)
-        arrays[f"{place}.hidden"] = hidden.values
+        for group, features in captured.items():
+            arrays |= {f"{place}.{name}": array for name, array in _arrays(group.kind, features).items()}
     engine.close()
     return arrays
+
+
+def _arrays(kind: str, features: GroupFeatures) -> dict[str, np.ndarray]:
+    if isinstance(features, LogitsFeatures):
+        assert features.tail_ids is not None
+        names = ("counts", "ids", "logits", "lse", "label_logprob", "entropy", "tail_ids")
+        return {name: getattr(features, name) for name in names}
+    if isinstance(features, LseFeatures):
+        return {kind: features.lse}
+    assert isinstance(features, HiddenFeatures)
+    return {kind: features.values}
+
+
+def _runner(worker: Any) -> str:
+    """In a worker: which of vLLM's two model runners it has."""
+    v1 = type(worker.model_runner).__module__.endswith("_model_runner")
+    return "V1" if v1 else "V2"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""What is captured of a sample depends on the sample alone: not on chunked prefill, batch, order or ranks."""
+"""What is captured of a sample depends on the sample alone: not on chunked prefill, batch, order or ranks,
+and not on which of its two model runners vLLM takes.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from tests.pipeline import triton_cpu
 from tests.pipeline.test_engine_agreement import HIDDEN_BOUND, LOGIT_BOUND
 
 Arrays = dict[str, np.ndarray]
@@ -21,21 +27,31 @@ RUNS = {
 }
 
 
+ON_GPU = torch.cuda.is_available()
+NO_TRITON = "Model Runner V2 needs Triton: pip install --no-deps -r requirements/triton.txt"
+
+
 @pytest.fixture(scope="module")
-def captured(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
-    """Each of RUNS on the same samples."""
-    chance, folder = np.random.default_rng(1), tmp_path_factory.mktemp("captured")
+def inputs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The teacher, the samples and the runs, as `capture_run` takes them."""
+    chance, folder = np.random.default_rng(1), tmp_path_factory.mktemp("inputs")
     prompts = [chance.integers(3, 199, size=n).tolist() for n in (1, 2, 47, 48, 49, 150, 256, 30, 96)]
     (folder / "samples.json").write_text(json.dumps(prompts))
     (folder / "runs.json").write_text(json.dumps(RUNS))
-    words = [tiny_teacher, folder / "samples.json", folder, folder / "runs.json"]
+    return [tiny_teacher, folder / "samples.json", folder / "runs.json"]
+
+
+def capture(inputs: list[Path], folder: Path, variables: dict[str, str]) -> dict[str, Arrays]:
+    """Each of RUNS, in one process with these variables in its environment."""
+    teacher, samples, runs = map(str, inputs)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.capture_run", *map(str, words)],
+        [sys.executable, "-m", "tests.pipeline.capture_run", teacher, samples, str(folder), runs],
         capture_output=True,
         check=False,
         text=True,
         timeout=600,
         cwd=Path(__file__).parents[2],
+        env=os.environ | variables,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     out = {}
@@ -43,6 +59,35 @@ def captured(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         with np.load(folder / f"{name}.npz") as arrays:
             out[name] = dict(arrays)
     return out
+
+
+@pytest.fixture(scope="module")
+def captured(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
+    """Each of RUNS by vLLM's own choice of a model runner on a GPU, which is V2, and by V1 on a CPU."""
+    variables = {} if ON_GPU else {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    return capture(inputs, tmp_path_factory.mktemp("captured"), variables)
+
+
+@pytest.fixture(scope="module")
+def captured_by_v2(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
+    """Each of RUNS by V2, whose kernels Triton runs as Python."""
+    folder = tmp_path_factory.mktemp("v2")
+    return capture(inputs, folder, triton_cpu.environment(folder / "packages"))
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("triton") is None, reason=NO_TRITON)
+@pytest.mark.skipif(ON_GPU, reason="vLLM takes V2 here by itself, and bits are promised on CPUs")
+@pytest.mark.parametrize("name", RUNS)
+def test_both_model_runners_give_the_same_bits(
+    captured: dict[str, Arrays], captured_by_v2: dict[str, Arrays], name: str
+) -> None:
+    """vLLM's choice is V1 on a CPU, which most tests run on, and V2 on CUDA."""
+    v1, v2 = captured[name], captured_by_v2[name]
+    assert v2.keys() == v1.keys()
+    for field, values in v1.items():
+        assert (v2[field].dtype, v2[field].shape) == (values.dtype, values.shape), field
+        assert v2[field].tobytes() == values.tobytes(), field
 
 
 @pytest.mark.vllm
@@ -58,7 +103,7 @@ def test_features_are_those_of_the_sample_alone(captured: dict[str, Arrays], nam
             np.testing.assert_array_equal(found, values, err_msg=field)
         elif field.endswith(".tail_ids"):
             draws, same = draws + values.size, same + int((found == values).sum())
-        elif field.endswith(".hidden"):
+        elif ".hidden." in field:
             assert np.linalg.norm(found - values) <= HIDDEN_BOUND * np.linalg.norm(values), field
         else:
             np.testing.assert_allclose(found, values, atol=LOGIT_BOUND, err_msg=field)
