@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -94,8 +95,7 @@ def distribution_fields(
 ) -> dict[str, torch.Tensor]:
     """All that a capture keeps of the logits of N rows, by field name (see `reduce_logits`)."""
     if logits_NV.is_cuda:
-        # A CUDA build of torch brings Triton along, but need not.
-        reduce_rows = fused_fields if find_spec("triton") else _tile_fields
+        reduce_rows = fused_fields if has_kernel(logits_NV.device) else _tile_fields
         return reduce_rows(spec, logits_NV, labels_N, shifts_N)
     # The passes over a few rows stay in the cache of the core that makes all of them.
     rows, vocab = logits_NV.shape
@@ -107,6 +107,16 @@ def distribution_fields(
 
     tiles = run_tiles(tile, range(0, rows, step))
     return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
+
+
+@cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether the Triton kernel runs there; a CUDA build of torch brings Triton along, but need not."""
+    if find_spec("triton") is None:
+        return False
+    from pipeline.capture.reduce_triton import agrees
+
+    return agrees(device)
 
 
 def _tile_fields(

@@ -29,6 +29,8 @@ import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+from distily.logs import LOG
+from distily.text import one_line
 from pipeline.capture.reduce import (
     BLOCK,
     FARTHEST,
@@ -205,6 +207,31 @@ def scan(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperatures: Sequence
             num_warps=WARPS,
         )
     return found
+
+
+def agrees(device: torch.device) -> bool:
+    """Whether the kernel runs on a device and finds there what torch does, asked of a small sample.
+
+    Where not, a warning says why: a C compiler that Triton needs may be missing, and not every GPU was tried.
+    """
+    logits_NV = torch.randn(7, 1003, generator=torch.Generator().manual_seed(0)).mul_(4).to(device)
+    labels_N, whole = torch.arange(7, device=device) * 100, 1003 // BLOCK * BLOCK
+    reason = "its results differ from those of torch"
+    try:
+        found = scan(logits_NV, labels_N, (1.0, 2.0))
+        # Float32 sums of 1,003 weights in any order: 1003 * 2**-24 < 1e-4 nats.
+        right = all(
+            torch.allclose(found.lse(T), (logits_NV.double() / T).logsumexp(-1).float(), rtol=0, atol=1e-4)
+            for T in (1.0, 2.0)
+        )
+        largest_NB = logits_NV[:, :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
+        right = right and torch.equal(found.maxima[:, : whole // BLOCK], largest_NB)
+        right = right and torch.equal(found.picked, logits_NV.gather(-1, labels_N[:, None])[:, 0])
+    except Exception as error:  # of the compiler, the driver or Triton itself
+        right, reason = False, one_line(error)
+    if not right:
+        LOG.warning("logits are reduced without the Triton kernel, which takes longer: %s", reason)
+    return right
 
 
 def reduce_scanned(

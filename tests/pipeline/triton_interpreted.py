@@ -375,3 +375,22 @@ def test_the_fields_are_those_of_a_cpu(top_k: int, temperatures: tuple[float, ..
 
 def test_this_is_the_interpreter() -> None:
     assert isinstance(reduce_triton.scan_kernel, interpreter.InterpretedFunction)
+
+
+def test_its_sample_agrees(caplog: pytest.LogCaptureFixture) -> None:
+    assert reduce_triton.agrees(torch.device("cpu")) and not caplog.records
+
+
+@pytest.mark.parametrize("broken", ["fails", "differs"])
+def test_a_kernel_that_does_not_agree_is_not_used(broken: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where Triton finds no compiler, or a GPU computes otherwise."""
+
+    def scanned(logits_NV: torch.Tensor, labels_N: torch.Tensor, temperatures: tuple[float, ...]) -> Scan:
+        if broken == "fails":
+            raise RuntimeError("Failed to find C compiler")
+        return scan(logits_NV + 1e-3, labels_N, temperatures)
+
+    with patch.object(reduce_triton, "scan", scanned):
+        assert not reduce_triton.agrees(torch.device("cpu"))
+    reason = {"fails": "Failed to find C compiler", "differs": "differ from those of torch"}[broken]
+    assert reason in caplog.text
