@@ -140,8 +140,8 @@ def test_what_cannot_be_held_out_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"eval_dataset: 36 of its 36 samples are in train_dataset"):
         DistillationTrainer(student(teacher), config(), cache, cache)
-    other = save_teacher(tmp_path / "other", layers=2)
-    foreign = write_cache(tmp_path / "foreign", other, random_samples(4, 199, seed=8), SPECS[:1])
+    samples = random_samples(4, 199, seed=8)
+    foreign = write_cache(tmp_path / "foreign", teacher, samples, SPECS, digest="ba" * 16)
     with pytest.raises(UserError, match="eval_dataset: its teacher"):
         DistillationTrainer(student(teacher), config(), cache, foreign)
     poor = write_cache(tmp_path / "poor", teacher, random_samples(4, 199, seed=9), SPECS[:1])
