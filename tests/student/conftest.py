@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from featurestore.format.schema import HiddenSpec, LogitsSpec
 from student.cli import main
 from student.config import precision
 from tests.command import call
-from tests.student.caches import random_samples, save_teacher, write_cache
+from tests.student.caches import put_head, random_samples, save_teacher, write_cache
 from tests.student.exports import Export, Students, save
 
 SPECS = [LogitsSpec(16), HiddenSpec(1, "bf16"), HiddenSpec(3, "f32")]
@@ -53,6 +54,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     return write_cache(path, teacher, random_samples(36, 199), SPECS)
 
 
+@pytest.fixture(scope="module")
+def full_store(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """A cache of 12 samples with final states and the teacher's head."""
+    path = tmp_path_factory.mktemp("full") / "store"
+    write_cache(path, teacher, random_samples(12, 199), [LogitsSpec(16), HiddenSpec(3, "f32")])
+    put_head(path, teacher)
+    return path
+
+
 @pytest.fixture
 def eager() -> Iterator[None]:
     """transformers compiles its BitNet quantisers; compiling takes longer than these tests."""
@@ -84,6 +94,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[P
     files = sorted(path.rglob("*"))
     yield path
     assert sorted(path.rglob("*")) == files, "a test wrote into the student that all tests share"
+
+
+@pytest.fixture
+def student(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained student, to write into."""
+    return Path(shutil.copytree(trained, tmp_path / "student"))
 
 
 @pytest.fixture

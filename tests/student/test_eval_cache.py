@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from featurestore.format.codec import ROW_ERROR
-from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
+from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, next_labels
 from student.data.held_out import split_samples
@@ -23,26 +23,10 @@ from student.evaluation.command import evaluate
 from student.evaluation.request import CacheOptions, EvalRequest
 from student.metrics import calibration_error
 from tests import teachers
-from tests.student.caches import put_head, random_samples, write_cache
 from tests.student.exports import Students
 
 Refused = Callable[..., str]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def student(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained student, to write into."""
-    return Path(shutil.copytree(trained, tmp_path / "student"))
-
-
-@pytest.fixture(scope="module")
-def full_store(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    """A cache with final states and the teacher's head."""
-    path = tmp_path_factory.mktemp("full") / "store"
-    write_cache(path, teacher, random_samples(12, 199), [LogitsSpec(16), HiddenSpec(3, "f32")])
-    put_head(path, teacher)
-    return path
 
 
 def best_stored(reader: CacheReader, index: int) -> np.ndarray[Any, Any]:

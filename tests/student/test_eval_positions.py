@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from featurestore.format.codec import LOGPROB_ERROR, ROW_ERROR
-from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
+from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader
 from student.evaluation import positions
 from student.evaluation.command import evaluate
@@ -22,26 +22,10 @@ from student.evaluation.request import CacheOptions, EvalRequest
 from student.report import read_run, read_runs, runs_page
 from student.report.samples import MOST_STUDENTS
 from tests import html
-from tests.student.caches import put_head, random_samples, write_cache
+from tests.student.caches import random_samples, write_cache
 
 Distily = Callable[..., tuple[int, str, str]]
 EVIL = "</span><script>alert(1)</script>"
-
-
-@pytest.fixture
-def student(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained student, to write into."""
-    return Path(shutil.copytree(trained, tmp_path / "student"))
-
-
-@pytest.fixture(scope="module")
-def full_store(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    """A cache with final states and the teacher's head."""
-    path = tmp_path_factory.mktemp("full") / "store"
-    groups: list[GroupSpec] = [LogitsSpec(16), HiddenSpec(3, "f32")]
-    write_cache(path, teacher, random_samples(12, 199), groups)
-    put_head(path, teacher)
-    return path
 
 
 def samples_of(student: Path, store: Path) -> dict[str, Any]:
