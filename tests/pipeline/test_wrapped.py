@@ -57,7 +57,8 @@ assert sys.meta_path == before, "another program's vLLM was changed"
 os.environ["DISTILY_DRIVER_PID"] = str(os.getpid())
 register()
 register()
-assert len(sys.meta_path) == len(before) + 1
+ours = [type(one) for one in sys.meta_path if type(one).__module__ == "pipeline.capture.stand_in"]
+assert len(ours) == 1, "another one for each call, or none"
 from torchvision.transforms.v2 import functional
 import torchvision.io
 from transformers.utils import is_torchvision_available
