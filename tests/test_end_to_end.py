@@ -14,22 +14,31 @@ from tests.command import call, spawn
 
 
 @pytest.fixture(scope="module")
-def cache(demo: Path) -> Path:
-    """A cache of 24 samples."""
+def texts(demo: Path) -> Path:
+    """The beginnings of 24 of the demo's documents."""
+    rows = [json.loads(line) for line in (demo / "topics.jsonl").read_text().splitlines()[:24]]
+    file = demo / "beginnings.jsonl"
+    file.write_text("\n".join(json.dumps({"text": row["text"][:350]}) for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def cache(demo: Path, texts: Path) -> Path:
+    """A cache of them, one sample each."""
     store = demo / "cache"
-    arguments = [demo / "teacher", demo / "topics.jsonl", "--out", store, "--max-seq-len", 256]
-    arguments += ["--num-samples", 24, "--shard-tokens", 512, "--top-k", 32, "--hidden-layers", "15"]
+    arguments = [demo / "teacher", texts, "--out", store, "--max-seq-len", 256]
+    arguments += ["--shard-tokens", 512, "--top-k", 32, "--hidden-layers", "15"]
     made = json.loads(spawn("distily-cache", "generate", *arguments, "--json", timeout=900).stdout)
     assert made["tokens"] == int(sum(CacheReader.open(store).lengths))
     return store
 
 
 @pytest.mark.vllm
-def test_the_cache_is_whole_and_asks_for_nothing_more(demo: Path, cache: Path) -> None:
+def test_the_cache_is_whole_and_asks_for_nothing_more(demo: Path, texts: Path, cache: Path) -> None:
     assert len(CacheReader.open(cache)) == 24
     assert json.loads(call("distily-cache", "verify", cache, "--deep", "--json").stdout)["problems"] == []
-    arguments = [demo / "teacher", demo / "topics.jsonl", "--out", cache, "--max-seq-len", 256]
-    again = call("distily-cache", "generate", *arguments, "--num-samples", 24, "--top-k", 32)
+    arguments = [demo / "teacher", texts, "--out", cache, "--max-seq-len", 256]
+    again = call("distily-cache", "generate", *arguments, "--top-k", 32)
     assert "nothing to generate" in again.stderr
     assert "starting" not in again.stderr
 
@@ -42,7 +51,17 @@ def test_a_ternary_student_learns_from_it(cache: Path, tmp_path: Path) -> None:
         "distily-train",
         *("from-cache", cache, "--output-dir", out, "--student-model-config", config),
         *("--student-model-as-bitnet", "--hidden-loss", "cosine", "--ce-weight", "0.1"),
-        *("--max-steps", 8, "--per-device-train-batch-size", 2, "--learning-rate", "1e-3", "--json"),
+        *(
+            "--eval-fraction",
+            0.25,
+            "--max-steps",
+            8,
+            "--per-device-train-batch-size",
+            2,
+            "--learning-rate",
+            "1e-3",
+            "--json",
+        ),
     )
     summary = json.loads(done.stdout)
     assert summary["last_eval"]["eval_kl"] < 0.9 * summary["first_eval"]["eval_kl"]

@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.format.schema import HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
-from tests.command import call, spawn
+from tests.command import call
 from tests.teachers import text_of
 
 
@@ -49,7 +49,7 @@ def train(store: Path, out: Path, manifest: str) -> tuple[str, list[dict[str, An
         "--report-to",
         "none",
     )
-    spawn("distily-train", "from-cache", store, *flags, *quick, "--student-model-as-bitnet")
+    call("distily-train", "from-cache", store, *flags, *quick, "--student-model-as-bitnet")
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     kept = [{k: v for k, v in entry.items() if not re.search("runtime|per_second", k)} for entry in log]
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(), kept

@@ -1,4 +1,4 @@
-"""examples/on_policy.sh as it is: two rounds on a tiny teacher, each with the student of the round before."""
+"""examples/on_policy.sh as it is: a round on a tiny teacher, with the student of the round before."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def on_policy(model: Path, data: Path, run: Path, rounds: int) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("on-policy")
-    on_policy(teacher(folder / "teacher"), corpus(folder / "corpus.jsonl"), folder / "run", rounds=2)
+    on_policy(teacher(folder / "teacher"), corpus(folder / "corpus.jsonl"), folder / "run", rounds=1)
     return folder / "run"
 
 
 def test_each_round_writes_with_the_student_of_the_last_and_learns_from_all(finished: Path) -> None:
     root = LocalRoot(finished / "cache")
     writers = {spec.digest: texts for spec, texts in (read_piece(root, name) for name in piece_names(root))}
-    students = [load_teacher(str(finished / f"round-{number}")).digest for number in range(3)]
-    assert set(writers) == set(students[:2]) and len(set(students)) == 3
+    students = [load_teacher(str(finished / f"round-{number}")).digest for number in range(2)]
+    assert set(writers) == {students[0]} and len(set(students)) == 2
     summaries = [
-        json.loads((finished / f"round-{number}" / "summary.json").read_text()) for number in range(3)
+        json.loads((finished / f"round-{number}" / "summary.json").read_text()) for number in range(2)
     ]
     sizes = [len(CacheReader.open(finished / "cache", summary["manifest"])) for summary in summaries]
-    assert sizes[0] == 8 < sizes[1] < sizes[2] == len(CacheReader.open(finished / "cache"))
+    assert sizes[0] == 8 < sizes[1] == len(CacheReader.open(finished / "cache"))
     assert verify_store(finished / "cache", deep=True).sound
 
 
