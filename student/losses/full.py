@@ -78,8 +78,9 @@ class Rows:
         """Logsumexp of logits / T of teacher and student, [n, 1]; computed once."""
         if temperature not in self._lse:
             teacher_n1, student_n1 = (
-                torch.stack([(z_nV[:, block] / temperature).logsumexp(-1) for block in self.blocks], -1)
-                .logsumexp(-1, keepdim=True)
+                torch.stack(
+                    [(z_nV[:, block] / temperature).logsumexp(-1) for block in self.blocks], -1
+                ).logsumexp(-1, keepdim=True)
                 for z_nV in (self.teacher_nV, self.student_nV)
             )
             self._lse[temperature] = teacher_n1, student_n1

@@ -1,8 +1,8 @@
 """`--torch-compile` compiles the decoder layers, each on its own.
 
-The layers of a student are alike, so what is compiled for one serves all, and a second length of rows makes it
-serve any length. What is around them changes with every batch: the number of learned positions, the chunks of
-the LM head, and hooks that collect hidden states. Compiling the whole model would never come to an end.
+The layers of a student are alike, so what is compiled for one serves all, and a second length of rows makes
+it serve any length. What is around them changes with every batch: the number of learned positions, the chunks
+of the LM head, and hooks that collect hidden states. Compiling the whole model would never come to an end.
 """
 
 from __future__ import annotations
