@@ -73,8 +73,8 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
     report_to: Any = field(default_factory=_report_to)
     """TensorBoard where it is installed, else nothing."""
     logging_nan_inf_filter: bool = False
-    """A loss that is not finite ends the training when it is logged. To look at the loss of each step would be
-    to wait for a GPU."""
+    """A loss that is not finite ends the training when it is logged; to look at that of each step is to wait
+    for a GPU."""
     include_num_input_tokens_seen: Any = "non_padding"
     """Tokens are counted for the summary, without padding."""
     remove_unused_columns: bool = False
