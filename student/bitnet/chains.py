@@ -2,7 +2,7 @@
 
 Ten operations on small tensors cost a GPU ten launches, and ten trips of large ones to its memory. There
 torch.compile makes a kernel of each chain, after a comparison with the plain functions: where a result
-differs in one bit, or compiling fails, these are used. CPUs take them always.
+differs in one bit, or compiling fails, these are used and a warning says so. CPUs take them always.
 
 Shape letters: N tokens, I input features, O output features.
 """
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distily.logs import LOG
 from student.bitnet.quantizers import to_int8
 
 # Division as IEEE rounds it, which Triton's own is not.
@@ -55,9 +56,13 @@ def chains(kind: str) -> Chains:
 def _compared(kind: str) -> Chains:
     try:
         compiled = compile_chains()
-        return compiled if agree(compiled, kind) else PLAIN
-    except Exception:  # no compiler for Triton's launchers, an unknown option: of many kinds, and no harm
-        return PLAIN
+        if agree(compiled, kind):
+            return compiled
+        reason = "it gives other bits here"
+    except Exception as error:  # no compiler for Triton's launchers, an unknown option: of many kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    LOG.warning(f"BitLinear computes without torch.compile, in more launches and as exactly: {reason}")
+    return PLAIN
 
 
 def compile_chains() -> Chains:

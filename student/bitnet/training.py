@@ -47,7 +47,8 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, student: nn.Module, plan: TernaryPlan) -> None:
         self._student, self._plan = student, plan
         self.meter = FlipMeter(student)
-        self._largest_rate = 0.0  # of steps since the last log whose gradients were not zero
+        # Since the last log: of steps, and of those whose gradients were not zero.
+        self._largest_rate, self._largest_moving = 0.0, torch.zeros(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After weights were loaded or sent between processes."""
@@ -68,9 +69,14 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are there, and the rate that they will meet."""
         rate = max(float(group["lr"]) for group in kwargs["optimizer"].param_groups)
-        grads = (layer.weight.grad for _, layer in bit_linears(self._student))
-        if rate > self._largest_rate and any(grad is not None and bool(grad.any()) for grad in grads):
+        grads = [
+            layer.weight.grad for _, layer in bit_linears(self._student) if layer.weight.grad is not None
+        ]
+        if rate > self._largest_rate and grads:
             self._largest_rate = rate
+            # Left on the device, for which nobody waits here.
+            moving = torch.stack([grad.any() for grad in grads]).any() * rate
+            self._largest_moving = self._largest_moving.to(moving).maximum(moving)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights have changed, perhaps without a trace."""
@@ -89,7 +95,8 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         learning rate: at the ends of a schedule a standstill is no fault.
         """
         measured = self.meter.measure()
-        rate, self._largest_rate = self._largest_rate, 0.0
+        rate = float(self._largest_moving)
+        self._largest_rate, self._largest_moving = 0.0, torch.zeros(())
         if measured["bitnet_moved_share"] == 0 and rate > 0 and rate >= peak_rate / 2:
             dtype = str(next(layer.weight.dtype for _, layer in bit_linears(self._student)))
             raise StudentError(

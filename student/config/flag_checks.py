@@ -40,6 +40,7 @@ SERVED = frozenset(
         *("warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
         *("max_grad_norm", "average_tokens_across_devices", "neftune_noise_alpha", "full_determinism"),
         *("bf16", "fp16", "tf32", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
         *("torch_empty_cache_steps", "auto_find_batch_size", "skip_memory_metrics"),
         *(
             "logging_strategy",
@@ -120,10 +121,6 @@ _ONE_PRECISION = "held-out samples are measured in the type of the training; use
 _LIGER = (
     "its kernels are not applied to students here, whose LM head and loss are fused already; leave it out"
 )
-_COMPILE = (
-    "batches differ in length and in learned positions, for each of which the model would be compiled anew; "
-    "leave it out"
-)
 _FSDP = "sharded students can neither be saved nor measured yet; use --multi_gpu of `accelerate launch`"
 _DEEPSPEED = "DeepSpeed is not supported; use --multi_gpu of `accelerate launch`"
 _TRACKIO = "has no effect without --report-to trackio; add that"
@@ -152,9 +149,6 @@ RULES: dict[str, Rule] = {
     "use_liger_kernel": Rule(_on, _LIGER),
     "liger_kernel_config": Rule(_given, _LIGER),
     "use_cache": Rule(_on, "a training needs no keys and values of earlier steps; leave it out"),
-    "torch_compile": Rule(_on, _COMPILE),
-    "torch_compile_backend": Rule(_given, _COMPILE),
-    "torch_compile_mode": Rule(_given, _COMPILE),
     "enable_jit_checkpoint": Rule(
         _on, "a training that is stopped early would be saved as if it had ended; use --save-steps"
     ),

@@ -72,6 +72,9 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
     """A share of the run, in which the learning rate rises linearly from zero."""
     report_to: Any = field(default_factory=_report_to)
     """TensorBoard where it is installed, else nothing."""
+    logging_nan_inf_filter: bool = False
+    """A loss that is not finite ends the training when it is logged; to look at that of each step is to wait
+    for a GPU."""
     include_num_input_tokens_seen: Any = "non_padding"
     """Tokens are counted for the summary, without padding."""
     remove_unused_columns: bool = False

@@ -29,10 +29,10 @@ from student.losses.lm_head import (
     scaled_gradients,
 )
 
-# Logits per buffer, more on GPUs that have room, and buffers that live at a time: both sides' logits,
-# (log-)probabilities, gradient, temporaries.
-CHUNK_ELEMENTS = 2**23
-_BUFFERS = 10
+# Logits per buffer, more on GPUs that have room, and buffers that live at a time: both sides' logits, the
+# slope of soft-capping, the gradient, and a product of the teacher's head.
+CHUNK_ELEMENTS = 2**24
+_BUFFERS = 5
 # Weights of the teacher that are cast at a time.
 CAST_ELEMENTS = 2**22
 
@@ -55,16 +55,16 @@ class TeacherHead:
         return [slice(start, min(start + step, v)) for start in range(0, v, step)]
 
     @torch.no_grad()
-    def logits(self, hidden_nD: Tensor) -> Tensor:
+    def logits(self, hidden_nD: Tensor, out_nV: Tensor | None = None) -> Tensor:
         """Transformed logits [n, V] in float32 (float64 for float64 states); products as `compute_dtype`
-        says.
+        says. out_nV: where to write them.
         """
         dtype = compute_dtype(hidden_nD)
         h_nD = hidden_nD.to(dtype)
-        raw_nV = h_nD.new_empty(len(h_nD), len(self.weight_VD))
+        shape = len(h_nD), len(self.weight_VD)
+        z_nV = h_nD.new_empty(shape, dtype=exact_dtype(dtype)) if out_nV is None else out_nV
         for block in self.blocks(dtype):
-            raw_nV[:, block] = h_nD @ self.weight_VD[block].to(dtype).t()
-        z_nV = raw_nV.to(exact_dtype(dtype))
+            z_nV[:, block] = h_nD @ self.weight_VD[block].to(dtype).t()
         if self.bias_V is not None:
             z_nV.add_(self.bias_V)
         return self.transform.apply_(z_nV)
@@ -76,11 +76,6 @@ class DenseTargets:
 
     head: TeacherHead
     hidden_ND: Tensor
-
-    def rows(self, student_nV: Tensor, positions: slice) -> Rows:
-        """Both sides of a chunk."""
-        teacher_nV = self.head.logits(self.hidden_ND[positions])
-        return Rows(student_nV, teacher_nV.to(student_nV.dtype))
 
 
 def dense_head_loss(
@@ -144,15 +139,21 @@ class _DenseHead(torch.autograd.Function):
         )
         terms_SN = hidden_ND.new_zeros(len(terms), len(hidden_ND), dtype=head.exact)
         total = terms_SN.new_zeros(())
+        teacher_nV = terms_SN.new_empty(head.chunk, len(weight_VD))
+        gradient_nV = torch.empty_like(teacher_nV) if head.wants_grad else None
         for positions in head.chunks():
-            rows = targets.rows(head.logits(positions), positions)
-            g_nV = torch.zeros_like(rows.student_nV)
+            student_nV = head.logits(positions)
+            n = len(student_nV)
+            rows = Rows(
+                student_nV,
+                targets.head.logits(targets.hidden_ND[positions], teacher_nV[:n]),
+                None if gradient_nV is None else gradient_nV[:n].zero_(),
+            )
             for index, (loss, weight) in enumerate(terms):
-                terms_SN[index, positions], gradient_nV = loss(rows)
-                g_nV.add_(gradient_nV, alpha=weight)
+                terms_SN[index, positions] = loss(rows, weight)
                 total += weight * terms_SN[index, positions].sum()
-            if head.wants_grad:
-                head.add_gradient(positions, g_nV)
+            if rows.gradient_nV is not None:
+                head.add_gradient(positions, rows.gradient_nV)
         head.save_gradients(ctx)
         ctx.mark_non_differentiable(terms_SN)
         return total, terms_SN

@@ -139,8 +139,11 @@ class _SparsePass:
 
     def total(self) -> Tensor:
         """Weighted sum of everything, a scalar."""
-        weights_S = self.terms_SN.new_tensor([weight for _, weight in self.terms])
-        return (weights_S * self.terms_SN.sum(-1)).sum()
+        total = self.terms_SN.new_zeros(())
+        # Number by number: the host waits for a GPU to take a list.
+        for (_, weight), value_N in zip(self.terms, self.terms_SN, strict=True):
+            total.add_(value_N.sum(), alpha=weight)
+        return total
 
     def step(self, rows: slice, targets: SparseTargets) -> None:
         """Losses of one chunk, and its gradients when somebody wants them."""

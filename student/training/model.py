@@ -88,7 +88,7 @@ class DistillationModel(nn.Module):
         dense_total, dense_SN = self._dense(view)
         loss, other_SN = self._others(view, head.total + dense_total)
         other_SN = torch.cat([dense_SN, other_SN])
-        scale = 1.0 / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        scale = 1.0 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         if not self.training:
             sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
             return {"loss": loss * scale, "sums": sums}

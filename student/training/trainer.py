@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
@@ -24,6 +25,7 @@ from student.metrics import cluster_error, perplexity
 from student.modeling.adapters import has_adapters, load_adapters, save_adapters
 from student.modeling.saving import MANIFEST_FILE, load_weights, save_student
 from student.training.balance import EVERY, GradientBalance, gradient_norms
+from student.training.compiled import compile_layers
 from student.training.finite import check_terms, check_weights
 from student.training.model import EVAL_COLUMNS, DistillationModel
 from student.training.outputs import remove_training
@@ -63,8 +65,10 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             optimizer_cls_and_kwargs=_rounding(args) if ternary and ternary.masters == "bf16" else None,
             **options,
         )
+        compile_layers(model.student, self._dynamo)
         self.add_callback(KeptCallback())
         self._term_sums = torch.zeros(len(model.objective.labels), device=args.device)
+        self._tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._term_start: int | None = None  # the step after which _term_sums began to add up
         self._balance = GradientBalance(len(model.objective.terms)) if model.objective.balanced else None
         self._measured: int | None = None  # the step at which gradient norms were measured last
@@ -75,6 +79,12 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             self._ternary = TernaryCallback(model.student, ternary or TernaryPlan())
             self.add_callback(self._ternary)
         self.add_callback(UniformGuess(vocab_size, copied))
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Trainer's own, without its wish to compile the whole model, see `student.training.compiled`."""
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        self._dynamo: TorchDynamoPlugin = arguments["dynamo_plugin"]
+        return arguments | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
         return Collator(dataset.groups, self._pad_token, pack, drop_idle)
@@ -146,6 +156,20 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
                 self._balance.update(self.accelerator.reduce(norms.square(), "mean").sqrt().tolist())
             weights = self._balance.weights(weights)
         self.model.weights = weights
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Trainer's own count, left on the device: to read each batch's is to wait for it."""
+        counting = self.args.include_num_input_tokens_seen
+        if counting == "non_padding":
+            self._tokens += inputs["attention_mask"].sum()
+        elif counting != "no":
+            self._tokens += inputs["input_ids"].numel()
+
+    def store_flos(self) -> None:
+        """Trainer's own, before it logs or saves: brings what it has counted into its state."""
+        super().store_flos()
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(self._tokens, "sum"))
+        self._tokens.zero_()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the unweighted terms, the weights that move, and the movement of the ternary weights to

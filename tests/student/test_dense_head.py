@@ -164,9 +164,11 @@ def leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(1, 3, 2, 1), (7, 11, 5, 3), (13, 203, 4, 9)])
 @pytest.mark.parametrize("name", SMALL)
 def test_float64_matches_to_rounding(
-    name: str, shape: tuple[int, int, int, int], transform: HeadTransform
+    name: str, shape: tuple[int, int, int, int], transform: HeadTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In several blocks of columns, of which the last is narrower."""
     loss, plain = SMALL[name]
+    monkeypatch.setitem(full.BLOCK_ELEMENTS, "cpu", 5 * max(1, shape[0] // 3))
     parts, own = problem(*shape), HeadTransform(1.5, 7.0)
     inputs = leaves([parts["hidden"], parts["weight"], parts["bias"]], torch.float64)
     goal = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, transform)
@@ -398,10 +400,10 @@ def test_no_chunk_holds_more_than_it_may() -> None:
     """The losses see `chunk` rows at a time, and all rows once."""
     parts, seen = problem(23, 19, 3, 5), []
 
-    def spy(rows: full.Rows) -> tuple[Tensor, Tensor]:
+    def spy(rows: full.Rows, weight: float) -> Tensor:
         seen.append(tuple(rows.student_nV.shape))
         assert rows.student_nV.shape == rows.teacher_nV.shape
-        return full.logit_mse(rows)
+        return full.logit_mse(rows, weight)
 
     targets = targets_of(parts, torch.float64, HeadTransform())
     dense_head_loss(
