@@ -18,6 +18,7 @@ from student.bitnet.linear import (
     Strengths,
     bit_linears,
     quantize_always,
+    quantize_in_passes,
     quantize_once,
     set_strengths,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "quantization_config",
     "quantize_activation",
     "quantize_always",
+    "quantize_in_passes",
     "quantize_once",
     "quantize_weight",
     "set_strengths",

@@ -69,7 +69,8 @@ class BitLinear(nn.Linear):
 
     rms_norm: applied to the input before it is quantised, where there is one. strengths: of training; in eval
     mode the layer is always fully quantised. gates: what lets gradients be of int8 products where the layer
-    is fully quantised; without them they are in full precision.
+    is fully quantised; without them they are in full precision. regathered: whether the weight is dropped
+    between the forward and the backward pass, see `quantize_in_passes`.
     """
 
     rms_norm: RMSNorm | None
@@ -82,6 +83,7 @@ class BitLinear(nn.Linear):
         self.gates = None
         self.strengths = FULL
         self.keeping = False  # see `quantize_once`
+        self.regathered = False
         self._kept = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class BitLinear(nn.Linear):
         activations = (acts.ints_NI, factor_NI, acts.inverse_N1)
         weights = (self.weight, ternary_OI, scale)
         output: Tensor = _BitLinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, *activations, *weights, self.bias, dtype, self.gates
+            x, *activations, *weights, self.bias, dtype, self.gates, self.regathered
         )
         return output
 
@@ -165,6 +167,7 @@ class _BitLinearFunction(torch.autograd.Function):
         bias_O: Tensor | None,
         dtype: torch.dtype,
         gates: Gates | None,
+        regathered: bool,
     ) -> Tensor:
         if factor_NI.dtype == torch.int8:
             sums_NO = int_mm(factor_NI, ternary_OI.t())
@@ -172,20 +175,24 @@ class _BitLinearFunction(torch.autograd.Function):
             sums_NO = torch.mm(factor_NI, ternary_OI.to(factor_NI.dtype).t())
         rescale = chains(x.device.type).rescale
         y_NO = rescale(sums_NO, inverse_N1, weight_scale, bias_O, dtype)
-        ctx.save_for_backward(ints_NI, ternary_OI, inverse_N1, weight_scale)
+        # A weight that is gathered anew for the backward pass takes no memory until then, as its ternary form
+        # would.
+        kept_OI = weight_OI if regathered else ternary_OI
+        ctx.save_for_backward(ints_NI, kept_OI, inverse_N1, weight_scale)
         ctx.x_like, ctx.weight_dtype = (x.shape, x.dtype), weight_OI.dtype
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        ctx.gates = gates
+        ctx.gates, ctx.regathered = gates, regathered
         return y_NO.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ints_NI, ternary_OI, inverse_N1, weight_scale = ctx.saved_tensors
+        ints_NI, kept_OI, inverse_N1, weight_scale = ctx.saved_tensors
         grad_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             shape, dtype = ctx.x_like
+            ternary_OI = quantize_weight(kept_OI)[0] if ctx.regathered else kept_OI
             grad_x_NI = input_gradient(grad_NO, ternary_OI, weight_scale, ctx.gates)
             grad_x = grad_x_NI.to(dtype).reshape(shape)
         if ctx.needs_input_grad[4]:
@@ -193,7 +200,7 @@ class _BitLinearFunction(torch.autograd.Function):
             grad_weight = weight_gradient(grad_NO, ints_NI, scale_N1, ctx.gates).to(ctx.weight_dtype)
         if ctx.needs_input_grad[7]:
             grad_bias = grad_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_weight, None, None, grad_bias, None, None
+        return grad_x, None, None, None, grad_weight, None, None, grad_bias, None, None, None
 
 
 def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
@@ -219,8 +226,16 @@ def quantize_once(model: nn.Module) -> None:
         layer.forget()
 
 
-def quantize_always(model: nn.Module) -> None:
-    """Takes `quantize_once` back: weights are quantised whenever they are multiplied."""
+def quantize_in_passes(model: nn.Module) -> None:
+    """For weights that are gathered for each pass and dropped after it (FSDP2): the backward pass quantises
+    them once more, and nothing as large as a whole weight is kept.
+    """
     for _, layer in bit_linears(model):
-        layer.keeping = False
+        layer.regathered = True
+
+
+def quantize_always(model: nn.Module) -> None:
+    """Takes that back: weights are quantised whenever they are multiplied."""
+    for _, layer in bit_linears(model):
+        layer.keeping = layer.regathered = False
         layer.forget()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from student.bitnet.linear import bit_linears
+from student.shards import rows, shard_like
 
 MASTERS = ("fp32", "bf16")
 
@@ -24,14 +25,21 @@ def halve_masters(model: nn.Module) -> None:
         layer.weight.data = layer.weight.data.to(torch.bfloat16)
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+def round_stochastically(
+    values: Tensor, generator: torch.Generator, shape: torch.Size | None = None, start: int = 0
+) -> Tensor:
     """float32 -> bfloat16, up or down with probabilities that make the expectation exact; infinities and NaN
     stay what they are.
+
+    shape: of the whole tensor of which these are the rows from `start` on, so that they are rounded as they
+    are among all; None: these are all.
     """
     bits = values.contiguous().view(torch.int32)
     noise = torch.randint(
-        0, 1 << 16, values.shape, generator=generator, device=values.device, dtype=torch.int32
+        0, 1 << 16, shape or values.shape, generator=generator, device=values.device, dtype=torch.int32
     )
+    if shape is not None:
+        noise = noise[start : start + len(values)]
     rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
     # The lower bits of an infinity are zero, so noise leaves it alone; those of NaN may be anything.
     return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)
@@ -42,8 +50,8 @@ class RoundingAdamW(torch.optim.Optimizer):
     parameters with stochastic rounding.
 
     Of the float32 values of a parameter only its update exists, one parameter at a time. The noise is a
-    function of seed, step and the parameter's place, so all processes of a run draw the same, and a resumed
-    run goes on as one that was not interrupted.
+    function of seed, step and the weight's place, so all processes of a run draw the same, whatever part of
+    the weights they hold, and a resumed run goes on as one that was not interrupted.
     """
 
     def __init__(
@@ -82,21 +90,22 @@ class RoundingAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         state["step"] += 1
         (beta1, beta2), step, lr = group["betas"], state["step"], group["lr"]
-        grad = grad.float()
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        own, start = rows(parameter)
+        grad = rows(grad).values.float()
+        mean, square = rows(state["exp_avg"]).values, rows(state["exp_avg_sq"]).values
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        value = parameter.float()  # the parameter itself where it is float32
+        value = own.float()  # the parameter itself where it is float32
         if group["weight_decay"]:
             value.mul_(1 - lr * group["weight_decay"])
         value.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
         if parameter.dtype == torch.bfloat16:
             generator = torch.Generator(parameter.device)
             generator.manual_seed(hash((self._seed, step, place)) & ((1 << 63) - 1))
-            value = round_stochastically(value, generator)
-        if value is not parameter:
-            parameter.copy_(value)
+            value = round_stochastically(value, generator, parameter.shape, start)
+        if value is not own:
+            own.copy_(value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of every torch optimizer, which gives moments the dtype of their parameter; ours stay
@@ -110,4 +119,5 @@ class RoundingAdamW(torch.optim.Optimizer):
         ):
             for name in ("exp_avg", "exp_avg_sq"):
                 if place in saved:
-                    self.state[parameter][name] = saved[place][name].to(parameter.device, copy=True)
+                    own = shard_like(saved[place][name], parameter)
+                    self.state[parameter][name] = own.to(parameter.device, copy=True)

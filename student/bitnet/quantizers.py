@@ -15,12 +15,15 @@ EPSILON = 1e-5  # smallest mean or maximum that a scale is made of
 LEVELS = 127  # largest int8 activation
 
 
-def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight_OI: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Ternary weights and their scale: (int8 [O, I] in {-1, 0, 1}, float32 scalar); weight ~ ternary
     * scale.
+
+    mean: of the absolute values, where `weight_OI` has not all rows of the weight.
     """
     weight_OI = weight_OI.float()
-    inverse = 1.0 / weight_OI.abs().mean().clamp_(min=EPSILON)
+    mean = weight_OI.abs().mean() if mean is None else mean
+    inverse = 1.0 / mean.clamp(min=EPSILON)
     return (weight_OI * inverse).round_().clamp_(-1, 1).to(torch.int8), 1.0 / inverse
 
 

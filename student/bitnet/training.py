@@ -7,14 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import TrainerCallback
 
 from student.bitnet.backward import EVERY, Gate, Gates
-from student.bitnet.linear import bit_linears, quantize_always, quantize_once, set_strengths
+from student.bitnet.linear import (
+    bit_linears,
+    quantize_always,
+    quantize_in_passes,
+    quantize_once,
+    set_strengths,
+)
 from student.bitnet.meter import FlipMeter
 from student.bitnet.warmup import Warmup
 from student.errors import StudentError
+from student.shards import is_sharded, over_all, rows
 
 # Of the learning rate, in the second stage: the ratio of both stages' peaks, for all four sizes of Table 2 in
 # "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Ma, Wang and Wei 2024).
@@ -49,11 +56,14 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         self.meter = FlipMeter(student)
         # Since the last log: of steps, and of those whose gradients were not zero.
         self._largest_rate, self._largest_moving = 0.0, torch.zeros(())
+        self._quantise = quantize_in_passes if is_sharded(student) else quantize_once
+        self._compares = True  # whether gates do so in this step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After weights were loaded or sent between processes."""
-        quantize_once(self._student)
+        self._quantise(self._student)
         self.meter.look()
+        self._compares = True
         if self._plan.backward == "int8":
             set_gates(self._student, Gates)
 
@@ -75,12 +85,15 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         if rate > self._largest_rate and grads:
             self._largest_rate = rate
             # Left on the device, for which nobody waits here.
-            moving = torch.stack([grad.any() for grad in grads]).any() * rate
+            moving = torch.stack([rows(grad).values.any() for grad in grads]).any() * rate
             self._largest_moving = self._largest_moving.to(moving).maximum(moving)
+        if self._compares or state.global_step % EVERY == 0:
+            agree(gates(self._student), args.device)
+        self._compares = False
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights have changed, perhaps without a trace."""
-        quantize_once(self._student)
+        self._quantise(self._student)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nobody promises to tell of changes any more."""
@@ -95,10 +108,12 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         learning rate: at the ends of a schedule a standstill is no fault.
         """
         measured = self.meter.measure()
-        rate = float(self._largest_moving)
+        _, first = next(bit_linears(self._student))
+        moving = self._largest_moving.to(first.weight.device)
+        rate = float(over_all(moving, first.weight, distributed.ReduceOp.MAX))
         self._largest_rate, self._largest_moving = 0.0, torch.zeros(())
         if measured["bitnet_moved_share"] == 0 and rate > 0 and rate >= peak_rate / 2:
-            dtype = str(next(layer.weight.dtype for _, layer in bit_linears(self._student)))
+            dtype = str(first.weight.dtype)
             raise StudentError(
                 f"no latent weight moved since the last log, at a learning rate of {rate:g}: its updates are "
                 f"smaller than the rounding of {dtype.removeprefix('torch.')} weights; raise --learning-rate"
@@ -117,6 +132,20 @@ def gates(model: nn.Module) -> list[Gate]:
     """All gates of a model's layers."""
     found = (layer.gates for _, layer in bit_linears(model))
     return [gate for both in found if both is not None for gate in (both.inputs, both.weights)]
+
+
+def agree(found: Sequence[Gate], device: torch.device) -> None:
+    """Give each gate the lowest cosine of all processes, so that the same products are left to int8 in all,
+    as they would be where one process took all samples of the step.
+    """
+    if not found or not distributed.is_available() or not distributed.is_initialized():
+        return
+    unknown = 2.0
+    known = [unknown if gate.cosine is None else gate.cosine for gate in found]
+    cosines = torch.tensor(known, dtype=torch.float64, device=device)
+    distributed.all_reduce(cosines, distributed.ReduceOp.MIN)
+    for gate, cosine in zip(found, cosines.tolist(), strict=True):
+        gate.cosine = None if cosine == unknown else cosine
 
 
 def gate_metrics(found: Sequence[Gate]) -> dict[str, float]:

@@ -5,16 +5,15 @@ A test goes through the fields of the installed TrainingArguments, so that a new
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from transformers.hf_argparser import string_to_bool
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from student.config.sharding import launched
 from student.errors import UserError
 
 # Means over the held-out positions, see `student.training.trainer.held_out_metrics`; speeds make no best
@@ -74,7 +73,7 @@ SERVED = frozenset(
             "dataloader_prefetch_factor",
         ),
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
-        *("ddp_backend", "ddp_timeout"),
+        *("ddp_backend", "ddp_timeout", "fsdp"),
     }
 )
 
@@ -111,18 +110,17 @@ def _without_workers(value: Any, flags: Namespace) -> bool:
     return bool(value) and not flags.dataloader_num_workers
 
 
-def _launched(variable: str) -> bool:
-    return bool(string_to_bool(os.environ.get(variable) or "false"))
-
-
 _NO_EFFECT = "has no effect on a training from a cache; leave it out"
 _OWN_METRICS = "the held-out metrics are sums of their own that need it as it is; leave it out"
 _ONE_PRECISION = "held-out samples are measured in the type of the training; use --bf16 or --fp16 alone"
 _LIGER = (
     "its kernels are not applied to students here, whose LM head and loss are fused already; leave it out"
 )
-_FSDP = "sharded students can neither be saved nor measured yet; use --multi_gpu of `accelerate launch`"
-_DEEPSPEED = "DeepSpeed is not supported; use --multi_gpu of `accelerate launch`"
+_FSDP = "how the student is sharded cannot be configured; give --fsdp alone"
+_DEEPSPEED = (
+    "DeepSpeed is not supported; --fsdp, with --multi_gpu of `accelerate launch`, shards the student as "
+    "ZeRO-3 does"
+)
 _TRACKIO = "has no effect without --report-to trackio; add that"
 _WORKERS = "needs --dataloader-num-workers 1 or more; give that, too"
 _ORDER = "samples are read in the order of the cache, by which a training can be resumed; leave it out"
@@ -182,14 +180,14 @@ RULES: dict[str, Rule] = {
     "trackio_static_space_id": Rule(_without_trackio, _TRACKIO),
     "accelerator_config": Rule(_given, _ORDER),
     "parallelism_config": Rule(
-        _given, "only data parallelism is supported; use --multi_gpu of `accelerate launch`"
+        lambda value, _: value is not None or launched("ACCELERATE_USE_PARALLELISM_CONFIG"),
+        "only data parallelism is supported; use --multi_gpu of `accelerate launch`",
     ),
     "dataloader_persistent_workers": Rule(_without_workers, _WORKERS),
     "dataloader_multiprocessing_context": Rule(_without_workers, _WORKERS),
     "dataloader_in_order": Rule(_off, _ORDER),
-    "fsdp": Rule(lambda value, _: bool(value) or _launched("ACCELERATE_USE_FSDP"), _FSDP),
-    "fsdp_config": Rule(_given, _FSDP),
-    "deepspeed": Rule(lambda value, _: bool(value) or _launched("ACCELERATE_USE_DEEPSPEED"), _DEEPSPEED),
+    "fsdp_config": Rule(_on, _FSDP),
+    "deepspeed": Rule(lambda value, _: bool(value) or launched("ACCELERATE_USE_DEEPSPEED"), _DEEPSPEED),
 }
 
 

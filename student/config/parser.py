@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from distily.text import one_line
+from student.config import sharding
 from student.config.flags import OBJECTIVE_FLAGS, CommandOptions, StudentOptions
 from student.config.help import EXAMPLES, INTRODUCTION, unknown_flag
 from student.config.precision import settle
@@ -129,7 +130,7 @@ def parse(argv: Sequence[str]) -> Request:
         store=rest.store,
         options=options,
         training=training,
-        notes=tuple(settle(training, training.bf16)),
+        notes=(*settle(training, training.bf16), *sharding.settle(training, rest.sharded)),
         as_json=options.json,
         quiet=options.quiet,
     )

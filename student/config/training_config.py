@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from student.config import sharding
 from student.config.flag_checks import check_flags
 from student.config.flagfile import word
 from student.config.flags import StudentOptions
@@ -40,6 +41,7 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
 
     Attributes:
         notes: what was chosen for the user, in sentences.
+        sharded: whether the processes share the student's weights (`fsdp=True`).
 
     Raises:
         UserError: a value that cannot be served; the message names the flag.
@@ -96,7 +98,7 @@ class DistillationConfig(StudentOptions, TrainingArguments):  # type: ignore[mis
         complete(self)
         super().__post_init__()
         self.check()
-        self.notes = tuple(settle(self, self.bf16))
+        self.notes = (*settle(self, self.bf16), *sharding.settle(self, self.sharded))
 
 
 def defaults() -> dict[str, Any]:
@@ -113,6 +115,7 @@ def complete(arguments: Any) -> None:
     arguments: an object with our options and the fields of TrainingArguments as attributes.
     """
     check_flags(arguments)
+    sharding.take_over(arguments)
     arguments.use_cpu = uses_cpu(arguments.use_cpu)
     on_gpu = not arguments.use_cpu and torch.cuda.is_available()
     if arguments.dataloader_num_workers is None:

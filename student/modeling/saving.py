@@ -20,27 +20,31 @@ from student.errors import StudentError, UserError
 from student.modeling.checkpoint import CheckpointTensors
 from student.modeling.tokenizer import copy_tokenizer
 from student.modeling.whole import whole_files
+from student.shards import load_whole
 
 # In a checkpoint: the manifest of the cache that it was trained on, and in which order, see
 # student.training.resume.
 MANIFEST_FILE = "cache_manifest.json"
 
 
-def save_student(student: Any, directory: Path, tokenizer_dir: Path) -> None:
-    """Safetensors, config.json and the teacher's tokenizer.
+def save_student(
+    student: Any, directory: Path, tokenizer_dir: Path, state: Mapping[str, Any] | None = None
+) -> None:
+    """Safetensors, config.json and the teacher's tokenizer. state: the whole tensors of a sharded student.
 
     A BitNet student is saved as its latent weights with the `quantization_config` that makes transformers
     quantise them online; it is added to the file only, since Trainer treats a model that carries it as
     already quantised. One with added norms is laid out as `bitnet.layout` says.
     """
     conversion = bitnet.conversion_of(student)
+    state = student.state_dict() if state is None else state
     if conversion is None:
-        student.save_pretrained(directory)
+        student.save_pretrained(directory, state_dict=dict(state))
     else:
         own = student.config.to_dict() | {"architectures": [type(student).__name__]}
         saved = layout.to_saved(own, conversion)
-        state = {layout.to_saved_name(name, saved): tensor for name, tensor in student.state_dict().items()}
-        student.save_pretrained(directory, state_dict=state)
+        named = {layout.to_saved_name(name, saved): tensor for name, tensor in state.items()}
+        student.save_pretrained(directory, state_dict=named)
         path = directory / "config.json"
         config = layout.to_saved(json.loads(path.read_text(encoding="utf-8")), conversion)
         config["quantization_config"] = bitnet.quantization_config(student)
@@ -98,7 +102,7 @@ def load_weights(student: Any, directory: Path) -> None:
     if own - set(state):
         raise StudentError(f"{directory}: the checkpoint lacks {sorted(own - set(state))[0]} of this student")
     try:
-        result = student.load_state_dict(state, strict=False)
+        result = load_whole(student, state, strict=False)
     except RuntimeError as error:
         raise StudentError(f"{directory}: the checkpoint is of another student: {error}") from error
     if result.unexpected_keys:

@@ -14,10 +14,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from student.errors import StudentError, UserError
+from student.shards import load_whole
 
 WEIGHTS_FILE = "projectors.safetensors"
 CONFIG_FILE = "projectors.json"
@@ -74,12 +75,15 @@ class Projectors(nn.ModuleDict):
         super().__init__({name: spec.build() for name, spec in specs.items()})
         self.specs = dict(specs)
 
-    def save(self, directory: Path) -> None:
-        """Writes projectors.safetensors and projectors.json; nothing where there are none."""
+    def save(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes projectors.safetensors and projectors.json; nothing where there are none.
+
+        state: whole tensors, where the projectors are sharded.
+        """
         if not self.specs:
             return
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, directory / WEIGHTS_FILE)
+        state = self.state_dict() if state is None else state
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / WEIGHTS_FILE)
         config = json.dumps(self._config(), indent=2, sort_keys=True) + "\n"
         (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
 
@@ -94,7 +98,7 @@ class Projectors(nn.ModuleDict):
                     f"{_names(self._config())}; resume with the objective that it was trained with"
                 )
             if self.specs:
-                self.load_state_dict(load_file(weights))
+                load_whole(self, load_file(weights))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
             raise StudentError(f"{directory}: its projectors cannot be read: {error}") from error
 

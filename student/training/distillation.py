@@ -79,6 +79,11 @@ class DistillationTrainer(CacheTrainer):
             raise UserError("args: give a DistillationConfig, which is TrainingArguments and the losses")
         if train_dataset is None:
             raise UserError("train_dataset: give a cache: a directory, s3://bucket/prefix or a CacheReader")
+        if args.fsdp and optimizers[0] is not None:
+            raise UserError(
+                "optimizers: this one is of weights that are not sharded yet; leave it out and choose with "
+                "args.optim, or leave args.fsdp out"
+            )
         if isinstance(model, (str, Path)):
             if args.student is not None:
                 raise UserError("model: args.student names a checkpoint already; leave one of them out")
@@ -99,6 +104,8 @@ class DistillationTrainer(CacheTrainer):
             LOG.warning(prepared.data.split)
         # Adapters go on last: what was checked against the cache is the student that they wrap.
         if peft_config is not None:
+            if args.fsdp:
+                raise UserError("peft_config: adapters are not sharded; leave --fsdp (args.fsdp) out")
             if prepared.plan.conversion is not None:
                 raise UserError("peft_config: a BitNet student trains its own weights; leave one of them out")
             assembled.model.student = add_adapters(assembled.model.student, peft_config)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import distributed, nn
 
 from student.errors import StudentError
+from student.shards import over_all, rows
 
 _MENDS = (
     "lower --learning-rate or --max-grad-norm, lengthen --warmup-steps, or train in float32 (without --bf16 "
@@ -27,9 +29,10 @@ def check_terms(means: Mapping[str, float], first: int, last: int) -> None:
 
 
 def check_weights(model: nn.Module, step: int) -> None:
-    """StudentError where a parameter is not finite after `step` steps."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise StudentError(
-                f"step {step}: the weights are not finite ({name}) and are not saved; {_MENDS}"
-            )
+    """StudentError where a parameter is not finite after `step` steps; in all processes that share it."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    wrong = torch.stack([~rows(parameter).values.isfinite().all() for parameter in parameters]).int()
+    found = over_all(wrong, parameters[0], distributed.ReduceOp.MAX).nonzero()
+    if len(found):
+        name = names[int(found[0])]
+        raise StudentError(f"step {step}: the weights are not finite ({name}) and are not saved; {_MENDS}")

@@ -140,6 +140,8 @@ def prepare(
     _check_optimizer(args, plan.masters)
     _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
+    if args.fsdp:
+        _check_sharded(objective)
     if objective.balanced:
         _check_checkpointing(args)
     return PreparedTraining(
@@ -298,6 +300,21 @@ def _check_hub(args: TrainingArguments) -> None:
             f"--push-to-hub: the hub does not let us in ({reason}); log in with `hf auth login` or give "
             f"--hub-token, or leave the flag out and upload {args.output_dir} later"
         ) from error
+
+
+def _check_sharded(objective: Objective) -> None:
+    """UserError for losses that need a layer's weights outside its own forward and backward pass."""
+    if objective.relations:
+        term = next(term for term in objective.terms if term.loss.kind == "relation")
+        raise UserError(
+            f"--fsdp: {term.loss.name} computes queries, keys and values from weights of the student that "
+            "are not gathered at that time; leave one of them out"
+        )
+    if objective.balanced:
+        raise UserError(
+            "--fsdp: balance: gradient_norm measures gradients of weights that are sharded; give the terms "
+            "weights instead"
+        )
 
 
 def _check_checkpointing(args: TrainingArguments) -> None:

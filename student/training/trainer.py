@@ -5,7 +5,8 @@ student.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from distily.system.files import write_json
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
@@ -24,12 +27,14 @@ from student.data.batches import CachedDataset, CacheOrder, Collator
 from student.metrics import cluster_error, perplexity
 from student.modeling.adapters import has_adapters, load_adapters, save_adapters
 from student.modeling.saving import MANIFEST_FILE, load_weights, save_student
+from student.shards import gather, is_sharded, shard_optimizer_state, whole_state
 from student.training.balance import EVERY, GradientBalance, gradient_norms
 from student.training.compiled import compile_layers
 from student.training.finite import check_terms, check_weights
 from student.training.model import EVAL_COLUMNS, DistillationModel
 from student.training.outputs import remove_training
 from student.training.resume import KeptCallback, finished, order_seed
+from student.training.sharding import shard, without_accelerates
 from student.training.uniform import UniformGuess
 
 
@@ -55,6 +60,9 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
         self._tokenizer_dir = tokenizer_dir
         self._train_collator = self._collator(train_dataset, pack_rows, drop_idle=True)
+        self._whole: dict[str, Tensor] | None = None  # the weights of a sharded model, while it is saved
+        if args.fsdp:
+            shard(model, args.device)
         super().__init__(
             model=model,
             args=args,
@@ -88,6 +96,31 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
 
     def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
         return Collator(dataset.groups, self._pad_token, pack, drop_idle)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's own; accelerate shards nothing, see `student.training.sharding`."""
+        with without_accelerates():
+            super().create_accelerator_and_postprocess()
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Trainer's own; a sharded model is there already, and cannot be moved."""
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Trainer's own, with the autocast that accelerate puts around a model that it wraps."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        if is_sharded(self.model):
+            stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's own; checkpoints hold whole tensors, of which it takes this process's part."""
+        new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if new and is_sharded(self.model):
+            optimizer.register_load_state_dict_pre_hook(shard_optimizer_state)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""
@@ -209,6 +242,13 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             sums = model(**inputs)["sums"]
         return None, sums, sums[:, EVAL_COLUMNS.index("positions")]
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's own; drops what is around the layers, which a pass without gradients leaves gathered."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+        return output
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; what ends it early is said on a line of its own, behind the progress bar's."""
         try:
@@ -238,15 +278,20 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's own, of checkpoints and of the finished student; StudentError for weights of NaNs."""
         check_weights(self.model, self.state.global_step)
+        if is_sharded(self.model):
+            self._whole = whole_state(self.model, self.args.should_save)
         super().save_model(output_dir, _internal_call)
+        self._whole = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        save = save_adapters if has_adapters(self.model.student) else save_student
-        save(self.model.student, directory, self._tokenizer_dir)
+        if has_adapters(self.model.student):
+            save_adapters(self.model.student, directory, self._tokenizer_dir)
+        else:
+            save_student(self.model.student, directory, self._tokenizer_dir, _below("student.", self._whole))
         if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
-            self.model.projectors.save(directory)
+            self.model.projectors.save(directory, _below("projectors.", self._whole))
             if self._balance is not None:
                 self._balance.save(directory)
         torch.save(self.args, directory / "training_args.bin")
@@ -257,6 +302,18 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             "global_batch": self.get_total_train_batch_size(self.args),
         }
         write_json(directory / MANIFEST_FILE, record)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's own; of a sharded model in the same files and form, so that any number of processes can
+        resume from them, sharded or not.
+        """
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gather(self.optimizer.state_dict(), self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = load_adapters if has_adapters(self.model.student) else load_weights
@@ -278,6 +335,13 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Of a module by this name, out of the state of the one around it."""
+    if state is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _rounding(args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -53,8 +53,7 @@ REFUSED = {
     "dataloader_persistent_workers": ([], "--dataloader-num-workers"),
     "dataloader_multiprocessing_context": (["spawn"], "--dataloader-num-workers"),
     "dataloader_in_order": (["False"], "order"),
-    "fsdp": (["full_shard"], "accelerate launch"),
-    "fsdp_config": (['{"version": 2}'], "accelerate launch"),
+    "fsdp_config": (['{"version": 2}'], "--fsdp alone"),
     "deepspeed": (["ds.json"], "accelerate launch"),
 }
 # Flags whose effect is said to be Trainer's own, two or three at a time; trained with, on a CPU.
@@ -76,6 +75,7 @@ TRAINED = [
     ("--average-tokens-across-devices", "False", "--include-num-input-tokens-seen", "all"),
     ("--save-only-model", "--restore-callback-states-from-checkpoint", "--logging-nan-inf-filter", "False"),
 ]
+FSDP2 = {"USE_FSDP": "true", "FSDP_VERSION": "2"}  # of accelerate's launcher
 SMALL = ("--student-model-config", '{"num_hidden_layers": 1}', "--max-steps", "2")
 
 
@@ -110,6 +110,36 @@ def test_what_cannot_be_served_is_refused(refuse: Callable[..., str], name: str)
     flag = f"--{name.replace('_', '-')}"
     line = refuse(flag, *value)
     assert flag in line and word in line
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags", "reason"),
+    [
+        ({}, ("--fsdp",), "this is the only one"),
+        ({}, ("--fsdp", "offload"), "give --fsdp alone"),
+        ({}, ("--fsdp", "--fp16"), "use --bf16"),
+        ({}, ("--fsdp", "--torch-compile"), "--torch-compile"),
+        ({}, ("--fsdp", "--optim", "adafactor"), "choose adamw_torch, "),
+        ({}, ("--fsdp", "--auto-find-batch-size"), "--per-device-train-batch-size"),
+        ({"USE_FSDP": "true"}, (), "add --fsdp_version 2"),
+        (FSDP2, (), "this is the only one"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, (), "--fsdp_offload_params"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, (), "give --gradient-checkpointing"),
+        ({"USE_DEEPSPEED": "true"}, (), "--fsdp, with --multi_gpu"),
+        ({"USE_PARALLELISM_CONFIG": "true"}, (), "only data parallelism"),
+    ],
+)
+def test_what_accelerates_launcher_asks_for(
+    refuse: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: dict[str, str],
+    flags: tuple[str, ...],
+    reason: str,
+) -> None:
+    for name, value in launcher.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}" if name.startswith("USE") else name, value)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert reason in refuse(*flags)
 
 
 def test_integrations_without_their_package(refuse: Callable[..., str]) -> None:

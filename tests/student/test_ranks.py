@@ -1,5 +1,11 @@
-"""However many processes train, and whichever number goes on after a kill: the same samples in the same
-steps, and the same losses.
+"""However many processes train, with whole students or a part of one each, and whichever number goes on after
+a kill: the same samples in the same steps, the same losses, and the same student.
+
+Bits are compared where the single process accumulates the gradients of two batches, those that the two
+processes get. Then all products are of the same numbers, each gradient is the sum of two in either case, and
+the factors between them are 2 and 1/2. Where the two processes accumulate, too, the last of four batches
+teaches nothing, so that it does not matter when it is added. Only the norm of all gradients is summed up in
+another order.
 """
 
 from __future__ import annotations
@@ -15,12 +21,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
 from student.config.parser import parse
 from student.data.held_out import split_samples
+from student.modeling.saving import load_student
 from student.training.resume import check_order
 from tests.student import fed
+from tests.student.exports import Export
 
 ROOT = Path(__file__).parents[2]
 BATCH, STEPS, SAVED, HELD = 10, 10, 6, 7
@@ -29,6 +39,19 @@ STUDENT = ("--student-model-config", '{"hidden_size": 32, "head_dim": 16, "num_h
 STUDENT += ("--init", "random", "--hidden-loss", "mse", "--projector", "linear", "--report-to", "none")
 STUDENT += ("--eval-fraction", str(HELD_OUT))
 LAUNCH = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+# The students whose bits are compared, and what a run of theirs is called: <name>-one of one process that
+# accumulates; <name>-ddp and <name>-fsdp of two; <name>-to-one and <name>-to-two resumed by as many from the
+# middle of <name>-fsdp and <name>-one.
+ACCUMULATED = ("--train-samples", "15")  # three batches of the four that a step has room for
+TERNARY = ("--student-model-as-bitnet", "--bitnet-conversion", "subln")
+COMPARED = {
+    "fp": ("--hidden-loss", "mse", "--projector", "linear", "--gradient-checkpointing", *ACCUMULATED),
+    "full": (*TERNARY, "--bitnet-warmup-weights", "0.4"),
+    "int8": (*TERNARY, "--bitnet-backward", "int8", "--bitnet-masters", "bf16"),
+    "clipped": ("--max-grad-norm", "0.05", "--optim", "sgd", "--lr-scheduler-type", "constant"),  # one step
+}
+SHORT, MIDDLE, PART = 4, 2, 5  # steps, the one that is resumed from, samples of a batch
 
 Fed = dict[int, list[tuple[str, int]]]  # by step, the samples of the global batch: id, learned tokens
 
@@ -48,18 +71,40 @@ def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words += ["--learning-rate", 0.01]
         return [str(word) for word in words]
 
+    def compared(name: str, how: str, processes: int, *more: object) -> list[str]:
+        words: list[object] = [cache, "--output-dir", root / f"{name}-{how}", *COMPARED[name]]
+        words += ["--student-model-config", '{"num_hidden_layers": 2}', "--copy-layers", "last"]
+        batches = 4 if set(ACCUMULATED) <= set(COMPARED[name]) else 2
+        words += ["--per-device-train-batch-size", PART]
+        words += ["--gradient-accumulation-steps", batches // processes]
+        words += ["--max_steps", 1 if name == "clipped" else SHORT, "--save_steps", MIDDLE]
+        words += ["--logging_steps", 1, "--eval-fraction", HELD_OUT, "--eval_strategy", "no"]
+        words += ["--eval_on_start", "False", "--disable_tqdm", "True", "--report-to", "none"]
+        words += ["--learning-rate", 1 if name == "clipped" else 0.01]
+        words += [] if name == "clipped" else ["--max_grad_norm", 0]
+        return [str(word) for word in (*words, *more)]
+
+    def middle(run: str) -> tuple[object, ...]:
+        return "--resume_from_checkpoint", root / run / f"checkpoint-{MIDDLE}"
+
     fed.run(arguments("one", 1))
+    for name in COMPARED:
+        fed.run(compared(name, "one", 1))
     (root / "to_one").mkdir()
     (root / "to_one" / f"hold-{HELD}").touch()
     started = [
         arguments("two", 2, "--pack-rows"),
         arguments("to_two", 2, "--resume_from_checkpoint", root / "one" / f"checkpoint-{SAVED}"),
+        *(compared(name, "fsdp", 2, "--fsdp") for name in COMPARED),
+        compared("int8", "ddp", 2),
+        compared("full", "to-two", 2, "--fsdp", *middle("full-one")),
         arguments("to_one", 2),
     ]
     kill_when_held(started, root / "to_one")
     (root / "to_one" / f"hold-{HELD}").unlink()
     (root / "to_one" / f"checkpoint-{HELD}").mkdir()  # a kill may come while a checkpoint is written, too
     fed.run(arguments("to_one", 1, "--resume_from_checkpoint", "True"))
+    fed.run(compared("full", "to-one", 1, *middle("full-fsdp")))
     return root
 
 
@@ -153,3 +198,75 @@ def test_going_on_in_another_order_is_refused(
     code, _, err = distily_train(*words)
     assert code == 2 and message in err and err.count("\n") == 1
     check_order(parse([str(word) for word in (*words, "--ignore_data_skip")]).training, 1, checkpoint)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Those of the saved student."""
+    return dict(load_file(directory / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["fp-fsdp", "full-fsdp", "int8-fsdp", "int8-ddp", "full-to-one", "full-to-two"]
+)
+def test_the_student_has_the_same_bits(runs: Path, name: str) -> None:
+    """And a process that got a part of it, or another number of them, goes on as if nothing had happened."""
+    one, other = weights(runs / f"{name.partition('-')[0]}-one"), weights(runs / name)
+    assert one.keys() == other.keys()
+    assert [each for each in one if not torch.equal(one[each], other[each])] == []
+
+
+def test_gradients_are_clipped_by_the_norm_of_all(runs: Path) -> None:
+    """One step of SGD, whose gradients are multiplied by 0.05 / norm. The norm of N numbers, summed up in
+    another order, may differ by a share of delta < N eps. By as much of its step, which is at most as long as
+    the steps of all together, may a weight differ, and by its rounding.
+    """
+    one, two = runs / "clipped-one", runs / "clipped-fsdp"
+    norms = [logs(run)[0]["grad_norm"] for run in (one, two)]
+    rate, eps = logs(one)[0]["learning_rate"], torch.finfo(torch.float32).eps
+    a, b = weights(one), weights(two)
+    delta = abs(norms[0] / norms[1] - 1)
+    assert norms[0] > 10 * 0.05 and delta < eps * sum(tensor.numel() for tensor in a.values())
+    for name in a:
+        bound = rate * 0.05 * (delta + 4 * eps) + eps * a[name].abs()
+        assert ((a[name] - b[name]).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("name", ["fp", "full", "int8"])
+def test_each_process_holds_a_part(runs: Path, name: str) -> None:
+    """Of weights and optimizer state, with no ternary weights beside them; inputs are quantised as often as
+    by one process.
+    """
+    whole: fed.Keeps = json.loads((runs / f"{name}-one" / "keeps-0of1.json").read_text())
+    parts: list[fed.Keeps] = [
+        json.loads((runs / f"{name}-fsdp" / f"keeps-{rank}of2.json").read_text()) for rank in range(2)
+    ]
+    assert parts[0]["weights"] + parts[1]["weights"] == whole["weights"]
+    assert parts[0]["moments"] + parts[1]["moments"] == whole["moments"]
+    assert parts[0]["inputs"] + parts[1]["inputs"] == whole["inputs"]
+    assert abs(parts[0]["weights"] - parts[1]["weights"]) <= 64  # the odd row of embeddings
+    assert [part["ternary"] for part in parts] == [0, 0]
+    assert bool(whole["ternary"]) == bool(whole["inputs"]) == (name != "fp")
+
+
+@pytest.mark.parametrize("name", ["full", "int8"])
+def test_ternary_weights_are_measured_over_all_processes(runs: Path, name: str) -> None:
+    """Counts are of the same weights. Scales are means of the same N numbers, summed up in halves: they
+    differ by less than N eps, as shares of themselves.
+    """
+    largest = max(tensor.numel() for tensor in weights(runs / f"{name}-one").values())
+    bound = largest * torch.finfo(torch.float32).eps
+    for one, two in zip(logs(runs / f"{name}-one"), logs(runs / f"{name}-fsdp"), strict=True):
+        metrics = {key for key in one if key.startswith("bitnet_")}
+        assert {key: two[key] for key in metrics} == {
+            key: pytest.approx(one[key], abs=bound) if key == "bitnet_scale_drift" else one[key]
+            for key in metrics
+        }
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_student_of_several_processes_is_a_student(runs: Path, export: Export) -> None:
+    directory = runs / "int8-fsdp"
+    ids = torch.arange(3, 15)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(ids).logits
+    assert torch.allclose(loaded, load_student(directory)(ids).logits, atol=1e-4)
+    assert export(directory, "gguf", "--gguf-type", "Q2_0")["format"] == "gguf"

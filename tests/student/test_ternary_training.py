@@ -218,6 +218,18 @@ def test_the_rounding_optimizer_is_its_plain_account_to_the_bit(
         assert torch.equal(own.view(whole), plain.view(whole))
 
 
+def test_rows_are_rounded_as_among_all() -> None:
+    """So that it does not matter which process holds them."""
+
+    def rounded(first: int, last: int) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return round_stochastically(values[first:last], generator, values.shape, first)
+
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    whole = round_stochastically(values, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.cat([rounded(0, 4), rounded(4, 7), rounded(7, 7)]), whole)
+
+
 def test_noise_leaves_infinities_and_nan_alone() -> None:
     """A NaN with lower bits only would round to an infinity, one of ones beyond to zero."""
     bits = torch.tensor([0x7F80_0000, -0x80_0000, 0x7F80_0001, 0x7FFF_FFFF], dtype=torch.int32)
