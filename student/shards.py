@@ -91,9 +91,7 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor], strict: bool = Tr
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A whole state_dict of an optimizer, each tensor sharded like its parameter: a hook for
-    `register_load_state_dict_pre_hook`.
-    """
+    """A whole state_dict of an optimizer, each tensor sharded like its parameter."""
     places = [place for group in state["param_groups"] for place in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sharded = {

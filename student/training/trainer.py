@@ -114,14 +114,6 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             stack.enter_context(self.accelerator.autocast())
         return stack
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's own; checkpoints hold whole tensors, of which it takes this process's part."""
-        new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if new and is_sharded(self.model):
-            optimizer.register_load_state_dict_pre_hook(shard_optimizer_state)
-        return optimizer
-
     def _get_train_sampler(self, train_dataset: CachedDataset | None = None) -> CacheOrder:
         """The cache's own order: whole shards in windows, and the same for any number of processes."""
         return CacheOrder(
@@ -314,6 +306,17 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's own, which puts the whole state on each GPU; of a sharded model only this one's part."""
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        whole = torch.load(
+            Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
+        )
+        self.optimizer.load_state_dict(shard_optimizer_state(self.optimizer, whole))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load = load_adapters if has_adapters(self.model.student) else load_weights

@@ -43,13 +43,16 @@ LAUNCH = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "
 # The students whose bits are compared, and what a run of theirs is called: <name>-one of one process that
 # accumulates; <name>-ddp and <name>-fsdp of two; <name>-to-one and <name>-to-two resumed by as many from the
 # middle of <name>-fsdp and <name>-one.
+SGD = ("--optim", "sgd", "--learning-rate", "1", "--lr-scheduler-type", "constant")
+BEST = ("--eval-strategy", "steps", "--eval-steps", "2", "--eval-on-start", "True")
+BEST += ("--load-best-model-at-end", "--metric-for-best-model", "loss")
 ACCUMULATED = ("--train-samples", "15")  # three batches of the four that a step has room for
 TERNARY = ("--student-model-as-bitnet", "--bitnet-conversion", "subln")
 COMPARED = {
-    "fp": ("--hidden-loss", "mse", "--projector", "linear", "--gradient-checkpointing", *ACCUMULATED),
+    "fp": ("--hidden-loss", "mse", "--projector", "linear", "--gradient-checkpointing", *BEST, *ACCUMULATED),
     "full": (*TERNARY, "--bitnet-warmup-weights", "0.4"),
     "int8": (*TERNARY, "--bitnet-backward", "int8", "--bitnet-masters", "bf16"),
-    "clipped": ("--max-grad-norm", "0.05", "--optim", "sgd", "--lr-scheduler-type", "constant"),  # one step
+    "clipped": ("--max-grad-norm", "0.05", "--max-steps", "1", *SGD),
 }
 SHORT, MIDDLE, PART = 4, 2, 5  # steps, the one that is resumed from, samples of a batch
 
@@ -72,17 +75,16 @@ def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return [str(word) for word in words]
 
     def compared(name: str, how: str, processes: int, *more: object) -> list[str]:
-        words: list[object] = [cache, "--output-dir", root / f"{name}-{how}", *COMPARED[name]]
+        words: list[object] = [cache, "--output-dir", root / f"{name}-{how}"]
         words += ["--student-model-config", '{"num_hidden_layers": 2}', "--copy-layers", "last"]
         batches = 4 if set(ACCUMULATED) <= set(COMPARED[name]) else 2
         words += ["--per-device-train-batch-size", PART]
         words += ["--gradient-accumulation-steps", batches // processes]
-        words += ["--max_steps", 1 if name == "clipped" else SHORT, "--save_steps", MIDDLE]
+        words += ["--max_steps", SHORT, "--save_steps", MIDDLE]
         words += ["--logging_steps", 1, "--eval-fraction", HELD_OUT, "--eval_strategy", "no"]
         words += ["--eval_on_start", "False", "--disable_tqdm", "True", "--report-to", "none"]
-        words += ["--learning-rate", 1 if name == "clipped" else 0.01]
-        words += [] if name == "clipped" else ["--max_grad_norm", 0]
-        return [str(word) for word in (*words, *more)]
+        words += ["--learning-rate", 0.01, "--max-grad-norm", 0]
+        return [str(word) for word in (*words, *COMPARED[name], *more)]
 
     def middle(run: str) -> tuple[object, ...]:
         return "--resume_from_checkpoint", root / run / f"checkpoint-{MIDDLE}"
