@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 
-class Rows(NamedTuple):
+class OwnRows(NamedTuple):
     """The rows of a tensor that this process holds, and the number of the first of them."""
 
     values: Tensor
@@ -27,11 +27,11 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def rows(tensor: Tensor) -> Rows:
+def rows(tensor: Tensor) -> OwnRows:
     """Those of this process; they share the memory of `tensor`."""
     if not isinstance(tensor, DTensor):
-        return Rows(tensor, 0)
-    return Rows(tensor.to_local(), _start(tensor))
+        return OwnRows(tensor, 0)
+    return OwnRows(tensor.to_local(), _start(tensor))
 
 
 def _start(tensor: DTensor) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from student.config.sharding import launched
+from student.config.sharding import NOTHING, launched
 from student.errors import UserError
 
 # Means over the held-out positions, see `student.training.trainer.held_out_metrics`; speeds make no best
@@ -186,7 +186,7 @@ RULES: dict[str, Rule] = {
     "dataloader_persistent_workers": Rule(_without_workers, _WORKERS),
     "dataloader_multiprocessing_context": Rule(_without_workers, _WORKERS),
     "dataloader_in_order": Rule(_off, _ORDER),
-    "fsdp_config": Rule(_on, _FSDP),
+    "fsdp_config": Rule(lambda value, _: bool(value) and value != NOTHING, _FSDP),
     "deepspeed": Rule(lambda value, _: bool(value) or launched("ACCELERATE_USE_DEEPSPEED"), _DEEPSPEED),
 }
 

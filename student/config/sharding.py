@@ -13,6 +13,7 @@ from student.errors import UserError
 
 LAUNCHER = "ACCELERATE_USE_FSDP"  # what `accelerate launch --use_fsdp` sets
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+NOTHING = {"xla": False, "xla_fsdp_v2": False}  # what Trainer asks of --fsdp-config; it then shards nothing
 _ON, _OFF = (True, "True", "true", "full_shard"), (None, False, "", "False", "false")
 # Of the launcher's variables: the value that is served, and what to do about another.
 _SERVED = {
@@ -88,7 +89,7 @@ def settle(args: TrainingArguments, sharded: bool) -> list[str]:
             "--fsdp shards the student over processes, and this is the only one; start several with "
             "`accelerate launch --multi_gpu --num_processes N -m student.cli from-cache ...`"
         )
-    args.fsdp, args.fsdp_config = True, {}  # Trainer is content with that, and shards nothing
+    args.fsdp, args.fsdp_config = True, dict(NOTHING)
     return [
         f"each of {args.world_size} processes holds a part of the weights, gradients and optimizer state "
         "(FSDP2); checkpoints hold the whole student"

@@ -116,7 +116,7 @@ def test_what_cannot_be_served_is_refused(refuse: Callable[..., str], name: str)
     ("launcher", "flags", "reason"),
     [
         ({}, ("--fsdp",), "this is the only one"),
-        ({}, ("--fsdp", "offload"), "give --fsdp alone"),
+        ({}, ("--fsdp=offload",), "give --fsdp alone"),
         ({}, ("--fsdp", "--fp16"), "use --bf16"),
         ({}, ("--fsdp", "--torch-compile"), "--torch-compile"),
         ({}, ("--fsdp", "--optim", "adafactor"), "choose adamw_torch, "),
