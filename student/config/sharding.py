@@ -59,7 +59,7 @@ def take_over(flags: Namespace | Any) -> None:
             f"{', '.join(OPTIMIZERS)}"
         )
     if flags.torch_compile or flags.torch_compile_backend or flags.torch_compile_mode:
-        raise UserError("--fsdp: --torch-compile is not known to work together with it; leave one of them out")
+        raise UserError("--fsdp: --torch-compile is not known to work with it; leave one of them out")
     if flags.fp16:
         raise UserError("--fsdp: --fp16 is not supported together with it; use --bf16")
     if flags.auto_find_batch_size:
