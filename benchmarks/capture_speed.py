@@ -81,7 +81,7 @@ def vllm_generate(**sampling: Any) -> float:
         model=str(RUN / "teacher"),
         max_model_len=LENGTH + 1,
         dtype=request.dtype,
-        max_num_batched_tokens=request.step_size,
+        max_num_batched_tokens=request.max_num_batched_tokens,
         enforce_eager=True,
         enable_prefix_caching=False,
         max_logprobs=64,
@@ -125,13 +125,15 @@ def ours(**request: Any) -> float:
     from featurestore.format.schema import Sample
     from featurestore.store import FeatureStore
     from pipeline.engines.registry import find_engine
+    from pipeline.generate.capturing import capture_tasks
+    from pipeline.generate.committer import Committer
     from pipeline.generate.precision import Precision
-    from pipeline.generate.run import PreparedCapture, _run, start_engine
+    from pipeline.generate.run import PreparedCapture, start_engine
     from pipeline.progress import ConsoleReporter
     from pipeline.request.teacher import identity_of
 
     teacher, wanted = settled(shard_tokens=4096, **request)
-    print(f"{wanted.dtype}, steps of {wanted.step_size:,} positions", file=sys.stderr)
+    print(f"{wanted.dtype}, steps of {wanted.max_num_batched_tokens:,} positions", file=sys.stderr)
     chosen = (Precision(dtype=wanted.dtype), wanted.shard_size)
     identity = identity_of(wanted, teacher, find_engine(wanted.engine).version())
     report = ConsoleReporter(Console(quiet=True))
@@ -155,15 +157,8 @@ def ours(**request: Any) -> float:
             )
             store.add_plan(plan.new_tasks)
             by_id = {sample.id: sample for sample in samples}
-            prepared = PreparedCapture(wanted, teacher, identity, by_id, plan, store, *chosen)
-            _run(
-                store=store,
-                prepared=prepared,
-                engine=engine,
-                works=list(plan.work),
-                report=report,
-                cost=RunCost(id="0" * 16),
-            )
+            with Committer(store, report, 0, plan.rows_total, RunCost(id="0" * 16)) as committer:
+                capture_tasks(store, engine, plan.work, by_id, committer, report)
             store.publish_manifest()
 
         seconds = timed(run)
@@ -247,10 +242,9 @@ def write(best: dict[str, float], rounds: int) -> None:
     head = f"The LM head alone: {1e6 * best['head'] / tokens:.0f} µs per position. "
     note = head + f"{tokens:,} tokens in samples of {LENGTH}; the best of {rounds} rounds of each. "
     request = settled()[1]
-    step = request.step_size / rate["i"]
-    note += (
-        f"All in {request.dtype}; a step of (i) has {request.step_size:,} positions and takes {step:.1f} s."
-    )
+    step = request.max_num_batched_tokens / rate["i"]
+    note += f"All in {request.dtype}; a step of (i) takes {step:.1f} s, "
+    note += f"for {request.max_num_batched_tokens:,} positions."
     body = table(["", "tokens/s", "of (a)", "of (b)"], lines)
     without = "" if "avx512f" in Path("/proc/cpuinfo").read_text() and not GUISE else "_avx2"
     settings = "".join(f"{name}={os.environ[name]} " for name in ("ONLY", "ROUNDS") if name in os.environ)

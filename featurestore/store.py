@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,15 +232,45 @@ class FeatureStore:
             StoreWriteError: the place cannot be written.
             SpecMismatchError: the store, empty until now, was given to another teacher meanwhile.
         """
+        self.commit(self.prepare_bundle(task, samples, features, run))
+        return self.read_records(task, features)
+
+    def prepare_bundle(
+        self,
+        task: Task,
+        samples: Sequence[Sample],
+        features: Mapping[GroupSpec, Sequence[GroupFeatures]],
+        run: RunCost | None = None,
+    ) -> list[CommitRecord]:
+        """Write what of this is not committed yet into a durable, private bundle; see `write_bundle`.
+
+        Nothing of it counts before `commit`, so that several threads may prepare bundles which one commits in
+        order.
+
+        Returns:
+            The records to commit, in the order for `commit`; none if all is committed already.
+        """
         self._check_samples(task, samples)
         missing = {g: f for g, f in features.items() if not self._has(g, task)}
         packed = {spec: pack(spec, given, task.lengths, self.identity) for spec, given in missing.items()}
         has_samples = self._has(None, task)
-        if packed or not has_samples:
-            self._write_and_commit(task, packed, None if has_samples else samples, run)
+        if not packed and has_samples:
+            return []
+        name = f"{task.id}-{secrets.token_hex(6)}"
+        with writing(f"task {task.id}", self.path):
+            folder = self.root.begin(name)
+            try:
+                records = self._write_private(name, folder, task, packed, None if has_samples else samples)
+            except BaseException:
+                self.root.abandon(name)
+                raise
+        return [replace(record, run=run) for record in records]
+
+    def read_records(self, task: Task, groups: Iterable[GroupSpec]) -> list[CommitRecord]:
+        """The committed record of each of these groups of a task, then that of its samples."""
         # The samples come last: a task that has them has whatever its first bundle set out to hold.
-        groups = [*(group_id(spec) for spec in features), SAMPLES]
-        return [read_commit(self.root, group, task.id) for group in groups]
+        names = [*(group_id(spec) for spec in groups), SAMPLES]
+        return [read_commit(self.root, name, task.id) for name in names]
 
     def commit(self, records: Sequence[CommitRecord]) -> None:
         """Publish the records of durable, private bundles, in this order; a record that is there stays.
@@ -252,6 +282,8 @@ class FeatureStore:
             StoreWriteError: the place cannot be written.
             SpecMismatchError: the store, empty until now, was given to another teacher meanwhile.
         """
+        if not records:
+            return
         with writing("commit records", self.path):
             for bundle in {record.bundle for record in records}:
                 self.root.finish(bundle)
@@ -384,24 +416,6 @@ class FeatureStore:
         for sample in samples:
             if int(sample.tokens.max()) >= self.identity.vocab_size:
                 raise ValueError(f"sample {sample.id} has token ids outside the teacher's vocabulary")
-
-    def _write_and_commit(
-        self,
-        task: Task,
-        packed: Mapping[GroupSpec, tuple[Mapping[str, Any], Stats]],
-        samples: Sequence[Sample] | None,
-        run: RunCost | None,
-    ) -> None:
-        name = f"{task.id}-{secrets.token_hex(6)}"
-        with writing(f"task {task.id}", self.path):
-            folder = self.root.begin(name)
-            try:
-                records = self._write_private(name, folder, task, packed, samples)
-            except BaseException:
-                # Nothing refers to the bundle yet. Once publishing has begun, something may.
-                self.root.abandon(name)
-                raise
-            self.commit([replace(record, run=run) for record in records])
 
     def _write_private(
         self,

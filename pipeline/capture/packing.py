@@ -8,8 +8,9 @@ ever exists. `RowLayout` is computed from the same `CaptureSpec` on both sides.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 
 import numpy as np
@@ -81,13 +82,33 @@ class RowLayout:
         return torch.cat(parts, dim=-1)
 
     def unpack(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The fields of uint8 [T, size] as arrays [T] (width 1) or [T, width]."""
+        """The fields of uint8 [T, size] as arrays [T] (width 1) or [T, width] that look into the rows."""
         out = {}
         for field in self.fields:
             stop = field.start + field.dtype.itemsize * field.width
-            flat = np.ascontiguousarray(rows[:, field.start : stop]).view(field.dtype)
+            flat = rows[:, field.start : stop].view(field.dtype)
             out[field.name] = flat[:, 0] if field.width == 1 else flat
         return out
+
+
+class PackedFeatures(Mapping[GroupSpec, GroupFeatures]):
+    """The features of one sample in its rows, uint8 [T, C]; they are unpacked where they are first read."""
+
+    def __init__(self, rows: np.ndarray, layout: RowLayout, groups: tuple[GroupSpec, ...]) -> None:
+        self._rows, self._layout, self._groups = rows, layout, groups
+
+    def __getitem__(self, group: GroupSpec) -> GroupFeatures:
+        return self._features[group]
+
+    def __iter__(self) -> Iterator[GroupSpec]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @cached_property
+    def _features(self) -> dict[GroupSpec, GroupFeatures]:
+        return to_features(self._layout.unpack(self._rows), self._groups)
 
 
 def distribution_fields(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pipeline.capture.watch import announced_driver
 from pipeline.engines.base import EngineConfig
+from pipeline.engines.feed import Feed
 from pipeline.engines.links import without_unused_weights
 from pipeline.engines.supervision import EngineProcesses
 
@@ -56,6 +57,14 @@ def set_environment(verbose: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
+def own_step_tokens(tensor_parallel_size: int) -> int:
+    """Positions of one step by vLLM's own choice for this machine: 16,384 on an H100, 8,192 on small GPUs."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    return int(EngineArgs.get_batch_defaults(tensor_parallel_size)[0][UsageContext.LLM_CLASS])
+
+
 class SupervisedLLM:
     """A vLLM `LLM` of a checkpoint, and its processes; `options` are vLLM's own.
 
@@ -77,6 +86,7 @@ class SupervisedLLM:
     ) -> None:
         set_environment(verbose)
         self._llm: Any = None
+        self._feed: Feed | None = None
         self._links = without_unused_weights(config.model)
         if self._links is not None:
             config = replace(config, model=Path(self._links.name))
@@ -93,8 +103,16 @@ class SupervisedLLM:
         """`function` of the `LLM`."""
         return self._processes.call(partial(function, self._llm))
 
+    def feed(self, params: Any, window: int) -> Feed:
+        """What takes prompts, `window` positions at a time; this `LLM` runs nothing else from now on."""
+        wait = self._processes.wait if self._separate else None
+        self._feed = Feed(self._llm.llm_engine, params, window, wait)
+        return self._feed
+
     def close(self) -> None:
         """End the processes, and with them the memory that they hold."""
+        if self._feed is not None:
+            self._feed.close()
         core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if core is not None:
             # vLLM waits for a step in progress; whoever closes an engine has no use for it any more. Within
@@ -123,6 +141,7 @@ def _start(
         for name, value in _CPU_DEFAULTS.items():
             os.environ.setdefault(name, value)
     memory = _memory(config, kv_cache_memory_bytes, on_cpu)
+    step = config.max_num_batched_tokens or own_step_tokens(config.tensor_parallel_size)
     with _core_placed(on_cpu) as placement:
         return LLM(
             model=str(config.model),
@@ -131,9 +150,9 @@ def _start(
             dtype=config.dtype,
             quantization=config.quantize_to,
             max_model_len=config.max_seq_len,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=step,
             # vLLM wants room for a position of each sequence in a step.
-            max_num_seqs=min(SEQUENCES, config.max_num_batched_tokens),
+            max_num_seqs=min(SEQUENCES, step),
             enable_chunked_prefill=True,
             tensor_parallel_size=config.tensor_parallel_size,
             trust_remote_code=config.trust_remote_code,

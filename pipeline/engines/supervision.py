@@ -103,10 +103,21 @@ class EngineProcesses:
         Raises:
             EngineError: they are dead; the message says why.
         """
+        with self._explained():
+            return self._run(function)
+
+    def wait(self, answer: Future[T]) -> T:
+        """The result of a call into vLLM that another thread makes; EngineError as in `call`."""
+        with self._explained():
+            return self._wait(answer)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the body that come from dead processes come out as EngineError."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return self._run(function)
+            yield
         except Exception as error:
             dead = any(process.exitcode is not None for process in self._children)
             if dead or isinstance(error, EngineDeadError) or _POINTS_ELSEWHERE.search(str(error)):
@@ -136,14 +147,17 @@ class EngineProcesses:
 
     def _run(self, function: Callable[[], T]) -> T:
         """`function()`, in a thread of its own, so that we hear of Ctrl-C and of deaths meanwhile."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         if not self._separate:
             return function()
         answer: Future[T] = Future()
         # A daemon: the call may never return.
         Thread(target=_answer, args=(function, answer), daemon=True, name="vllm-call").start()
-        while not wait([answer], timeout=_POLL_SECONDS).done:
+        return self._wait(answer)
+
+    def _wait(self, answer: Future[T]) -> T:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        while not answer.done() and not wait([answer], timeout=_POLL_SECONDS).done:
             self._look()
             if any(process.exitcode is not None for process in self._children):
                 if not wait([answer], timeout=_NOTICE_SECONDS).done:

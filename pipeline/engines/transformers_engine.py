@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurestore.format.schema import GroupFeatures, GroupSpec
 from featurestore.format.tail import row_shifts
-from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
+from pipeline.capture.packing import PackedFeatures, RowLayout, distribution_fields, hidden_fields
 from pipeline.capture.spec import CaptureSpec
-from pipeline.engines.base import EngineConfig
+from pipeline.engines.base import BATCH_TOKENS, EngineConfig
 from pipeline.engines.batching import batches, padding_is_exact, pieces
 from pipeline.engines.loading import load_causal_lm
 from pipeline.engines.memory import memory_for
@@ -50,17 +49,17 @@ class TransformersEngine:
         self._layout = RowLayout.of(self._spec, config.hidden_size)
         with memory_for(f"loading the teacher in {config.quantize_to or config.dtype}", _FEWER_BITS):
             self._model = load_causal_lm(config)
-        limit = min(config.max_num_batched_tokens, config.max_seq_len)
+        limit = min(config.max_num_batched_tokens or BATCH_TOKENS, config.max_seq_len)
         self._limit = limit if padding_is_exact(self._model) and self._padding_changes_nothing(limit) else 1
 
-    def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
+    def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[PackedFeatures]:
         for piece in pieces(prompts, _BATCHES_PER_PIECE * self._limit):
             rows_of: dict[int, np.ndarray] = {}
             for places in batches([len(tokens) for tokens in piece], self._limit):
                 captured = self._capture_batch([piece[place] for place in places])
                 rows_of |= zip(places, captured, strict=True)
             for place in range(len(piece)):
-                yield to_features(self._layout.unpack(rows_of.pop(place)), self.groups)
+                yield PackedFeatures(rows_of.pop(place), self._layout, self.groups)
 
     def _capture_batch(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         """uint8 [T, C] of each sample."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from featurestore.format.schema import GroupFeatures, GroupSpec
 from pipeline.capture.complaint import listen_at
-from pipeline.capture.packing import RowLayout, to_features
+from pipeline.capture.packing import PackedFeatures, RowLayout
 from pipeline.capture.spec import CONFIG_KEY, POOLING_TASK, CaptureSpec
 from pipeline.capture.watch import announced_driver
 from pipeline.engines.base import EngineConfig
-from pipeline.engines.batching import pieces
+from pipeline.engines.feed import STEPS_IN_FLIGHT, Ticket
 from pipeline.engines.kv_cache import kv_cache_bytes
-from pipeline.engines.llm import SEQUENCES, SupervisedLLM, set_environment
+from pipeline.engines.llm import SEQUENCES, SupervisedLLM, own_step_tokens, set_environment
 from pipeline.engines.vllm_models import find_in_vllm
 from pipeline.errors import EngineError, RequestError
-
-# Prompts are handed over in pieces: `LLM.encode` holds every output of a call until it returns.
-_STEPS_PER_PIECE = 2
 
 
 def version() -> str:
@@ -50,13 +47,15 @@ class VllmEngine:
     @announced_driver()
     def __init__(self, config: EngineConfig, verbose: bool = False) -> None:
         set_environment(verbose)
+        from vllm import PoolingParams
         from vllm.config import PoolerConfig
 
+        step = config.max_num_batched_tokens or own_step_tokens(config.tensor_parallel_size)
+        config = replace(config, max_num_batched_tokens=step)
         given = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         kind = find_in_vllm(config.architecture, given)
         spec = CaptureSpec.from_groups(config.groups, config.vocab_size)
         self.groups = config.groups
-        self._piece_tokens = _STEPS_PER_PIECE * config.max_num_batched_tokens
         self._layout = RowLayout.of(spec, config.hidden_size)
         self._complaint = Path(tempfile.mkdtemp(prefix="distily-")) / "complaint"
         listen_at(self._complaint)
@@ -69,24 +68,29 @@ class VllmEngine:
             hf_overrides={"head_dtype": "model"},
             additional_config={CONFIG_KEY: spec.to_json()},
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=None if kind.has_states else _kv_cache_bytes(config, given),
+            kv_cache_memory_bytes=None if kind.has_states else _kv_cache_bytes(config, given, step),
             # Layer hooks and the watch over wrapped classes see nothing under torch.compile.
             enforce_eager=kind.wrapped or any(layer < config.num_layers for layer in spec.layers),
         )
+        self.ahead = STEPS_IN_FLIGHT * step
+        self._feed = self._llm.feed(PoolingParams(task=POOLING_TASK), self.ahead)
         self._heed_complaint()
 
-    def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[dict[GroupSpec, GroupFeatures]]:
-        for piece in pieces(prompts, self._piece_tokens):
-            outputs = self._llm.call(partial(_encode, piece))
+    def capture(self, prompts: Sequence[np.ndarray]) -> Iterator[PackedFeatures]:
+        return self._captured(deque(self._feed.put(prompts)))
+
+    def _captured(self, tickets: deque[Ticket]) -> Iterator[PackedFeatures]:
+        while tickets:
+            ticket = tickets.popleft()
+            rows = self._feed.take(ticket).outputs.data.numpy()
             self._heed_complaint()
-            for tokens, output in zip(piece, outputs, strict=True):
-                rows = output.outputs.data.numpy()
-                if rows.shape != (len(tokens), self._layout.size):
-                    raise EngineError(
-                        f"vLLM returned {rows.shape} feature bytes for a sample of {len(tokens)} tokens, "
-                        f"expected {(len(tokens), self._layout.size)}"
-                    )
-                yield to_features(self._layout.unpack(rows), self.groups)
+            length = len(ticket.tokens)
+            if rows.shape != (length, self._layout.size):
+                raise EngineError(
+                    f"vLLM returned {rows.shape} feature bytes for a sample of {length} tokens, "
+                    f"expected {(length, self._layout.size)}"
+                )
+            yield PackedFeatures(rows, self._layout, self.groups)
 
     def close(self) -> None:
         self._llm.close()
@@ -100,18 +104,12 @@ class VllmEngine:
             raise RequestError(line)
 
 
-def _kv_cache_bytes(config: EngineConfig, given: Any) -> int:
+def _kv_cache_bytes(config: EngineConfig, given: Any, step: int) -> int:
     return kv_cache_bytes(
         given.get_text_config(),
         max_seq_len=config.max_seq_len,
-        step_positions=config.max_num_batched_tokens,
-        sequences=min(SEQUENCES, config.max_num_batched_tokens),
+        step_positions=step,
+        sequences=min(SEQUENCES, step),
         item_bytes=getattr(torch, config.dtype).itemsize,
         ranks=config.tensor_parallel_size,
     )
-
-
-def _encode(piece: Sequence[np.ndarray], llm: Any) -> list[Any]:
-    prompts = [{"prompt_token_ids": tokens.tolist()} for tokens in piece]
-    outputs: list[Any] = llm.encode(prompts, pooling_task=POOLING_TASK, use_tqdm=False)
-    return outputs

@@ -1,49 +1,65 @@
-"""Encoding and writing beside the teacher: one thread, a bounded queue, and back-pressure."""
+"""Encoding and writing beside the teacher: some threads, a bounded queue, commits in order, back-pressure.
+
+Threads, not processes: what an encoder does (NumPy on whole shards, zstd, hashes, files) leaves Python's lock
+alone, and a process would have to be handed each shard (benchmarks/results/capture_overhead.md).
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from distily.system.stopping import advise
 from featurestore.format.plan import Task
 from featurestore.format.records import CommitRecord, RunCost
-from featurestore.format.schema import GroupFeatures, GroupSpec, Sample
+from featurestore.format.schema import GroupSpec, Sample
 from featurestore.store import FeatureStore
+from pipeline.engines.base import Captured
 from pipeline.progress import Reporter
 
 
 class Committer:
-    """Commits shards in a thread while the teacher is at the next one.
+    """Commits shards, in the order in which they come, while the teacher is at later ones.
 
-    One shard is in the making, one waits, and who brings another one waits too. What goes wrong is raised at
-    the next `put` or at the end. size: bytes committed so far. `kept` of `total` positions were committed
-    before. cost: what the run has spent so far; each shard is committed with what it has spent since.
+    `encoders` shards are in the making, one waits, and who brings another one waits too. What goes wrong is
+    raised at the next `put` or at the end. size: bytes committed so far. `kept` of `total` positions were
+    committed before. cost: what the run has spent so far; each shard is committed with what it has spent
+    since.
     """
 
-    def __init__(self, store: FeatureStore, report: Reporter, kept: int, total: int, cost: RunCost) -> None:
+    def __init__(
+        self,
+        store: FeatureStore,
+        report: Reporter,
+        kept: int,
+        total: int,
+        cost: RunCost,
+        encoders: int = 1,
+    ) -> None:
         self._cost, self._clock = cost, time.monotonic()
         self._kept, self._total = kept, total
         self._advise()
-        self._store, self._report = store, report
-        self._thread = ThreadPoolExecutor(1, "commit")
+        self._store, self._report, self._encoders = store, report, encoders
+        self._encode = ThreadPoolExecutor(encoders, "encode")
+        self._commit = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[list[CommitRecord]]] = deque()
         self.size = 0
 
     def put(
-        self, task: Task, samples: Sequence[Sample], features: Mapping[GroupSpec, Sequence[GroupFeatures]]
+        self, task: Task, samples: Sequence[Sample], groups: Sequence[GroupSpec], captured: Sequence[Captured]
     ) -> None:
-        while len(self._pending) > 1 or (self._pending and self._pending[0].done()):
+        """A shard that is captured: of each sample, in order, what it was captured as."""
+        while len(self._pending) > self._encoders or (self._pending and self._pending[0].done()):
             self._take()
         clock, before = time.monotonic(), self._cost
         spent = before.capture_seconds + clock - self._clock
         self._cost = replace(before, tokens=before.tokens + task.rows, capture_seconds=round(spent, 3))
         self._clock = clock
-        write = self._store.write_bundle
-        self._pending.append(self._thread.submit(write, task, samples, features, self._cost))
+        private = self._encode.submit(_encode, self._store, task, samples, groups, captured, self._cost)
+        self._pending.append(self._commit.submit(_commit, self._store, task, groups, private))
 
     def _take(self) -> None:
         records = self._pending[0].result()  # it stays there for `__exit__` if we are stopped while we wait
@@ -71,13 +87,31 @@ class Committer:
                 self._take()
         finally:
             # What is in the making is finished even after an error: it may be the last that is kept.
-            self._thread.shutdown(cancel_futures=kind is not None)
+            self._encode.shutdown(cancel_futures=kind is not None)
+            self._commit.shutdown()
             self._kept += sum(_committed_rows(future) for future in self._pending)
             self._advise()
 
 
+def _encode(
+    store: FeatureStore,
+    task: Task,
+    samples: Sequence[Sample],
+    groups: Sequence[GroupSpec],
+    captured: Sequence[Captured],
+    cost: RunCost,
+) -> list[CommitRecord]:
+    features = {group: [one[group] for one in captured] for group in groups}
+    return store.prepare_bundle(task, samples, features, cost)
+
+
+def _commit(
+    store: FeatureStore, task: Task, groups: Sequence[GroupSpec], private: Future[list[CommitRecord]]
+) -> list[CommitRecord]:
+    store.commit(private.result())
+    return store.read_records(task, groups)
+
+
 def _committed_rows(future: Future[list[CommitRecord]]) -> int:
     """Rows of a shard that nobody has waited for; 0 where it did not get so far."""
-    if future.cancelled() or future.exception() is not None:
-        return 0
-    return future.result()[-1].rows
+    return 0 if future.exception() is not None else future.result()[-1].rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
 
-from featurestore.format.plan import GenerationPlan, Task, Work
+from featurestore.format.plan import GenerationPlan, Work
 from featurestore.format.records import RunCost
-from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
+from featurestore.format.schema import GroupSpec, Sample, TeacherIdentity
 from featurestore.format.sidecar import part_file
 from featurestore.store import FeatureStore
 from pipeline.data.samples import LeftOut
@@ -22,9 +21,10 @@ from pipeline.engines.base import Engine
 from pipeline.engines.registry import find_engine
 from pipeline.errors import RequestError
 from pipeline.generate import provenance
+from pipeline.generate.capturing import capture_tasks
 from pipeline.generate.committer import Committer
 from pipeline.generate.precision import Precision
-from pipeline.generate.sizing import settle
+from pipeline.generate.sizing import encoders, settle
 from pipeline.progress import Reporter
 from pipeline.request.generate import GenerateRequest
 from pipeline.request.target import (
@@ -40,9 +40,6 @@ from pipeline.teacher.tokenizer import check_kept_files, load_tokenizer
 from pipeline.teacher.weights import PlannedPart, plan_sidecar
 from pipeline.writing.plan import WritingPlan
 from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
-
-# A shard is taken first when it is so many times smaller than the largest.
-_EARLY = 2
 
 
 @dataclass(frozen=True)
@@ -187,9 +184,7 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
         cost = replace(cost, engine_seconds=round(ready, 3))
         clock = time.monotonic()
         try:
-            captured = _run(
-                store=store, prepared=prepared, engine=engine, works=list(works), report=report, cost=cost
-            )
+            captured = _capture(store, prepared, engine, list(works), report, cost)
         finally:
             if engine is not None:
                 engine.close()
@@ -265,7 +260,7 @@ def _put_sidecar(store: FeatureStore, prepared: PreparedCapture, report: Reporte
     return written
 
 
-def _run(
+def _capture(
     store: FeatureStore,
     prepared: PreparedCapture,
     engine: Engine | None,
@@ -273,48 +268,11 @@ def _run(
     report: Reporter,
     cost: RunCost,
 ) -> tuple[int, int]:
-    """Capture and commit each task; returns the positions captured and the bytes written.
-
-    Several generators may be at work on the same tasks. Each takes them in an order of its own and leaves out
-    what another has committed meanwhile, so they share the work and meet at its end only. A shard that was
-    planned small, to be committed early, comes first.
-    """
+    """Capture and commit each task; returns the positions captured and the bytes written."""
     total = prepared.plan.rows_total
     kept = total - sum(work.task.rows for work in works)
     report.start(kept, total)
-    tokens = 0
-    with Committer(store, report, kept, total, cost) as committer:
-        for work in _shuffled(works):
-            if store.holds(work.task, work.groups):
-                report.skip(work.task.rows)
-                continue
-            samples = _samples_of(store, prepared, work.task)
-            features = _features_of(engine, work, samples, report)
-            committer.put(work.task, samples, features)
-            tokens += work.task.rows
+    threads = encoders(prepared.request.tensor_parallel_size)
+    with Committer(store, report, kept, total, cost, threads) as committer:
+        tokens = capture_tasks(store, engine, works, prepared.samples, committer, report)
     return tokens, committer.size
-
-
-def _shuffled(works: Sequence[Work]) -> list[Work]:
-    order = random.SystemRandom().sample(works, len(works))
-    return sorted(order, key=lambda work: work.task.rows * _EARLY > max(w.task.rows for w in works))
-
-
-def _features_of(
-    engine: Engine | None, work: Work, samples: Sequence[Sample], report: Reporter
-) -> dict[GroupSpec, list[GroupFeatures]]:
-    features: dict[GroupSpec, list[GroupFeatures]] = {group: [] for group in work.groups}
-    if engine is not None:
-        captures = engine.capture([sample.tokens for sample in samples])
-        for sample, captured in zip(samples, captures, strict=True):
-            for group, rows in captured.items():
-                features[group].append(rows)
-            report.advance(len(sample))
-    return features
-
-
-def _samples_of(store: FeatureStore, prepared: PreparedCapture, task: Task) -> list[Sample]:
-    if all(sample_id in prepared.samples for sample_id in task.sample_ids):
-        return [prepared.samples[sample_id] for sample_id in task.sample_ids]
-    # A task of an earlier request that this one overlaps: its tokens are in the store.
-    return store.read_samples(task.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from distily.system.gpu import hidden_gpus
@@ -19,6 +20,9 @@ from pipeline.generate.pace import (
 from pipeline.generate.precision import Precision, choose_precision
 from pipeline.request.generate import GenerateRequest
 from pipeline.teacher.checkpoint import Teacher, count_parameters
+
+# Each holds a shard, and four encode what a teacher of 1B computes on an H100.
+_MOST_ENCODERS = 4
 
 
 def settle(
@@ -63,3 +67,17 @@ def sized(request: GenerateRequest, pace: Pace) -> GenerateRequest:
         max_num_batched_tokens=request.max_num_batched_tokens or pace.tokens(STEP_SECONDS, STEP_TOKENS),
         shard_tokens=request.shard_tokens or pace.tokens(SHARD_SECONDS, SHARD_TOKENS),
     )
+
+
+def encoders(tensor_parallel_size: int) -> int:
+    """How many threads encode shards: one for each core that a teacher on GPUs leaves over, from 1 to 4.
+
+    vLLM's workers, its scheduler and the thread that feeds it have a core each. On a CPU the teacher has use
+    for all cores, and one thread encodes far more than it computes.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1
+    spare = len(os.sched_getaffinity(0)) - tensor_parallel_size - 2
+    return min(max(spare, 1), _MOST_ENCODERS)

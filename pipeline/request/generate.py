@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.teacher.checkpoint import Teacher
 
 DEFAULT_SEQ_LEN = 2048
-DEFAULT_STEP_TOKENS, DEFAULT_SHARD_TOKENS = 4096, 32_768
+DEFAULT_SHARD_TOKENS = 32_768
 # The smallest measured head and tail whose gradient is within 5 degrees (benchmarks/results/store_size.md).
 DEFAULT_HEAD: dict[str, int | float] = {"top_k": 12, "top_p": 0.7, "tail": 16}
 PLAIN_HEAD: dict[str, int | float] = {"top_k": 64, "tail": 0}
@@ -246,8 +246,9 @@ class GenerateRequest:
         default=None,
         metadata=flag(
             "Positions of one vLLM step, and of a batch of samples or texts in transformers. Smaller needs "
-            "less memory; longer samples are chunked in vLLM and run alone in transformers. (default: "
-            "4096; on a CPU what it computes in 5 seconds)",
+            "less memory; longer samples are chunked in vLLM and run alone in transformers. (default: on a "
+            "GPU vLLM's own, 16384 on an H100, and 4096 in transformers; on a CPU what it computes in 5 "
+            "seconds)",
             _ENGINE,
             least=16,
         ),
@@ -312,11 +313,6 @@ class GenerateRequest:
     def torch_dtype(self, teacher: Teacher) -> str:
         """What `teacher` computes in; `auto` stands for the type that it is saved in."""
         return teacher.config_dtype if self.dtype == "auto" else self.dtype
-
-    @property
-    def step_size(self) -> int:
-        """Positions of an engine's step."""
-        return self.max_num_batched_tokens or DEFAULT_STEP_TOKENS
 
     @property
     def shard_size(self) -> int:

@@ -70,7 +70,7 @@ def engine_config(
         num_layers=model.num_layers,
         quantize_to=quantize_to,
         tensor_parallel_size=request.tensor_parallel_size,
-        max_num_batched_tokens=request.step_size,
+        max_num_batched_tokens=request.max_num_batched_tokens,
         gpu_memory_utilization=request.gpu_memory_utilization,
         trust_remote_code=request.trust_remote_code,
         seed=request.seed,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from featurestore.format.written import WriterSpec
-from pipeline.engines.base import EngineConfig
+from pipeline.engines.base import BATCH_TOKENS, EngineConfig
 from pipeline.engines.batching import batches
 from pipeline.engines.loading import load_causal_lm
 from pipeline.engines.memory import memory_for
@@ -35,7 +35,7 @@ class TransformersWriter:
     """
 
     def __init__(self, config: EngineConfig, spec: WriterSpec) -> None:
-        self._spec, self._limit = spec, config.max_num_batched_tokens
+        self._spec, self._limit = spec, config.max_num_batched_tokens or BATCH_TOKENS
         self._vocab_size = config.vocab_size
         with memory_for(f"loading {config.model} in {config.dtype}, to write", _SMALLER), _eager():
             model = load_causal_lm(config)

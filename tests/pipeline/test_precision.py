@@ -65,7 +65,7 @@ def test_quantised_teachers_keep_the_type_that_their_kernels_expect() -> None:
 @given(rate=st.floats(1e8, 1e15), parameters=st.integers(10**6, 10**12))
 def test_sizes_stay_within_their_bounds(rate: float, parameters: int) -> None:
     request = sizing.sized(GenerateRequest(**WORDS), rough_pace(rate, parameters))
-    assert STEP_TOKENS.start <= request.step_size <= STEP_TOKENS.stop
+    assert STEP_TOKENS.start <= (request.max_num_batched_tokens or 0) <= STEP_TOKENS.stop
     assert SHARD_TOKENS.start <= request.shard_size <= SHARD_TOKENS.stop
 
 
@@ -73,7 +73,7 @@ def test_a_large_teacher_on_a_slow_cpu_computes_steps_of_seconds() -> None:
     """7B in float32 products of 36 GFLOP/s: 4,096 positions, the former step, would take 50 minutes."""
     pace = rough_pace(AVX2["float32"], LARGE)
     request = sizing.sized(GenerateRequest(**WORDS), pace)
-    assert request.step_size == STEP_TOKENS.start and pace.seconds(request.step_size) < 15
+    assert request.max_num_batched_tokens == STEP_TOKENS.start and pace.seconds(STEP_TOKENS.start) < 15
     assert pace.seconds(4096) > 3000
 
 

@@ -323,13 +323,18 @@ def _check_known(spec: LogitsSpec, one: LogitsFeatures) -> None:
 
 
 def _check_tail(one: LogitsFeatures, draws: Array, vocab_size: int) -> None:
-    if int(draws.min()) < NO_DRAW or int(draws.max()) >= vocab_size or (np.diff(draws, axis=1) < 0).any():
+    ascending = (draws[:, 1:] >= draws[:, :-1]).all()
+    if int(draws.min()) < NO_DRAW or int(draws.max()) >= vocab_size or not ascending:
         raise ValueError(f"tail ids must ascend in each row and be below the vocabulary size {vocab_size}")
-    if ((draws == NO_DRAW).any(axis=1) != (draws == NO_DRAW).all(axis=1)).any():
+    # NO_DRAW comes before every id.
+    if ((draws[:, 0] == NO_DRAW) != (draws[:, -1] == NO_DRAW)).any():
         raise ValueError("a row has all of its tail draws or none")
-    row = np.arange(len(one.counts), dtype=np.int64) * vocab_size
-    drawn = (draws + row[:, None])[draws != NO_DRAW]
-    if np.isin(drawn, one.ids + np.repeat(row, one.counts)).any():
+    # Each rank of the heads against all draws, rows side by side: a look-up of the draws among the entries
+    # would cost more than the rest of the encoding.
+    heads_KT = np.full((int(one.counts.max()), len(one.counts)), NO_DRAW - 1, dtype=np.int32)
+    heads_KT.T[np.arange(len(heads_KT)) < one.counts[:, None]] = one.ids
+    draws_MT = np.ascontiguousarray(draws.T)
+    if any((draws_MT == head_T).any() for head_T in heads_KT):
         raise ValueError("a tail draw is inside its row's head")
 
 

@@ -1,0 +1,85 @@
+"""One pass over the tasks that lack something: samples to the engine, what it captures to the committer."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from featurestore.format.plan import Task, Work
+from featurestore.format.schema import Sample
+from featurestore.store import FeatureStore
+from pipeline.engines.base import Captured, Engine
+from pipeline.generate.committer import Committer
+from pipeline.progress import Reporter
+
+# A shard is taken first when it is so many times smaller than the largest.
+_EARLY = 2
+
+Opened = tuple[Work, Sequence[Sample], Iterable[Captured]]
+
+
+def capture_tasks(
+    store: FeatureStore,
+    engine: Engine | None,
+    works: Sequence[Work],
+    samples: Mapping[str, Sample],
+    committer: Committer,
+    report: Reporter,
+) -> int:
+    """Capture each task and hand it to the committer; returns the positions captured.
+
+    Several generators may be at work on the same tasks. Each takes them in an order of its own and leaves out
+    what another has committed meanwhile, so they share the work and meet at its end only. A shard that was
+    planned small, to be committed early, comes first.
+
+    engine: None where no task lacks more than its samples. samples: of the request, by id.
+    """
+    tokens = 0
+    for work, members, captures in _opened(store, engine, works, samples, report):
+        captured = []
+        for sample, features in zip(members, captures, strict=True):
+            captured.append(features)
+            report.advance(len(sample))
+        committer.put(work.task, members, work.groups, captured)
+        tokens += work.task.rows
+    return tokens
+
+
+def _opened(
+    store: FeatureStore,
+    engine: Engine | None,
+    works: Sequence[Work],
+    samples: Mapping[str, Sample],
+    report: Reporter,
+) -> Iterator[Opened]:
+    """Each task that is not committed by now, its samples, and what captures them.
+
+    The engine is given later tasks before the first is read to its end, as far ahead as it wants, so that it
+    never has to wait between two of them.
+    """
+    # Engines of other packages need not have it.
+    ahead = getattr(engine, "ahead", 0)
+    opened: deque[Opened] = deque()
+    for work in _shuffled(works):
+        if store.holds(work.task, work.groups):
+            report.skip(work.task.rows)
+            continue
+        members = _samples_of(store, samples, work.task)
+        captures = engine.capture([sample.tokens for sample in members]) if engine else [{}] * len(members)
+        opened.append((work, members, captures))
+        while opened and sum(one.task.rows for one, _, _ in opened) - opened[0][0].task.rows >= ahead:
+            yield opened.popleft()
+    yield from opened
+
+
+def _shuffled(works: Sequence[Work]) -> list[Work]:
+    order = random.SystemRandom().sample(works, len(works))
+    return sorted(order, key=lambda work: work.task.rows * _EARLY > max(w.task.rows for w in works))
+
+
+def _samples_of(store: FeatureStore, samples: Mapping[str, Sample], task: Task) -> list[Sample]:
+    if all(sample_id in samples for sample_id in task.sample_ids):
+        return [samples[sample_id] for sample_id in task.sample_ids]
+    # A task of an earlier request that this one overlaps: its tokens are in the store.
+    return store.read_samples(task.id)
