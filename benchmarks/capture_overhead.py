@@ -1,9 +1,9 @@
 """What the pipeline itself costs per token, with teachers that cost nothing.
 
-`ready`: an engine that yields packed rows at once, so that the driver and the encoders are all that works. The
-rows have the statistics of text: 8 entries of a head in the mean, 44 bytes per token on disk. CPU time is that
-of each thread's clock: of the driver (the main thread), of the encoding threads, and of the committing one and
-zarr-python's. Stores lie in memory (/dev/shm): the fsyncs of a disk are waited for, and take no CPU.
+`ready`: an engine that yields packed rows at once, so that the driver and the encoders are all that works.
+The rows have the statistics of text: 8 entries of a head in the mean, 44 bytes per token on disk. CPU time is
+that of each thread's clock: of the driver (the main thread), of the encoding threads, and of the committing
+one and zarr-python's. Stores lie in memory (/dev/shm): the fsyncs of a disk are waited for, and take no CPU.
 
 `vllm`: real vLLM on the CPU with one layer of 64 channels and a vocabulary of 151,936. The driver is the main
 thread and the one that feeds vLLM, which also runs vLLM's scheduler here.
@@ -196,6 +196,33 @@ def ready(case: str, cores: int, encoders: int) -> dict[str, float]:
         return capture(store, engine, engine.groups, tokens, encoders)
 
 
+def shard(case: str) -> dict[str, float]:
+    """CPU µs per token of unpacking one shard and of `write_bundle`; runs on older checkouts, too."""
+    from featurestore.format.plan import Task
+    from featurestore.format.schema import Sample
+    from featurestore.store import FeatureStore
+    from pipeline.capture.packing import to_features
+
+    engine = Ready(groups_of(case))
+    texts = np.random.default_rng(2).integers(0, VOCAB, (SHARD // LENGTH, LENGTH), np.int32)
+    samples = [Sample(text, np.ones(LENGTH, np.bool_)) for text in texts]
+    times = []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            store = FeatureStore.create(Path(folder) / "store", identity(HIDDEN, 2))
+            task = Task(tuple(one.id for one in samples), (LENGTH,) * len(samples))
+            store.add_plan([task])
+            began = time.process_time()
+            made = [to_features(engine.layout.unpack(rows), engine.groups) for rows in engine.samples]
+            unpacked = time.process_time()
+            store.write_bundle(
+                task, samples, {group: [one[group] for one in made] for group in engine.groups}
+            )
+            times.append((unpacked - began, time.process_time() - unpacked))
+    unpacking, writing = (1e6 * min(part) / SHARD for part in zip(*times, strict=True))
+    return {"unpack": unpacking, "write": writing}
+
+
 def vllm(tokens: int = SHARD) -> dict[str, float]:
     from featurestore.store import FeatureStore
     from pipeline.engines.base import EngineConfig
@@ -270,6 +297,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     if sys.argv[1:2] == ["ready"]:
         print(json.dumps(ready(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    elif sys.argv[1:2] == ["shard"]:
+        print(json.dumps(shard(sys.argv[2])))
     elif sys.argv[1:2] == ["vllm"]:
         print(json.dumps(vllm()))
     else:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from featurestore.errors import StoreWriteError
 from featurestore.format.plan import Task, Work
@@ -19,13 +20,14 @@ from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from pipeline.generate.capturing import capture_tasks
 from pipeline.generate.committer import Committer
+from pipeline.progress import ConsoleReporter
 from tests.featurestore.helpers import features, identity, sample, task_of
-from tests.pipeline.racing import Told
 
 GROUPS: tuple[GroupSpec, ...] = (LogitsSpec(6, 0.9, 4), HiddenSpec(2, "int8"))
 SHARDS = [[sample(10 * shard + i, 30) for i in range(3)] for shard in range(4)]
 SAMPLES = {one.id: one for shard in SHARDS for one in shard}
 TASKS = [task_of(shard) for shard in SHARDS]
+SILENT = ConsoleReporter(Console(quiet=True))
 Arrays = Mapping[GroupSpec, GroupFeatures]
 
 
@@ -37,7 +39,7 @@ def captured(members: Sequence[Sample]) -> list[Arrays]:
 def commit_all(path: Path, encoders: int) -> FeatureStore:
     store = FeatureStore.create(path, identity())
     store.add_plan(TASKS)
-    with Committer(store, Told(None), 0, 360, RunCost(id="0" * 16), encoders) as committer:
+    with Committer(store, SILENT, 0, 360, RunCost(id="0" * 16), encoders) as committer:
         for task, members in zip(TASKS, SHARDS, strict=True):
             committer.put(task, members, GROUPS, captured(members))
     store.publish_manifest()
@@ -147,6 +149,6 @@ def test_an_engine_is_given_later_shards_early(ahead: int, shards: int) -> None:
     store: Any = SimpleNamespace(holds=lambda *_: False)
     put: dict[str, list[Arrays]] = {}
     committer: Any = SimpleNamespace(put=lambda task, _samples, _groups, given: put.update({task.id: given}))
-    assert capture_tasks(store, engine, works, SAMPLES, committer, Told(None)) == 360
+    assert capture_tasks(store, engine, works, SAMPLES, committer, SILENT) == 360
     assert engine.most == 3 * shards and engine.given == 0
     assert put == {task.id: [[sample_id] for sample_id in task.sample_ids] for task in TASKS}

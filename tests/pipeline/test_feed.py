@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.engines.feed import Feed
+from pipeline.engines.llm import own_step_tokens
 
 STEP, WINDOW = 100, 400
 
@@ -115,3 +116,17 @@ def test_an_error_reaches_everybody_who_waits(waiting: Any) -> None:
         (late,) = feed.put(prompts(1))
         with pytest.raises(OSError, match="the engine is gone"):
             feed.take(late)
+
+
+@pytest.mark.vllm
+def test_steps_on_a_gpu_are_as_large_as_vllms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(
+        get_device_total_memory=lambda: 80 * 2**30,
+        get_device_name=lambda: "NVIDIA H100 80GB HBM3",
+        is_tpu=lambda: False,
+        is_cpu=lambda: False,
+    )
+    monkeypatch.setattr("vllm.engine.arg_utils.current_platform", gpu)
+    assert own_step_tokens(1) == 16_384
+    gpu.get_device_total_memory = lambda: 24 * 2**30
+    assert own_step_tokens(1) == 8192
