@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from pipeline.errors import EngineError
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.5
+# To look for new processes goes through all of the machine's; vLLM hardly starts any after its start.
+_LOOK_SECONDS = 10.0
 # vLLM may notice a death by itself and know more of it than we do; and what it ends takes a moment.
 _NOTICE_SECONDS = 2.0
 _LOG_TAIL = 2**20
@@ -76,6 +79,7 @@ class EngineProcesses:
         self._ours = set(multiprocessing.active_children())
         self._children: set[BaseProcess] = set()
         self._workers: set[psutil.Process] = set()
+        self._looked, self._look_seconds = time.monotonic(), 0.0
 
     def start(self, function: Callable[[], T]) -> T:
         """The result of starting vLLM; what starts meanwhile prints into our log, or on stderr if verbose.
@@ -87,6 +91,7 @@ class EngineProcesses:
             with _redirected(self._log.fileno() if self._log else 2):
                 result = self._run(function)
             self._look()
+            self._look_seconds = _LOOK_SECONDS
             self._divert_logger()
             return result
         except Exception as error:
@@ -158,7 +163,8 @@ class EngineProcesses:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         while not answer.done() and not wait([answer], timeout=_POLL_SECONDS).done:
-            self._look()
+            if time.monotonic() > self._looked + self._look_seconds:
+                self._look()
             if any(process.exitcode is not None for process in self._children):
                 if not wait([answer], timeout=_NOTICE_SECONDS).done:
                     raise EngineDeadError
@@ -167,6 +173,7 @@ class EngineProcesses:
 
     def _look(self) -> None:
         """Find what there is by now; the children of a core that is dead can no longer be found."""
+        self._looked = time.monotonic()
         self._children |= set(multiprocessing.active_children()) - self._ours
         for process in self._children:
             if process.exitcode is None:
