@@ -1,7 +1,7 @@
 """Encoding and writing beside the teacher: some threads, a bounded queue, commits in order, back-pressure.
 
-Threads, not processes: what an encoder does (NumPy on whole shards, zstd, hashes, files) leaves Python's lock
-alone, and a process would have to be handed each shard (benchmarks/results/capture_overhead.md).
+Threads, not processes: an encoder is at zstd, hashes, files and NumPy on whole arrays for most of its time,
+which release Python's lock, and a process would have to be handed each shard and be watched.
 """
 
 from __future__ import annotations
