@@ -42,7 +42,9 @@ def generate(
         _print_outcome(request.out, outcome, as_json, quiet)
 
 
-@takes_request(without=("tensor_parallel_size", "max_num_batched_tokens", "gpu_memory_utilization"))
+@takes_request(
+    without=("tensor_parallel_size", "data_parallel", "max_num_batched_tokens", "gpu_memory_utilization")
+)
 def plan(
     flags: Mapping[str, Any],
     quiet: QuietOption = False,

@@ -46,6 +46,7 @@ _NOT_OF_SAMPLES = (
     "teacher_load_in_8bit",
     "teacher_load_in_4bit",
     "tensor_parallel_size",
+    "data_parallel",
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "shard_tokens",

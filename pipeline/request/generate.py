@@ -242,6 +242,15 @@ class GenerateRequest:
     tensor_parallel_size: int = field(
         default=1, metadata=flag("GPUs that share one teacher (vLLM).", _ENGINE, least=1)
     )
+    data_parallel: int = field(
+        default=1,
+        metadata=flag(
+            "Engines that capture side by side, each in a process of its own on as many GPUs as "
+            "--tensor-parallel-size says; without a GPU each has its share of the CPU's cores.",
+            _ENGINE,
+            least=1,
+        ),
+    )
     max_num_batched_tokens: int | None = field(
         default=None,
         metadata=flag(

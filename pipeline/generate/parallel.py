@@ -1,0 +1,190 @@
+"""`generate --data-parallel N`: N engines on one store, each in a process of its own with its own GPUs.
+
+The processes take shards from one list, so that none is captured twice; each encodes and commits its own. This
+process shows their progress and ends them. Where one fails, the others finish what is left of the list, and the
+same command captures the shards that the failed one had taken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from distily.errors import DistilyError
+from distily.logs import show_on_stderr
+from distily.system.command_line import quiet_libraries
+from distily.system.stopping import advise
+from pipeline.errors import EngineError, RequestError
+from pipeline.generate.capturing import Outcome, PreparedCapture, capture
+from pipeline.progress import Reporter
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process sees of the machine: GPUs as CUDA_VISIBLE_DEVICES names them, or cores of the CPU."""
+
+    gpus: str = ""
+    cores: frozenset[int] = frozenset()
+
+    def __str__(self) -> str:
+        return f"GPU {self.gpus}" if self.gpus else f"cores {','.join(map(str, sorted(self.cores)))}"
+
+
+def shares(engines: int, gpus_each: int, gpus: Sequence[str], cores: Sequence[int]) -> list[Share]:
+    """Divide a machine among engines: `gpus_each` GPUs for each, or without GPUs the cores, evenly.
+
+    Raises:
+        RequestError: there are too few.
+
+    Example:
+        >>> [str(share) for share in shares(2, 2, ["0", "1", "2", "3"], range(8))]
+        ['GPU 0,1', 'GPU 2,3']
+    """
+    if gpus:
+        if engines * gpus_each > len(gpus):
+            raise RequestError(
+                f"--data-parallel {engines}: {engines * gpus_each} GPUs are needed (--tensor-parallel-size "
+                f"{gpus_each}) and {len(gpus)} are visible; give --data-parallel {len(gpus) // gpus_each}"
+            )
+        starts = range(0, engines * gpus_each, gpus_each)
+        return [Share(gpus=",".join(gpus[start : start + gpus_each])) for start in starts]
+    if engines > len(cores):
+        raise RequestError(
+            f"--data-parallel {engines}: there is no GPU, and {len(cores)} cores; give at most "
+            f"--data-parallel {len(cores)}"
+        )
+    edges = [len(cores) * index // engines for index in range(engines + 1)]
+    return [Share(cores=frozenset(cores[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def machine_shares(engines: int, gpus_each: int) -> list[Share]:
+    """The same of this machine, as far as this process may use it."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get(_VISIBLE, "").split(",") if name.strip()]
+    gpus = named[:count] if named else [str(index) for index in range(count)]
+    return shares(engines, gpus_each, gpus, sorted(os.sched_getaffinity(0)))
+
+
+class _Sender:
+    """A Reporter that tells another process."""
+
+    def __init__(self, events: Connection) -> None:
+        self._events = events
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self._events.send((name, arguments))
+
+
+def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: bool) -> Outcome:
+    """Capture what a plan lacks in `--data-parallel` processes; the store has the plan already.
+
+    Raises:
+        EngineError: a process died, or failed without one of our own errors; what it said is on stderr.
+        DistilyError: what the first process that failed raised.
+    """
+    request = prepared.request
+    context = multiprocessing.get_context("spawn")
+    taken = context.Value("q", 0)
+    running: dict[Connection, tuple[Share, Any]] = {}
+    for share in machine_shares(request.data_parallel, request.tensor_parallel_size):
+        events, theirs = context.Pipe(duplex=False)
+        given = (replace(prepared, store=None), share, taken, theirs, verbose)
+        process = context.Process(target=_work, args=given, name=f"capture on {share}")
+        with _environment(share):
+            process.start()
+        theirs.close()
+        running[events] = share, process
+    return _listen(running, prepared, report)
+
+
+def _listen(
+    running: dict[Connection, tuple[Share, Any]], prepared: PreparedCapture, report: Reporter
+) -> Outcome:
+    """Pass on what the processes tell until they have ended."""
+    outcomes: list[Outcome] = []
+    failures: list[DistilyError] = []
+    total, kept, started = prepared.plan.rows_total, 0, False
+    while running:
+        for events in [one for one in wait(list(running)) if isinstance(one, Connection)]:
+            share, process = running[events]
+            try:
+                name, arguments = events.recv()
+            except EOFError:
+                del running[events]
+                process.join()
+                if process.exitcode:
+                    failures.append(EngineError(f"the engine on {share} ended with code {process.exitcode}"))
+                continue
+            if name == "done":
+                outcomes.append(arguments)
+            elif name == "failed":
+                failures.append(arguments)
+                if running:
+                    report.stage(f"the engine on {share} failed, the others go on: {arguments}")
+            elif name == "start":
+                if not started:
+                    started, kept = True, arguments[0]
+                    report.start(*arguments)
+            elif name == "stage":
+                report.stage(f"{share}: {arguments[0]}")
+            else:
+                getattr(report, name)(*arguments)
+                if name == "committed":
+                    kept += arguments[0]
+                    advise(f"{kept:,} of {total:,} tokens are committed and kept, the same command resumes there")
+    if failures:
+        raise failures[0]
+    first = outcomes[0]
+    return replace(
+        first,
+        tokens=sum(one.tokens for one in outcomes),
+        size=sum(one.size for one in outcomes),
+        engine_seconds=max(one.engine_seconds for one in outcomes),
+        capture_seconds=max(one.capture_seconds for one in outcomes),
+    )
+
+
+@contextmanager
+def _environment(share: Share) -> Iterator[None]:
+    """What a process that starts meanwhile inherits: torch looks at it when it is imported."""
+    before = os.environ.get(_VISIBLE)
+    if share.gpus:
+        os.environ[_VISIBLE] = share.gpus
+    try:
+        yield
+    finally:
+        if share.gpus:
+            os.environ.pop(_VISIBLE)
+            if before is not None:
+                os.environ[_VISIBLE] = before
+
+
+def _work(prepared: PreparedCapture, share: Share, taken: Any, events: Connection, verbose: bool) -> None:
+    """One of the processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started it ends it
+    if share.cores:
+        os.sched_setaffinity(0, share.cores)
+    quiet_libraries(not verbose)
+    show_on_stderr("distily-cache")
+    try:
+        events.send(("done", capture(prepared, _Sender(events), verbose, take=partial(_take, taken))))
+    except DistilyError as error:
+        events.send(("failed", error))
+
+
+def _take(taken: Any) -> int:
+    """The number of the next shard on the list that nobody has taken."""
+    with taken.get_lock():
+        taken.value += 1
+        return int(taken.value) - 1
