@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -13,25 +12,19 @@ from pipeline.engines.base import Captured, Engine
 from pipeline.generate.committer import Committer
 from pipeline.progress import Reporter
 
-# A shard is taken first when it is so many times smaller than the largest.
-_EARLY = 2
-
 Opened = tuple[Work, Sequence[Sample], Iterable[Captured]]
 
 
 def capture_tasks(
     store: FeatureStore,
     engine: Engine | None,
-    works: Sequence[Work],
+    works: Iterable[Work],
     samples: Mapping[str, Sample],
     committer: Committer,
     report: Reporter,
 ) -> int:
-    """Capture each task and hand it to the committer; returns the positions captured.
-
-    Several generators may be at work on the same tasks. Each takes them in an order of its own and leaves out
-    what another has committed meanwhile, so they share the work and meet at its end only. A shard that was
-    planned small, to be committed early, comes first.
+    """Capture each task that nobody else has committed meanwhile, and hand it to the committer; returns the
+    positions captured.
 
     engine: None where no task lacks more than its samples. samples: of the request, by id.
     """
@@ -49,7 +42,7 @@ def capture_tasks(
 def _opened(
     store: FeatureStore,
     engine: Engine | None,
-    works: Sequence[Work],
+    works: Iterable[Work],
     samples: Mapping[str, Sample],
     report: Reporter,
 ) -> Iterator[Opened]:
@@ -61,7 +54,7 @@ def _opened(
     # Engines of other packages need not have it.
     ahead = getattr(engine, "ahead", 0)
     opened: deque[Opened] = deque()
-    for work in _shuffled(works):
+    for work in works:
         if store.holds(work.task, work.groups):
             report.skip(work.task.rows)
             continue
@@ -71,11 +64,6 @@ def _opened(
         while opened and sum(one.task.rows for one, _, _ in opened) - opened[0][0].task.rows >= ahead:
             yield opened.popleft()
     yield from opened
-
-
-def _shuffled(works: Sequence[Work]) -> list[Work]:
-    order = random.SystemRandom().sample(works, len(works))
-    return sorted(order, key=lambda work: work.task.rows * _EARLY > max(w.task.rows for w in works))
 
 
 def _samples_of(store: FeatureStore, samples: Mapping[str, Sample], task: Task) -> list[Sample]:

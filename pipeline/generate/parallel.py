@@ -1,8 +1,8 @@
 """`generate --data-parallel N`: N engines on one store, each in a process of its own with its own GPUs.
 
-The processes take shards from one list, so that none is captured twice; each encodes and commits its own. This
-process shows their progress and ends them. Where one fails, the others finish what is left of the list, and the
-same command captures the shards that the failed one had taken.
+The processes take shards from one list, so that none is captured twice; each encodes and commits its own.
+This process shows their progress and ends them. Where one fails, the others finish what is left of the list,
+and the same command captures the shards that the failed one had taken.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from distily.errors import DistilyError
 from distily.logs import show_on_stderr
 from distily.system.command_line import quiet_libraries
 from distily.system.stopping import advise
 from pipeline.errors import EngineError, RequestError
-from pipeline.generate.capturing import Outcome, PreparedCapture, capture
+from pipeline.generate.passes import Run, capture_here
 from pipeline.progress import Reporter
+from pipeline.request.target import create_store
+
+if TYPE_CHECKING:
+    from pipeline.generate.run import PreparedCapture
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+# What a process tells beside the calls of a Reporter.
+_DONE, _FAILED = "done", "failed"
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def shares(engines: int, gpus_each: int, gpus: Sequence[str], cores: Sequence[in
             f"--data-parallel {len(cores)}"
         )
     edges = [len(cores) * index // engines for index in range(engines + 1)]
-    return [Share(cores=frozenset(cores[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Share(cores=frozenset(cores[a:b])) for a, b in pairwise(edges)]
 
 
 def machine_shares(engines: int, gpus_each: int) -> list[Share]:
@@ -86,8 +93,11 @@ class _Sender:
         return lambda *arguments: self._events.send((name, arguments))
 
 
-def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: bool) -> Outcome:
+def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: bool) -> list[Run]:
     """Capture what a plan lacks in `--data-parallel` processes; the store has the plan already.
+
+    Returns:
+        what each process captured.
 
     Raises:
         EngineError: a process died, or failed without one of our own errors; what it said is on stderr.
@@ -95,7 +105,7 @@ def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: b
     """
     request = prepared.request
     context = multiprocessing.get_context("spawn")
-    taken = context.Value("q", 0)
+    taken = context.Array("q", len({work.groups for work in prepared.plan.work}))  # of each pass
     running: dict[Connection, tuple[Share, Any]] = {}
     for share in machine_shares(request.data_parallel, request.tensor_parallel_size):
         events, theirs = context.Pipe(duplex=False)
@@ -110,13 +120,13 @@ def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: b
 
 def _listen(
     running: dict[Connection, tuple[Share, Any]], prepared: PreparedCapture, report: Reporter
-) -> Outcome:
+) -> list[Run]:
     """Pass on what the processes tell until they have ended."""
-    outcomes: list[Outcome] = []
+    runs: list[Run] = []
     failures: list[DistilyError] = []
-    total, kept, started = prepared.plan.rows_total, 0, False
+    progress = _Progress(prepared.plan.rows_total, report)
     while running:
-        for events in [one for one in wait(list(running)) if isinstance(one, Connection)]:
+        for events in cast(list[Connection], wait(list(running))):
             share, process = running[events]
             try:
                 name, arguments = events.recv()
@@ -126,33 +136,39 @@ def _listen(
                 if process.exitcode:
                     failures.append(EngineError(f"the engine on {share} ended with code {process.exitcode}"))
                 continue
-            if name == "done":
-                outcomes.append(arguments)
-            elif name == "failed":
+            if name == _DONE:
+                runs.append(arguments)
+            elif name == _FAILED:
                 failures.append(arguments)
-                if running:
-                    report.stage(f"the engine on {share} failed, the others go on: {arguments}")
-            elif name == "start":
-                if not started:
-                    started, kept = True, arguments[0]
-                    report.start(*arguments)
-            elif name == "stage":
-                report.stage(f"{share}: {arguments[0]}")
+                report.stage(f"the engine on {share} failed: {arguments}")
             else:
-                getattr(report, name)(*arguments)
-                if name == "committed":
-                    kept += arguments[0]
-                    advise(f"{kept:,} of {total:,} tokens are committed and kept, the same command resumes there")
+                progress.heard(share, name, arguments)
     if failures:
         raise failures[0]
-    first = outcomes[0]
-    return replace(
-        first,
-        tokens=sum(one.tokens for one in outcomes),
-        size=sum(one.size for one in outcomes),
-        engine_seconds=max(one.engine_seconds for one in outcomes),
-        capture_seconds=max(one.capture_seconds for one in outcomes),
-    )
+    return runs
+
+
+class _Progress:
+    """Shows what several processes tell as that of one."""
+
+    def __init__(self, total: int, report: Reporter) -> None:
+        self._total, self._report = total, report
+        self._kept: int | None = None
+
+    def heard(self, share: Share, name: str, arguments: tuple[Any, ...]) -> None:
+        """A call of a Reporter's method in the process that has this share."""
+        if name == "start":
+            if self._kept is None:
+                self._kept = arguments[0]
+                self._report.start(*arguments)
+            return
+        if name == "stage":
+            arguments = (f"{share}: {arguments[0]}",)
+        getattr(self._report, name)(*arguments)
+        if name == "committed":
+            self._kept = (self._kept or 0) + arguments[0]
+            kept = f"{self._kept:,} of {self._total:,} tokens are committed and kept"
+            advise(f"{kept}, the same command resumes there")
 
 
 @contextmanager
@@ -178,13 +194,14 @@ def _work(prepared: PreparedCapture, share: Share, taken: Any, events: Connectio
     quiet_libraries(not verbose)
     show_on_stderr("distily-cache")
     try:
-        events.send(("done", capture(prepared, _Sender(events), verbose, take=partial(_take, taken))))
+        store = create_store(prepared.request.out, prepared.identity)
+        report = cast(Reporter, _Sender(events))
+        events.send((_DONE, capture_here(prepared, store, report, verbose, partial(_take, taken))))
     except DistilyError as error:
-        events.send(("failed", error))
+        events.send((_FAILED, error))
 
 
-def _take(taken: Any) -> int:
-    """The number of the next shard on the list that nobody has taken."""
+def _take(taken: Any, number: int) -> int:
     with taken.get_lock():
-        taken.value += 1
-        return int(taken.value) - 1
+        taken[number] += 1
+        return int(taken[number]) - 1

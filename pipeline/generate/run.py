@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import groupby
 
-from featurestore.format.plan import GenerationPlan, Work
-from featurestore.format.records import RunCost
-from featurestore.format.schema import GroupSpec, Sample, TeacherIdentity
+from featurestore.format.plan import GenerationPlan
+from featurestore.format.schema import Sample, TeacherIdentity
 from featurestore.format.sidecar import part_file
 from featurestore.store import FeatureStore
 from pipeline.data.samples import LeftOut
 from pipeline.data.selection import select
-from pipeline.engines.base import Engine
 from pipeline.engines.registry import find_engine
 from pipeline.errors import RequestError
 from pipeline.generate import provenance
-from pipeline.generate.capturing import capture_tasks
-from pipeline.generate.committer import Committer
+from pipeline.generate.parallel import capture_side_by_side, machine_shares
+from pipeline.generate.passes import capture_here, new_run
 from pipeline.generate.precision import Precision
-from pipeline.generate.sizing import encoders, settle
+from pipeline.generate.sizing import settle
 from pipeline.progress import Reporter
 from pipeline.request.generate import GenerateRequest
 from pipeline.request.target import (
@@ -34,7 +29,7 @@ from pipeline.request.target import (
     plan_missing,
     stored_dtype,
 )
-from pipeline.request.teacher import check_against_teacher, engine_config, identity_of
+from pipeline.request.teacher import check_against_teacher, identity_of
 from pipeline.teacher.checkpoint import Teacher, load_teacher, teacher_files, without_padding
 from pipeline.teacher.tokenizer import check_kept_files, load_tokenizer
 from pipeline.teacher.weights import PlannedPart, plan_sidecar
@@ -135,9 +130,11 @@ def prepare(request: GenerateRequest, report: Reporter) -> PreparedCapture:
 
 
 def _check_device(request: GenerateRequest) -> None:
-    """RequestError for a share of a GPU's memory where torch sees no GPU."""
+    """RequestError for more engines than there are GPUs, or a share of a GPU's memory where there is none."""
     import torch
 
+    if request.data_parallel > 1:
+        machine_shares(request.data_parallel, request.tensor_parallel_size)
     if request.gpu_memory_utilization is not None and not torch.cuda.is_available():
         raise RequestError(
             f"--gpu-memory-utilization {request.gpu_memory_utilization}: there is no GPU here; leave it out "
@@ -152,7 +149,7 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
     """
     request, left_out = prepared.request, prepared.left_out
     store = create_store(request.out, prepared.identity)
-    began, cost = datetime.now(UTC), RunCost(id=secrets.token_hex(8))
+    began = datetime.now(UTC)
     prepared, written = _write(prepared, store, verbose, report)
     plan = prepared.plan
     if plan.nothing_to_do and not prepared.sidecar:
@@ -169,55 +166,39 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
             writing=written,
         )
         if written and written.new:
-            store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
+            store.add_provenance(
+                provenance.record(request, prepared.chat_template, began, outcome, new_run().id)
+            )
         return outcome
     store.put_teacher_files(teacher_files(prepared.teacher))
     sidecar_size = _put_sidecar(store, prepared, report)
     store.add_plan(plan.new_tasks)
-    size = 0
-    # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
-    by_groups = sorted(plan.work, key=lambda work: repr(work.groups))
-    for groups, works in groupby(by_groups, key=lambda work: work.groups):
-        clock = time.monotonic()
-        engine = start_engine(prepared, groups, verbose, report) if groups else None
-        ready = cost.engine_seconds + time.monotonic() - clock
-        cost = replace(cost, engine_seconds=round(ready, 3))
-        clock = time.monotonic()
-        try:
-            captured = _capture(store, prepared, engine, list(works), report, cost)
-        finally:
-            if engine is not None:
-                engine.close()
-        spent = cost.capture_seconds + time.monotonic() - clock
-        cost = replace(cost, tokens=cost.tokens + captured[0], capture_seconds=round(spent, 3))
-        size += captured[1]
+    if request.data_parallel > 1:
+        runs = capture_side_by_side(prepared, report, verbose)
+    else:
+        runs = [capture_here(prepared, store, report, verbose)]
     outcome = Outcome(
         samples=plan.samples_total,
-        tokens=cost.tokens,
-        size=size,
+        tokens=sum(run.cost.tokens for run in runs),
+        size=sum(run.size for run in runs),
         sidecar_size=sidecar_size,
-        engine_seconds=cost.engine_seconds,
-        capture_seconds=cost.capture_seconds,
+        engine_seconds=max(run.cost.engine_seconds for run in runs),
+        capture_seconds=max(run.cost.capture_seconds for run in runs),
         manifest=store.publish_manifest().digest,
         left_out=left_out,
         writing=written,
     )
-    store.add_provenance(provenance.record(request, prepared.chat_template, began, outcome, cost.id))
+    for number, run in enumerate(runs):
+        own = replace(
+            outcome,
+            tokens=run.cost.tokens,
+            size=run.size,
+            engine_seconds=run.cost.engine_seconds,
+            capture_seconds=run.cost.capture_seconds,
+            writing=None if number else written,
+        )
+        store.add_provenance(provenance.record(request, prepared.chat_template, began, own, run.cost.id))
     return outcome
-
-
-def start_engine(
-    prepared: PreparedCapture, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
-) -> Engine:
-    """Load the teacher in the engine asked for, set to capture `groups`."""
-    request, teacher = prepared.request, prepared.teacher
-    dtype, quantize_to = request.torch_dtype(teacher), request.quantize_to(teacher)
-    config = engine_config(request, teacher, dtype, groups, quantize_to)
-    reason = prepared.precision.reason
-    report.stage(
-        f"starting {request.engine} with {teacher.architecture} in {dtype}" + f" ({reason})" * bool(reason)
-    )
-    return find_engine(request.engine).start(config, verbose)
 
 
 def _write(
@@ -258,21 +239,3 @@ def _put_sidecar(store: FeatureStore, prepared: PreparedCapture, report: Reporte
         store.put_teacher_files({name: data})
         written += len(data)
     return written
-
-
-def _capture(
-    store: FeatureStore,
-    prepared: PreparedCapture,
-    engine: Engine | None,
-    works: Sequence[Work],
-    report: Reporter,
-    cost: RunCost,
-) -> tuple[int, int]:
-    """Capture and commit each task; returns the positions captured and the bytes written."""
-    total = prepared.plan.rows_total
-    kept = total - sum(work.task.rows for work in works)
-    report.start(kept, total)
-    threads = encoders(prepared.request.tensor_parallel_size)
-    with Committer(store, report, kept, total, cost, threads) as committer:
-        tokens = capture_tasks(store, engine, works, prepared.samples, committer, report)
-    return tokens, committer.size

@@ -56,7 +56,7 @@ def settle(
     request = replace(request, dtype=precision.dtype)
     if on_gpu:
         return request, precision, request.shard_size
-    pace = rough_pace(matrix_product_rates()[precision.dtype], parameters)
+    pace = rough_pace(matrix_product_rates()[precision.dtype] / request.data_parallel, parameters)
     return sized(request, pace), precision, pace.tokens(FIRST_SHARD_SECONDS, SHARD_TOKENS)
 
 
@@ -69,8 +69,9 @@ def sized(request: GenerateRequest, pace: Pace) -> GenerateRequest:
     )
 
 
-def encoders(tensor_parallel_size: int) -> int:
-    """How many threads encode shards: one for each core that a teacher on GPUs leaves over, from 1 to 4.
+def encoders(tensor_parallel_size: int, data_parallel: int) -> int:
+    """How many threads encode the shards of an engine: one for each core of its share that a teacher on GPUs
+    leaves over, from 1 to 4.
 
     vLLM's workers, its scheduler and the thread that feeds it have a core each. On a CPU the teacher has use
     for all cores, and one thread encodes far more than it computes.
@@ -79,5 +80,5 @@ def encoders(tensor_parallel_size: int) -> int:
 
     if not torch.cuda.is_available():
         return 1
-    spare = len(os.sched_getaffinity(0)) - tensor_parallel_size - 2
+    spare = len(os.sched_getaffinity(0)) // data_parallel - tensor_parallel_size - 2
     return min(max(spare, 1), _MOST_ENCODERS)

@@ -1,0 +1,107 @@
+"""`generate --data-parallel`: what each engine sees of the machine, one store, and engines that die."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featurestore.maintenance.verify import verify_store
+from featurestore.reader import CacheReader
+from featurestore.store import FeatureStore
+from pipeline.errors import RequestError
+from pipeline.generate.parallel import _take, shares
+from tests import teachers
+from tests.command import call, command, spawn
+from tests.teachers import text_of
+
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two engines need two cores")
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 12), st.integers(1, 20))
+def test_every_engine_has_its_own_part_of_the_machine(engines: int, each: int, gpus: int, cores: int) -> None:
+    names = [f"GPU-{index:x}" for index in range(gpus)]
+    if engines * each > gpus > 0 or (gpus == 0 and engines > cores):
+        with pytest.raises(RequestError, match=f"--data-parallel {engines}: .*give"):
+            shares(engines, each, names, range(cores))
+        return
+    made = shares(engines, each, names, range(cores))
+    assert len(made) == engines
+    if gpus:
+        used = [name for share in made for name in share.gpus.split(",")]
+        assert len(set(used)) == len(used) == engines * each and set(used) <= set(names)
+    else:
+        assert sorted(core for share in made for core in share.cores) == list(range(cores))
+        assert max(len(share.cores) for share in made) - min(len(share.cores) for share in made) <= 1
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> tuple[object, ...]:
+    """A request of 16 shards."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": text_of(60, seed)}) for seed in range(64)))
+    flags = ("--engine", "transformers", "--max-seq-len", 64, "--shard-tokens", 250, "--hidden-layers", 1)
+    return teachers.llama(tmp_path / "teacher"), corpus, *flags
+
+
+def contents(store: Path) -> list[bytes]:
+    """Every bit of each sample, in the order of the request."""
+    reader, found = CacheReader.open(store), []
+    for index in range(len(reader)):
+        sample = reader.read(index)
+        values = (value for features in sample.features.values() for value in vars(features).values())
+        found.append(b"".join(np.asarray(value).tobytes() for value in (sample.tokens, *values)))
+    return found
+
+
+def test_each_task_is_given_out_once() -> None:
+    taken = multiprocessing.get_context("spawn").Array("q", 2)
+    with ThreadPoolExecutor(8) as pool:
+        places = list(pool.map(lambda index: (index % 2, _take(taken, index % 2)), range(2000)))
+    assert sorted(places) == [(number, place) for number in range(2) for place in range(1000)]
+
+
+@two_cores
+def test_two_engines_make_the_store_of_one(request_: tuple[object, ...], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    call("distily-cache", "generate", *request_, "--out", one)
+    flags = ("--data-parallel", 2, "--json")
+    done = json.loads(spawn("distily-cache", "generate", *request_, "--out", two, *flags).stdout)
+    assert verify_store(two, deep=True).sound
+    assert contents(one) == contents(two)
+    runs = FeatureStore.open(two).provenance()
+    assert len(runs) == 2 and sum(run["tokens"] for run in runs) == done["tokens"] == 64 * 60
+
+
+@two_cores
+def test_what_a_dead_engine_had_taken_is_left_to_the_next_command(
+    request_: tuple[object, ...], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    words = command("distily-cache", "generate", *request_, "--out", store, "--data-parallel", 2)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while not list(store.glob("commit/logits-*/*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    engines = [
+        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+    ]
+    assert len(engines) == 2
+    engines[0].send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert any(line.startswith("distily-cache: the engine on cores ") for line in err.splitlines()), err
+    assert not any(child.is_running() for child in engines)
+    done = json.loads(call("distily-cache", "generate", *request_, "--out", store, "--json").stdout)
+    assert 0 < done["tokens"] < 64 * 60 == int(sum(CacheReader.open(store).lengths))
