@@ -107,6 +107,7 @@ def test_generate_takes_what_plan_takes_and_little_more() -> None:
     assert plan.items() <= generate.items()
     assert generate.keys() - plan.keys() == {
         "tensor_parallel_size",
+        "data_parallel",
         "max_num_batched_tokens",
         "gpu_memory_utilization",
         "verbose",
