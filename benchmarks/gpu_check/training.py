@@ -158,6 +158,7 @@ class Around:
 
     def __init__(self, model: nn.Module, kind: str, steps: int) -> None:
         self._ternary: TernaryCallback | None = None
+        self._arguments = SimpleNamespace(device=device())
         self._state = SimpleNamespace(global_step=0, max_steps=steps)
         if kind != rows.STUDENTS[0]:
             convert_student(model, "none")
@@ -183,4 +184,4 @@ class Around:
 
     def _tell(self, what: str) -> None:
         if self._ternary is not None:
-            getattr(self._ternary, what)(None, self._state, None, optimizer=self._optimizer)
+            getattr(self._ternary, what)(self._arguments, self._state, None, optimizer=self._optimizer)
