@@ -1,11 +1,13 @@
 # make quickstart   a real teacher, a cache, a ternary student and a page about it (CPU: about ten minutes)
 # make test         every test, the vLLM path included
 # make docs         the documentation as a site, in build/site
+# make gpu-check    what one GPU does, in at most ten minutes; SIZE=toy runs everything small on a CPU
 # make ci           lint, types, documentation and tests
 VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
 RUN ?= run
+SIZE ?= gpu
 # Test files that run side by side; each may start a vLLM of its own, which waits now and then.
 WORKERS ?= 3
 PY := $(VENV)/bin/python
@@ -20,13 +22,17 @@ ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: quickstart test docs ci lint types format clean
+.PHONY: quickstart test gpu-check docs ci lint types format clean
 
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
 test: $(VENV)/.triton
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Toy sizes run where there are no kernels of others to compare with.
+gpu-check: $(VENV)/.ready $(if $(filter gpu,$(SIZE)),$(VENV)/.gpu-check)
+	RUN=$(RUN) PYTHONPATH="benchmarks:$$PYTHONPATH" $(PY) -m gpu_check $(SIZE)
 
 ci: lint types docs test
 
@@ -47,13 +53,17 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(VENV)/.ready: requirements/cpu.lock pyproject.toml scripts/setup.sh
+$(VENV)/.ready: requirements/cpu.lock requirements/cuda.lock pyproject.toml scripts/setup.sh
 	@scripts/setup.sh
 
 # For tests only; an environment for CUDA has one already, which goes with its torch.
 $(VENV)/.triton: $(VENV)/.ready requirements/triton.txt
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q --no-deps -r requirements/triton.txt
 	@touch $@
+
+# Without them their rows say that they are not installed.
+$(VENV)/.gpu-check: $(VENV)/.ready requirements/gpu-check.txt
+	$(PY) -m pip install -q --no-deps -r requirements/gpu-check.txt && touch $@ || true
 
 clean:
 	rm -rf $(RUN) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from capture_speed import LENGTH, prompts
+from capture_speed import LENGTH
+from capturing import text_prompts
 from common import RUN, table, write_result
 
 from featurestore.format.plan import plan_generation
@@ -52,7 +53,7 @@ def states() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, list[np.nd
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.bfloat16).eval()
-    given = prompts(SAMPLES)
+    given = text_prompts(RUN / "teacher", RUN / "topics.jsonl", SAMPLES, LENGTH)
     found = [
         model.model(torch.from_numpy(p.astype(np.int64))[None], output_hidden_states=True) for p in given
     ]

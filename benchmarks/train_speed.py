@@ -24,26 +24,22 @@ from typing import Any
 
 import torch
 from common import BIN, ROOT, RUN, table, write_result
+from steps import Step, cached, labels, sparse_targets, student
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
 from student.data.batches import CachedDataset, Collator
-from student.data.decoding import decode_targets
 from student.losses.lm_head import HeadTransform
 from student.losses.sparse import forward_kl
 from student.losses.sparse_pass import sparse_head_loss
 from student.objective.terms import Objective, Term, term
-from student.training.model import DistillationModel
-from student.training.plan import load_teacher
 
 BATCH, STEPS, ROUNDS = 2, 6, int(os.environ.get("ROUNDS", "3"))
 CACHE, LENGTH = RUN / "speed-cache", 512
 DEPTH, STUDENT_DEPTH, LAYER = 30, 12, 15  # the demo teacher's layers, the student's, and the one to compare
 POSITIONS, VOCAB, WIDTH = 2048, 262_144, 256
-
-Step = Callable[[dict[str, Any]], Tensor]
 
 LABELS, KL = "labels (transformers' own loss)", "cache: forward KL"
 HIDDEN = f"cache: forward KL, hidden layer {LAYER}"
@@ -60,17 +56,6 @@ def prepare() -> None:
     subprocess.run(command, check=True)
 
 
-def student() -> Any:
-    """The student, the same numbers in every row."""
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(RUN / "teacher", num_hidden_layers=STUDENT_DEPTH, dtype=torch.float32)
-    return AutoModelForCausalLM.from_config(config).train()
-
-
-def labels(model: Any) -> Step:
-    return lambda batch: model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
-
-
 def live(model: Any) -> Step:
     """Full-distribution KL against a teacher in the loop."""
     teacher = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.bfloat16).eval()
@@ -84,16 +69,6 @@ def live(model: Any) -> Step:
     return step
 
 
-def cached(*terms: Term) -> Callable[[Any], Step]:
-    def make(model: Any) -> Step:
-        objective = Objective.of(terms)
-        parts = load_teacher(objective, CacheReader.open(CACHE))
-        distillation = DistillationModel(model, objective, parts).train()
-        return lambda batch: distillation(**batch)["loss"]
-
-    return make
-
-
 def paths() -> dict[str, tuple[Callable[[Any], Step], tuple[Term, ...]]]:
     """Row -> (how its step is made, terms whose features it reads)."""
     kl = (term("kl"),)
@@ -101,10 +76,10 @@ def paths() -> dict[str, tuple[Callable[[Any], Step], tuple[Term, ...]]]:
     full = (term("full_kl", pair=(DEPTH, STUDENT_DEPTH)),)
     return {
         LABELS: (labels, ()),
-        "labels (ours)": (cached(term("ce")), (term("ce"),)),
-        KL: (cached(*kl), kl),
-        HIDDEN: (cached(*both), both),
-        "cache: dense reconstruction": (cached(*full), full),
+        "labels (ours)": (cached(CACHE, term("ce")), (term("ce"),)),
+        KL: (cached(CACHE, *kl), kl),
+        HIDDEN: (cached(CACHE, *both), both),
+        "cache: dense reconstruction": (cached(CACHE, *full), full),
         "live teacher: forward KL over all of V": (live, ()),
     }
 
@@ -117,7 +92,7 @@ def measure_step(name: str) -> dict[str, float]:
     data = CachedDataset(reader, range(len(reader)), groups)
     assert (reader.lengths == LENGTH).all()
     collate = Collator(groups, 0)
-    model = student()
+    model = student(RUN / "teacher", STUDENT_DEPTH)
     step, optimizer = make(model), torch.optim.AdamW(model.parameters(), 1e-4)
     best = float("inf")
     for number in range(STEPS + 1):
@@ -143,7 +118,7 @@ def measure_loss(name: str) -> dict[str, float]:
     hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(VOCAB, WIDTH) / WIDTH**0.5)
     label = torch.randint(VOCAB, (POSITIONS,))
-    draws = torch.randint(12, VOCAB, (POSITIONS, 16)).sort(-1).values.int()
+    targets = sparse_targets(label, VOCAB)
     weight.grad = torch.zeros_like(weight)  # as in training: the head's gradient is there anyway
     before, began = peak_mib(), time.perf_counter()
     if name == "plain":
@@ -151,16 +126,6 @@ def measure_loss(name: str) -> dict[str, float]:
         wanted = torch.randn(1, VOCAB).softmax(-1)
         loss = -(wanted * logprob).sum()
     else:
-        coded = {
-            "counts": torch.full((POSITIONS,), 12, dtype=torch.int16),
-            "odds": torch.zeros(POSITIONS, dtype=torch.int16),
-            "ids": torch.arange(12, dtype=torch.int32).expand(POSITIONS, -1),
-            "gaps": torch.ones(POSITIONS, 12, dtype=torch.int16),
-            "draws": draws,
-            "repeats": torch.ones_like(draws),
-            "entropy": torch.zeros(POSITIONS, dtype=torch.int16),
-        }
-        targets = decode_targets(coded, label)
         loss = sparse_head_loss(
             hidden_ND=hidden,
             weight_VD=weight,

@@ -1,11 +1,15 @@
-# Stage 2 on NVIDIA GPUs: CUDA PyTorch, no vLLM.
+# Stage 2 on NVIDIA GPUs (driver 580 or newer): torch and distily-cache in the versions of requirements/cuda.lock,
+# no vLLM.
 #   docker build -f docker/train.Dockerfile -t distily-cache:train .
 #   docker run --gpus all -v "$PWD/data:/data" distily-cache:train \
-#     from-cache /data/cache --output-dir /data/student --student-model-as-bitnet --bf16
-FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
+#     from-cache /data/cache --output-dir /data/student --student-model-as-bitnet
+FROM python:3.11-slim
+# The NVIDIA container runtime refuses to start this behind a driver that is too old for CUDA 13.
+ENV NVIDIA_REQUIRE_CUDA="cuda>=13.0" NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Triton compiles its launchers.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/distily-cache
 COPY . .
-RUN pip install --no-cache-dir '.[train,s3]' bitsandbytes
+RUN pip install --no-cache-dir -c requirements/cuda.lock '.[train,quantized,s3]'
 WORKDIR /data
 ENTRYPOINT ["distily-train"]

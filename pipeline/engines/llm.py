@@ -44,6 +44,9 @@ def set_environment(verbose: bool) -> None:
     # A step that still computes is not late, whatever the machine; processes that died are noticed as such.
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", _NEVER)
     os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", _NEVER)
+    # A request asks torch for a GPU before vLLM is loaded, and a process that is forked from one that has
+    # asked cannot use it. vLLM forks by default; on a CPU it spawns anyway.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         # Import-time noise of the engine's processes: deprecations, and that a CPU has no Triton.

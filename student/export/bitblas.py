@@ -2,6 +2,8 @@
 
 BitBLAS lays weights out for the GPU it finds, so there is no file of its own: the export is an hf-bitnet
 directory that was run by it. It needs CUDA 12's libraries already at import; therefore it is imported late.
+Its kernels are compiled when a model is loaded, by nvcc, one for each shape of a layer. BitBLAS would also
+try twenty of each to take the fastest, which takes minutes; its default schedule is taken instead.
 
 Shape letters: N tokens, I input features, O output features.
 """
@@ -9,6 +11,8 @@ Shape letters: N tokens, I input features, O output features.
 from __future__ import annotations
 
 import importlib
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +26,28 @@ from student.export.reading import load_packed
 from student.export.reference import IntegerLinear, integer_linears
 from student.export.source import ExportSource
 
+_NEEDS = (
+    "it needs an NVIDIA GPU, `pip install bitblas`, and the CUDA 12 toolkit: libnvrtc.so.12 and "
+    "libcudart.so.12 on LD_LIBRARY_PATH and nvcc on PATH, which torch's builds for CUDA 13 do not bring; "
+    "--format hf-bitnet and --kernel torch run without it"
+)
+
 
 def require() -> Any:
-    """The package; UserError with the name of the library that it misses."""
+    """The package; UserError with what it misses, and all that it needs."""
     try:
         package = importlib.import_module("bitblas")
     except (ImportError, OSError, RuntimeError) as error:
-        reason = one_line(error, None)
-        raise UserError(
-            f"BitBLAS cannot be used here: {reason}; it needs CUDA 12 (nvrtc, cudart, libcuda) and "
-            "pip install bitblas; --format hf-bitnet runs without it"
-        ) from error
+        raise _missing(one_line(error, None)) from error
     if not torch.cuda.is_available():
-        raise UserError(
-            "BitBLAS cannot be used here: torch finds no CUDA GPU; --format hf-bitnet runs without"
-        )
+        raise _missing("torch finds no CUDA GPU")
+    if shutil.which("nvcc") is None:
+        raise _missing("there is no nvcc to compile its kernels")
     return package
+
+
+def _missing(what: str) -> UserError:
+    return UserError(f"BitBLAS cannot be used here: {what}; {_NEEDS}")
 
 
 def check(source: ExportSource) -> None:
@@ -61,23 +71,31 @@ def use_bitblas(model: Any) -> Any:
     return model
 
 
+@cache
+def operator(package: Any, inputs: int, outputs: int) -> Any:
+    """The product of int8 [N, inputs] and int2 [outputs, inputs] in int32, for all layers of that shape; it
+    holds no weights.
+    """
+    config = package.MatmulConfig(
+        M=[1, 16, 32, 64],
+        N=outputs,
+        K=inputs,
+        A_dtype="int8",
+        W_dtype="int2",
+        accum_dtype="int32",
+        out_dtype="int32",
+        layout="nt",
+        with_bias=False,
+    )
+    return package.Matmul(config, enable_tuning=False)
+
+
 class BitBlasLinear(IntegerLinear):
     """An IntegerLinear whose product is BitBLAS's; the weights are kept in its layout."""
 
     def __init__(self, layer: IntegerLinear, package: Any) -> None:
         super().__init__(layer.weight, layer.weight_scale, layer.out_features, layer.bias, layer.rms_norm)
-        config = package.MatmulConfig(
-            M=[1, 16, 32, 64],
-            N=layer.out_features,
-            K=layer.in_features,
-            A_dtype="int8",
-            W_dtype="int2",
-            accum_dtype="int32",
-            out_dtype="int32",
-            layout="nt",
-            with_bias=False,
-        )
-        self._matmul = package.Matmul(config)
+        self._matmul = operator(package, layer.in_features, layer.out_features)
         self.register_buffer("weight", self._matmul.transform_weight(layer.ternary()))
 
     def product(self, ints_NI: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from pipeline.engines.llm import set_environment
 from pipeline.engines.supervision import failure_cause
 
 POINTERS = (
@@ -44,3 +47,14 @@ def test_causes(codes: list[int], log: str, expected: str) -> None:
     cause = failure_cause(codes, log)
     # Only `generate` knows what was committed; a promise here would be wrong at the first shard.
     assert "same command" not in cause and expected in cause and "\n" not in cause and len(cause) < 600
+
+
+def test_processes_for_a_gpu_are_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses CUDA in a process that is forked from one that has asked for a GPU, as a request does."""
+    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    monkeypatch.setenv(name, "fork")
+    set_environment(verbose=True)
+    assert os.environ[name] == "fork"
+    monkeypatch.delenv(name)
+    set_environment(verbose=True)
+    assert os.environ[name] == "spawn"

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -62,7 +63,52 @@ def test_bitblas_names_what_is_missing(
         assert "bitblas" in refused("export", student, "--format", "bitblas").lower()
         assert "BitBLAS" in refused("generate", student, "--prompt", "the", "--kernel", "bitblas")
     monkeypatch.setattr(bitblas.importlib, "import_module", missing)
-    assert "libcuda.so.1" in refused("export", student, "--format", "bitblas")
+    line = refused("export", student, "--format", "bitblas")
+    for word in ("libcuda.so.1", "pip install bitblas", "CUDA 12", "libnvrtc.so.12", "nvcc", "hf-bitnet"):
+        assert word in line
+
+
+class StandIn:
+    """BitBLAS's `Matmul` as far as it is used, computed by torch on a CPU: BitBLAS itself was not run."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, config: dict[str, Any], enable_tuning: bool = True) -> None:
+        self.made.append(config | {"enable_tuning": enable_tuning})
+
+    def transform_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flip(0)
+
+    def __call__(self, ints: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (ints.double() @ weight.flip(0).double().t()).int()
+
+
+def test_bitblas_has_an_operator_for_each_shape(
+    students: Students, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in, on a CPU: layers of one shape share an untuned operator, and give the reference."""
+    package = ModuleType("bitblas")
+    vars(package).update(MatmulConfig=dict, Matmul=StandIn)
+    others, student = importlib.import_module, students("llama")
+    monkeypatch.setattr(
+        bitblas.importlib, "import_module", lambda name: package if name == "bitblas" else others(name)
+    )
+    model = load(student)
+    verify_ids = verify.probes(model.config)
+    reference = verify.logits_of(model, verify_ids)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
+    monkeypatch.setattr(bitblas.shutil, "which", lambda _: None)
+    assert "no nvcc" in refused("generate", student, "--prompt", "the", "--kernel", "bitblas")
+    monkeypatch.setattr(bitblas.shutil, "which", lambda name: f"/usr/bin/{name}")
+    layers = [layer for _, layer in integer_linears(model)]
+    shapes = {(layer.out_features, layer.in_features) for layer in layers}
+    bitblas.use_bitblas(model)
+    assert torch.equal(verify.logits_of(model, verify_ids), reference)
+    made = [(config["N"], config["K"]) for config in StandIn.made]
+    assert len(made) == len(shapes) < len(layers)
+    assert set(made) == shapes
+    assert not any(config["enable_tuning"] for config in StandIn.made)
 
 
 def test_packed_or_not_a_student_says_the_same(students: Students, export: Export, distily: Run) -> None:
