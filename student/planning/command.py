@@ -193,7 +193,7 @@ def plan_training(prepared: PreparedTraining, target: Target) -> TrainingPlan:
         return deeper([step(depth) for depth in depths], layers)
 
     def traced(setting: Setting) -> Trace:
-        held = setting.holds_gradients(target.processes)
+        held = setting.holds_gradients
         return followed(setting.rows, setting.checkpointing, held)
 
     def evaluate(setting: Setting) -> MemoryPlan:
@@ -201,7 +201,9 @@ def plan_training(prepared: PreparedTraining, target: Target) -> TrainingPlan:
         return memory_plan(rows, optimizer(setting), traced(setting), setting, target.processes)
 
     def least(setting: Setting) -> int:
-        return int(weights + trained_bytes(parameters) + optimizer(setting).state + ternary_bytes(parameters))
+        copies = 1 + (target.processes > 1)
+        gradients = copies * trained_bytes(parameters)
+        return int(weights + gradients + optimizer(setting).state + ternary_bytes(parameters))
 
     memory = evaluate(setting)
     change = all_of_them = None

@@ -33,11 +33,10 @@ class Setting:
     checkpointing: bool
     optimizer: str
 
-    def holds_gradients(self, processes: int) -> bool:
-        """Whether gradients are there before a pass: of earlier passes, or in the buckets that processes
-        exchange.
-        """
-        return self.accumulated > 1 or processes > 1
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether gradients of earlier passes are there before a pass."""
+        return self.accumulated > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +122,21 @@ def deeper(traces: Sequence[Trace], layers: int) -> Trace:
 def memory_plan(
     lasting: Lasting, optimizer: OptimizerMemory, trace: Trace, setting: Setting, processes: int
 ) -> MemoryPlan:
-    """The fullest moment of a step, once the optimizer has its state."""
+    """The fullest moment of a step, once the optimizer has its state.
+
+    Several processes exchange gradients in buckets, which are a copy of them (DistributedDataParallel).
+    """
     always = {
         "weights": lasting.weights,
         "optimizer state": optimizer.state,
         "ternary copies": lasting.ternary,
         "teacher's weights": lasting.teacher,
         "batch": lasting.batch,
+        "gradient buckets": lasting.gradients if processes > 1 else 0,
         "process": lasting.process,
     }
     moments = {name: dict(moment.bytes) for name, moment in trace.moments.items()}
-    if setting.holds_gradients(processes):
+    if setting.holds_gradients:
         moments = {name: each | {GRADIENTS: lasting.gradients} for name, each in moments.items()}
     moments[UPDATE] = {GRADIENTS: lasting.gradients, "optimizer update": optimizer.temporary}
     fullest = max(moments, key=lambda name: sum(moments[name].values()))

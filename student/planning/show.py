@@ -33,6 +33,7 @@ _PARTS = {
     OTHERS: "other losses",
     BACKWARD: "backward pass",
     "optimizer update": "optimizer's update",
+    "gradient buckets": "gradients exchanged between processes",
     "process": "process",
 }
 _MOMENTS = {
