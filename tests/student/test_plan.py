@@ -53,7 +53,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
         [*TERNARY, "--bitnet-masters", "bf16", "--learning-rate", "1"],
         ["--hidden-loss", "mse", "--hidden-layers", "1", "--projector", "linear"],
     ],
-    ids=lambda flags: " ".join(flags),
+    ids=" ".join,
 )
 def test_what_stays_has_the_predicted_bytes(cache: Path, tmp_path: Path, flags: list[str]) -> None:
     if "adamw_bnb_8bit" in flags:
@@ -106,7 +106,7 @@ def real_peak(ready: PreparedTraining, batch: dict[str, Any]) -> int:
         ["--hidden-loss", "cosine", "--hidden-layers", "1"],
         ["--pack-rows"],
     ],
-    ids=lambda flags: " ".join(flags),
+    ids=" ".join,
 )
 def test_the_peak_is_that_of_a_real_step(cache: Path, tmp_path: Path, flags: list[str]) -> None:
     """The stand-in of all layers within 2 %, that of few layers within 5 %."""
