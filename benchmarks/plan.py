@@ -90,8 +90,8 @@ def main() -> None:
     ]
     body = (
         "5-layer students of SmolLM2-135M (V = 49,152, D = 576), batch 2 x 512, two steps on a CPU. "
-        "Peaks are beside the process itself: resident memory at its greatest less what it was before the student was "
-        "built. The planned peak is of tensors alone; allocators and libraries add to it.\n\n"
+        "Peaks are beside the process itself: resident memory at its greatest less what it was before the "
+        "student was built. The planned peak is of tensors alone; allocators and libraries add to it.\n\n"
         f"{table(header, rows)}\n\nWeights, gradients and optimizer states have the predicted bytes in "
         f"{sum(statics)} of {len(statics)} trainings. Measured peaks are {min(ratios):.2f} to "
         f"{max(ratios):.2f} times the planned ones. Steps take {min(speeds):.1f} to {max(speeds):.1f} times "
