@@ -61,7 +61,8 @@ def plan_(
 ) -> None:
     """Tell what `from-cache STORE` with these flags would take: memory, steps, FLOPs, time.
 
-    Trains nothing. Takes every flag of from-cache; --output-dir may be left out, --json prints JSON.
+    Trains nothing, and needs no GPU. Takes every flag of from-cache; --output-dir may be left out, --json
+    prints JSON. With --fsdp the processes share the weights.
     """
     with _exit_codes():
         _plan(context.args, gpu_memory, processes)

@@ -38,8 +38,9 @@ def changes(setting: Setting) -> Iterator[tuple[Setting, tuple[str, ...]]]:
     found = []
     for rows in _fewer(setting.rows):
         for checkpointing in sorted({setting.checkpointing, True}):
-            for optimizer in _optimizers(setting.optimizer):
-                changed = Setting(
+            for optimizer in _optimizers(setting):
+                changed = replace(
+                    setting,
                     rows=rows,
                     accumulated=setting.accumulated * setting.rows // rows,
                     checkpointing=checkpointing,
@@ -74,7 +75,7 @@ def least_setting(setting: Setting) -> tuple[Setting, tuple[str, ...]]:
         rows=rows,
         accumulated=setting.accumulated * setting.rows // rows,
         checkpointing=True,
-        optimizer=_optimizers(setting.optimizer)[-1],
+        optimizer=_optimizers(setting)[-1],
     )
     return least, _flags(setting, least)
 
@@ -85,8 +86,10 @@ def _fewer(rows: int) -> list[int]:
     return [rows >> count for count in range(halvings + 1)]
 
 
-def _optimizers(name: str) -> list[str]:
-    return [name, EIGHT_BIT] if name in _ADAMW else [name]
+def _optimizers(setting: Setting) -> list[str]:
+    """bitsandbytes does not know of shards."""
+    name = setting.optimizer
+    return [name, EIGHT_BIT] if name in _ADAMW and not setting.sharded else [name]
 
 
 def _flags(setting: Setting, changed: Setting) -> tuple[str, ...]:

@@ -23,13 +23,18 @@ _SMALLEST_PAGED = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One tensor of the student. embedding: of tokens, perhaps shared with the LM head; ternary: latent."""
+    """One tensor of the student.
+
+    embedding: of tokens, perhaps shared with the LM head; ternary: latent; layer: of the decoder, None around
+    it.
+    """
 
     shape: tuple[int, ...]
     item: int  # bytes of a number
     trained: bool
     embedding: bool = False
     ternary: bool = False
+    layer: int | None = None
 
     @property
     def count(self) -> int:
@@ -52,22 +57,27 @@ class OptimizerMemory:
 
 
 def optimizer_memory(
-    name: str, options: Mapping[str, Any], parameters: Sequence[Parameter], on_gpu: bool
+    name: str,
+    options: Mapping[str, Any],
+    parameters: Sequence[Parameter],
+    on_gpu: bool,
+    decays: bool = False,
 ) -> OptimizerMemory:
     """Of an optimizer over the trained ones of `parameters`; UserError for one that is not known here.
 
-    name: of --optim, or ROUNDING. options: what it is made with (`momentum`, `centered`).
+    name: of --optim, or ROUNDING. options: what it is made with (`momentum`, `centered`). decays: whether
+    there is a weight decay.
     """
     trained = [one for one in parameters if one.trained]
     if name in _BITSANDBYTES:
-        return _bitsandbytes(name, options, trained, on_gpu)
+        return _bitsandbytes(name, options, trained, on_gpu, decays)
     if name not in _TORCH:
         raise UserError(
             f"--optim {name}: its memory is not known to `plan`, though a training may use it; plan with one "
             f"of {', '.join(sorted(set(_TORCH) - {ROUNDING} | set(_BITSANDBYTES)))}"
         )
     state = sum(_TORCH[name](one, options) for one in trained)
-    return OptimizerMemory(state, temporary=_temporary(name, trained, on_gpu))
+    return OptimizerMemory(state, temporary=_temporary(name, trained, on_gpu, decays))
 
 
 def _floats(copies: int, step: bool = True) -> Callable[[Parameter, Mapping[str, Any]], int]:
@@ -99,6 +109,20 @@ _TORCH: dict[str, Callable[[Parameter, Mapping[str, Any]], int]] = {
     "rmsprop": _rmsprop,
     ROUNDING: lambda one, _: 2 * one.count * _FLOAT,
 }
+# Copies of a parameter that an update makes and drops, on a CPU and on a GPU, and where weight decay makes
+# another one.
+_COPIES = {
+    "adamw_torch": (2, 1),
+    "adamw_torch_fused": (0, 0),
+    "adagrad": (1, 2),
+    "adafactor": (2, 2),
+    "sgd": (0, 0),
+    "rmsprop": (1, 1),
+}
+_DECAYED = ("sgd", "rmsprop", "adagrad")
+# Bytes per number, by those of the parameter: the root of the second moment, and where it is bfloat16 also
+# gradient, value, noise and result of the rounding.
+_ROUNDING = {4: 4, 2: 5 * 4 + 2}
 # States of each number.
 _BITSANDBYTES = {
     "adamw_bnb_8bit": 2,
@@ -116,33 +140,33 @@ _BITSANDBYTES = {
 
 
 def _bitsandbytes(
-    name: str, options: Mapping[str, Any], trained: Sequence[Parameter], on_gpu: bool
+    name: str, options: Mapping[str, Any], trained: Sequence[Parameter], on_gpu: bool, decays: bool
 ) -> OptimizerMemory:
     states, paging = _BITSANDBYTES[name], "paged" in name and on_gpu
     low = options.get("optim_bits") == 8
     state = (2 if low else 0) * _TABLE
-    paged = 0
+    paged = temporary = 0
     for one in trained:
         if low and not one.embedding and one.count >= _SMALLEST_8BIT:
             values, maxima = states * one.count, states * -(-one.count // _BLOCK) * _FLOAT
+            copies = 3 if "rmsprop" in name else 5
         else:
             values, maxima = states * one.count * _FLOAT, 0
+            copies = 3 + (decays and "rmsprop" in name)
+        temporary = max(temporary, copies * one.count * _FLOAT)
         state += maxima
         if paging and one.count >= _SMALLEST_PAGED:
             paged += values
         else:
             state += values
-    return OptimizerMemory(state, paged)
+    # A GPU's kernels need no copies; the update of a CPU is written in operations of torch.
+    return OptimizerMemory(state, paged, 0 if on_gpu else temporary)
 
 
-def _temporary(name: str, trained: Sequence[Parameter], on_gpu: bool) -> int:
-    """At most, while weights are updated: all of them at once on a GPU, else one by one."""
-    largest = max((one.count for one in trained), default=0) * _FLOAT
-    if name in ("adamw_torch_fused", "sgd"):
-        return 0
-    if name == ROUNDING:  # of the update: its square root, its value, bits and noise of the rounding
-        halved = max((one.count for one in trained if one.item == 2), default=0) * _FLOAT
-        return max(3 * largest, 6 * halved)
-    if name == "adafactor":
-        return 3 * largest
-    return sum(one.size for one in trained) if on_gpu else 2 * largest
+def _temporary(name: str, trained: Sequence[Parameter], on_gpu: bool, decays: bool) -> int:
+    """At most, while weights are updated: torch's own take all of them at once on a GPU, else one by one."""
+    if name == ROUNDING:
+        return max((one.count * _ROUNDING[one.item] for one in trained), default=0)
+    at_once = sum if on_gpu and name != "adafactor" else max
+    copies = _COPIES[name][on_gpu] + (decays and name in _DECAYED)
+    return copies * at_once([one.count * _FLOAT for one in trained] or [0])

@@ -6,8 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distily.units import duration, number
-from student.planning.command import TrainingPlan
-from student.planning.memory import UPDATE
+from student.planning.memory import EXCHANGE, GATHERED, UPDATE
 from student.planning.standin import (
     ACTIVATIONS,
     BACKWARD,
@@ -17,15 +16,18 @@ from student.planning.standin import (
     LOSSES,
     OTHERS,
     REST,
+    TERNARY,
     TOP,
 )
+from student.planning.training import TrainingPlan
 from student.sweep.capacity import MARGIN
 
 _PARTS = {
     "weights": "weights",
     GRADIENTS: "gradients",
     "optimizer state": "optimizer state",
-    "ternary copies": "ternary copies (int8)",
+    TERNARY: "ternary weights (int8)",
+    "meter of flips": "record of the last ternary weights",
     "teacher's weights": "teacher's weights",
     "batch": "batch",
     ACTIVATIONS: "activations",
@@ -33,6 +35,7 @@ _PARTS = {
     OTHERS: "other losses",
     BACKWARD: "backward pass",
     "optimizer update": "optimizer's update",
+    GATHERED: "weights gathered from other processes",
     "gradient buckets": "gradients exchanged between processes",
     "process": "process",
 }
@@ -41,6 +44,7 @@ _MOMENTS = {
     LOSSES: "in the losses",
     TOP: "where the backward pass begins",
     REST: "in the backward pass",
+    EXCHANGE: "where gradients are exchanged",
     UPDATE: "in the optimizer's update",
 }
 
@@ -60,6 +64,8 @@ def show(plan: TrainingPlan, console: Console) -> None:
         if name in plan.memory.whole:
             table.add_row(words, size(plan.memory.whole[name]), size(plan.memory.at_peak[name]))
     table.add_row("[bold]sum", "", f"[bold]{size(plan.memory.peak)}")
+    if plan.roomy > plan.memory.peak:
+        table.add_row("sum, with the chunks of the head that this GPU has room for", "", size(plan.roomy))
     if plan.memory.paged:
         table.add_row("optimizer state in host memory", size(plan.memory.paged), "")
     console.print(table)
@@ -75,7 +81,8 @@ def _show_work(plan: TrainingPlan, console: Console) -> None:
     table.add_column(overflow="fold")
     batch = f"{setting.rows} samples"
     batch += f" x {setting.accumulated} accumulated" if setting.accumulated > 1 else ""
-    batch += f" x {processes} processes" if processes > 1 else ""
+    if processes > 1:
+        batch += f" x {processes} processes" + (", which share the weights" if setting.sharded else "")
     table.add_row("steps", f"{work.steps:,}; {work.steps_per_epoch:,} per epoch, {work.samples:,} samples")
     table.add_row(
         "step", f"{batch}, {work.tokens_per_step:,.0f} tokens, {work.positions_per_step:,.0f} padded"

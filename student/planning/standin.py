@@ -7,9 +7,10 @@ The stand-in has few decoder layers; what more of them add is found from two sta
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from featurestore.format import sidecar
 from student import bitnet
 from student.bitnet.backward import Gate, Gates
-from student.bitnet.int_mm import works
+from student.bitnet.quantizers import quantize_weight
 from student.bitnet.training import set_gates
 from student.data.teacher_weights import TeacherParts
 from student.losses.blocks import TeacherBlock
@@ -37,6 +38,7 @@ from student.training.run import PreparedTraining
 FORWARD, LOSSES, TOP, REST = "forward", "losses", "top of backward", "rest of backward"
 # Labels.
 ACTIVATIONS, HEAD, OTHERS, BACKWARD, GRADIENTS = "activations", "head", "losses", "backward", "gradients"
+TERNARY, AROUND = "ternary weights", "gradients around the layers"
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,6 +67,16 @@ def meta_model(plan: StudentPlan, objective: Objective, depth: int | None = None
         for module in (student.get_input_embeddings(), student.get_output_embeddings()):
             module.requires_grad_(False)
     return model
+
+
+def alike(model: DistillationModel) -> bool:
+    """Whether all decoder layers are of one kind, so that a few of them stand for any number."""
+    decoder = model.student.get_decoder()
+    kinds = getattr(model.student.config.get_text_config(), "layer_types", None) or ["one"]
+    shapes = {
+        tuple((name, tensor.shape) for name, tensor in layer.named_parameters()) for layer in decoder.layers
+    }
+    return len(shapes) == len(set(kinds)) == 1
 
 
 def with_depth(config: Any, depth: int) -> Any:
@@ -119,12 +131,17 @@ def teacher_tensors(parts: TeacherParts) -> list[Tensor]:
 
 
 def trace(
-    prepared: PreparedTraining, batch: Mapping[str, Any], depth: int, *, checkpointing: bool, held: bool
+    prepared: PreparedTraining,
+    batch: Mapping[str, Any],
+    depth: int,
+    *,
+    checkpointing: bool,
+    held: bool,
+    on_gpu: bool = False,
 ) -> Trace:
-    """One pass forward and backward over a batch, of a student with `depth` layers. held: gradients are there
-    before it.
+    """One pass forward and backward over a batch, of a student with `depth` layers. held: gradients and
+    ternary weights are there before it.
     """
-    works("cpu")  # is found out with real numbers
     args, fake = prepared.request.training, FakeTensorMode()
     model, teacher = meta_model(prepared.plan, prepared.objective, depth), meta_teacher(prepared)
     with fake:
@@ -136,10 +153,14 @@ def trace(
         inputs = _faked_batch(batch, fake)
     model.train()
     model.weights = [1.0] * len(model.objective.terms)
-    _prepare_ternary(model, prepared)
+    tracker = FakeTracker(OTHERS, FORWARD, on_gpu, fake)
+    _prepare_ternary(model, prepared, tracker)
+    if held:
+        with fake:
+            kept = [tensor for _, layer in bitnet.bit_linears(model) for tensor in layer.quantized()]
+        tracker.leave_out(kept)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
-    tracker = FakeTracker(OTHERS, FORWARD, fake)
     tracker.leave_out(_there_before(model, inputs))
     with _watched(model, tracker, depth), tracker:
         with _autocast(args):
@@ -156,10 +177,9 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
 def _there_before(model: DistillationModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Tensors that a step does not make."""
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    kept = [tensor for _, layer in bitnet.bit_linears(model) for tensor in layer.quantized()]
     teacher = teacher_tensors(model.teacher)
     batch = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
-    return [*model.parameters(), *model.buffers(), *grads, *kept, *teacher, *batch]
+    return [*model.parameters(), *model.buffers(), *grads, *teacher, *batch]
 
 
 def _fake_module(model: nn.Module) -> None:
@@ -203,15 +223,27 @@ def _faked_batch(batch: Mapping[str, Any], fake: FakeTensorMode) -> dict[str, An
     return inputs
 
 
-def _prepare_ternary(model: DistillationModel, prepared: PreparedTraining) -> None:
-    """Kept ternary weights, which are no part of the step; a warm-up in its middle, where it takes most."""
+def _prepare_ternary(model: DistillationModel, prepared: PreparedTraining, tracker: FakeTracker) -> None:
+    """Gates that have compared already, and a warm-up in its middle, where it takes most. Weights are
+    quantised when they are multiplied first, as in each step.
+    """
     plan = prepared.request.options.ternary()
     if plan.backward == "int8":
         set_gates(model, lambda: Gates(Gate(False, 1.0), Gate(False, 1.0)))
     bitnet.set_strengths(model, plan.warmup.at(1, 2**20))
     for _, layer in bitnet.bit_linears(model):
-        kept = layer.quantized()
-        layer.quantized = lambda kept=kept: kept  # type: ignore[method-assign, misc]
+        layer.quantized = _quantised_once(layer, tracker)  # type: ignore[method-assign]
+
+
+def _quantised_once(layer: bitnet.BitLinear, tracker: FakeTracker) -> Callable[[], tuple[Tensor, Tensor]]:
+    """`BitLinear.quantized` keeps what it made by the address of the weight, which fake ones lack."""
+
+    @cache
+    def quantized() -> tuple[Tensor, Tensor]:
+        with tracker.under(TERNARY):
+            return quantize_weight(layer.weight.detach())
+
+    return quantized
 
 
 def _autocast(args: Any) -> Any:
@@ -224,6 +256,7 @@ def _watched(model: DistillationModel, tracker: FakeTracker, depth: int) -> Iter
     """Tell the tracker which part of the step runs."""
     decoder = model.student.get_decoder()
     waiting = {id(one) for one in _trained(decoder.layers[depth - 1])}
+    in_layers = {id(one) for one in _trained(decoder.layers)}
 
     def into(*_: Any) -> None:
         tracker.label = ACTIVATIONS
@@ -233,7 +266,7 @@ def _watched(model: DistillationModel, tracker: FakeTracker, depth: int) -> Iter
 
     def accumulated(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        tracker.relabel(parameter.grad, GRADIENTS)
+        tracker.relabel(parameter.grad, GRADIENTS if id(parameter) in in_layers else AROUND)
         waiting.discard(id(parameter))
         if not waiting:
             tracker.segment = REST

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -37,12 +38,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is active every new storage counts, under a label, until it is freed.
 
     label: of storages made from now on. segment: of `moments`, to which the fullest moment from now on
-    belongs.
+    belongs. on_gpu: whether the code is followed for a GPU, whose kernels convert numbers as they read them;
+    those of a CPU make converted copies first, see `converted_bytes`.
     """
 
-    def __init__(self, label: str, segment: str) -> None:
+    def __init__(self, label: str, segment: str, on_gpu: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.label, self.segment = label, segment
+        self.label, self.segment, self._on_gpu = label, segment, on_gpu
         self.moments: dict[str, Moment] = {}
         self.flops = 0
         self._live: dict[int, tuple[str, int]] = {}
@@ -57,6 +59,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for made in tree_leaves(out):
             if isinstance(made, Tensor):
                 self.add(made)
+        if not self._on_gpu and (size := converted_bytes(func, args, kwargs or {})):
+            self._change(self.label, size)
+            self._change(self.label, -size)
         return out
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,13 +124,27 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
 
 
+def converted_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Of copies that an elementwise operation on a CPU makes, while it runs, of operands that are not of the
+    type that all are promoted to (at::TensorIterator). No dispatch mode sees them.
+    """
+    if torch.Tag.pointwise not in func.tags or func._overloadpacket is torch.ops.aten.where:
+        return 0
+    given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.dim()]
+    types = {one.dtype for one in given}
+    if len(types) < 2:
+        return 0
+    common = reduce(torch.promote_types, types)
+    return sum(one.numel() * common.itemsize for one in given if one.dtype != common)
+
+
 class FakeTracker(Tracker):  # type: ignore[no-untyped-call]
     """Follows code on fake tensors and a few real ones: operations among real tensors are real, so that code
     may ask for their values (which positions are learned); with a fake one among them they are fake.
     """
 
-    def __init__(self, label: str, segment: str, fake: FakeTensorMode) -> None:
-        super().__init__(label, segment)
+    def __init__(self, label: str, segment: str, on_gpu: bool, fake: FakeTensorMode) -> None:
+        super().__init__(label, segment, on_gpu)
         self._fake = fake
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
