@@ -23,7 +23,8 @@ from student.planning.standin import trace
 from student.planning.training import longest_batch, parameters_of, plan_training
 from student.planning.work import padded_positions
 from student.training.run import PreparedTraining, build, prepare
-from tests.student.allocations import trained_at_most
+from student.training.trainer import CacheTrainer
+from tests.student.allocations import allocated_at_most
 from tests.student.caches import random_samples, write_cache
 
 SHAPE = ["--student-model-config", '{"num_hidden_layers": 2}']
@@ -111,14 +112,14 @@ def even(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 @pytest.mark.parametrize("flags", PEAKS, ids=" ".join)
 def test_the_peak_is_that_of_real_steps(even: Path, tmp_path: Path, flags: list[str]) -> None:
     """To the byte, but for what the plan leaves out: scalars of Trainer, and of checkpointed layers the state
-    of the random generator. Of a batch, torch's allocator knows the labels alone, one set for each batch held.
+    of the random generator. Of a batch, torch's allocator knows the labels alone, those of each that is held.
     """
     if "adamw_bnb_8bit" in flags:
         pytest.importorskip("bitsandbytes")
     ready = prepared(even, tmp_path, *DEEP, "--eval-fraction", "0", "--max-steps", "2", *flags)
     plan = plan_training(ready, target_of()).memory
     planned = plan.peak - plan.at_peak["process"] - plan.at_peak["batch"]
-    _, allocated = trained_at_most(lambda: build(ready).trainer)
+    _, allocated = allocated_at_most(lambda: build(ready).trainer, CacheTrainer.train)
     batch = longest_batch(ready, 4)
     labels = plan.at_peak["batch"] // sum(map(_nbytes, batch.values())) * batch["labels"].nbytes
     generators = 5 * torch.get_rng_state().nbytes if "--gradient-checkpointing" in flags else 0
