@@ -100,9 +100,9 @@ def main() -> None:
     body = (
         f"Students of 5 layers of SmolLM2-135M (V = 49,152, D = 576), batch 2 x {TOKENS}, two steps on a "
         f"CPU, in float32 where nothing else is said.\n\n{table(header, rows)}\n\nThe peak that torch's "
-        f"allocator reported is {min(ratios):.5f} to {max(ratios):.5f} times the planned one. Both are without "
-        "batches, which are numpy's. *Resident* is what the process took at its fullest beyond what it had "
-        "before the student was built: code that is loaded late, buffers of matrix products and "
+        f"allocator reported is {min(ratios):.5f} to {max(ratios):.5f} times the planned one. Both are "
+        "without batches, which are numpy's. *Resident* is what the process took at its fullest beyond what "
+        "it had before the student was built: code that is loaded late, buffers of matrix products and "
         "what the C library does not give back are in it, and it says nothing about a GPU."
     )
     write_result("plan", "The plan of a training beside trainings", body)
