@@ -166,6 +166,8 @@ def trace(
         with _autocast(args):
             loss = model(**inputs)["loss"]
         tracker.label, tracker.segment = BACKWARD, TOP
+        weight = model.student.get_input_embeddings().weight
+        tracker.summed = weight.shape if weight is model.student.get_output_embeddings().weight else None
         loss.backward()
     return Trace(tracker.moments, tracker.flops)
 

@@ -141,7 +141,12 @@ def converted_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 class FakeTracker(Tracker):  # type: ignore[no-untyped-call]
     """Follows code on fake tensors and a few real ones: operations among real tensors are real, so that code
     may ask for their values (which positions are learned); with a fake one among them they are fake.
+
+    summed: shape of a weight that is used twice, once the backward pass has begun. Autograd adds up the two
+    gradients in place, but not where one is of a subclass of Tensor, as fake ones are.
     """
+
+    summed: torch.Size | None = None
 
     def __init__(self, label: str, segment: str, on_gpu: bool, fake: FakeTensorMode) -> None:
         super().__init__(label, segment, on_gpu)
@@ -154,6 +159,9 @@ class FakeTracker(Tracker):  # type: ignore[no-untyped-call]
         if (given and not any(faked)) or func is torch.ops.aten.arange.default:
             with _disable_current_modes():
                 return func(*args, **kwargs)
+        if func is torch.ops.aten.add.Tensor and self.summed is not None:
+            if all(isinstance(one, Tensor) and one.shape == self.summed for one in args):
+                func = torch.ops.aten.add_.Tensor
         if not all(faked):
             args, kwargs = tree_map(self._faked, (args, kwargs))
         with self._fake:
