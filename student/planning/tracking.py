@@ -159,13 +159,17 @@ class FakeTracker(Tracker):  # type: ignore[no-untyped-call]
         if (given and not any(faked)) or func is torch.ops.aten.arange.default:
             with _disable_current_modes():
                 return func(*args, **kwargs)
-        if func is torch.ops.aten.add.Tensor and self.summed is not None:
-            if all(isinstance(one, Tensor) and one.shape == self.summed for one in args):
-                func = torch.ops.aten.add_.Tensor
+        if func is torch.ops.aten.add.Tensor and self._of_summed(args):
+            func = torch.ops.aten.add_.Tensor
         if not all(faked):
             args, kwargs = tree_map(self._faked, (args, kwargs))
         with self._fake:
             return func(*args, **kwargs)
+
+    def _of_summed(self, args: tuple[Any, ...]) -> bool:
+        return self.summed is not None and all(
+            isinstance(one, Tensor) and one.shape == self.summed for one in args
+        )
 
     def _faked(self, one: Any) -> Any:
         if isinstance(one, Tensor) and not isinstance(one, FakeTensor):
