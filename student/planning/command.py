@@ -9,9 +9,9 @@ import torch
 
 from student.config.parser import parse
 from student.config.recipes import StageRequest, requests, take_recipe
+from student.config.sharding import OPTIMIZERS
 from student.errors import UserError
 from student.modeling.plan import StudentPlan
-from student.planning.sharding import OPTIMIZERS
 from student.planning.training import Target, TrainingPlan, plan_training
 from student.training.outputs import check_output
 from student.training.run import prepare

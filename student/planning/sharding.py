@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from student.planning.optimizers import Parameter
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # others are refused together with `--fsdp`
 # Copies of a layer: gathered, with the buffer of the collective and that of the layer before; in the backward
 # pass also its gradients, and as they are sent.
 IN_FORWARD, IN_LOSSES, IN_BACKWARD = 3, 1, 5
