@@ -120,8 +120,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._int_mm.default:
             (rows, inner), columns = args[0].shape, args[1].shape[1]
             self.flops += 2 * rows * inner * columns
-        elif func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+            return
+        # The registry knows addmm, and not addmm_.
+        product = getattr(torch.ops.aten, func._overloadpacket.__name__.removesuffix("_"), None)
+        if product in flop_registry:
+            self.flops += flop_registry[product](*args, **kwargs, out_val=out)
 
 
 def converted_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -138,8 +138,8 @@ def test_flops_are_those_of_the_products(cache: Path, tmp_path: Path) -> None:
     positions, learned = batch["input_ids"].numel(), int((batch["labels"] >= 0).sum())
     layers = 2 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128)
     products = 6 * (layers * positions + 199 * 64 * learned)
-    assert products < once < 1.1 * products  # and attention
-    assert twice - once == pytest.approx(2 * layers * positions, rel=0.1)
+    assert once == products  # those of attention are in no weight, and are not counted
+    assert twice - once == 2 * layers * positions
 
 
 def test_the_command(distily: Callable[..., tuple[int, str, str]], cache: Path, tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_the_command(distily: Callable[..., tuple[int, str, str]], cache: Path, 
     assert plan["parameters"]["total"] == plan["parameters"]["trained"] > 0
     assert plan["estimated_seconds_per_step"] > 0
     assert sum(plan["memory"]["at_peak"].values()) == plan["memory"]["peak_bytes"]
-    code, out, err = distily("plan", cache, *SHAPE, *TERNARY, "--gpu-memory", 0.59, "--processes", 2)
+    code, out, err = distily("plan", cache, *SHAPE, *TERNARY, "--gpu-memory", 0.5, "--processes", 2)
     assert code == 0, err
-    assert "does not fit into a GPU of 0.59 GiB" in out
+    assert "does not fit into a GPU of 0.50 GiB" in out
     assert "2 processes" in out
     assert "not estimated" in out
     assert not Path("trainer_output").exists()
