@@ -139,8 +139,9 @@ def write(best: dict[str, float], rounds: int) -> None:
     head = f"The LM head alone: {1e6 * best['head'] / tokens:.0f} µs per position. "
     note = head + f"{tokens:,} tokens in samples of {LENGTH}; the best of {rounds} rounds of each. "
     request = settled(workload())[1]
-    step = step_tokens(request) / rate["i"]
-    note += f"All in {request.dtype}; a step of (i) has {step_tokens(request):,} positions and takes {step:.1f} s."
+    positions = step_tokens(request)
+    seconds = positions / rate["i"]
+    note += f"All in {request.dtype}; a step of (i) has {positions:,} positions and takes {seconds:.1f} s."
     body = table(["", "tokens/s", "of (a)", "of (b)"], lines)
     without = "" if "avx512f" in Path("/proc/cpuinfo").read_text() and not GUISE else "_avx2"
     settings = "".join(f"{name}={os.environ[name]} " for name in ("ONLY", "ROUNDS") if name in os.environ)

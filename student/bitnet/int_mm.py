@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from student.planned import planned_device
+
 _OVERFLOW = 2**31 // 128**2  # products of two int8 values that surely fit an int32 sum
 
 
@@ -36,7 +38,10 @@ def is_integer(kind: str, rows: int, inner: int, columns: int) -> bool:
     """Whether `int_mm` multiplies integers for this device type and these sizes; torch.compile makes kernels
     of its own from floating-point products.
     """
-    return suits(kind, rows, inner, columns) and not torch.compiler.is_compiling() and works(kind)
+    if torch.compiler.is_compiling() or not suits(kind, rows, inner, columns):
+        return False
+    planned = planned_device()
+    return works(kind) if planned is None else planned.integers
 
 
 def suits(kind: str, rows: int, inner: int, columns: int) -> bool:

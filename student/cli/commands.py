@@ -48,6 +48,26 @@ def from_cache(context: typer.Context) -> None:
         _run(context.args)
 
 
+@app.command("plan", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def plan_(
+    context: typer.Context,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Of one GPU to plan for. Default: this machine's GPU or memory."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="That train together, one on each GPU. Default: 1.")
+    ] = None,
+) -> None:
+    """Tell what `from-cache STORE` with these flags would take: memory, steps, FLOPs, time.
+
+    Trains nothing, and needs no GPU. Takes every flag of from-cache; --output-dir may be left out, --json
+    prints JSON. With --fsdp the processes share the weights.
+    """
+    with _exit_codes():
+        _plan(context.args, gpu_memory, processes)
+
+
 @app.command("objectives")
 def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the losses: formula, source, what the cache must hold, how exact they are, options."""
@@ -354,6 +374,28 @@ def _run(argv: list[str]) -> None:
     # Of several processes, the first one's.
     if summary and (as_json or not first.quiet):
         typer.echo(json.dumps(summary) if as_json else summary["report"])
+
+
+def _plan(argv: list[str], gpu_memory: float | None, processes: int | None) -> None:
+    from student.config.help import check_names
+
+    check_names(argv)
+    from student.planning.command import plan_command
+    from student.planning.show import show
+
+    as_json = "--json" in argv
+    with _quiet(as_json):
+        plans = plan_command(argv, gpu_memory, processes)
+    if as_json:
+        made = {name: plan.to_json() for name, plan in plans.items()}
+        typer.echo(json.dumps(made.get("", {"stages": made})))
+        return
+    from rich.console import Console
+
+    for name, plan in plans.items():
+        if name:
+            typer.echo(f"stage {name}")
+        show(plan, Console())
 
 
 def _quiet(as_json: bool) -> contextlib.AbstractContextManager[object]:

@@ -7,6 +7,7 @@ times slower. Weights are float32 either way.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ def product_times() -> dict[str, float]:
 
     where = f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads"
     return product_seconds((FLOAT32, BFLOAT16), product, where)
+
+
+def product_rate(dtype: str) -> float:
+    """FLOPs per second of that product on the CPU, in float32 or bfloat16."""
+    return 2.0 * math.prod(_SHAPE) / product_times()[dtype]
 
 
 def choose(asked: bool | None, *, fp16: bool, on: str, capability: tuple[int, int] | None = None) -> Choice:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from student.planned import planned_device
+
 MOST_ROWS = 2048
 _SHARE = 4  # chunks take one part in so many of the free memory: its blocks do not lie together
 
@@ -85,6 +87,8 @@ def chunk_rows(shape_VD: Sequence[int], itemsize: int, elements: int, buffers: i
 
 def free_bytes(device: torch.device) -> int:
     """What a GPU could still hold; 0 for devices on which larger chunks gain nothing."""
+    if (planned := planned_device()) is not None:
+        return planned.free
     if device.type != "cuda":
         return 0
     free, _ = torch.cuda.mem_get_info(device)

@@ -4,11 +4,13 @@ by featurestore.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from featurestore.format import sidecar
 from featurestore.format.plan import split_tasks
@@ -81,10 +83,46 @@ def write_cache(
 ) -> Path:
     """A complete store at `path`; digest: of the teacher."""
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    config = model.config
+    return _write(
+        path=path,
+        teacher=teacher,
+        config=model.config,
+        samples=samples,
+        features=lambda sample: features_of(model, sample, groups),
+        shard_tokens=shard_tokens,
+        digest=digest,
+    )
+
+
+def write_unreal_cache(path: Path, teacher: Path, samples: list[Sample]) -> Path:
+    """A store of the default spec that holds nothing a teacher has said, so that of one of any size a
+    configuration and a tokenizer are enough.
+    """
+    config = AutoConfig.from_pretrained(teacher)
+    return _write(
+        path=path,
+        teacher=teacher,
+        config=config,
+        samples=samples,
+        features=lambda sample: _unreal(sample, config.vocab_size),
+        shard_tokens=2**15,
+        digest="ab" * 16,
+    )
+
+
+def _write(
+    *,
+    path: Path,
+    teacher: Path,
+    config: Any,
+    samples: list[Sample],
+    features: Callable[[Sample], dict[GroupSpec, GroupFeatures]],
+    shard_tokens: int,
+    digest: str,
+) -> Path:
     identity = TeacherIdentity(
         name=str(teacher),
-        architecture=type(model).__name__,
+        architecture=config.architectures[0],
         digest=digest,
         tokenizer_digest="cd" * 16,
         vocab_size=config.vocab_size,
@@ -105,11 +143,34 @@ def write_cache(
     store.add_plan(tasks)
     for task in tasks:
         members = [by_id[sample_id] for sample_id in task.sample_ids]
-        computed = [features_of(model, sample, groups) for sample in members]
-        store.write_bundle(task, members, {spec: [one[spec] for one in computed] for spec in groups})
+        computed = [features(sample) for sample in members]
+        store.write_bundle(task, members, {spec: [one[spec] for one in computed] for spec in computed[0]})
     store.add_provenance({"tokens": sum(map(len, samples)), "capture_seconds": 2.0, "engine_seconds": 1.0})
     store.publish_manifest()
     return path
+
+
+def _unreal(sample: Sample, vocab_size: int) -> dict[GroupSpec, GroupFeatures]:
+    """Heads and draws of distinct tokens, the same probabilities everywhere."""
+    spec, count = LogitsSpec(12, 0.7, 16), len(sample)
+    first_T1 = np.random.default_rng(int(sample.id[:8], 16)).integers(vocab_size, size=(count, 1))
+    logits_K = 10 - 0.3 * np.arange(spec.top_k, dtype=np.float32)
+    label = np.full(count, -2.0, np.float32)
+    label[-1] = np.nan
+    # Steps of 9,973 never meet those of 7 that begin at 5,000.
+    ids_TK = (first_T1 + 9973 * np.arange(spec.top_k)) % vocab_size
+    draws_TM = np.sort((first_T1 + 5000 + 7 * np.arange(spec.tail)) % vocab_size)
+    return {
+        spec: LogitsFeatures(
+            counts=np.full(count, spec.top_k, np.uint16),
+            ids=ids_TK.ravel().astype(np.uint32),
+            logits=np.tile(logits_K, count),
+            lse=np.full(count, np.log(np.exp(logits_K).sum() / 0.7), np.float32),
+            label_logprob=label,
+            entropy=np.full(count, 3.0, np.float32),
+            tail_ids=draws_TM.astype(np.int32),
+        )
+    }
 
 
 def put_head(path: Path, teacher: Path) -> None:

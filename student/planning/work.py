@@ -1,0 +1,90 @@
+"""How many steps a training has, how many tokens and FLOPs, and how long its matrix products take here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from distily.system.machine import product_seconds
+from featurestore.order import epoch_order
+from student.config.precision import product_rate
+from student.planning.memory import Setting
+from student.planning.standin import Trace
+from student.training.resume import order_seed
+from student.training.run import PreparedTraining
+
+_SIDE = 4096  # of the matrices that a GPU multiplies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of all processes together.
+
+    tokens_per_step: of samples, on average. positions_per_step: with padding. flops_per_step: of matrix
+    products and attention, those of recomputed layers included.
+    """
+
+    samples: int
+    steps: int
+    steps_per_epoch: int
+    tokens_per_epoch: int
+    tokens_per_step: float
+    positions_per_step: float
+    flops_per_step: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_work(
+    prepared: PreparedTraining, trace: Trace, positions: int, setting: Setting, processes: int
+) -> Work:
+    """positions: of the batch that was followed, padding included."""
+    args, data = prepared.request.training, prepared.data
+    lengths = [int(prepared.reader.lengths[index]) for index in data.split.training]
+    batch = setting.rows * setting.accumulated * processes
+    whole = len(lengths) // batch if args.dataloader_drop_last else -(-len(lengths) // batch)
+    per_epoch = max(1, whole)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    tokens = sum(lengths)
+    padded = tokens
+    if not prepared.request.options.pack_rows:
+        digest, shards = data.train.manifest_digest, data.train.shards()
+        order = epoch_order(digest, order_seed(args), 0, shards).tolist()
+        padded = padded_positions([lengths[index] for index in order], setting.rows)
+    return Work(
+        samples=len(lengths),
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        tokens_per_epoch=tokens,
+        tokens_per_step=tokens / per_epoch,
+        positions_per_step=padded / per_epoch,
+        flops_per_step=trace.flops / positions * padded / per_epoch,
+    )
+
+
+def padded_positions(lengths: Sequence[int], rows: int) -> int:
+    """Of samples in this order, each batch of `rows` padded to its longest."""
+    batches = (lengths[start : start + rows] for start in range(0, len(lengths), rows))
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
+def measured_rate(bf16: bool) -> float:
+    """FLOPs per second of matrix products on this machine's device, in bfloat16 or float32."""
+    dtype = "bfloat16" if bf16 else "float32"
+    return _gpu_rate(dtype) if torch.cuda.is_available() else product_rate(dtype)
+
+
+def _gpu_rate(dtype: str) -> float:
+    matrix = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, dtype), device="cuda")
+
+    def product(_: str) -> None:
+        torch.mm(matrix, matrix)
+        torch.cuda.synchronize()
+
+    where = f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {_SIDE}"
+    return 2.0 * _SIDE**3 / product_seconds((dtype,), product, where)[dtype]
