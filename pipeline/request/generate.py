@@ -273,7 +273,7 @@ class GenerateRequest:
     shard_tokens: int | None = field(
         default=None,
         metadata=flag(
-            "Positions per shard, the unit of commit: what a kill can cost at most. (default: what this "
+            "Positions per shard, the unit of commit: a kill costs those in the making. (default: what this "
             "machine captures in 5 minutes, at most 32768; the first shard is smaller)",
             _ENGINE,
             least=1,
