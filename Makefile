@@ -22,19 +22,23 @@ ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: quickstart test gpu-check docs ci lint types format clean
+.PHONY: quickstart test gpu-check gpu-check-toy docs ci lint types format clean
 
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
 test: $(VENV)/.triton
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check"
+
+# A minute of processor time for what a newcomer need not wait for.
+gpu-check-toy: $(VENV)/.ready
+	$(PY) -m pytest -m gpu_check tests/test_gpu_check.py
 
 # Toy sizes run where there are no kernels of others to compare with.
 gpu-check: $(VENV)/.ready $(if $(filter gpu,$(SIZE)),$(VENV)/.gpu-check)
 	RUN=$(RUN) PYTHONPATH="benchmarks:$$PYTHONPATH" $(PY) -m gpu_check $(SIZE)
 
-ci: lint types docs test
+ci: lint types docs test gpu-check-toy
 
 # Its notice is about the next major version of MkDocs.
 docs: $(VENV)/.ready

@@ -31,6 +31,7 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.vllm
+@pytest.mark.gpu_check
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_toy_sizes_run_on_a_cpu(part: Any, tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
