@@ -40,7 +40,7 @@ from student.planning.standin import (
     teacher_tensors,
     trace,
 )
-from student.planning.work import Work, measured_rate, plan_work
+from student.planning.work import TrainingWork, measured_rate, plan_work
 from student.sweep.capacity import CUDA_CONTEXT
 from student.training.run import PreparedTraining
 
@@ -74,7 +74,7 @@ class TrainingPlan:
     setting: Setting
     memory: MemoryPlan
     roomy: int
-    work: Work
+    work: TrainingWork
     rate: float | None
     change: advice.Change | None
     least: advice.Change | None

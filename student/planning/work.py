@@ -21,7 +21,7 @@ _SIDE = 4096  # of the matrices that a GPU multiplies
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class TrainingWork:
     """Of all processes together.
 
     tokens_per_step: of samples, on average. positions_per_step: with padding. flops_per_step: of matrix
@@ -42,7 +42,7 @@ class Work:
 
 def plan_work(
     prepared: PreparedTraining, trace: Trace, positions: int, setting: Setting, processes: int
-) -> Work:
+) -> TrainingWork:
     """positions: of the batch that was followed, padding included."""
     args, data = prepared.request.training, prepared.data
     lengths = [int(prepared.reader.lengths[index]) for index in data.split.training]
@@ -56,7 +56,7 @@ def plan_work(
         digest, shards = data.train.manifest_digest, data.train.shards()
         order = epoch_order(digest, order_seed(args), 0, shards).tolist()
         padded = padded_positions([lengths[index] for index in order], setting.rows)
-    return Work(
+    return TrainingWork(
         samples=len(lengths),
         steps=steps,
         steps_per_epoch=per_epoch,

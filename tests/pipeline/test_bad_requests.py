@@ -13,6 +13,7 @@ from typing import NoReturn
 import pytest
 import torch
 
+import pipeline.generate.passes
 import pipeline.generate.run
 from pipeline.cli import main
 from tests import teachers
@@ -26,7 +27,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     def no_engine(*arguments: object, **options: object) -> NoReturn:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(pipeline.generate.run, "start_engine", no_engine)
+    monkeypatch.setattr(pipeline.generate.passes, "start_engine", no_engine)
     monkeypatch.setattr(pipeline.generate.run, "start_writer", no_engine)
 
     def run(*arguments: object) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import pipeline.generate.passes
 import pipeline.generate.run
 from pipeline.cli import main
 from pipeline.engines.memory import memory_for
@@ -88,14 +89,15 @@ def test_at_work(
     doing: str,
     fix: str,
 ) -> None:
-    start = getattr(pipeline.generate.run, stage)
+    module = pipeline.generate.passes if stage == "start_engine" else pipeline.generate.run
+    start = getattr(module, stage)
 
     def started(*arguments: Any) -> Any:
         model = start(*arguments)
         run_out()
         return model
 
-    monkeypatch.setattr(pipeline.generate.run, stage, started)
+    monkeypatch.setattr(module, stage, started)
     line = fail(wide_teacher, *options)
     assert line.startswith(f"distily-cache: out of memory while {doing} (")
     assert "you tried to allocate" in line and fix in line
@@ -109,14 +111,14 @@ def test_at_samples_that_are_taken_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """3 x 500 x 100,003 logits of 4 bytes."""
-    start = pipeline.generate.run.start_engine
+    start = pipeline.generate.passes.start_engine
 
     def started(*arguments: Any) -> Any:
         engine = start(*arguments)
         run_out()
         return engine
 
-    monkeypatch.setattr(pipeline.generate.run, "start_engine", started)
+    monkeypatch.setattr(pipeline.generate.passes, "start_engine", started)
     texts = [json.dumps({"text": text_of(size)}) for size in (500, 499, 498)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(texts))
     line = fail(wide_teacher, "--max-num-batched-tokens", 4096, "--shard-tokens", 4096)
@@ -153,13 +155,13 @@ def test_while_loading(
     with (teacher / "model.safetensors").open("wb") as file:
         file.write(len(words).to_bytes(8, "little") + words + data)
         file.truncate(8 + len(words) + len(data) + size)
-    start = pipeline.generate.run.start_engine
+    start = pipeline.generate.passes.start_engine
 
     def limited(*arguments: Any) -> Any:
         run_out()
         return start(*arguments)
 
-    monkeypatch.setattr(pipeline.generate.run, "start_engine", limited)
+    monkeypatch.setattr(pipeline.generate.passes, "start_engine", limited)
     line = fail(teacher)
     assert line.startswith("distily-cache: out of memory while loading the teacher in float32 (")
     assert "--teacher-load-in-8bit" in line and "--dtype bfloat16" in line
