@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 ValueAndSlope = tuple[Tensor, Tensor]
-# Numbers of a block: what a loss makes of it fits the caches of a CPU's core; a GPU wants fewer launches.
-BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
+# Numbers of a block: what a loss makes of it fits the caches of a CPU; a GPU wants fewer launches.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
 
 
 @dataclass(frozen=True)
