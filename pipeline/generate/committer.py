@@ -71,12 +71,7 @@ class Committer:
         self._report.committed(records[-1].rows, written)
 
     def _advise(self) -> None:
-        """What a command that is stopped now has kept."""
-        if self._kept:
-            kept = f"{self._kept:,} of {self._total:,} tokens are committed and kept"
-            advise(f"{kept}, the same command resumes there")
-        else:
-            advise("nothing is committed yet, the same command starts again")
+        advise_of(self._kept, self._total)
 
     def __enter__(self) -> Committer:
         return self
@@ -91,6 +86,14 @@ class Committer:
             self._commit.shutdown()
             self._kept += sum(_committed_rows(future) for future in self._pending)
             self._advise()
+
+
+def advise_of(kept: int, total: int) -> None:
+    """What a command that is stopped now has kept of its tokens."""
+    if kept:
+        advise(f"{kept:,} of {total:,} tokens are committed and kept, the same command resumes there")
+    else:
+        advise("nothing is committed yet, the same command starts again")
 
 
 def _encode(

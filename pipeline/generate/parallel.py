@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 from distily.errors import DistilyError
 from distily.logs import show_on_stderr
 from distily.system.command_line import quiet_libraries
-from distily.system.stopping import advise
 from pipeline.errors import EngineError, RequestError
+from pipeline.generate.committer import advise_of
 from pipeline.generate.passes import Run, capture_here
 from pipeline.progress import Reporter
 from pipeline.request.target import create_store
@@ -167,8 +167,7 @@ class _Progress:
         getattr(self._report, name)(*arguments)
         if name == "committed":
             self._kept = (self._kept or 0) + arguments[0]
-            kept = f"{self._kept:,} of {self._total:,} tokens are committed and kept"
-            advise(f"{kept}, the same command resumes there")
+            advise_of(self._kept, self._total)
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
     store.put_teacher_files(teacher_files(prepared.teacher))
     sidecar_size = _put_sidecar(store, prepared, report)
     store.add_plan(plan.new_tasks)
-    if request.data_parallel > 1:
+    if request.data_parallel > 1 and plan.work:
         runs = capture_side_by_side(prepared, report, verbose)
     else:
         runs = [capture_here(prepared, store, report, verbose)]

@@ -35,6 +35,14 @@ def launched(variable: str) -> bool:
     return bool(string_to_bool(os.environ.get(variable) or "false"))
 
 
+def check_optimizer(name: str) -> None:
+    """UserError for one whose update of a shard is not known to be that of the whole weight."""
+    if name not in OPTIMIZERS:
+        raise UserError(
+            f"--fsdp: --optim {name} is not known to update shards rightly; choose {', '.join(OPTIMIZERS)}"
+        )
+
+
 def take_over(flags: Namespace | Any) -> None:
     """Check a request for FSDP, and keep it from TrainingArguments and Trainer, which would shard in another
     way than `student.training.sharding`. `flags.sharded` says whether there is one.
@@ -52,12 +60,7 @@ def take_over(flags: Namespace | Any) -> None:
         _check_launcher()
         # Tells transformers that every process loads the student.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    optimizer = str(getattr(flags.optim, "value", flags.optim))
-    if optimizer not in OPTIMIZERS:
-        raise UserError(
-            f"--fsdp: --optim {optimizer} is not known to update shards rightly; choose "
-            f"{', '.join(OPTIMIZERS)}"
-        )
+    check_optimizer(str(getattr(flags.optim, "value", flags.optim)))
     if flags.torch_compile or flags.torch_compile_backend or flags.torch_compile_mode:
         raise UserError("--fsdp: --torch-compile is not known to work with it; leave one of them out")
     if flags.fp16:

@@ -9,7 +9,7 @@ import torch
 
 from student.config.parser import parse
 from student.config.recipes import StageRequest, requests, take_recipe
-from student.config.sharding import OPTIMIZERS
+from student.config.sharding import check_optimizer
 from student.errors import UserError
 from student.modeling.plan import StudentPlan
 from student.planning.training import Target, TrainingPlan, plan_training
@@ -40,12 +40,8 @@ def plan_command(
     plans: dict[str, TrainingPlan] = {}
     before: StudentPlan | None = None
     for stage in stages:
-        optimizer = str(stage.request.training.optim.value)
-        if sharded and optimizer not in OPTIMIZERS:
-            raise UserError(
-                f"{SHARDED}: --optim {optimizer} is not known to update shards rightly; choose "
-                f"{', '.join(OPTIMIZERS)}"
-            )
+        if sharded:
+            check_optimizer(str(stage.request.training.optim.value))
         if placed:
             check_output(stage.request)
         prepared = prepare(stage.request, before)

@@ -89,21 +89,29 @@ def test_two_engines_make_the_store_of_one(request_: tuple[object, ...], tmp_pat
 def test_what_a_dead_engine_had_taken_is_left_to_the_next_command(
     request_: tuple[object, ...], tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
+    for attempt in range(6):  # until the one that is killed is found at work
+        store = tmp_path / f"store-{attempt}"
+        code, lines = killed(request_, store)
+        done = json.loads(call("distily-cache", "generate", *request_, "--out", store, "--json").stdout)
+        assert int(sum(CacheReader.open(store).lengths)) == SAMPLES * 60
+        if done["tokens"] > 0:
+            break
+    assert 0 < done["tokens"] < SAMPLES * 60
+    assert code == 1
+    assert any(line.startswith("distily-cache: the engine on cores ") for line in lines), lines
+
+
+def killed(request_: tuple[object, ...], store: Path) -> tuple[int, list[str]]:
+    """Kill one of two engines after the first commit: the command's exit code and lines."""
     words = command("distily-cache", "generate", *request_, "--out", store, "--data-parallel", 2)
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     while not list(store.glob("commit/logits-*/*.json")):
         assert process.poll() is None
         time.sleep(0.02)
-    engines = [
-        child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
-    ]
+    children = psutil.Process(process.pid).children()
+    engines = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     assert len(engines) == 2
-    # The one that is at work, if the other still starts.
     max(engines, key=lambda engine: sum(engine.cpu_times()[:2])).send_signal(signal.SIGKILL)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert any(line.startswith("distily-cache: the engine on cores ") for line in err.splitlines()), err
     assert not any(child.is_running() for child in engines)
-    done = json.loads(call("distily-cache", "generate", *request_, "--out", store, "--json").stdout)
-    assert 0 < done["tokens"] < SAMPLES * 60 == int(sum(CacheReader.open(store).lengths))
+    return process.returncode, err.splitlines()
