@@ -49,7 +49,11 @@ fi
 # several of it share the list, the large packages at its end first, and Python compiles what it imports.
 grep '^[A-Za-z]' "requirements/$ACCELERATOR.lock" | sort -r | xargs -n 40 -P "$(nproc)" \
   "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --no-compile "${index[@]}"
+# Beside the last step, and once for all processes of a test run, which would each do it at the same time.
+"$VENV/bin/python" -W ignore -c 'import transformers.trainer, vllm.entrypoints.llm, vllm.v1.worker.worker_base' \
+  >/dev/null 2>&1 &
 pip install -q --no-deps --no-build-isolation -e .
+wait
 # A CPU build of the same version satisfies pip, if it is there or in a local wheel directory.
 torch=$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
 if [ "$ACCELERATOR" = cuda ] && [[ "$torch" == *+cpu ]]; then

@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tests import teachers
 from tests.s3 import bucket, s3_endpoint  # noqa: F401  (fixtures)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -59,4 +58,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with V=199, D=64, 3 layers and 256 positions."""
+    # Not above: the process that only gives out test files would load torch before it starts any worker.
+    from tests import teachers
+
     return teachers.llama(tmp_path_factory.mktemp("tiny") / "teacher")
