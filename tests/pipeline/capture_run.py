@@ -25,7 +25,7 @@ from featurestore.format.schema import (
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.teacher.checkpoint import Teacher, load_teacher
-from tests.pipeline.engine_agreement import loaded_modules_are_no_garbage
+from tests.pipeline import inside
 
 # Layer 3 is the last of the three that the teacher has.
 GROUPS = (
@@ -40,16 +40,12 @@ GROUPS = (
 
 def main() -> None:
     directory, samples, folder, runs = sys.argv[1:]
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    loaded_modules_are_no_garbage()
+    inside.prepare()
     teacher = load_teacher(directory)
     prompts = [np.asarray(tokens, dtype=np.int32) for tokens in json.loads(Path(samples).read_text())]
     for name, (step, seed, processes) in json.loads(Path(runs).read_text()).items():
         np.savez(Path(folder) / f"{name}.npz", **capture(teacher, prompts, step, seed, processes))
-        # What an engine inside the process leaves behind.
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
+        inside.clean_up()
 
 
 def capture(

@@ -10,19 +10,16 @@ import sys
 from pathlib import Path
 
 from tests.command import call
-from tests.pipeline.engine_agreement import loaded_modules_are_no_garbage
+from tests.pipeline import inside
 
 
 def main() -> None:
-    loaded_modules_are_no_garbage()
+    inside.prepare()
     found = {}
     for name, words in json.loads(Path(sys.argv[1]).read_text()).items():
         done = call("distily-cache", *words, code=None)
         found[name] = {"code": done.returncode, "stderr": done.stderr}
-        # What an engine inside the process leaves behind, and a process of its own takes along.
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
+        inside.clean_up()
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -6,7 +6,6 @@ A program of its own, with the engines inside it one after another, which start 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -32,6 +31,7 @@ from pipeline.engines.vllm_engine import VllmEngine
 from pipeline.errors import RequestError
 from pipeline.teacher.checkpoint import load_teacher, without_padding
 from pipeline.teacher.tokenizer import load_tokenizer
+from tests.pipeline import inside
 
 TOP_K = 64
 Array = np.ndarray[Any, Any]
@@ -122,26 +122,13 @@ def look_at_classes_here() -> None:
         registry._run_in_subprocess = lambda look: look()
 
 
-def loaded_modules_are_no_garbage() -> None:
-    """vLLM collects garbage six times for each engine, and unfreezes before what it froze: a second each time
-    for the millions of objects of loaded modules, which stay.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.unfreeze = lambda: None
-
-
 def main() -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     look_at_classes_here()
-    loaded_modules_are_no_garbage()
+    inside.prepare()
     for directory, samples in json.loads(Path(sys.argv[1]).read_text()).items():
         sys.stdout.write("\n" + json.dumps({"teacher": directory} | run(directory, samples)) + "\n")
         sys.stdout.flush()
-        # What an engine inside the process leaves behind, and a process of its own takes along.
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
+        inside.clean_up()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ All in one program, whose start takes longer than most of them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -94,7 +93,6 @@ def done(tiny_teacher: Path, folder: Path) -> dict[str, dict[str, Any]]:
         text=True,
         timeout=600,
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
 
 from featurestore.reader import CacheReader
 from tests import teachers
-from tests.command import call, command, spawn
+from tests.command import call, command
 from tests.teachers import text_of
 
 Tree = list[psutil.Process]
@@ -37,7 +39,8 @@ def test_kills_are_reported_and_the_same_command_completes(tmp_path: Path) -> No
     kill_the_command(arguments, store, tmp_path / "stderr.txt")
     stop_at_work(arguments, store, tmp_path / "stderr.txt")
     kept = {file: file.read_bytes() for file in store.glob("commit/*/*.json")}
-    done = json.loads(spawn("distily-cache", *arguments, "--json").stdout)
+    with patch.dict(os.environ):
+        done = json.loads(call("distily-cache", *arguments, "--json").stdout)
     assert 0 < done["tokens"] < SAMPLES * LENGTH == int(sum(CacheReader.open(store).lengths))
     assert {file: file.read_bytes() for file in kept} == kept
     call("distily-cache", "verify", store, "--deep")
