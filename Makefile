@@ -1,8 +1,9 @@
 # make quickstart   a real teacher, a cache, a ternary student and a page about it (CPU: about ten minutes)
-# make test         every test, the vLLM path included
+# make test         the tests, the vLLM path included
+# make examples     the scripts and the notebook of examples/, as they stand, on tiny teachers
 # make docs         the documentation as a site, in build/site
 # make gpu-check    what one GPU does, in at most ten minutes; SIZE=toy runs everything small on a CPU
-# make ci           lint, types, documentation and tests
+# make ci           lint, types, documentation, tests, examples, and gpu-check SIZE=toy
 VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
@@ -22,15 +23,18 @@ ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: quickstart test gpu-check gpu-check-toy docs ci lint types format clean
+.PHONY: quickstart test examples gpu-check gpu-check-toy docs ci lint types format clean
 
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
 test: $(VENV)/.triton
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check"
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check and not examples"
 
-# A minute of processor time for what a newcomer need not wait for.
+# Minutes of processor time for what a newcomer need not wait for; CI runs both.
+examples: $(VENV)/.ready
+	$(PY) -m pytest -n 2 --dist loadfile -m examples tests/test_notebook.py tests/test_on_policy.py
+
 gpu-check-toy: $(VENV)/.ready
 	$(PY) -m pytest -m gpu_check tests/test_gpu_check.py
 
@@ -38,7 +42,7 @@ gpu-check-toy: $(VENV)/.ready
 gpu-check: $(VENV)/.ready $(if $(filter gpu,$(SIZE)),$(VENV)/.gpu-check)
 	RUN=$(RUN) PYTHONPATH="benchmarks:$$PYTHONPATH" $(PY) -m gpu_check $(SIZE)
 
-ci: lint types docs test gpu-check-toy
+ci: lint types docs test examples gpu-check-toy
 
 # Its notice is about the next major version of MkDocs.
 docs: $(VENV)/.ready

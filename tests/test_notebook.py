@@ -28,6 +28,7 @@ def test_the_committed_outputs_are_of_the_committed_cells() -> None:
     assert not re.findall(machine, text), "an absolute path of some machine"
 
 
+@pytest.mark.examples
 def test_it_runs_on_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     # Long enough that eight steps lower the KL by far more than another machine's random teacher changes it.

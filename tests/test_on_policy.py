@@ -17,6 +17,7 @@ from featurestore.storage.local import LocalRoot
 from pipeline.teacher.checkpoint import load_teacher
 from tests.pipeline.writing import corpus, teacher
 
+pytestmark = pytest.mark.examples
 SCRIPT = Path(__file__).parents[1] / "examples" / "on_policy.sh"
 
 
