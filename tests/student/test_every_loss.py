@@ -15,7 +15,7 @@ from student.losses.catalogue import catalogue
 from tests.command import generate
 from tests.teachers import WORDS
 
-STEPS = 10
+STEPS, SAMPLES = 10, 32
 # Hidden states 1 and 2 serve losses between layers, 1 is also the input of block 1.
 FEATURES = ("--top-k", 8, "--tail", 8, "--temperatures", 2, "--hidden-layers", "1,2")
 FEATURES += ("--final", "--relation-layers", 1)
@@ -23,10 +23,10 @@ FEATURES += ("--final", "--relation-layers", 1)
 
 @pytest.fixture(scope="module")
 def full_cache(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    """64 short texts of the tiny teacher with everything that any loss needs."""
+    """`SAMPLES` short texts of the tiny teacher with everything that any loss needs."""
     folder = tmp_path_factory.mktemp("every")
     random = np.random.default_rng(0)
-    texts = [" ".join(random.choice(WORDS, size=random.integers(12, 24))) for _ in range(64)]
+    texts = [" ".join(random.choice(WORDS, size=random.integers(12, 24))) for _ in range(SAMPLES)]
     data = folder / "texts.jsonl"
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     generate(teacher, data, folder / "store", "--hidden-dtype", "f32", *FEATURES)
@@ -46,7 +46,7 @@ def learn(
             "objective": objective,
             "student-model-config": '{"num_hidden_layers": 2}',
             "init": "random",
-            "per-device-train-batch-size": 64,
+            "per-device-train-batch-size": SAMPLES,
             "max-steps": STEPS,
             "learning-rate": 3e-3,
             "lr-scheduler-type": "constant",
@@ -90,10 +90,10 @@ def test_a_ternary_student_learns_everything_at_once(learn: Callable[..., list[d
 
 
 def test_a_batch_with_nothing_to_learn_changes_no_loss(learn: Callable[..., list[dict[str, Any]]]) -> None:
-    """32 samples three times for 64 are filled up with 32 that teach nothing."""
+    """16 samples three times for 32 are filled up with 16 that teach nothing."""
     request = {"terms": [{"loss": name} for name in catalogue()]}
     once = learn(request, "--max_steps", 1)[0]
-    filled = ("--per-device-train-batch-size", 32, "--gradient-accumulation-steps", 3)
+    filled = ("--per-device-train-batch-size", SAMPLES // 2, "--gradient-accumulation-steps", 3)
     thrice = learn(request, "--max_steps", 1, *filled)[0]
     # A sum over the tokens of a batch rounds by at most their number times eps.
     bound = once["num_input_tokens_seen"] * float(np.finfo(np.float32).eps)
