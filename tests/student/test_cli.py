@@ -25,7 +25,7 @@ from student.config.training_config import DistillationConfig
 from student.errors import UserError
 from student.modeling import plan as build
 from tests import teachers
-from tests.command import call, spawn
+from tests.command import call
 from tests.student.caches import random_samples, write_cache
 
 Run = Callable[..., tuple[int, str, str]]
@@ -312,5 +312,5 @@ def test_quiet_prints_nothing_but_errors(cache: Path, tmp_path: Path) -> None:
 
 def test_no_bars_in_a_log(cache: Path, tmp_path: Path) -> None:
     flags = ("--output-dir", tmp_path / "out", "--max-steps", 2, "--report-to", "none")
-    done = spawn("distily-train", "from-cache", cache, *flags)
+    done = call("distily-train", "from-cache", cache, *flags)
     assert "%|" not in done.stderr and "it/s" not in done.stderr and "'loss'" in done.stdout
