@@ -90,9 +90,9 @@ def run(row: str, seed: int) -> dict[str, Any]:
 class Recorder(backward.Gate):
     """Keeps what a product is made of, and lets it be full."""
 
-    operands: tuple[Tensor, ...] = ()
+    operands: tuple[Any, ...] = ()
 
-    def choose(self, int8: backward.Product, full: backward.Product, *operands: Tensor) -> Tensor:
+    def choose(self, int8: backward.Product, full: backward.Product, *operands: Any) -> Tensor:
         self.operands = operands
         return full(*operands)
 
@@ -148,8 +148,10 @@ def cosines(trained: Trained, samples: int, batches: int, name: str) -> dict[str
     return {"name": f"{batches} batches of {name}", "layers": layers, "ways": ways}
 
 
-def rounded(product: str, grad_NO: Tensor, other: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """The product by each way to round its gradient that was considered, in float32."""
+def rounded(product: str, grad_NO: Tensor, other: Tensor, scale: Tensor, *_: Any) -> dict[str, Tensor]:
+    """The product by each way to round its gradient that was considered, in float32. scale: of the weight
+    for dX, the inverse of those of the activations for dW.
+    """
 
     def quantised(x: Tensor, dim: int, stochastic: bool) -> Tensor:
         step = x.abs().amax(dim, keepdim=True).clamp(min=1e-30) / bitnet.LEVELS
@@ -163,7 +165,7 @@ def rounded(product: str, grad_NO: Tensor, other: Tensor, scale: Tensor) -> dict
             own = quantised(grad_NO.float(), 1, stochastic)
             found[f"dX, per token, {how}"] = own @ other.float()
             continue
-        scaled_NO = grad_NO.float() * scale
+        scaled_NO = grad_NO.float() / scale
         for tokens in (len(scaled_NO), backward.block_size("cpu"), 64):
             own = torch.cat([quantised(part, 0, stochastic) for part in scaled_NO.split(tokens)])
             size = "all" if tokens == len(scaled_NO) else tokens

@@ -30,19 +30,7 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def pass_on(self) -> None:
-                status, headers, data = proxy.forward(self)
-                if proxy.lose_replies and self.command == "PUT" and self.path not in proxy.lost:
-                    proxy.lost.add(self.path)
-                    self.close_connection = True
-                    return
-                self.send_response_only(status)
-                for name, value in headers:
-                    if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                        self.send_header(name, value)
-                length = dict(headers).get("Content-Length", "0") if self.command == "HEAD" else len(data)
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                self.wfile.write(data)
+                proxy.serve(self)
 
             do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on  # noqa: N815
 
@@ -53,6 +41,35 @@ class Proxy:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.gone = False
+
+    def serve(self, request: BaseHTTPRequestHandler) -> None:
+        """One request, from its headers on."""
+        reply = self.forward(request)
+        if self.lose_replies and request.command == "PUT" and request.path not in self.lost:
+            self.lost.add(request.path)
+            request.close_connection = True
+            return
+        self.reply(request, *reply)
+
+    def reply(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: list[tuple[str, str]],
+        data: bytes,
+        sent: int | None = None,
+    ) -> None:
+        """sent: bytes of `data` after which the connection ends."""
+        request.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                request.send_header(name, value)
+        length = dict(headers).get("Content-Length", "0") if request.command == "HEAD" else len(data)
+        request.send_header("Content-Length", str(length))
+        request.end_headers()
+        request.wfile.write(data[:sent])
+        if sent is not None:
+            request.close_connection = True
 
     def forward(self, request: BaseHTTPRequestHandler) -> tuple[int, list[tuple[str, str]], bytes]:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))

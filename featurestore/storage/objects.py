@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from featurestore.errors import CorruptionError, StoreAccessError, StoreFormatError
 
 TRUE = ("1", "true", "yes", "on")
 RETRIES: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 CREATE_ATTEMPTS = 3
+# Seconds before another try of what obstore itself does not try again.
+WAITS = (0.1, 0.5, 2.0)
+TORN, UNSENT = "response body", "error sending request"
 HINTS = {
+    "ExpiredToken": "the credentials have expired; renew them and run the command again",
+    "RequestTimeTooSkewed": "the clock of this machine differs from the service's; set it",
     "NoSuchBucket": "there is no such bucket",
     # The services that give a machine of the cloud its credentials, asked when there are no others.
     "latest/api/token": "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "computeMetadata": "no credentials found; set GOOGLE_APPLICATION_CREDENTIALS",
-    "403 Forbidden": "access denied; check the credentials and what they allow",
+    "403 Forbidden": "access denied; check the credentials, what they allow, and the clock of this machine",
     "401 Unauthorized": "access denied; check the credentials",
     "builder error": "the endpoint is plain http; set AWS_ALLOW_HTTP=true if that is meant",
-    "error sending request": "no answer from the object store; check the network and AWS_ENDPOINT_URL",
+    UNSENT: "no answer from the object store; check the network and AWS_ENDPOINT_URL",
+    TORN: "replies were cut short again and again; check the network",
+    "non-2xx status code": "refused without a reason; check the credentials, and whether they have expired",
     "Unable to recognise URL": "not the URL of a bucket; give s3://bucket/prefix or gs://bucket/prefix",
 }
+
+# What the reply to a HEAD request leaves to guesses, since it has no body.
+UNREASONED = (HINTS["non-2xx status code"], HINTS["403 Forbidden"])
+T = TypeVar("T")
 
 # The process whose obstore runs its threads. They do not survive a fork, and a call in the child would hang.
 _runtime_owner: int | None = None
@@ -60,6 +72,10 @@ class Objects:
                 return self._obstore.head(self._here(), name)
         except CorruptionError:
             return None
+        except StoreAccessError as error:
+            if str(error).endswith(UNREASONED):
+                self.within(name)  # the reply to this has a body, which says why
+            raise
 
     def equals(self, name: str, data: bytes) -> bool | None:
         """Whether an object has these bytes, None when there is no such object."""
@@ -81,12 +97,14 @@ class Objects:
     def below(self, folder: str) -> list[Any]:
         """Metadata of every object below a folder."""
         with self._errors():
-            return list(self._obstore.list(self._here(), folder or None).collect())
+            return list(self._again(TORN, lambda: self._obstore.list(self._here(), folder or None).collect()))
 
     def within(self, folder: str) -> list[str]:
         """Last parts of the names of the objects and folders right in a folder."""
         with self._errors():
-            listing = self._obstore.list_with_delimiter(self._here(), folder or None)
+            listing = self._again(
+                TORN, lambda: self._obstore.list_with_delimiter(self._here(), folder or None)
+            )
         paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
         return sorted(name for path in paths if (name := path.rsplit("/", 1)[-1]))
 
@@ -118,7 +136,20 @@ class Objects:
     def delete(self, names: list[str]) -> None:
         """Remove objects; those that are gone already are no error."""
         with self._errors():
-            self._obstore.delete(self._here(), names)
+            self._again(UNSENT, lambda: self._obstore.delete(self._here(), names))
+
+    def _again(self, sign: str, call: Callable[[], T]) -> T:
+        """`call()`, tried again while its error has this sign: obstore gives up a listing whose reply was cut
+        short, and a removal that did not get through, though both may be repeated.
+        """
+        for wait in WAITS:
+            try:
+                return call()
+            except self._obstore.exceptions.BaseError as error:
+                if sign not in str(error):
+                    raise
+            time.sleep(wait)
+        return call()
 
     def _here(self) -> Any:
         """The client, in a process that may use it."""

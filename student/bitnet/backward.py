@@ -18,17 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from student.bitnet.chains import chains
 from student.bitnet.int_mm import int_mm
-from student.bitnet.quantizers import LEVELS
 
 EVERY = 25  # steps between two comparisons with full precision
 LOWEST = 0.999  # cosine to full precision below which a product is not left to int8
-_TINY = 1e-30  # smallest maximum that a scale is made of: 127 / _TINY is finite
-
 
 Product = Callable[..., Tensor]
 
@@ -41,40 +40,36 @@ def block_size(kind: str) -> int:
     return 4096 if kind == "cuda" else 256
 
 
-def quantize_gradient(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Int8 values and float32 scales, one per slice along `dim` of a matrix; x ~ int8 * scale, off by half a
-    scale at most. A slice that is not finite gets a scale that is not.
-    """
-    x = x.float()
-    buffer = x.abs()
-    scale = buffer.amax(dim, keepdim=True).clamp_(min=_TINY).div_(LEVELS)
-    return torch.div(x, scale, out=buffer).round_().to(torch.int8), scale
+def full_input_gradient(
+    grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """dX [N, I] in `dtype`."""
+    product_NI = torch.mm(grad_NO, ternary_OI.to(grad_NO.dtype))
+    return chains(grad_NO).scale_product(product_NI, weight_scale, dtype)
 
 
-def full_input_gradient(grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor) -> Tensor:
-    """dX [N, I] in dY's dtype."""
-    return torch.mm(grad_NO, ternary_OI.to(grad_NO.dtype)).mul_(weight_scale)
-
-
-def full_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, scale_N1: Tensor) -> Tensor:
-    """dW [O, I] in dY's dtype."""
-    scaled_ON = (grad_NO * scale_N1).to(grad_NO.dtype).t()
+def full_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, inverse_N1: Tensor) -> Tensor:
+    """dW [O, I] in dY's dtype; inverse_N1: of the scales of the activations."""
+    scaled_ON = chains(grad_NO).scale_rows(grad_NO, inverse_N1).t()
     return torch.mm(scaled_ON, ints_NI.to(grad_NO.dtype))
 
 
-def int8_input_gradient(grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor) -> Tensor:
-    """dX float32 [N, I], of dY in int8 with a scale per token."""
-    grad_ints_NO, grad_scale_N1 = quantize_gradient(grad_NO, dim=1)
-    return int_mm(grad_ints_NO, ternary_OI) * (grad_scale_N1 * weight_scale)
+def int8_input_gradient(
+    grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """dX [N, I] in `dtype`, of dY in int8 with a scale per token."""
+    own = chains(grad_NO)
+    grad_ints_NO, grad_scale_N1 = own.gradient_rows(grad_NO)
+    return own.rescale_gradient(int_mm(grad_ints_NO, ternary_OI), grad_scale_N1, weight_scale, dtype)
 
 
-def int8_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, scale_N1: Tensor) -> Tensor:
+def int8_weight_gradient(grad_NO: Tensor, ints_NI: Tensor, inverse_N1: Tensor) -> Tensor:
     """dW float32 [O, I], of dY * scale in int8 with a scale per output and block of tokens."""
     size = block_size(grad_NO.device.type)
     total_OI = torch.zeros(grad_NO.shape[1], ints_NI.shape[1], device=grad_NO.device)
     for start in range(0, len(grad_NO), size):
         block = slice(start, start + size)
-        grad_ints_NO, grad_scale_1O = quantize_gradient(grad_NO[block] * scale_N1[block], dim=0)
+        grad_ints_NO, grad_scale_1O = chains(grad_NO).gradient_columns(grad_NO[block], inverse_N1[block])
         total_OI.addcmul_(int_mm(grad_ints_NO.t(), ints_NI[block]).float(), grad_scale_1O.t())
     return total_OI
 
@@ -102,7 +97,7 @@ class Gate:
         """Whether the last comparison, if any, let int8 pass."""
         return self.cosine is None or self.cosine >= LOWEST
 
-    def choose(self, int8: Product, full: Product, *operands: Tensor) -> Tensor:
+    def choose(self, int8: Product, full: Product, *operands: Any) -> Tensor:
         """One of two ways to a product. A pass that compares returns what it has found to be good enough."""
         if self.cosine is not None and not self.checking:
             return int8(*operands) if self.open else full(*operands)
@@ -120,17 +115,19 @@ class Gates:
     weights: Gate = field(default_factory=Gate)
 
 
-def input_gradient(grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor, gates: Gates | None) -> Tensor:
-    """dX [N, I], in full precision where there are no gates."""
-    operands = (grad_NO, ternary_OI, weight_scale)
+def input_gradient(
+    grad_NO: Tensor, ternary_OI: Tensor, weight_scale: Tensor, dtype: torch.dtype, gates: Gates | None
+) -> Tensor:
+    """dX [N, I] in `dtype`, of full products where there are no gates."""
+    operands = (grad_NO, ternary_OI, weight_scale, dtype)
     if gates is None:
         return full_input_gradient(*operands)
     return gates.inputs.choose(int8_input_gradient, full_input_gradient, *operands)
 
 
-def weight_gradient(grad_NO: Tensor, ints_NI: Tensor, scale_N1: Tensor, gates: Gates | None) -> Tensor:
+def weight_gradient(grad_NO: Tensor, ints_NI: Tensor, inverse_N1: Tensor, gates: Gates | None) -> Tensor:
     """dW [O, I], in full precision where there are no gates."""
-    operands = (grad_NO, ints_NI, scale_N1)
+    operands = (grad_NO, ints_NI, inverse_N1)
     if gates is None:
         return full_weight_gradient(*operands)
     return gates.weights.choose(int8_weight_gradient, full_weight_gradient, *operands)

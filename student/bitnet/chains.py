@@ -1,8 +1,9 @@
-"""The two chains of elementwise operations of BitLinear's forward pass, as they are or each in one kernel.
+"""The chains of elementwise operations around BitLinear's products, as they are or each in one kernel.
 
 Ten operations on small tensors cost a GPU ten launches, and ten trips of large ones to its memory. There
-torch.compile makes a kernel of each chain, after a comparison with the plain functions: where a result
-differs in one bit, or compiling fails, these are used and a warning says so. CPUs take them always.
+`chains_triton` makes a kernel of each chain (of two reductions, two), after a comparison with the plain
+functions: where a result differs in one bit, or Triton fails, the plain ones are used and a warning says so.
+CPUs take them always, and so does torch.compile, which makes kernels of its own of them.
 
 Shape letters: N tokens, I input features, O output features.
 """
@@ -17,10 +18,15 @@ import torch
 from torch import Tensor
 
 from distily.logs import LOG
-from student.bitnet.quantizers import to_int8
+from student.bitnet.quantizers import LEVELS, quantize_weight, to_int8
 
-# Division as IEEE rounds it, which Triton's own is not.
-_EXACT: dict[str, str | int | bool | Callable[..., object]] = {"eager_numerics.division_rounding": True}
+TINY = 1e-30  # smallest maximum that a scale of gradients is made of: 127 / TINY is finite
+
+
+def quantize_rows(x_NI: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`to_int8`, and with a dtype the integers in it, too, for products of floating-point numbers."""
+    ints_NI, inverse_N1 = to_int8(x_NI)
+    return ints_NI, inverse_N1, None if dtype is None else ints_NI.to(dtype)
 
 
 def rescale(
@@ -37,59 +43,155 @@ def rescale(
     return y_NO.to(dtype)
 
 
+def blend_rows(
+    x_NI: Tensor, ints_NI: Tensor, inverse_N1: Tensor, strength: float, dtype: torch.dtype
+) -> Tensor:
+    """x + strength * (Q(x) - x) in `dtype`, with the gradient of x (straight through)."""
+    return _blend(x_NI, ints_NI * inverse_N1.reciprocal(), strength).to(dtype)
+
+
+def blend_weight(
+    weight_OI: Tensor, ternary_OI: Tensor, scale: Tensor, strength: float, dtype: torch.dtype
+) -> Tensor:
+    """The same of a weight."""
+    return _blend(weight_OI, ternary_OI * scale, strength).to(dtype)
+
+
+def _blend(full: Tensor, quantised: Tensor, strength: float) -> Tensor:
+    return full + (strength * (quantised - full.detach())).to(full.dtype)
+
+
+def scale_product(product_NI: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dX in `dtype` from the product of dY with ternary weights, which may be overwritten."""
+    return product_NI.mul_(weight_scale).to(dtype)
+
+
+def scale_rows(grad_NO: Tensor, inverse_N1: Tensor) -> Tensor:
+    """dY times the scales of the activations, in dY's dtype."""
+    return (grad_NO * inverse_N1.reciprocal()).to(grad_NO.dtype)
+
+
+def quantize_gradient(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Int8 values and float32 scales, one per slice along `dim` of a matrix; x ~ int8 * scale, off by half a
+    scale at most. A slice that is not finite gets a scale that is not.
+    """
+    x = x.float()
+    buffer = x.abs()
+    scale = buffer.amax(dim, keepdim=True).clamp_(min=TINY).mul_(1 / LEVELS)
+    return torch.div(x, scale, out=buffer).round_().to(torch.int8), scale
+
+
+def gradient_rows(grad_NO: Tensor) -> tuple[Tensor, Tensor]:
+    """dY in int8 with a scale per token: (int8 [N, O], float32 [N, 1])."""
+    return quantize_gradient(grad_NO, dim=1)
+
+
+def gradient_columns(grad_NO: Tensor, inverse_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """dY times the scales of the activations, in int8 with a scale per output: (int8 [N, O], float32
+    [1, O]).
+    """
+    return quantize_gradient(grad_NO * inverse_N1.reciprocal(), dim=0)
+
+
+def rescale_gradient(
+    sums_NI: Tensor, grad_scale_N1: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """dX in `dtype` from sums of products of `gradient_rows` with ternary weights."""
+    return (sums_NI * (grad_scale_N1 * weight_scale)).to(dtype)
+
+
 class Chains(NamedTuple):
-    """The functions `to_int8` and `rescale`, or what computes the same."""
+    """Functions of this module's names and of `quantize_weight`, or what computes the same."""
 
-    to_int8: Callable[[Tensor], tuple[Tensor, Tensor]]
+    quantize_rows: Callable[[Tensor, torch.dtype | None], tuple[Tensor, Tensor, Tensor | None]]
+    quantize_weight: Callable[[Tensor], tuple[Tensor, Tensor]]
     rescale: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+    blend_rows: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
+    blend_weight: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
+    scale_product: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    scale_rows: Callable[[Tensor, Tensor], Tensor]
+    gradient_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    gradient_columns: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    rescale_gradient: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
 
 
-PLAIN = Chains(to_int8, rescale)
+PLAIN = Chains(
+    quantize_rows,
+    quantize_weight,
+    rescale,
+    blend_rows,
+    blend_weight,
+    scale_product,
+    scale_rows,
+    gradient_rows,
+    gradient_columns,
+    rescale_gradient,
+)
 
 
-def chains(kind: str) -> Chains:
-    """For a device type. Whoever compiles a whole model gets the plain ones to compile."""
-    return PLAIN if kind != "cuda" or torch.compiler.is_compiling() else _compared(kind)
+def chains(x: Tensor) -> Chains:
+    """For what is on the device of a tensor and of its type. Kernels know no float64, and whoever compiles a
+    whole model gets the plain functions to compile.
+    """
+    if torch.compiler.is_compiling() or x.dtype == torch.float64 or x.device.type != "cuda":
+        return PLAIN
+    return compared(x.device)
 
 
 @cache
-def _compared(kind: str) -> Chains:
+def compared(device: torch.device) -> Chains:
+    """Triton's kernels where they are there and right, else the plain functions."""
     try:
-        compiled = compile_chains()
-        if agree(compiled, kind):
-            return compiled
+        from student.bitnet.chains_triton import KERNELS
+
+        if agree(KERNELS, device):
+            return KERNELS
         reason = "it gives other bits here"
-    except Exception as error:  # no compiler for Triton's launchers, an unknown option: of many kinds
+    except Exception as error:  # not installed, no C compiler for its launchers, an old GPU: of many kinds
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    LOG.warning(f"BitLinear computes without torch.compile, in more launches and as exactly: {reason}")
+    LOG.warning(f"BitLinear computes without Triton's kernels, in more launches and as exactly: {reason}")
     return PLAIN
 
 
-def compile_chains() -> Chains:
-    """By torch.compile, once for all sizes."""
-    return Chains(
-        torch.compile(to_int8, dynamic=True, options=_EXACT),
-        torch.compile(rescale, dynamic=True, options=_EXACT),
-    )
+def agree(other: Chains, device: torch.device) -> bool:
+    """Whether other chains give the results of the plain ones to the bit, of a sample of many magnitudes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        right, found = (_sample(chain, device, dtype) for chain in (PLAIN, other))
+        if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(right, found, strict=True)):
+            return False
+    return True
 
 
 @torch.no_grad()
-def agree(other: Chains, kind: str) -> bool:
-    """Whether other chains give the results of the plain ones to the bit, of a sample of many magnitudes."""
-    generator = torch.Generator(kind).manual_seed(0)
-    magnitude_N1 = torch.linspace(-6, 6, 67, device=kind).exp().unsqueeze(1)
-    sums_NO = torch.randint(-(2**20), 2**20, (67, 999), generator=generator, device=kind, dtype=torch.int32)
-    for dtype in (torch.float32, torch.bfloat16):
-        x_NI = (torch.randn(67, 999, generator=generator, device=kind) * magnitude_N1).to(dtype)
-        inverse_N1, scale, bias_O = PLAIN.to_int8(x_NI)[1], x_NI[7, 7].abs().float(), x_NI[3]
-        right, found = (
-            (
-                *chain.to_int8(x_NI),
-                chain.rescale(sums_NO, inverse_N1, scale, None, dtype),
-                chain.rescale(sums_NO, inverse_N1, scale, bias_O, dtype),
-            )
-            for chain in (PLAIN, other)
-        )
-        if not all(torch.equal(a, b) for a, b in zip(right, found, strict=True)):
-            return False
-    return True
+def _sample(chain: Chains, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """All results of one chain after another."""
+    generator = torch.Generator().manual_seed(0)
+    magnitude_N1 = torch.linspace(-6, 6, 17).exp().unsqueeze(1)
+    x_NI = (torch.randn(17, 256, generator=generator) * magnitude_N1).to(device, dtype)
+    # Sums of absolute values are exact in any order, and their number is a power of two: one mean.
+    weight_OI = (torch.randint(-128, 129, (128, 256), generator=generator) / 256).to(device, dtype)
+    sums_NO = torch.randint(-(2**20), 2**20, (17, 128), generator=generator, dtype=torch.int32).to(device)
+    grad_NO, bias_O = x_NI[:, :128] * 1e-5, x_NI[3, :128]
+
+    ints_NI, inverse_N1, factor_NI = chain.quantize_rows(x_NI, dtype)
+    ternary_OI, scale = chain.quantize_weight(weight_OI)
+    grad_ints_NO, grad_scale_N1 = chain.gradient_rows(grad_NO)
+    assert factor_NI is not None
+    return [
+        ints_NI,
+        inverse_N1,
+        factor_NI,
+        ternary_OI,
+        scale,
+        chain.rescale(sums_NO, inverse_N1, scale, None, dtype),
+        chain.rescale(sums_NO.float(), inverse_N1, scale, bias_O, dtype),
+        chain.blend_rows(x_NI, ints_NI, inverse_N1, 0.3, torch.bfloat16),
+        chain.blend_weight(weight_OI, ternary_OI, scale, 0.3, torch.bfloat16),
+        # A number that is one in bfloat16, too, to which torch rounds it on a GPU, and not on a CPU.
+        chain.scale_product(x_NI.clone(), torch.tensor(0.375, device=device), torch.float32),
+        chain.scale_rows(grad_NO, inverse_N1),
+        grad_ints_NO,
+        grad_scale_N1,
+        *chain.gradient_columns(grad_NO, inverse_N1),
+        chain.rescale_gradient(sums_NO, grad_scale_N1, scale, dtype),
+    ]

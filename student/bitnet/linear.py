@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from student.bitnet.backward import Gates, input_gradient, weight_gradient
 from student.bitnet.chains import chains
 from student.bitnet.int_mm import int_mm, is_integer
-from student.bitnet.quantizers import quantize_weight
 from student.bitnet.shared_input import SharedInputs
 
 
@@ -100,23 +99,24 @@ class BitLinear(nn.Linear):
             return self._quantised(x, dtype)
         if weights > 0:
             ternary_OI, scale = self.quantized()
-            weight_OI = blend(self.weight, ternary_OI * scale, weights)
+            weight_OI = chains(self.weight).blend_weight(self.weight, ternary_OI, scale, weights, dtype)
         else:
             weight_OI = self.weight
         if activations > 0:
-            acts = _inputs.quantised(x, self)
-            x = blend(x, (acts.ints_NI * acts.inverse_N1.reciprocal()).view(x.shape), activations)
+            acts, x_NI = _inputs.quantised(x, self), x.reshape(-1, x.shape[-1])
+            blended_NI = chains(x).blend_rows(x_NI, acts.ints_NI, acts.inverse_N1, activations, dtype)
+            x = blended_NI.view(x.shape)
         bias_O = None if self.bias is None else self.bias.to(dtype)
         return nn.functional.linear(x.to(dtype), weight_OI.to(dtype), bias_O)
 
     def _quantised(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The layer behind the norm, fully quantised."""
         ternary_OI, scale = self.quantized()
-        acts = _inputs.quantised(x, self)
         # Where the device does not multiply integers, floating-point numbers stand for them: up to 128 they
         # are exact in bfloat16, so only the accumulated sum is ever rounded.
-        (tokens, inputs), outputs = acts.ints_NI.shape, len(ternary_OI)
-        whole = is_integer(x.device.type, tokens, inputs, outputs)
+        outputs, inputs = ternary_OI.shape
+        whole = is_integer(x.device.type, x.numel() // inputs, inputs, outputs)
+        acts = _inputs.quantised(x, self, None if whole else dtype)
         factor_NI = acts.ints_NI if whole else acts.factor(dtype)
         activations = (acts.ints_NI, factor_NI, acts.inverse_N1)
         weights = (self.weight, ternary_OI, scale)
@@ -129,10 +129,10 @@ class BitLinear(nn.Linear):
     def quantized(self) -> tuple[Tensor, Tensor]:
         """The weight's ternary form and scale, see `quantize_weight`; kept where `quantize_once` said so."""
         if not self.keeping or torch.compiler.is_compiling() or self.weight.is_inference():
-            return quantize_weight(self.weight)
+            return chains(self.weight).quantize_weight(self.weight)
         if self._kept is None or not self._kept.is_of(self.weight):
             alias = self.weight.detach()
-            self._kept = _Kept(alias, self.weight._version, *quantize_weight(alias))
+            self._kept = _Kept(alias, self.weight._version, *chains(alias).quantize_weight(alias))
         return self._kept.ternary, self._kept.scale
 
     def forget(self) -> None:
@@ -142,11 +142,6 @@ class BitLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles quantise for themselves."""
         return self.__dict__ | {"_kept": None}
-
-
-def blend(full: Tensor, quantised: Tensor, strength: float) -> Tensor:
-    """full + strength * (quantised - full), with the gradient of `full` (straight through)."""
-    return full + (strength * (quantised - full.detach())).to(full.dtype)
 
 
 class _BitLinearFunction(torch.autograd.Function):
@@ -173,8 +168,7 @@ class _BitLinearFunction(torch.autograd.Function):
             sums_NO = int_mm(factor_NI, ternary_OI.t())
         else:
             sums_NO = torch.mm(factor_NI, ternary_OI.to(factor_NI.dtype).t())
-        rescale = chains(x.device.type).rescale
-        y_NO = rescale(sums_NO, inverse_N1, weight_scale, bias_O, dtype)
+        y_NO = chains(sums_NO).rescale(sums_NO, inverse_N1, weight_scale, bias_O, dtype)
         # A weight that is gathered anew for the backward pass takes no memory until then, as its ternary form
         # would.
         kept_OI = weight_OI if regathered else ternary_OI
@@ -192,12 +186,10 @@ class _BitLinearFunction(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             shape, dtype = ctx.x_like
-            ternary_OI = quantize_weight(kept_OI)[0] if ctx.regathered else kept_OI
-            grad_x_NI = input_gradient(grad_NO, ternary_OI, weight_scale, ctx.gates)
-            grad_x = grad_x_NI.to(dtype).reshape(shape)
+            ternary_OI = chains(kept_OI).quantize_weight(kept_OI)[0] if ctx.regathered else kept_OI
+            grad_x = input_gradient(grad_NO, ternary_OI, weight_scale, dtype, ctx.gates).reshape(shape)
         if ctx.needs_input_grad[4]:
-            scale_N1 = inverse_N1.reciprocal()
-            grad_weight = weight_gradient(grad_NO, ints_NI, scale_N1, ctx.gates).to(ctx.weight_dtype)
+            grad_weight = weight_gradient(grad_NO, ints_NI, inverse_N1, ctx.gates).to(ctx.weight_dtype)
         if ctx.needs_input_grad[7]:
             grad_bias = grad_NO.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, None, None, None, grad_weight, None, None, grad_bias, None, None, None

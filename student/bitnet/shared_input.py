@@ -49,13 +49,13 @@ class SharedInputs:
     def __init__(self) -> None:
         self._last: _Last | None = None
 
-    def quantised(self, x: Tensor, reader: object) -> Quantised:
-        """Of an input [..., I] of any float dtype."""
+    def quantised(self, x: Tensor, reader: object, dtype: torch.dtype | None = None) -> Quantised:
+        """Of an input [..., I] of any float dtype. dtype: whose `factor` will be asked for."""
         if torch.compiler.is_compiling() or x.is_inference():  # such tensors have no version
-            return _quantise(x)
+            return _quantise(x, dtype)
         last = self._last  # other threads may replace it
         if last is None or last.input() is not x or last.version != x._version or id(reader) in last.readers:
-            last = _Last(weakref.ref(x, self._forget), x._version, _quantise(x), set())
+            last = _Last(weakref.ref(x, self._forget), x._version, _quantise(x, dtype), set())
             self._last = last
         last.readers.add(id(reader))
         return last.quantised
@@ -66,5 +66,7 @@ class SharedInputs:
 
 
 @torch.no_grad()
-def _quantise(x: Tensor) -> Quantised:
-    return Quantised(*chains(x.device.type).to_int8(x.reshape(-1, x.shape[-1])))
+def _quantise(x: Tensor, dtype: torch.dtype | None) -> Quantised:
+    ints_NI, inverse_N1, factor_NI = chains(x).quantize_rows(x.reshape(-1, x.shape[-1]), dtype)
+    factors = {} if dtype is None or factor_NI is None else {dtype: factor_NI}
+    return Quantised(ints_NI, inverse_N1, factors)

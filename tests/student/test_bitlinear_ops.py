@@ -1,29 +1,32 @@
 """BitLinear's operations: results of a plain account of them to the bit, one quantisation per input, few
-launches, and the compiled chains.
+launches, and the kernels of its chains without a GPU.
 """
 
 from __future__ import annotations
 
 import gc
-import shutil
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from student import bitnet
-from student.bitnet import BitLinear, chains, linear, shared_input
+from student.bitnet import BitLinear, backward, chains, linear, shared_input
+from student.bitnet.backward import Gate, Gates
 from student.bitnet.int_mm import aligned, is_integer
 from student.bitnet.shared_input import SharedInputs
+from tests.pipeline.test_reduce_triton import needs_triton, run
 from tests.student.test_ternary_layers import llama, samples
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that are no views, by name."""
+    """Counts operations that are neither views nor allocations, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,9 +35,13 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not func.is_view:
+        if not func.is_view and func.overloadpacket is not torch.ops.aten.empty:
             self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        """Of a kernel of Triton's, which is not run."""
+        self.counts[kernel.__name__] += 1
 
 
 class PlainBitLinear(torch.autograd.Function):
@@ -131,7 +138,7 @@ def test_projections_of_one_input_share_its_quantisation(
     shared, launches = trained(model, checkpointing)
     passes = 1 if checkpointing is None else 2
     assert launches["amax"] == 2 * 4 * passes
-    monkeypatch.setattr(SharedInputs, "quantised", lambda self, x, reader: shared_input._quantise(x))
+    monkeypatch.setattr(SharedInputs, "quantised", lambda self, x, *_: shared_input._quantise(x, None))
     alone, launches = trained(model, checkpointing)
     assert launches["amax"] == 2 * 7 * passes
     assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
@@ -169,25 +176,67 @@ def test_what_is_shared_goes_with_its_input() -> None:
     assert linear._inputs._last is None
 
 
-def test_launches_of_a_layer_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With integer products, whose values some CPUs get wrong; the weight was quantised before."""
-    monkeypatch.setattr(linear, "is_integer", lambda *_: True)
-    monkeypatch.setattr(linear, "int_mm", torch._int_mm)
+def int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """As on a GPU, with the copies that cuBLAS wants; some CPUs get its values wrong."""
+    return torch._int_mm(*aligned(a_MK, b_KN))
+
+
+@needs_triton
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("strengths", "integers", "int8_backward", "most_backward"),
+    [
+        (bitnet.FULL, True, False, 7),
+        (bitnet.FULL, True, True, 11),
+        (bitnet.FULL, False, False, 7),
+        (bitnet.Strengths(0.5, 0.5, 1), False, False, 4),
+    ],
+    ids=["int8 forward", "int8 both", "floating-point", "warm-up"],
+)
+def test_launches_of_a_layer_on_a_gpu_are_bounded(
+    strengths: bitnet.Strengths,
+    integers: bool,
+    int8_backward: bool,
+    most_backward: int,
+    dtype: torch.dtype,
+    bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most 6 of the first projection of an input, whose weight is quantised there, too; 3 of a further one
+    with a kept weight. In a warm-up, autocast converts a bias for the product that adds it. A bias has a
+    gradient of its own: a sum, and a conversion each way.
+    """
+    from student.bitnet import chains_triton
+
     torch.manual_seed(0)
-    one, two = BitLinear(64, 32, bias=False), BitLinear(64, 32, bias=False)
-    bitnet.quantize_once(nn.ModuleList([one, two]))
-    one(torch.randn(20, 64)), two(torch.randn(20, 64))
-    x = torch.randn(20, 64, requires_grad=True)
-    with Launches() as first:
-        one(x)
-    with Launches() as second:
-        y = two(x)
+    one, two = BitLinear(64, 32, bias=bias), BitLinear(64, 32, bias=bias)
+    for layer in (one, two):
+        layer.strengths = strengths
+        layer.gates = Gates(Gate(False, 1.0), Gate(False, 1.0)) if int8_backward else None
+    bitnet.quantize_once(two)
+    two.quantized()
+    for module in (linear, backward, shared_input):
+        monkeypatch.setattr(module, "chains", lambda _: chains_triton.KERNELS)
+    monkeypatch.setattr(linear, "is_integer", lambda *_: integers)
+    for module in (linear, backward):
+        monkeypatch.setattr(module, "int_mm", int_mm)
+    x, counts = torch.randn(24, 64, requires_grad=True), []
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for layer in (one, two):
+            with Launches() as launches:
+                monkeypatch.setattr(chains_triton, "launch", launches.launch)
+                y = layer(x)
+            counts.append(launches.counts.total())
+    assert y.dtype == dtype
     direction = torch.ones_like(y)
-    with Launches() as backward:
-        y.backward(direction)
-    assert first.counts.total() == 12
-    assert second.counts.total() == 4
-    assert backward.counts.total() <= 8  # one is the copy into .grad
+    with Launches() as launches:
+        monkeypatch.setattr(chains_triton, "launch", launches.launch)
+        torch.autograd.grad(y, [x, two.weight], direction)
+    warming = strengths != bitnet.FULL
+    assert counts[0] <= 6 + (warming and bias and dtype == torch.bfloat16)
+    assert counts[1] <= 3 + (warming and bias and dtype == torch.bfloat16)
+    assert launches.counts.total() <= most_backward + 2 * bias
 
 
 def test_operands_that_fit_cublas_are_not_copied() -> None:
@@ -197,24 +246,38 @@ def test_operands_that_fit_cublas_are_not_copied() -> None:
     assert y.data_ptr() == ternary.data_ptr()
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-def test_compiled_chains_agree_to_the_bit() -> None:
-    assert chains.agree(chains.compile_chains(), "cpu")
+@needs_triton
+def test_the_kernels_compute_what_the_plain_chains_do() -> None:
+    """In a process of its own: the interpreter has to be asked for before Triton is imported."""
+    quiet = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    said = run([*quiet, "tests/student/triton_interpreted.py"], TRITON_INTERPRET="1")
+    assert " passed" in said and "skipped" not in said
 
 
-def test_chains_that_differ_or_do_not_compile_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def off_by_one(x: Tensor) -> tuple[Tensor, Tensor]:
-        ints, inverse = chains.PLAIN.to_int8(x)
-        ints[3, 5] += 1
-        return ints, inverse
+@needs_triton
+def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """As launches would have them; PTX and machine code come out, and are not run."""
+    said = run(["-m", "tests.student.triton_compiled"], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    source = Path(chains.__file__).with_name("chains_triton.py").read_text()
+    assert said.split() == sorted(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
-    def broken(x: Tensor) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("Failed to find C compiler")
 
-    for to_int8, taken in ((chains.PLAIN.to_int8, True), (off_by_one, False), (broken, False)):
-        made = chains.Chains(to_int8, chains.rescale)
-        monkeypatch.setattr(chains, "compile_chains", lambda made=made: made)
-        chains._compared.cache_clear()
-        assert chains._compared("cpu") == (made if taken else chains.PLAIN)
-    chains._compared.cache_clear()
-    assert chains.chains("cpu") is chains.PLAIN
+@needs_triton
+@pytest.mark.parametrize("fault", [None, "off by one", "fails"])
+def test_kernels_that_differ_or_fail_are_not_taken(
+    fault: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def quantize_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        if fault == "fails":
+            raise RuntimeError("Failed to find C compiler")
+        ints, inverse, factor = chains.quantize_rows(x, dtype)
+        ints[3, 5] += fault == "off by one"
+        return ints, inverse, factor
+
+    kernels = chains.PLAIN._replace(quantize_rows=quantize_rows)
+    monkeypatch.setattr("student.bitnet.chains_triton.KERNELS", kernels)
+    found = chains.compared.__wrapped__(torch.device("cpu"))
+    assert found is (kernels if fault is None else chains.PLAIN)
+    reasons = {"off by one": "it gives other bits here", "fails": "Failed to find C compiler"}
+    assert (reasons[fault] in caplog.text) if fault else not caplog.records
+    assert chains.chains(torch.ones(1)) is chains.PLAIN

@@ -115,13 +115,13 @@ def test_the_integer_forward_is_the_other_ones_exact_sum(
 
 
 def operands(tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dY whose tokens differ by orders of magnitude, ternary weights and their scale, activations and
-    theirs.
+    """dY whose tokens differ by orders of magnitude, ternary weights and their scale, activations and the
+    inverse of theirs.
     """
     torch.manual_seed(0)
     grad_NO = torch.randn(tokens, outputs) * 10.0 ** torch.randint(-6, 1, (tokens, 1))
     ternary_OI = torch.randint(-1, 2, (outputs, inputs), dtype=torch.int8)
-    return grad_NO, ternary_OI, torch.tensor(0.037), ints(tokens, inputs), torch.rand(tokens, 1) + 0.01
+    return grad_NO, ternary_OI, torch.tensor(0.037), ints(tokens, inputs), 1 / (torch.rand(tokens, 1) + 0.01)
 
 
 def test_blocks_are_small_on_cpus_and_large_on_gpus() -> None:
@@ -138,34 +138,38 @@ def test_products_are_as_near_as_rounding_to_int8_lets_them(
     """
     block = block_size(kind)
     monkeypatch.setattr(backward, "block_size", lambda _kind: block)
-    grad_NO, ternary_OI, weight_scale, ints_NI, scale_N1 = operands(*sizes)
+    grad_NO, ternary_OI, weight_scale, ints_NI, inverse_N1 = operands(*sizes)
     wide, ternary, acts = grad_NO.double(), ternary_OI.double(), ints_NI.double()
     exact = wide @ ternary * weight_scale.double()
     size = wide.abs() @ ternary.abs() * weight_scale
     step_N1 = wide.abs().amax(1, keepdim=True) / 127
     bound = weight_scale * step_N1 / 2 * ternary.abs().sum(0) + 1e-5 * size
-    found = backward.int8_input_gradient(grad_NO, ternary_OI, weight_scale)
+    found = backward.int8_input_gradient(grad_NO, ternary_OI, weight_scale, torch.float32)
     assert bool(((found - exact).abs() <= bound).all())
 
-    scaled = wide * scale_N1.double()
+    scaled = wide / inverse_N1.double()
     exact = scaled.t() @ acts
     bound = 1e-5 * scaled.abs().t() @ acts.abs()
     for part, some in zip(scaled.split(block), acts.split(block), strict=True):
         bound += part.abs().amax(0)[:, None] / 127 / 2 * some.abs().sum(0)
-    found = backward.int8_weight_gradient(grad_NO, ints_NI, scale_N1)
+    found = backward.int8_weight_gradient(grad_NO, ints_NI, inverse_N1)
     assert bool(((found - exact).abs() <= bound).all())
 
 
 def test_nothing_stays_nothing_and_what_is_not_finite_is_seen() -> None:
     """A scaler of float16 gradients looks for infinities."""
-    grad_NO, ternary_OI, weight_scale, ints_NI, scale_N1 = operands(20, 33, 9)
+    grad_NO, ternary_OI, weight_scale, ints_NI, inverse_N1 = operands(20, 33, 9)
     nothing = torch.zeros_like(grad_NO)
-    assert not backward.int8_input_gradient(nothing, ternary_OI, weight_scale).any()
-    assert not backward.int8_weight_gradient(nothing, ints_NI, scale_N1).any()
+    assert not backward.int8_input_gradient(nothing, ternary_OI, weight_scale, torch.float32).any()
+    assert not backward.int8_weight_gradient(nothing, ints_NI, inverse_N1).any()
     for bad in (torch.inf, torch.nan):
         grad_NO[3, 4] = bad
-        assert not backward.int8_input_gradient(grad_NO, ternary_OI, weight_scale)[3].isfinite().any()
-        assert not backward.int8_weight_gradient(grad_NO, ints_NI, scale_N1)[4].isfinite().any()
+        assert (
+            not backward.int8_input_gradient(grad_NO, ternary_OI, weight_scale, torch.float32)[3]
+            .isfinite()
+            .any()
+        )
+        assert not backward.int8_weight_gradient(grad_NO, ints_NI, inverse_N1)[4].isfinite().any()
         gate, full = Gate(), torch.ones(2)
         assert gate.choose(lambda x, bad=bad: x * bad, lambda x: x, full) is full
         assert not gate.open

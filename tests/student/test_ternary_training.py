@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from student import bitnet
-from student.bitnet import linear
+from student.bitnet import chains
 from student.bitnet.master_weights import RoundingAdamW, round_stochastically
 from tests.student.test_training import BITNET, logs, weights
 
@@ -88,14 +88,13 @@ def test_weights_are_quantised_once_per_step(
     flags = (*SUBLN, "--max_steps", 4, "--eval-fraction", 0, "--logging_steps", 4, "--gradient_checkpointing")
     flags += ("--gradient-accumulation-steps", 3, "--per-device-train-batch-size", 2)
     calls = 0
-    quantize = linear.quantize_weight
 
     def counting(weight: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
-        return quantize(weight)
+        return bitnet.quantize_weight(weight)
 
-    monkeypatch.setattr(linear, "quantize_weight", counting)
+    monkeypatch.setattr(chains, "PLAIN", chains.PLAIN._replace(quantize_weight=counting))
     train(tmp_path / "once", *flags)
     # Drift, meter, 4 steps, and one that the last log leaves behind; there are 14 layers.
     assert calls <= 14 * (8 + 4 + 4)
