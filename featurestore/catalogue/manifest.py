@@ -250,6 +250,7 @@ def fullest_manifest(root: Root) -> str | None:
     """
     heads = head_names(root)
     if heads:
+        read_head(root, heads[-1])
         return digest_of_head(heads[-1])
 
     def size(manifest_digest: str) -> tuple[int, int, str]:
@@ -265,6 +266,17 @@ def read_head(root: Root, name: str) -> Manifest:
     if not isinstance(manifest, Manifest) or manifest.head != name:
         raise CorruptionError(f"{root.where(f'{HEADS}/{name}')}: its manifest lists something else")
     return manifest
+
+
+def check_head(name: str, data: bytes, where: str) -> None:
+    """CorruptionError unless this is the content of a head."""
+    if data != head_bytes(digest_of_head(name)):
+        raise CorruptionError(f"{where}: not the digest that its name ends in; the file is damaged")
+
+
+def head_bytes(manifest_digest: str) -> bytes:
+    """The content of a head: the digest, for who looks at it, and a newline."""
+    return f"{manifest_digest}\n".encode()
 
 
 def grown(totals: Mapping[str, GroupTotals], records: Iterable[CommitRecord]) -> dict[str, GroupTotals]:

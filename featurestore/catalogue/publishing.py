@@ -30,6 +30,7 @@ from featurestore.catalogue.manifest import (
     Manifest,
     SegmentRef,
     grown,
+    head_bytes,
     head_names,
     latest_runs,
     segment_name,
@@ -72,7 +73,7 @@ def _publish(root: Root, inventory: Inventory) -> Manifest:
         root.publish(name, data)
     if base is None or manifest != base:
         root.publish(manifest_name(manifest.digest), manifest.to_bytes())
-        root.publish(f"{HEADS}/{manifest.head}", f"{manifest.digest}\n".encode())
+        root.publish(f"{HEADS}/{manifest.head}", head_bytes(manifest.digest))
     for head in inventory.heads:
         if head != manifest.head:
             root.remove(f"{HEADS}/{head}", lambda _: False)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from featurestore.bundle import Group, bundle_name, check_extent, read_samples
 from featurestore.catalogue.files import SegmentFiles
 from featurestore.catalogue.inventory import take_stock
-from featurestore.catalogue.manifest import Manifest, SegmentRef, head_names, read_head, read_manifest
+from featurestore.catalogue.manifest import (
+    Manifest,
+    SegmentRef,
+    check_head,
+    head_names,
+    read_head,
+    read_manifest,
+)
 from featurestore.catalogue.pending import pending_bundles, read_pending
 from featurestore.catalogue.segment import Segment
 from featurestore.errors import FeatureStoreError, StoreAccessError, StoreNotFoundError
@@ -224,26 +232,30 @@ class _Audit:
         for name in head_names(self.root):
             with self._file(f"{HEADS}/{name}"):
                 read_head(self.root, name)
+                self.root.load(f"{HEADS}/{name}", partial(check_head, name))
+        newest = max((m.head for m in found.values() if isinstance(m, Manifest)), default=None)
+        if newest is not None and newest not in head_names(self.root):
+            self._problem(f"{HEADS}/{newest}", "missing; run the same generate again")
         for bundle in pending_bundles(self.root):
             with self._file(f"{PENDING}/{bundle}.json"):
                 self.tasks.update(
                     (marker.task.id, marker.task) for marker in read_pending(self.root, [bundle])
                 )
         for manifest in found.values():
-            for segment in self._segments(manifest):
+            for ref, segment in self._segments(manifest):
                 tasks = (segment.task(row) for row in range(segment.tasks))
-                with self._guard(segment.where):
+                with self._guard(ref.name):
                     self.tasks.update((task.id, task) for task in tasks)
         return found
 
-    def _segments(self, manifest: Manifest | FlatManifest) -> Iterator[Segment]:
+    def _segments(self, manifest: Manifest | FlatManifest) -> Iterator[tuple[SegmentRef, Segment]]:
         """Those of the segments of a manifest that no manifest before has named, read whole."""
         refs = manifest.segments if isinstance(manifest, Manifest) else ()
         new = [ref for ref in refs if self.segments.setdefault(ref.digest, ref) is ref]
         files = SegmentFiles(self.root, new, manifest.groups)
         for number, ref in enumerate(new):
             with self._file(ref.name):
-                yield files.checked(number)
+                yield ref, files.checked(number)
 
     def _manifest(self, name: str, manifest: Manifest | FlatManifest, spec_digest: str | None) -> None:
         if spec_digest is not None and manifest.spec != spec_digest:
