@@ -22,8 +22,7 @@ file = pa.memory_map(str(root / "segments" / f"{manifest['segments'][0]['digest'
 tasks = [task.hex() for task in pa.ipc.open_file(file).read_all()["task"][0].as_py()]
 task = next(task for task in tasks if (root / "commit" / group / f"{task}.json").exists())
 named = {g: json.loads((root / "commit" / g / f"{task}.json").read_text()) for g in ("samples", group)}
-samples = pq.read_table(root / "parts" / named["samples"]["bundle"] / "samples.parquet")
-sample = samples.slice(0, 1).to_pylist()[0]
+sample = pq.read_table(root / "parts" / named["samples"]["bundle"] / "samples.parquet").to_pylist()[0]
 array = zarr.open_group(str(root / "parts" / named[group]["bundle"] / group), mode="r")
 ends = np.cumsum(array["head_count"][: sample["length"]], dtype=np.int64)
 for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.format.directory import fullest_manifest
+from featurestore.catalogue.manifest import fullest_manifest
 from featurestore.format.schema import HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
 from featurestore.storage.root import root_of
