@@ -26,7 +26,7 @@ from common import RUN, table, write_result
 
 from featurestore.format.codec import row_starts
 from featurestore.format.schema import HiddenSpec, LogitsSpec
-from featurestore.order import epoch_order
+from featurestore.order import EpochOrder
 from featurestore.reader import CacheReader, CodedSample
 from student.data.batches import Collator, pad
 from student.data.decoding import decode_targets
@@ -142,7 +142,8 @@ def main() -> None:
     )
     if hidden is None or not isinstance(logits, LogitsSpec) or not logits.tail:
         sys.exit(f"{RUN}/cache: draws and an int8 layer are needed; run `make quickstart` first")
-    order = epoch_order(reader.manifest_digest, 0, 0, reader.shards()).tolist()
+    block = -(-len(reader) // reader.shards)
+    order = list(EpochOrder(reader.manifest_digest, 0, 0, len(reader), block))
     tokens = int(reader.lengths.sum())
     collate = Collator([logits, hidden], 0)
 
@@ -175,7 +176,7 @@ def main() -> None:
     lines = [[n, f"{r:,.0f}", f"{r / plain:.2f}", f"{decoded / r:.1f}"] for n, r in rates.items()]
     intro = (__doc__ or "").split("\n", 2)[2].strip()
     what = (
-        f"{tokens:,} positions, {len(reader)} samples, {len(reader.shards())} shards; {logits}, {hidden}; "
+        f"{tokens:,} positions, {len(reader)} samples, {reader.shards} shards; {logits}, {hidden}; "
         f"{mapped.bytes / tokens:.0f} bytes per position in the memmap. One thread."
     )
     body = table(["", "tokens/s", "of the memmap's rate", "ours decoded, times this"], lines)

@@ -9,21 +9,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `read_store.py STORE | head` ends with `head`
 root = Path(sys.argv[1])
-manifests = [json.loads(path.read_text()) for path in sorted(root.glob("MANIFEST-*.json"))]
-manifest = max(manifests, key=lambda m: sum(map(len, m["tasks"].values())))
+head = max(path.name for path in (root / "heads").iterdir())
+manifest = json.loads((root / f"MANIFEST-{head.split('-')[2]}.json").read_text())
 group = next(name for name in manifest["groups"] if name.startswith("logits"))
-task = next(task for task, groups in manifest["tasks"].items() if group in groups)
-parts = {
-    name: root / "parts" / json.loads((root / "commit" / name / f"{task}.json").read_text())["bundle"]
-    for name in ("samples", group)
-}
-sample = pq.read_table(parts["samples"] / "samples.parquet").slice(0, 1).to_pylist()[0]
-array = zarr.open_group(str(parts[group] / group), mode="r")
+file = pa.memory_map(str(root / "segments" / f"{manifest['segments'][0]['digest']}.arrow"))
+tasks = [task.hex() for task in pa.ipc.open_file(file).read_all()["task"][0].as_py()]
+task = next(task for task in tasks if (root / "commit" / group / f"{task}.json").exists())
+named = {g: json.loads((root / "commit" / g / f"{task}.json").read_text()) for g in ("samples", group)}
+sample = pq.read_table(root / "parts" / named["samples"]["bundle"] / "samples.parquet").to_pylist()[0]
+array = zarr.open_group(str(root / "parts" / named[group]["bundle"] / group), mode="r")
 ends = np.cumsum(array["head_count"][: sample["length"]], dtype=np.int64)
 for row, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
     drop = np.cumsum(array["head_gaps"][start:end], dtype=np.int64) / 16

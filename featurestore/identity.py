@@ -13,6 +13,8 @@ from featurestore.errors import CorruptionError, StoreFormatError
 
 FORMAT = "distily-cache"
 VERSION = 1
+# The newest version of a kind of record, where it is not VERSION. All versions up to it are read.
+NEWEST = {"manifest": 2}
 SEAL = "blake3"
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}")
@@ -63,9 +65,10 @@ def unseal(data: bytes, where: str, kind: str) -> dict[str, Any]:
     if not isinstance(record, dict) or SEAL not in record or "format" not in record:
         raise CorruptionError(f"{where}: not a sealed {expected} record; the file is damaged or foreign")
     version = record.get("version")
-    if record["format"] == expected and type(version) is int and version > VERSION:
+    newest = NEWEST.get(kind, VERSION)
+    if record["format"] == expected and type(version) is int and version > newest:
         raise StoreFormatError(
-            f"{where}: format version {version}, but this distily-cache reads up to {VERSION}; upgrade it"
+            f"{where}: format version {version}, but this distily-cache reads up to {newest}; upgrade it"
         )
     stored = record.pop(SEAL)
     try:
@@ -74,8 +77,8 @@ def unseal(data: bytes, where: str, kind: str) -> dict[str, Any]:
         sound = False
     if not sound:
         raise CorruptionError(f"{where}: its blake3 seal does not match; the file is damaged")
-    if record["format"] != expected or version != VERSION:
-        raise StoreFormatError(f"{where}: expected {expected} version {VERSION}, found {record['format']!r}")
+    if record["format"] != expected or type(version) is not int or not VERSION <= version <= newest:
+        raise StoreFormatError(f"{where}: expected {expected} version {newest}, found {record['format']!r}")
     return record
 
 
@@ -93,7 +96,7 @@ def _check_size(data: bytes, where: str, kind: str) -> None:
 
 def header(kind: str) -> dict[str, Any]:
     """The two fields that every record starts with."""
-    return {"format": f"{FORMAT}/{kind}", "version": VERSION}
+    return {"format": f"{FORMAT}/{kind}", "version": NEWEST.get(kind, VERSION)}
 
 
 def check_id(value: object, pattern: re.Pattern[str], where: str) -> str:

@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 
 from featurestore.errors import FeatureStoreError
-from featurestore.order import WINDOW_SHARDS
+from featurestore.order import WINDOW_BLOCKS
+
+# Of so many shards it is known that they were come to: those of the windows before and after a step.
+_REMEMBERED = 4 * WINDOW_BLOCKS
 
 
 def prefetched(
-    order: Sequence[int],
-    shards: Sequence[Sequence[int]],
+    order: Iterable[int],
+    shard: Callable[[int], int],
     warm: Callable[[int], None],
-    ahead: int = WINDOW_SHARDS,
+    ahead: int = WINDOW_BLOCKS,
 ) -> Iterator[int]:
     """Yield `order`; a thread meanwhile calls `warm` with the first sample of each shard that it comes to.
 
-    shards: lists of the indices that `order` is made of. The thread is at most `ahead` shards in front of
-    what was yielded, one window of featurestore.order by default. What it finds damaged or out of reach it
-    leaves to the reader, which says so in its place. It ends with the iteration.
+    order: gives the same each time that it is iterated. shard: the shard of a sample. The thread is at most
+    `ahead` shards in front of what was yielded, one window of featurestore.order by default, and passes over
+    what was yielded before it came to it, as when a run that resumes skips steps. What it finds damaged or
+    out of reach it leaves to the reader, which says so in its place. It ends with the iteration.
     """
-    shard_of = {index: number for number, shard in enumerate(shards) for index in shard}
-    first: dict[int, int] = {}
-    for index in order:
-        first.setdefault(shard_of[index], index)
     permits, stopped = threading.Semaphore(ahead), threading.Event()
+    reached = 0
 
     def run() -> None:
-        for index in first.values():
+        for number, index in enumerate(index for index, first in _come_to(order, shard) if first):
             permits.acquire()
             if stopped.is_set():
                 return
+            if number < reached - 1:
+                continue
             try:
                 warm(index)
             except FeatureStoreError:
                 return
 
     threading.Thread(target=run, name="prefetch", daemon=True).start()
-    come_to: set[int] = set()
     try:
-        for index in order:
-            if shard_of[index] not in come_to:
-                come_to.add(shard_of[index])
+        for index, first in _come_to(order, shard):
+            if first:
+                reached += 1
                 permits.release()
             yield index
     finally:
         stopped.set()
         permits.release()
+
+
+def _come_to(order: Iterable[int], shard: Callable[[int], int]) -> Iterator[tuple[int, bool]]:
+    """Each index of the order, and whether it is the first of its shard (for long)."""
+    seen: OrderedDict[int, None] = OrderedDict()
+    for index in order:
+        number = shard(index)
+        yield index, number not in seen
+        seen[number] = None
+        seen.move_to_end(number)
+        if len(seen) > _REMEMBERED:
+            seen.popitem(last=False)

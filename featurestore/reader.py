@@ -5,31 +5,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.bundle import Bundle, check_extent
+from featurestore.bundle import Bundle
+from featurestore.catalogue.catalogue import catalogue_of
+from featurestore.catalogue.manifest import fullest_manifest, read_manifest
+from featurestore.catalogue.views import Lengths, SampleIds
 from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.format.arrays import ChunkCache
-from featurestore.format.directory import (
-    fullest_manifest,
-    manifest_digests,
-    read_manifest,
-    read_spec,
-    read_teacher_listing,
-)
+from featurestore.format.directory import manifest_digests, read_spec, read_teacher_listing
 from featurestore.format.kinds.logits import narrowed
 from featurestore.format.kinds.table import GroupCodes, covers, flag_of, width
-from featurestore.format.plan import Task
-from featurestore.format.records import Manifest, commit_name, read_commit
 from featurestore.format.schema import GroupFeatures, GroupSpec, LogitsSpec
 from featurestore.format.sidecar import Sidecar, part_of
-from featurestore.format.tables import read_plan
-from featurestore.identity import SAMPLES
-from featurestore.storage.files import MAX_RECORD_BYTES
 from featurestore.storage.protocol import Root
 from featurestore.storage.root import root_of
 
@@ -64,7 +57,8 @@ class CodedSample:
 class CacheReader:
     """The samples of one manifest, by index. Use `CacheReader.open`.
 
-    A reader holds no open files: it can be forked, and pickling sends the place and the manifest's digest
+    Opening reads the manifest alone. Ids and lengths lie in files that are mapped when they are touched, so
+    that processes share them. A reader can be forked, and pickling sends the place and the manifest's digest
     only. It is not for use by several threads at once, except for `warm`. Bundles are checked against their
     committed sizes and hashes when they are first read; damage raises CorruptionError, and is never returned.
     At most 256 MiB of unpacked chunks are kept.
@@ -74,8 +68,9 @@ class CacheReader:
         manifest_digest: the manifest that is read, which repeats an experiment exactly.
         identity: the teacher, its tokenizer and its engine.
         groups: column group id -> spec.
-        sample_ids: one id per sample, 32 hex digits.
-        lengths: int64 [samples], tokens of each sample.
+        sample_ids: one id per sample, 32 hex digits: a sequence that reads what is asked for.
+        lengths: tokens of each sample, likewise; `np.asarray(lengths)` is int64 [samples].
+        shards: how many shards (tasks) hold the samples.
 
     Example:
         reader = CacheReader.open("run/cache")
@@ -88,27 +83,15 @@ class CacheReader:
         self.manifest_digest = manifest_digest
         self._root = root
         self.identity, spec_digest = read_spec(root)
-        self._manifest = read_manifest(root, manifest_digest)
-        if self._manifest.spec != spec_digest:
+        self.catalogue = catalogue_of(root, read_manifest(root, manifest_digest))
+        if self.catalogue.spec != spec_digest:
             raise CorruptionError(
                 f"{self.path}: SPEC.json is not the one that manifest {manifest_digest} was made for"
             )
-        self._tasks = _tasks_of(root, self._manifest)
-        self.groups: dict[str, GroupSpec] = dict(self._manifest.groups)
-        self.sample_ids: list[str] = []
-        lengths: list[int] = []
-        places: list[tuple[int, int]] = []
-        seen: set[str] = set()
-        for t, task in enumerate(self._tasks):
-            for position, (sample_id, length) in enumerate(zip(task.sample_ids, task.lengths, strict=True)):
-                # Two generators that planned at the same moment can have put one sample into two tasks.
-                if sample_id not in seen:
-                    seen.add(sample_id)
-                    self.sample_ids.append(sample_id)
-                    lengths.append(length)
-                    places.append((t, position))
-        self.lengths: npt.NDArray[np.int64] = np.asarray(lengths, dtype=np.int64)
-        self._places = np.asarray(places, dtype=np.int64).reshape(-1, 2)
+        self.groups: dict[str, GroupSpec] = dict(self.catalogue.groups)
+        self.sample_ids = SampleIds(self.catalogue)
+        self.lengths = Lengths(self.catalogue)
+        self.shards = int(self.catalogue.task_starts[-1])
         self._bundles: OrderedDict[int, Bundle] = OrderedDict()
         self._verified: set[tuple[str, str]] = set()
         self._cache = ChunkCache()
@@ -150,28 +133,46 @@ class CacheReader:
         return (type(self), (self._root, self.manifest_digest))
 
     def __len__(self) -> int:
-        return len(self.sample_ids)
+        return len(self.catalogue)
 
     def documents(self) -> list[list[tuple[str, ...]]]:
-        """The documents that each sample was cut from. One small record is read for each task.
+        """The documents that each sample was cut from, as Python objects of all samples.
 
         Returns:
             One list per sample, in the order of `sample_ids`. It has an entry for each task that holds the
             sample (mostly one): the keys of its documents, () where the task does not know them.
 
         Raises:
-            CorruptionError: a commit record is missing or damaged.
+            CorruptionError: what lists them is missing or damaged.
         """
-        self._root.fetch({commit_name(SAMPLES, task.id): MAX_RECORD_BYTES for task in self._tasks})
-        by_sample: dict[str, list[tuple[str, ...]]] = {sample_id: [] for sample_id in self.sample_ids}
-        for task in self._tasks:
-            expected = self._manifest.tasks[task.id][SAMPLES]
-            record = read_commit(self._root, SAMPLES, task.id, expected)
-            check_extent(record, task)
-            known = record.documents or ((),) * len(task.sample_ids)
-            for sample_id, keys in zip(task.sample_ids, known, strict=True):
-                by_sample[sample_id].append(keys)
-        return list(by_sample.values())
+        found: list[list[tuple[str, ...]]] = []
+        for number in range(self.catalogue.segments):
+            start, raw = self.catalogue.documents(number)
+            keys = [bytes(key).hex() for key in raw]
+            known = [tuple(keys[a:b]) for a, b in pairwise(start.tolist())]
+            found += [[known[place]] for place in self.catalogue.segment(number).kept]
+        for index, _, keys_of_copy in self.copies():
+            found[index].append(keys_of_copy)
+        return found
+
+    def copies(self) -> list[tuple[int, str, tuple[str, ...]]]:
+        """The further tasks of samples that more than one task holds: index and id of the sample, and the
+        keys of its documents there.
+        """
+        found: list[tuple[str, tuple[str, ...]]] = []
+        for number in range(self.catalogue.segments):
+            segment = self.catalogue.segment(number)
+            start, raw = self.catalogue.documents(number) if len(segment.dropped) else ((), ())
+            for place in segment.dropped.tolist():
+                keys = tuple(bytes(key).hex() for key in raw[start[place] : start[place + 1]])
+                found.append((bytes(segment.columns["sample"][place]).hex(), keys))
+        ids = np.frombuffer(bytes.fromhex("".join(sample for sample, _ in found)), np.uint8).reshape(-1, 16)
+        indices = self.catalogue.find(ids).tolist()
+        return [(index, *one) for index, one in zip(indices, found, strict=True)]
+
+    def knows_documents(self) -> bool:
+        """Whether any sample names a document that it was cut from."""
+        return any(len(self.catalogue.documents(number)[1]) for number in range(self.catalogue.segments))
 
     @property
     def teacher_dir(self) -> Path:
@@ -182,7 +183,7 @@ class CacheReader:
             StoreAccessError: the object store does not answer.
         """
         if self._root.keeps_copies:
-            for listing in self._manifest.teacher:
+            for listing in self.catalogue.teacher:
                 stamps = read_teacher_listing(self._root, listing)
                 small = {f"teacher/{name}": s for name, s in stamps.items() if part_of(name) is None}
                 self._root.check(small)
@@ -190,18 +191,16 @@ class CacheReader:
 
     def sidecar(self) -> Sidecar:
         """The teacher's LM head and projections, as far as the manifest lists them; nothing is read yet."""
-        return Sidecar(self._root, self.identity, self._manifest.teacher)
+        return Sidecar(self._root, self.identity, self.catalogue.teacher)
 
-    def shards(self) -> list[list[int]]:
-        """The samples of each task, which share their files and are best read one after the other.
+    def shard(self, index: int) -> int:
+        """The number of the shard that holds a sample; the samples of one share their files, and are best
+        read one after the other.
 
-        Returns:
-            One list of indices per task, as `featurestore.order.epoch_order` takes them.
+        Raises:
+            IndexError: there is no such sample.
         """
-        members: dict[int, list[int]] = {}
-        for index, task in enumerate(self._places[:, 0].tolist()):
-            members.setdefault(task, []).append(index)
-        return list(members.values())
+        return self.catalogue.shard(index)
 
     def find(self, kind: str) -> GroupSpec:
         """The widest spec of a kind that every sample has.
@@ -323,10 +322,11 @@ class CacheReader:
         )
 
     def _place(self, index: int) -> tuple[Bundle, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        t, position = self._places[index].tolist()
-        return self._bundle(t), position
+        number, place = self.catalogue.place(index)
+        segment = self.catalogue.segment(number)
+        row = segment.row_of(place)
+        shard = int(self.catalogue.task_starts[number]) + row
+        return self._bundle(shard), place - segment.span(row)[0]
 
     def warm(self, index: int, groups: Sequence[GroupSpec]) -> None:
         """Make the files of the shard that holds sample `index` available and verified; nothing is decoded.
@@ -342,19 +342,16 @@ class CacheReader:
             CorruptionError: a file is missing, or is not what was committed.
             StoreAccessError: the object store does not answer.
         """
-        self._open(int(self._places[index, 0])).warm(groups)
+        self._open(self.shard(index)).warm(groups)
 
-    def _open(self, t: int) -> Bundle:
+    def _open(self, shard: int) -> Bundle:
         """A bundle of its own, with no data read yet."""
-        task = self._tasks[t]
-        named = self._manifest.tasks[task.id]
-        self._root.fetch({commit_name(group, task.id): MAX_RECORD_BYTES for group in named})
-        records = {group: read_commit(self._root, group, task.id, d) for group, d in named.items()}
+        number, row = self.catalogue.row(shard)
         return Bundle(
             root=self._root,
             identity=self.identity,
-            task=task,
-            records=records,
+            task=self.catalogue.segment(number).task(row),
+            records=self.catalogue.records(number, row),
             verified=self._verified,
             cache=self._cache,
         )
@@ -370,21 +367,10 @@ class CacheReader:
 
     def _complete(self, want: GroupSpec) -> bool:
         serving = {group for group, spec in self.groups.items() if covers(spec, want)}
-        return all(serving & set(named) for named in self._manifest.tasks.values())
+        return self.catalogue.covered(serving)
 
 
 def _words(spec: LogitsSpec) -> str:
     """`top-k 12, top-p 0.7 and 16 draws from outside that head`."""
     cut = "" if spec.top_p is None else f", top-p {spec.top_p:g}"
     return f"top-k {spec.top_k}{cut}" + (f" and {spec.tail} draws from outside that head" * bool(spec.tail))
-
-
-def _tasks_of(root: Root, manifest: Manifest) -> list[Task]:
-    """The manifest's tasks, in the order of their plan files."""
-    known: dict[str, Task] = {}
-    for name in manifest.plans:
-        known.update((task.id, task) for task in read_plan(root, name))
-    lost = [task for task in manifest.tasks if task not in known]
-    if lost:
-        raise CorruptionError(f"{root.location}: no plan file has task {lost[0]}, which the manifest lists")
-    return [task for task in known.values() if task.id in manifest.tasks]

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.bundle import read_samples
+from featurestore.catalogue.inventory import Inventory, take_stock
+from featurestore.catalogue.manifest import Manifest, head_names
+from featurestore.catalogue.pending import Pending, pending_bundles
+from featurestore.catalogue.publishing import publish_newest
 from featurestore.errors import (
     MissingFeatureError,
     SpecMismatchError,
@@ -26,7 +30,6 @@ from featurestore.format.directory import (
     SPEC_FILE,
     committed_groups,
     committed_tasks,
-    manifest_name,
     plan_names,
     provenance_names,
     read_provenance,
@@ -39,22 +42,19 @@ from featurestore.format.plan import Task
 from featurestore.format.records import (
     SAMPLES_FILE,
     CommitRecord,
-    Manifest,
     RunCost,
     Stamp,
     commit_name,
     files_of,
     read_commit,
-    read_commit_and_digest,
-    sum_stats,
     unrecorded,
 )
 from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity, group_id
 from featurestore.format.sidecar import sidecar_files
-from featurestore.format.tables import plan_name, plan_to_bytes, read_plan, samples_to_bytes
+from featurestore.format.tables import plan_name, plan_to_bytes, samples_to_bytes
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
 from featurestore.storage.files import MAX_RECORD_BYTES, hash_file, write_new, writing
-from featurestore.storage.protocol import Root
+from featurestore.storage.protocol import PENDING, Root
 from featurestore.storage.root import root_of
 
 
@@ -138,7 +138,9 @@ class FeatureStore:
 
     def is_empty(self) -> bool:
         """Whether no column group of any task is committed."""
-        return not any(committed_tasks(self.root, group) for group in committed_groups(self.root))
+        return not head_names(self.root) and not any(
+            committed_tasks(self.root, group) for group in committed_groups(self.root)
+        )
 
     def _give_to(self, identity: TeacherIdentity) -> None:
         """Replace SPEC.json, unless something is committed, and remove what the runs before have prepared.
@@ -151,15 +153,19 @@ class FeatureStore:
             self.root.replace(SPEC_FILE, _spec(self.identity))
             return
         listings = [*plan_names(self.root), *teacher_listings(self.root)]
+        listings += [f"{PENDING}/{bundle}.json" for bundle in pending_bundles(self.root)]
         for name in [*listings, *(f"teacher/{file}" for file in self.root.names("teacher"))]:
             self.root.remove(name, lambda _: False)
 
+    def inventory(self) -> Inventory:
+        """What is listed, committed and planned now, at the cost of what no manifest lists yet."""
+        return take_stock(self.root, self._plans)
+
     def known_tasks(self) -> dict[str, Task]:
-        """Every planned task by id, from all plan files."""
-        for name in plan_names(self.root):
-            if name not in self._plans:
-                self._plans[name] = read_plan(self.root, name)
-        return {task.id: task for _, tasks in sorted(self._plans.items()) for task in tasks}
+        """Every planned or committed task by id. Reads the list of the whole store: `inventory` finds the
+        tasks of given samples in a large one.
+        """
+        return self.inventory().tasks()
 
     def add_plan(self, tasks: Sequence[Task]) -> None:
         """Publish a plan file with the tasks that are not planned yet.
@@ -167,7 +173,8 @@ class FeatureStore:
         Raises:
             StoreWriteError: the place cannot be written.
         """
-        known = self.known_tasks()
+        inventory = self.inventory()
+        known = {*inventory.planned, *inventory.loose, *inventory.rows(task.id for task in tasks)}
         new = [task for task in tasks if task.id not in known]
         if new:
             data = plan_to_bytes(new)
@@ -175,22 +182,14 @@ class FeatureStore:
                 self.root.publish(plan_name(data), data)
 
     def commits(self) -> dict[str, dict[str, CommitRecord]]:
-        """group id ("samples" included) -> task id -> record, of everything that is committed."""
-        return {
-            group: {task: record for task, (record, _) in self._records(group).items()}
-            for group in committed_groups(self.root)
-        }
+        """group id ("samples" included) -> task id -> record, of everything that is committed, listed or not.
+        Reads all commit records.
+        """
+        return {group: self._records(group) for group in committed_groups(self.root)}
 
     def group_specs(self) -> dict[str, GroupSpec]:
         """Spec of every column group that at least one task has."""
-        specs: dict[str, GroupSpec] = {}
-        for group in committed_groups(self.root):
-            tasks = committed_tasks(self.root, group)
-            if group != SAMPLES and tasks:
-                spec = read_commit(self.root, group, tasks[0]).spec
-                assert spec is not None
-                specs[group] = spec
-        return specs
+        return self.inventory().specs
 
     def read_samples(self, task_id: str) -> list[Sample]:
         """Tokens and masks of a committed task, in the task's order.
@@ -199,7 +198,7 @@ class FeatureStore:
             MissingFeatureError: the task is not planned, or its samples are not committed.
             CorruptionError: the bytes are not those that were committed.
         """
-        task = self.known_tasks().get(task_id)
+        task = self.inventory().task(task_id)
         if task is None or not self._has(None, task):
             raise MissingFeatureError(f"the samples of task {task_id} are not committed in {self.path}")
         return read_samples(self.root, read_commit(self.root, SAMPLES, task_id), task)
@@ -264,7 +263,15 @@ class FeatureStore:
             except BaseException:
                 self.root.abandon(name)
                 raise
+            groups = tuple(record.group for record in records)
+            self.announce(Pending(bundle=name, task=task, groups=groups))
         return [replace(record, run=run) for record in records]
+
+    def announce(self, marker: Pending) -> None:
+        """Have the next manifest look at the records of a bundle. Comes after its files and before its first
+        record; `prepare_bundle` does it.
+        """
+        self.root.publish(marker.name, marker.to_bytes())
 
     def read_records(self, task: Task, groups: Iterable[GroupSpec]) -> list[CommitRecord]:
         """The committed record of each of these groups of a task, then that of its samples."""
@@ -298,7 +305,8 @@ class FeatureStore:
                 )
 
     def publish_manifest(self) -> Manifest:
-        """Publish the list of all that is committed now. The same commits give the same manifest.
+        """Publish the list of all that is committed now, at the cost of what no manifest lists yet. Where
+        there is nothing, the manifest stays what it is.
 
         Returns:
             The manifest. `CacheReader.open(path, manifest.digest)` reads exactly what it lists.
@@ -307,33 +315,8 @@ class FeatureStore:
             StoreFormatError: nothing is committed yet.
             StoreWriteError: the place cannot be written.
         """
-        tasks: dict[str, dict[str, str]] = {}
-        specs: dict[str, GroupSpec] = {}
-        records: dict[str, list[CommitRecord]] = {}
-        for group in committed_groups(self.root):
-            for task, (record, record_digest) in self._records(group).items():
-                tasks.setdefault(task, {})[group] = record_digest
-                if record.spec is not None:
-                    specs[group] = record.spec
-                    records.setdefault(group, []).append(record)
-        complete = {task: groups for task, groups in sorted(tasks.items()) if SAMPLES in groups}
-        if not complete:
-            raise StoreFormatError(f"nothing is committed in {self.path} yet, so there is nothing to list")
-        manifest = Manifest(
-            spec=read_spec(self.root)[1],
-            plans=tuple(plan_names(self.root)),
-            teacher=tuple(teacher_listings(self.root)),
-            groups={group: specs[group] for group in sorted(specs)},
-            tasks=complete,
-            stats={
-                group: sums
-                for group, listed in sorted(records.items())
-                if (sums := sum_stats(record for record in listed if record.task in complete))
-            },
-        )
         with writing("a manifest", self.path):
-            self.root.publish(manifest_name(manifest.digest), manifest.to_bytes())
-        return manifest
+            return publish_newest(self.root, self._plans)
 
     def put_teacher_files(self, files: Mapping[str, bytes]) -> None:
         """Keep files of the teacher (config, tokenizer, parts of its sidecar) in teacher/, and list them.
@@ -381,7 +364,6 @@ class FeatureStore:
         """What runs spent that left no provenance record (they were stopped, or are at work), in the fields
         of one.
         """
-        records = (record for by_task in self.commits().values() for record in by_task.values())
         return [
             {
                 "command": "generate (stopped, or still at work)",
@@ -391,7 +373,7 @@ class FeatureStore:
                 "engine_seconds": run.engine_seconds,
                 "capture_seconds": run.capture_seconds,
             }
-            for run in unrecorded(records, self.provenance())
+            for run in unrecorded(self.inventory().runs.values(), self.provenance())
         ]
 
     def _stamp(self, name: str, size: int) -> Stamp:
@@ -404,11 +386,11 @@ class FeatureStore:
         """Is this group (None: are the samples) of the task committed."""
         return self.root.exists(commit_name(SAMPLES if spec is None else group_id(spec), task.id))
 
-    def _records(self, group: str) -> dict[str, tuple[CommitRecord, str]]:
-        """task id -> record and its digest, of all tasks that have the group."""
+    def _records(self, group: str) -> dict[str, CommitRecord]:
+        """task id -> record, of all tasks that have the group."""
         tasks = committed_tasks(self.root, group)
         self.root.fetch({commit_name(group, task): MAX_RECORD_BYTES for task in tasks})
-        return {task: read_commit_and_digest(self.root, group, task) for task in tasks}
+        return {task: read_commit(self.root, group, task) for task in tasks}
 
     def _check_samples(self, task: Task, samples: Sequence[Sample]) -> None:
         if tuple(sample.id for sample in samples) != task.sample_ids:

@@ -7,7 +7,7 @@ from typing import Any
 
 from featurestore.errors import CorruptionError, StoreFormatError, StoreNotFoundError
 from featurestore.format.kinds.table import group_ids
-from featurestore.format.records import MAX_BYTES, Manifest, Stamp
+from featurestore.format.records import MAX_BYTES, Stamp
 from featurestore.format.schema import TeacherIdentity
 from featurestore.identity import (
     DIGEST,
@@ -70,30 +70,6 @@ def manifest_digests(root: Root) -> list[str]:
 def manifest_name(manifest_digest: str) -> str:
     """MANIFEST-<digest>.json."""
     return f"MANIFEST-{check_id(manifest_digest, DIGEST, 'manifest')}.json"
-
-
-def read_manifest(root: Root, manifest_digest: str) -> Manifest:
-    """A manifest, checked against its name."""
-
-    def parse(data: bytes, where: str) -> Manifest:
-        manifest = Manifest.from_bytes(data, where)
-        if digest(data) != manifest_digest:
-            raise CorruptionError(f"{where}: its content does not hash to its name")
-        return manifest
-
-    return root.load(manifest_name(manifest_digest), parse)
-
-
-def fullest_manifest(root: Root) -> str | None:
-    """Digest of the manifest with the most commit records, and of those with the most teacher listings: the
-    newest one of a store that only grows.
-    """
-
-    def size(manifest_digest: str) -> tuple[int, int, str]:
-        manifest = read_manifest(root, manifest_digest)
-        return manifest.records, len(manifest.teacher), manifest_digest
-
-    return max(manifest_digests(root), key=size, default=None)
 
 
 def teacher_listings(root: Root) -> list[str]:

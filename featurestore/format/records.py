@@ -49,7 +49,7 @@ class RunCost:
     @classmethod
     def from_json(cls, value: Any, where: str) -> RunCost:
         """Parse and validate; raises StoreFormatError."""
-        found = _object(value, where)
+        found = json_object(value, where)
         return cls(
             id=check_id(found.get("id"), RUN_ID, f"{where}: run"),
             tokens=check_int(found.get("tokens"), 1, MAX_BYTES, f"{where}: tokens of the run"),
@@ -131,8 +131,9 @@ class CommitRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a reader trusts: the tasks of one moment, and the exact commit record of each of their groups.
+class FlatManifest:
+    """A manifest of format version 1, which is read and no longer written: the tasks of one moment, and the
+    exact commit record of each of their groups.
 
     spec: digest of SPEC.json. plans, teacher: names of the plan and teacher-listing files. groups: id ->
     spec. tasks: task id -> {group id or "samples": digest of the commit record}. stats: group id -> the sums
@@ -151,36 +152,16 @@ class Manifest:
         """How many commit records it names."""
         return sum(len(groups) for groups in self.tasks.values())
 
-    @property
-    def digest(self) -> str:
-        """32 hex digits, the identity of what a training run read."""
-        return digest(self.to_bytes())
-
-    def to_bytes(self) -> bytes:
-        """The content of MANIFEST-<digest>.json."""
-        return seal(
-            {
-                **header("manifest"),
-                "spec": self.spec,
-                "plans": list(self.plans),
-                "teacher": list(self.teacher),
-                "groups": {name: spec.to_json() for name, spec in self.groups.items()},
-                "tasks": {task: dict(groups) for task, groups in self.tasks.items()},
-                **({"stats": {name: dict(sums) for name, sums in self.stats.items()}} if self.stats else {}),
-            }
-        )
-
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Manifest:
-        """Parse and validate; order of tasks is sorted by id."""
-        value = unseal(data, where, "manifest")
-        groups = {g: group_spec_from_json(s) for g, s in _object(value.get("groups"), where).items()}
+    def from_json(cls, value: dict[str, Any], where: str) -> FlatManifest:
+        """Validate an unsealed record; order of tasks is sorted by id. Raises StoreFormatError."""
+        groups = {g: group_spec_from_json(s) for g, s in json_object(value.get("groups"), where).items()}
         if any(group_id(spec) != name for name, spec in groups.items()):
             raise StoreFormatError(f"{where}: a spec does not belong to its group")
         known = {*groups, SAMPLES}
         tasks: dict[str, dict[str, str]] = {}
-        for task, named in _object(value.get("tasks"), where).items():
-            records = _object(named, where)
+        for task, named in json_object(value.get("tasks"), where).items():
+            records = json_object(named, where)
             if not set(records) <= known or SAMPLES not in records:
                 raise StoreFormatError(f"{where}: task {str(task)[:40]} names unknown groups or no samples")
             tasks[check_id(task, TASK_ID, where)] = {
@@ -188,11 +169,11 @@ class Manifest:
             }
         return cls(
             spec=check_id(value.get("spec"), DIGEST, where),
-            plans=_names(value.get("plans"), where),
-            teacher=_names(value.get("teacher"), where),
+            plans=file_names(value.get("plans"), where),
+            teacher=file_names(value.get("teacher"), where),
             groups=groups,
             tasks=tasks,
-            stats=_sums(value.get("stats", {}), groups, where),
+            stats=sums_of_groups(value.get("stats", {}), groups, where),
         )
 
 
@@ -229,14 +210,14 @@ def files_of(spec: GroupSpec | None, group: str) -> list[str]:
     return [SAMPLES_FILE] if spec is None else [f"{group}/{name}" for name in group_files(spec)]
 
 
-def sum_stats(records: Iterable[CommitRecord]) -> Stats:
-    """The stats of a group's tasks added up; the order of the records does not matter.
+def sum_stats(tasks: Iterable[Stats]) -> Stats:
+    """The stats of a group's tasks added up.
 
     `distinct_ids` is no sum over rows and left out. Tasks without stats count for nothing.
     """
     found: dict[str, list[int | float]] = {}
-    for record in records:
-        for name, number in record.stats.items():
+    for stats in tasks:
+        for name, number in stats.items():
             found.setdefault(name, []).append(number)
     found.pop("distinct_ids", None)
     return {
@@ -245,30 +226,32 @@ def sum_stats(records: Iterable[CommitRecord]) -> Stats:
     }
 
 
-def unrecorded(records: Iterable[CommitRecord], recorded: Iterable[Mapping[str, Any]]) -> list[RunCost]:
-    """What each run spent that has committed something and is not among `recorded`, the provenance records.
+def unrecorded(costs: Iterable[RunCost], recorded: Iterable[Mapping[str, Any]]) -> list[RunCost]:
+    """What each run spent that has committed something and is not among `recorded`, the provenance records;
+    costs: one per run.
 
     Such a run was stopped, or is still at work. What it spent after its last shard is not known.
     """
     known = {run for one in recorded if isinstance(run := one.get("run"), str)}
-    runs = [record.run for record in records if record.run is not None and record.run.id not in known]
-    return list({run.id: run for run in sorted(runs, key=lambda run: run.capture_seconds)}.values())
+    return sorted((run for run in costs if run.id not in known), key=lambda run: run.capture_seconds)
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """A JSON object; StoreFormatError for anything else."""
     if not isinstance(value, dict):
         raise StoreFormatError(f"{where}: expected a JSON object, found {str(value)[:80]}")
     return value
 
 
-def _names(value: Any, where: str) -> tuple[str, ...]:
+def file_names(value: Any, where: str) -> tuple[str, ...]:
+    """A list of file names; StoreFormatError for anything else."""
     if not isinstance(value, list):
         raise StoreFormatError(f"{where}: expected a list of file names, found {str(value)[:80]}")
     return tuple(check_id(name, FILE_NAME, where) for name in value)
 
 
 def _files(value: Any, spec: GroupSpec | None, group: str, where: str) -> dict[str, Stamp]:
-    files = _object(value, where)
+    files = json_object(value, where)
     if set(files) != set(files_of(spec, group)):
         raise StoreFormatError(f"{where}: names other files than group {group} has")
     stamps: dict[str, Stamp] = {}
@@ -301,7 +284,7 @@ def _stats(value: Any, spec: GroupSpec | None, rows: int, where: str) -> Stats:
 
 
 def _numbers(value: Any, where: str) -> Stats:
-    stats = _object(value, where)
+    stats = json_object(value, where)
     for name, number in stats.items():
         if type(number) not in (int, float) or not abs(number) <= MAX_STAT:
             raise StoreFormatError(f"{where}: stat {name[:40]} is no number")
@@ -314,8 +297,9 @@ def _seconds(value: Any, where: str) -> float:
     return float(value)
 
 
-def _sums(value: Any, groups: Mapping[str, GroupSpec], where: str) -> dict[str, Stats]:
-    sums = {name: _numbers(numbers, where) for name, numbers in _object(value, where).items()}
+def sums_of_groups(value: Any, groups: Mapping[str, Any], where: str) -> dict[str, Stats]:
+    """Sums of stats by group; StoreFormatError for anything else, and for a group that is not in `groups`."""
+    sums = {name: _numbers(numbers, where) for name, numbers in json_object(value, where).items()}
     if not set(sums) <= set(groups):
         raise StoreFormatError(f"{where}: stats of groups that it does not list")
     return sums

@@ -5,7 +5,7 @@ Memory is bounded by a row group: samples are read, converted and written a few 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def find_groups(reader: CacheReader, kinds: Sequence[str] | None) -> list[GroupS
 def export_schema(reader: CacheReader, groups: Sequence[GroupSpec]) -> Any:
     """The columns of an export. The metadata `distily-cache` is JSON: teacher, manifest and groups."""
     fields = [("id", pa.string()), ("tokens", IDS), ("loss_mask", pa.list_(pa.bool_()))]
-    if any(keys for copies in reader.documents() for keys in copies):
+    if reader.knows_documents():
         fields.append(("documents", pa.list_(pa.string())))
     for spec in groups:
         fields += kind_of(spec).export_fields(spec)
@@ -111,32 +111,33 @@ def _write(
 ) -> list[Path]:
     schema, hidden = export_schema(reader, groups), reader.identity.hidden_size
     cost = 8 + sum(kind_of(spec).export_row_bytes(spec, hidden) for spec in groups)
-    lengths = reader.lengths.tolist()
-    shards = list(_runs(range(len(reader)), lengths, SHARD_BYTES // cost))
-    total, done = sum(lengths), 0
+    shards = list(_runs(0, reader.lengths, SHARD_BYTES // cost))
+    total, done = reader.lengths.sum(), 0
     paths = []
     for number, shard in enumerate(shards):
         paths.append(folder / f"train-{number:05d}-of-{len(shards):05d}.{suffix}")
         with start(str(paths[-1]), schema) as writer:
-            for indices in _runs(shard, lengths, ROW_GROUP_BYTES // cost):
+            lengths = reader.lengths[shard.start : shard.stop].tolist()
+            for indices in _runs(shard.start, lengths, ROW_GROUP_BYTES // cost):
                 samples = [reader.read(index, groups) for index in indices]
                 writer.write_batch(to_batch(samples, groups, schema))
-                done += sum(lengths[index] for index in indices)
+                done += sum(len(sample.tokens) for sample in samples)
                 if progress is not None:
                     progress(done, total)
     sync_tree(folder)
     return paths
 
 
-def _runs(indices: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Consecutive indices of samples of at most `most` positions together; a longer sample is alone."""
-    run: list[int] = []
-    positions = 0
-    for index in indices:
-        if run and positions + lengths[index] > most:
-            yield run
-            run, positions = [], 0
-        run.append(index)
-        positions += lengths[index]
-    if run:
-        yield run
+def _runs(first: int, lengths: Iterable[int], most: int) -> Iterator[range]:
+    """Consecutive samples, from index `first` on, of at most `most` positions together; a longer one is
+    alone.
+    """
+    start, end, positions = first, first, 0
+    for length in lengths:
+        if end > start and positions + length > most:
+            yield range(start, end)
+            start, positions = end, 0
+        end += 1
+        positions += length
+    if end > start:
+        yield range(start, end)

@@ -1,17 +1,16 @@
-"""What a store holds, summed up from its records alone: nothing of the data is read."""
+"""What a store holds, summed up by its manifest, and by the records that it does not list yet: nothing of the
+data is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from featurestore.format.directory import fullest_manifest
+from featurestore.catalogue.manifest import GroupTotals, fullest_manifest
 from featurestore.format.kinds.table import kind_of
-from featurestore.format.plan import Task
-from featurestore.format.records import CommitRecord, sum_stats
-from featurestore.format.schema import TeacherIdentity
+from featurestore.format.schema import GroupSpec, TeacherIdentity
 from featurestore.identity import SAMPLES
 from featurestore.store import FeatureStore
 
@@ -94,56 +93,37 @@ def store_info(path: str | Path) -> StoreInfo:
         store_info("run/cache").rows
     """
     store = FeatureStore.open(path)
-    tasks = store.known_tasks()
-    commits = store.commits()
-    groups = {group: _group(records, len(tasks)) for group, records in commits.items() if records}
-    done = [tasks[task] for task in commits.get(SAMPLES, {}) if task in tasks]
+    inventory = store.inventory()
+    totals, specs, left = inventory.totals, inventory.specs, inventory.unfinished
+    samples, rows = sum(inventory.lengths.values()), totals[SAMPLES].rows if SAMPLES in totals else 0
+    done = totals[SAMPLES].tasks if SAMPLES in totals else 0
+    groups = {group: _group(sums, specs.get(group), done + len(left)) for group, sums in totals.items()}
     return StoreInfo(
         path=str(store.path),
         identity=store.identity,
         manifest=fullest_manifest(store.root),
-        samples=sum(len(task.lengths) for task in done),
-        rows=sum(task.rows for task in done),
-        samples_planned=sum(len(task.lengths) for task in tasks.values()),
-        rows_planned=sum(task.rows for task in tasks.values()),
+        samples=samples,
+        rows=rows,
+        samples_planned=samples + sum(len(task.lengths) for task in left),
+        rows_planned=rows + sum(task.rows for task in left),
         bytes=sum(group.bytes for group in groups.values()),
         groups=groups,
         sidecar={part: stamp[0] for part, (_, stamp) in store.sidecar().items()},
-        length_histogram=_histogram(done),
+        length_histogram={f"{2**b}-{2 ** (b + 1) - 1}": n for b, n in inventory.lengths.items()},
         provenance=store.provenance(),
         unrecorded=store.unrecorded_runs(),
     )
 
 
-def _group(records: Mapping[str, CommitRecord], tasks_total: int) -> GroupInfo:
-    first = next(iter(records.values()))
-    rows = sum(record.rows for record in records.values())
-    size = sum(record.size for record in records.values())
-    arrays: dict[str, int] = {}
-    for record in records.values():
-        for name, (length, _) in record.files.items():
-            # <group id>/<array>/..., <group id>/zarr.json, or samples.parquet
-            parts = name.split("/")
-            array = parts[1] if len(parts) > 2 else parts[-1]
-            arrays[array] = arrays.get(array, 0) + length
-    stats = sum_stats(records.values())
+def _group(sums: GroupTotals, spec: GroupSpec | None, tasks_total: int) -> GroupInfo:
     return GroupInfo(
-        kind=SAMPLES if first.spec is None else first.spec.kind,
-        spec=None if first.spec is None else first.spec.to_json(),
-        tasks_done=len(records),
+        kind=SAMPLES if spec is None else spec.kind,
+        spec=None if spec is None else spec.to_json(),
+        tasks_done=sums.tasks,
         tasks_total=tasks_total,
-        rows=rows,
-        bytes=size,
-        bytes_per_row=size / rows,
-        arrays=dict(sorted(arrays.items())),
-        **({} if first.spec is None else kind_of(first.spec).measures(first.spec, stats, rows)),
+        rows=sums.rows,
+        bytes=sums.size,
+        bytes_per_row=sums.size / sums.rows,
+        arrays=dict(sums.files),
+        **({} if spec is None else kind_of(spec).measures(spec, sums.stats, sums.rows)),
     )
-
-
-def _histogram(tasks: list[Task]) -> dict[str, int]:
-    counts: dict[int, int] = {}
-    for task in tasks:
-        for length in task.lengths:
-            bucket = length.bit_length() - 1
-            counts[bucket] = counts.get(bucket, 0) + 1
-    return {f"{2**b}-{2 ** (b + 1) - 1}": counts[b] for b in sorted(counts)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.bundle import bundle_name, check_extent
+from featurestore.catalogue.pending import Pending
 from featurestore.errors import CorruptionError, SpecMismatchError, StoreFormatError
 from featurestore.format.directory import (
     SPEC_FILE,
@@ -104,10 +105,12 @@ class _Work:
 
 def _plan(store: FeatureStore, sources: Sequence[FeatureStore]) -> list[_Work]:
     """What each source has that neither the store nor an earlier source has."""
-    have = {(group, task) for group, records in store.commits().items() for task in records}
+    inventory = store.inventory()
+    have: set[tuple[str, str]] = set()
     works = []
     for source in sources:
         tasks = source.known_tasks()
+        have |= {(group, task) for group, done in inventory.committed(tasks).items() for task in done}
         new: dict[str, list[CommitRecord]] = {}
         # "samples" sorts behind every other group.
         for group, records in sorted(source.commits().items()):
@@ -147,7 +150,11 @@ def _copy_task(store: FeatureStore, work: _Work) -> None:
             for name in names.values():
                 target.abandon(name)
             raise
-    store.commit([replace(record, bundle=names[record.bundle]) for record in work.records])
+        records = [replace(record, bundle=names[record.bundle]) for record in work.records]
+        for name in names.values():
+            groups = tuple(record.group for record in records if record.bundle == name)
+            store.announce(Pending(bundle=name, task=work.task, groups=groups))
+    store.commit(records)
 
 
 def _begin(target: Root, name: str) -> tuple[str, Path]:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from featurestore.bundle import Group, bundle_name, check_extent, read_samples
+from featurestore.catalogue.files import SegmentFiles
+from featurestore.catalogue.inventory import take_stock
+from featurestore.catalogue.manifest import (
+    Manifest,
+    SegmentRef,
+    check_head,
+    head_names,
+    read_head,
+    read_manifest,
+)
+from featurestore.catalogue.pending import pending_bundles, read_pending
+from featurestore.catalogue.segment import Segment
 from featurestore.errors import FeatureStoreError, StoreAccessError, StoreNotFoundError
 from featurestore.format.directory import (
     SPEC_FILE,
@@ -18,21 +31,20 @@ from featurestore.format.directory import (
     manifest_name,
     plan_names,
     provenance_names,
-    read_manifest,
     read_provenance,
     read_spec,
     read_teacher_listing,
     teacher_listings,
 )
 from featurestore.format.plan import Task
-from featurestore.format.records import CommitRecord, Manifest, Stamp, commit_name, read_commit_and_digest
+from featurestore.format.records import CommitRecord, FlatManifest, Stamp, commit_name, read_commit_and_digest
 from featurestore.format.schema import TeacherIdentity
 from featurestore.format.sidecar import checked_part, part_of
 from featurestore.format.tables import read_plan
 from featurestore.format.written import piece_names, read_piece
-from featurestore.identity import SAMPLES
+from featurestore.identity import SAMPLES, digest
 from featurestore.storage.files import MAX_RECORD_BYTES
-from featurestore.storage.protocol import Root
+from featurestore.storage.protocol import HEADS, PENDING, Root
 from featurestore.storage.root import root_of
 
 Progress = Callable[[int, int], None]
@@ -101,7 +113,8 @@ class _Audit:
         self.identity: TeacherIdentity | None = None
         self.tasks: dict[str, Task] = {}
         self.planned: dict[str, dict[str, Task]] = {}
-        self.records: dict[tuple[str, str], str] = {}
+        self.records: dict[tuple[str, str], tuple[str, str]] = {}
+        self.segments: dict[str, SegmentRef] = {}
 
     def run(self, progress: Progress | None) -> Report:
         spec_digest = self._spec()
@@ -110,13 +123,18 @@ class _Audit:
                 self.planned[name] = {task.id: task for task in read_plan(self.root, name)}
                 self.tasks.update(self.planned[name])
         self._side_files()
+        manifests = self._manifests()
         keys = [(g, t) for g in committed_groups(self.root) for t in committed_tasks(self.root, g)]
         self.root.fetch({commit_name(*key): MAX_RECORD_BYTES for key in keys})
         for done, (group, task) in enumerate(keys):
             self._commit(group, task)
             if progress is not None:
                 progress(done + 1, len(keys))
-        self._manifests(spec_digest, anything_committed=bool(keys))
+        if keys and not manifests:
+            self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
+        for name, manifest in manifests.items():
+            self._manifest(name, manifest, spec_digest)
+        self._unlisted(manifests)
         return self.report
 
     @contextmanager
@@ -171,10 +189,11 @@ class _Audit:
     def _commit(self, group: str, task_id: str) -> None:
         name = commit_name(group, task_id)
         with self._file(name):
-            record, self.records[group, task_id] = read_commit_and_digest(self.root, group, task_id)
+            record, seal = read_commit_and_digest(self.root, group, task_id)
+            self.records[group, task_id] = seal, _said(record)
             task = self.tasks.get(task_id)
             if task is None:
-                self._problem(name, "no readable plan file has this task")
+                self._problem(name, "no readable plan file and no segment has this task")
             else:
                 check_extent(record, task)
                 self._data(record, task)
@@ -203,26 +222,96 @@ class _Audit:
         for position in range(len(task.lengths)):
             columns.read(position)
 
-    def _manifests(self, spec_digest: str | None, anything_committed: bool) -> None:
-        digests = manifest_digests(self.root)
-        if anything_committed and not digests:
-            self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
-        for manifest_digest in digests:
+    def _manifests(self) -> dict[str, Manifest | FlatManifest]:
+        """The manifests by file name, and the tasks that their segments hold."""
+        found: dict[str, Manifest | FlatManifest] = {}
+        for manifest_digest in manifest_digests(self.root):
             name = manifest_name(manifest_digest)
             with self._file(name):
-                self._manifest(name, read_manifest(self.root, manifest_digest), spec_digest)
+                found[name] = read_manifest(self.root, manifest_digest)
+        for name in head_names(self.root):
+            with self._file(f"{HEADS}/{name}"):
+                read_head(self.root, name)
+                self.root.load(f"{HEADS}/{name}", partial(check_head, name))
+        newest = max((m.head for m in found.values() if isinstance(m, Manifest)), default=None)
+        if newest is not None and newest not in head_names(self.root):
+            self._problem(f"{HEADS}/{newest}", "missing; run the same generate again")
+        for bundle in pending_bundles(self.root):
+            with self._file(f"{PENDING}/{bundle}.json"):
+                self.tasks.update(
+                    (marker.task.id, marker.task) for marker in read_pending(self.root, [bundle])
+                )
+        for manifest in found.values():
+            for ref, segment in self._segments(manifest):
+                tasks = (segment.task(row) for row in range(segment.tasks))
+                with self._guard(ref.name):
+                    self.tasks.update((task.id, task) for task in tasks)
+        return found
 
-    def _manifest(self, name: str, manifest: Manifest, spec_digest: str | None) -> None:
+    def _segments(self, manifest: Manifest | FlatManifest) -> Iterator[tuple[SegmentRef, Segment]]:
+        """Those of the segments of a manifest that no manifest before has named, read whole."""
+        refs = manifest.segments if isinstance(manifest, Manifest) else ()
+        new = [ref for ref in refs if self.segments.setdefault(ref.digest, ref) is ref]
+        files = SegmentFiles(self.root, new, manifest.groups)
+        for number, ref in enumerate(new):
+            with self._file(ref.name):
+                yield ref, files.checked(number)
+
+    def _manifest(self, name: str, manifest: Manifest | FlatManifest, spec_digest: str | None) -> None:
         if spec_digest is not None and manifest.spec != spec_digest:
             self._problem(name, "made for another SPEC.json")
-        for file in (*manifest.plans, *manifest.teacher):
+        plans = manifest.plans if isinstance(manifest, FlatManifest) else ()
+        for file in (*plans, *manifest.teacher):
             if not self.root.exists(file):
                 self._problem(file, "the file is missing")
+        if isinstance(manifest, Manifest):
+            self._listed(manifest)
+            return
         planned = {task for plan in manifest.plans for task in self.planned.get(plan, ())}
         for task, groups in manifest.tasks.items():
             if task not in planned:
                 self._problem(name, f"task {task} is in none of the plan files that it names")
             for group, expected in groups.items():
-                if self.records.get((group, task)) != expected:
+                if self.records.get((group, task), ("",))[0] != expected:
                     what = "not the commit record that the manifest names, or missing"
                     self._problem(f"commit/{group}/{task}.json", what)
+
+    def _listed(self, manifest: Manifest) -> None:
+        """What the segments of a manifest say of commit records is what these say."""
+        files = SegmentFiles(self.root, manifest.segments, manifest.groups)
+        for number, ref in enumerate(manifest.segments):
+            if self.segments.pop(ref.digest, None) is None:
+                continue
+            with self._guard(ref.name):
+                segment = files.checked(number)
+                for row in range(segment.tasks):
+                    digests = segment.record_digests(row)
+                    for group, record in segment.records(row, manifest.groups).items():
+                        self._listed_record(ref.name, record, digests[group])
+
+    def _listed_record(self, name: str, record: CommitRecord, expected: str) -> None:
+        found, said = self.records.get((record.group, record.task), ("", ""))
+        if found != expected:
+            what = "not the commit record that the manifest names, or missing"
+            self._problem(commit_name(record.group, record.task), what)
+        elif said != _said(record):
+            self._problem(name, f"says something else of task {record.task} than its commit record")
+
+    def _unlisted(self, manifests: Mapping[str, Manifest | FlatManifest]) -> None:
+        """Records that neither the newest manifest nor a marker names, where there are markers."""
+        if not any(isinstance(manifest, Manifest) for manifest in manifests.values()):
+            return
+        with self._guard(HEADS):
+            inventory = take_stock(self.root, {})
+            listed = inventory.committed(task for _, task in self.records)
+            for group, task in self.records:
+                if task not in listed.get(group, ()):
+                    what = "no manifest and no marker names it; `distily-cache gc --delete` lists it"
+                    self._problem(commit_name(group, task), what)
+
+
+def _said(record: CommitRecord) -> str:
+    """All that a segment repeats of a commit record."""
+    stats = sorted(record.stats.items())
+    said = (record.bundle, record.rows, record.samples, sorted(record.files.items()), stats, record.documents)
+    return digest(repr(said).encode())

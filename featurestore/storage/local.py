@@ -22,7 +22,7 @@ from featurestore.storage.files import (
     sync_tree,
     write_new,
 )
-from featurestore.storage.protocol import PARTS, WRITTEN, Parse, Root, Stamps, State, T
+from featurestore.storage.protocol import LISTS, PARTS, WRITTEN, Parse, Root, Stamps, State, T
 
 
 class LocalRoot:
@@ -115,7 +115,7 @@ class LocalRoot:
             time.sleep(0.02)
 
     def unfinished(self) -> list[str]:
-        folders = [self.path / name for name in ("", PARTS, "provenance", "teacher")]
+        folders = [self.path / name for name in ("", PARTS, *LISTS, "provenance", "teacher")]
         folders += [*self.path.glob("commit/*"), *self.path.glob(f"{WRITTEN}/*")]
         leftovers = [path for folder in folders for path in sorted(folder.glob(f"{TEMPORARY}*"))]
         return [str(path.relative_to(self.path)) for path in leftovers]

@@ -20,6 +20,10 @@ Stamps = Mapping[str, tuple[int, str]]
 
 PARTS = "parts"
 WRITTEN = "written"
+SEGMENTS = "segments"
+HEADS = "heads"
+PENDING = "pending"
+LISTS = (SEGMENTS, HEADS, PENDING)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from featurestore.format.kinds.table import kind_of
 from featurestore.format.plan import Work
-from featurestore.format.records import CommitRecord
 from featurestore.format.schema import GroupSpec
+from featurestore.store import FeatureStore
 from pipeline.data.samples import LeftOut
 from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
 from pipeline.generate.run import PreparedCapture
@@ -48,7 +48,7 @@ class Forecast:
 def estimate(prepared: PreparedCapture) -> Forecast:
     """Sum the rows that each missing column group needs; time them by the store's pace or the machine's."""
     plan, store = prepared.plan, prepared.store
-    stored = stored_row_bytes(store.commits()) if store else {}
+    stored = stored_row_bytes(store) if store else {}
     kinds = {group.kind for work in plan.work for group in work.groups}
     pace = _pace(prepared) if plan.work else None
     sidecar = sum(part.size for part in prepared.sidecar)
@@ -78,15 +78,11 @@ def bytes_of(work: Iterable[Work], stored: Mapping[GroupSpec, float], hidden_siz
     return size
 
 
-def stored_row_bytes(commits: Mapping[str, Mapping[str, CommitRecord]]) -> dict[GroupSpec, float]:
+def stored_row_bytes(store: FeatureStore) -> dict[GroupSpec, float]:
     """Bytes per row that each committed column group takes."""
-    found: dict[GroupSpec, float] = {}
-    for records in commits.values():
-        spec = next((record.spec for record in records.values()), None)
-        if spec is not None:
-            rows = sum(record.rows for record in records.values())
-            found[spec] = sum(record.size for record in records.values()) / rows
-    return found
+    inventory = store.inventory()
+    totals = inventory.totals
+    return {spec: totals[group].size / totals[group].rows for group, spec in inventory.specs.items()}
 
 
 def _pace(prepared: PreparedCapture) -> Pace:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distily.hub import asking, client, logged_in
+from featurestore.catalogue.manifest import fullest_manifest
 from featurestore.errors import CorruptionError
-from featurestore.format.directory import SPEC_FILE, fullest_manifest
+from featurestore.format.directory import SPEC_FILE
 from featurestore.maintenance.info import store_info
 from featurestore.maintenance.trusted import trusted_files
 from featurestore.maintenance.verify import verify_store
@@ -33,8 +34,11 @@ STORE_FILES = [
     "plan-*.parquet",
     "MANIFEST-*.json",
     "TEACHER-*.json",
-    *(f"{folder}/*" for folder in ("commit", "parts", "provenance", "teacher")),
+    *(f"{folder}/*" for folder in ("commit", "heads", "parts", "provenance", "segments", "teacher")),
 ]
+# What says what there is: of an older push none may stay, and the last commit brings the new ones.
+_LAST = ("MANIFEST-", "heads/")
+_LISTS = (*_LAST, "segments/")
 _COMMIT_FILES = 500
 _HOSTILE = re.compile(r"[\x00-\x1f\\:]")
 
@@ -79,7 +83,7 @@ def push_store(store: str | Path, repo: str, private: bool = False) -> Shared:
         remote = _remote(api, repo, None)
     _check_same_store(repo, remote, paths[SPEC_FILE].read_bytes())
     card = store_card(info, repo, sent).encode()
-    stale = [path for path in remote if path.startswith("MANIFEST-") and path != names[-1]]
+    stale = [path for path in remote if path.startswith(_LISTS) and path not in paths]
     with asking(f"REPO {repo}: the push failed; the same command completes it"):
         revision = _send(api, repo, paths, card, stale)
     return Shared(url=str(url), revision=revision, manifest=info.manifest, files=len(names), bytes=sent)
@@ -159,11 +163,12 @@ def _send(api: HfApi, repo: str, paths: Mapping[str, Path], card: bytes, stale: 
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     adds = [CommitOperationAdd(name, path) for name, path in paths.items()]
-    data, manifest = adds[:-1], adds[-1]
+    data = [add for add in adds if not add.path_in_repo.startswith(_LAST)]
+    last = [add for add in adds if add.path_in_repo.startswith(_LAST)]
     for start in range(0, len(data), _COMMIT_FILES):
         _commit(api, repo, data[start : start + _COMMIT_FILES], "Files of the store")
     old = [CommitOperationDelete(path) for path in stale]
-    return _commit(api, repo, [manifest, CommitOperationAdd(CARD, card), *old], "Manifest and card")
+    return _commit(api, repo, [*last, CommitOperationAdd(CARD, card), *old], "Manifest and card")
 
 
 def _commit(

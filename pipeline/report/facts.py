@@ -62,5 +62,6 @@ def gather(store: str, samples: int) -> StoreFacts:
 
 
 def _to_show(reader: CacheReader) -> int:
-    enough = np.flatnonzero(reader.lengths >= _LONG_ENOUGH)
-    return int(enough[0] if len(enough) else reader.lengths.argmax())
+    lengths = np.asarray(reader.lengths)
+    enough = np.flatnonzero(lengths >= _LONG_ENOUGH)
+    return int(enough[0] if len(enough) else lengths.argmax())

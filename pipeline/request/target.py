@@ -84,11 +84,12 @@ def plan_missing(
 
     New shards have `shard_tokens` positions at most, the first of them `first_tokens`.
     """
-    commits = store.commits() if store else {}
+    inventory = store.inventory() if store else None
+    known = inventory.holding(sample for sample, _ in wanted) if inventory else {}
     return plan_generation(
-        known_tasks=store.known_tasks() if store else {},
-        committed={group: set(tasks) for group, tasks in commits.items()},
-        committed_specs=store.group_specs() if store else {},
+        known_tasks=known,
+        committed=inventory.committed(known) if inventory else {},
+        committed_specs=inventory.specs if inventory else {},
         wanted=wanted,
         groups=groups,
         shard_tokens=shard_tokens,

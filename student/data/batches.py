@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from featurestore.format.codec import CLOSED
 from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import GroupSpec, HiddenFeatures, HiddenSpec, LogitsSpec, LseFeatures, LseSpec
-from featurestore.order import epoch_order
+from featurestore.order import EpochOrder
 from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
 from student.data.packing import pack, position_ids
@@ -33,18 +34,21 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
     """Samples `indices` of the cache with the features of `groups`; opened lazily in each loader process."""
 
     def __init__(self, reader: CacheReader, indices: Sequence[int], groups: Sequence[GroupSpec]) -> None:
-        self._reader, self._indices, self.groups = reader, list(indices), tuple(groups)
+        self._reader, self._indices, self.groups = reader, indices, tuple(groups)
 
     @property
     def manifest_digest(self) -> str:
         """Digest of the manifest that the samples are read from."""
         return self._reader.manifest_digest
 
-    def shards(self) -> list[list[int]]:
-        """Positions in this data set by the shard that holds them."""
-        place = {index: position for position, index in enumerate(self._indices)}
-        kept = ([place[i] for i in shard if i in place] for shard in self._reader.shards())
-        return [shard for shard in kept if shard]
+    def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
+        """The positions in this data set in the order of one epoch."""
+        block = -(-len(self._reader) // self._reader.shards)
+        return EpochOrder(self._reader.manifest_digest, seed, epoch, len(self), block)
+
+    def shard(self, index: int) -> int:
+        """The number of the shard that holds a sample."""
+        return self._reader.shard(self._indices[index])
 
     def warm(self, index: int) -> None:
         """Have the shard of a sample at hand and verified; see CacheReader.warm."""
@@ -88,8 +92,7 @@ class CacheOrder(torch.utils.data.Sampler[int]):
         epoch: Callable[[], int],
         drop_last: bool = False,
     ) -> None:
-        self._dataset, self._digest, self._shards = dataset, dataset.manifest_digest, dataset.shards()
-        self._seed, self._epoch = seed, epoch
+        self._dataset, self._seed, self._epoch = dataset, seed, epoch
         steps = len(dataset) // global_batch if drop_last else -(-len(dataset) // global_batch)
         self._length = steps * global_batch
 
@@ -97,8 +100,9 @@ class CacheOrder(torch.utils.data.Sampler[int]):
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self._digest, self._seed, self._epoch(), self._shards)[: self._length].tolist()
-        yield from prefetched(order, self._shards, self._dataset.warm)
+        order = self._dataset.epoch_order(self._seed, self._epoch())
+        reading = prefetched(order, self._dataset.shard, self._dataset.warm)
+        yield from islice(reading, self._length)
         yield from [~last for last in order[-1:]] * (self._length - len(order))
 
 

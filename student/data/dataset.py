@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from featurestore.format.schema import GroupSpec
-from featurestore.order import epoch_order
+from featurestore.order import EpochOrder
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, CachedDataset, Collator
 from student.data.decoding import decode_hidden, decode_labels, decode_targets
@@ -83,7 +83,7 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             item[f"teacher_hidden_{layer}"] = states
         return item
 
-    def order(self, epoch: int, seed: int = 0) -> list[int]:
+    def order(self, epoch: int, seed: int = 0) -> EpochOrder:
         """The indices in a random order that reads one shard after the other, the same on every machine.
 
         Args:
@@ -91,10 +91,10 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             seed: of all of them.
 
         Returns:
-            Indices into this data set, for the argument `sampler` of a `DataLoader`.
+            Indices into this data set, for the argument `sampler` of a `DataLoader`: a sequence that is
+            computed as it is read, from any step on by its `starting(step)`.
         """
-        shards = self._coded.shards()
-        return [int(index) for index in epoch_order(self._coded.manifest_digest, seed, epoch, shards)]
+        return self._coded.epoch_order(seed, epoch)
 
     @staticmethod
     def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class CachePlan:
     """
 
     reader: CacheReader
-    indices: list[int]
+    indices: Sequence[int]
     logits: LogitsSpec
     final: GroupSpec | None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,9 @@ def _check_student(directory: Path, reader: CacheReader) -> None:
     check_positions(config, int(reader.lengths.max()), str(directory))
 
 
-def _indices(request: EvalRequest, summary: dict[str, Any], reader: CacheReader) -> list[int]:
+def _indices(request: EvalRequest, summary: dict[str, Any], reader: CacheReader) -> Sequence[int]:
     if request.cache.all_samples:
-        return list(range(len(reader)))
+        return range(len(reader))
     fraction = request.cache.fraction
     if fraction is None:
         fraction = summary.get("eval_fraction")

@@ -18,6 +18,7 @@ from torch import Tensor
 from distily.system.files import write_whole
 from distily.text import token_text
 from student.data.batches import IGNORE
+from student.data.indices import longest_places
 from student.evaluation.cache import CachePlan, LearnedStates, learned_states, measure_batch
 from student.losses.full_pass import TeacherHead
 from student.losses.lm_head import ChunkedHead, HeadTransform
@@ -36,8 +37,8 @@ Record = dict[str, Any]
 
 def look_at_samples(student: Any, plan: CachePlan, head: TeacherHead | None, tokenizer: Any) -> Record:
     """What eval-samples.json says of the samples and their tokens; head: the teacher's, as for `measure`."""
-    chosen = sorted(plan.indices, key=lambda index: -min(int(plan.reader.lengths[index]), LONG_ENOUGH))
-    found = (_sample(student, plan, index, head) for index in chosen[:MOST_SAMPLES])
+    places = longest_places(plan.reader.lengths, plan.indices, MOST_SAMPLES, LONG_ENOUGH)
+    found = (_sample(student, plan, plan.indices[place], head) for place in places)
     samples = [sample for sample in found if sample is not None]
     texts = {str(token): token_text(tokenizer, token) for token in sorted(_tokens(samples))}
     return {"version": VERSION, "samples": samples, "texts": texts}

@@ -14,6 +14,7 @@ from transformers import Trainer
 from student.bitnet import BitLinear
 from student.bitnet.int_mm import works
 from student.data.batches import Collator
+from student.data.indices import longest_places
 from student.errors import StudentError
 from student.planned import PlannedDevice, planning_for
 from student.planning import advice
@@ -274,8 +275,8 @@ def _optimizer(prepared: PreparedTraining) -> tuple[str, dict[str, Any]]:
 
 def longest_batch(prepared: PreparedTraining, rows: int) -> dict[str, Any]:
     """The longest training samples: what takes most."""
-    data, lengths = prepared.data, prepared.reader.lengths
-    longest = sorted(range(len(data.train)), key=lambda place: -lengths[data.split.training[place]])[:rows]
+    data = prepared.data
+    longest = longest_places(prepared.reader.lengths, data.split.training, rows)
     collator = Collator(data.train.groups, 0, prepared.request.options.pack_rows, drop_idle=True)
     return collator([data.train[place] for place in longest])
 

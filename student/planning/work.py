@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from distily.system.machine import product_seconds
-from featurestore.order import epoch_order
 from student.config.precision import product_rate
+from student.data.indices import indices_at, lengths_of
 from student.planning.memory import Setting
 from student.planning.standin import Trace
 from student.training.resume import order_seed
 from student.training.run import PreparedTraining
 
+_LOOKED_AT = 2**17  # samples of an epoch
 _SIDE = 4096  # of the matrices that a GPU multiplies
 
 
@@ -43,21 +46,24 @@ class TrainingWork:
 def plan_work(
     prepared: PreparedTraining, trace: Trace, positions: int, setting: Setting, processes: int
 ) -> TrainingWork:
-    """positions: of the batch that was followed, padding included."""
+    """positions: of the batch that was followed, padding included. Padding is that of the first samples of
+    the first epoch, up to _LOOKED_AT.
+    """
     args, data = prepared.request.training, prepared.data
-    lengths = [int(prepared.reader.lengths[index]) for index in data.split.training]
+    samples = len(data.train)
     batch = setting.rows * setting.accumulated * processes
-    whole = len(lengths) // batch if args.dataloader_drop_last else -(-len(lengths) // batch)
+    whole = samples // batch if args.dataloader_drop_last else -(-samples // batch)
     per_epoch = max(1, whole)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    tokens = sum(lengths)
-    padded = tokens
+    tokens = sum(int(part.sum()) for part in lengths_of(prepared.reader.lengths, data.split.training))
+    padded = float(tokens)
     if not prepared.request.options.pack_rows:
-        digest, shards = data.train.manifest_digest, data.train.shards()
-        order = epoch_order(digest, order_seed(args), 0, shards).tolist()
-        padded = padded_positions([lengths[index] for index in order], setting.rows)
+        order = data.train.epoch_order(order_seed(args), 0)
+        places = np.fromiter(islice(order, _LOOKED_AT), np.int64)
+        lengths = prepared.reader.lengths[indices_at(data.split.training, places)]
+        padded = padded_positions(lengths.tolist(), setting.rows) * (tokens / int(lengths.sum()))
     return TrainingWork(
-        samples=len(lengths),
+        samples=samples,
         steps=steps,
         steps_per_epoch=per_epoch,
         tokens_per_epoch=tokens,

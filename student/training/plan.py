@@ -85,7 +85,7 @@ def _with_confidence(request: TermRequest, reader: CacheReader, training: Sequen
         return request
     group = reader.find("logits")
     known = []
-    for index in sorted(sorted(training, key=reader.sample_ids.__getitem__)[:CONFIDENCE_SAMPLES]):
+    for index in reader.catalogue.smallest(CONFIDENCE_SAMPLES, training):
         sample = reader.read(index, [group])
         features = sample.features[group]
         assert isinstance(features, LogitsFeatures)
@@ -235,7 +235,7 @@ def plan_split(
         raise UserError(
             f"--train-samples {samples}: the cache has {len(split.training)} that are not held out"
         )
-    return replace(split, training=split.training[:samples])
+    return split if samples is None else replace(split, training=split.training[:samples])
 
 
 def plan_data(

@@ -1,8 +1,8 @@
 """From which checkpoint a run resumes, and that it resumes with the same samples in the same order.
 
-Which samples a step learns from follows from the manifest, the seed, how many samples are trained on, and the
-global batch: MANIFEST_FILE of a checkpoint records them, Trainer's state the step. The number of processes
-plays no part.
+Which samples a step learns from follows from the manifest, the version of the order, the seed, how many
+samples are trained on, and the global batch: MANIFEST_FILE of a checkpoint records them, Trainer's state the
+step. The number of processes plays no part.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distily.system.stopping import advise
+from featurestore.order import ORDER_VERSION
 from student.bitnet.layout import saved_conversion
 from student.errors import UserError
 from student.modeling.checkpoint import CheckpointTensors
@@ -140,11 +141,18 @@ def check_order(args: TrainingArguments, samples: int, checkpoint: Path | None) 
         checkpoint: None for a run that does not resume.
 
     Raises:
-        UserError: the seed, the number of samples or the global batch is another; the message names the flag.
+        UserError: the version of the order, the seed, the number of samples or the global batch is another;
+            the message names the flag.
     """
     if args.ignore_data_skip:
         return
     record = _record(checkpoint)
+    if record and record.get("order", 1) != ORDER_VERSION:
+        raise UserError(
+            f"--resume-from-checkpoint: {checkpoint} reads the samples in an order of version "
+            f"{record.get('order', 1)}, and this distily-train in one of version {ORDER_VERSION}; resume it "
+            "with the release that wrote it, or add --ignore-data-skip to begin an epoch anew"
+        )
     seed = order_seed(args)
     if record.get("seed", seed) != seed:
         flag = "--seed" if args.data_seed is None else "--data-seed"

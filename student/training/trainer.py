@@ -22,6 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from distily.system.files import write_json
+from featurestore.order import ORDER_VERSION
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data.batches import CachedDataset, CacheOrder, Collator
 from student.metrics import cluster_error, perplexity
@@ -289,6 +290,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         torch.save(self.args, directory / "training_args.bin")
         record = {
             "manifest": self.train_dataset.manifest_digest,
+            "order": ORDER_VERSION,
             "seed": order_seed(self.args),
             "samples": len(self.train_dataset),
             "global_batch": self.get_total_train_batch_size(self.args),

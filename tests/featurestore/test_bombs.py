@@ -26,6 +26,7 @@ from featurestore.identity import digest, seal, unseal
 from tests.featurestore.conftest import Filled, copy_of, fill
 from tests.featurestore.helpers import sample, task_of
 from tests.featurestore.test_hostile import refused, relist, restamp
+from tests.featurestore.version1 import as_version_1
 
 LOGITS = LogitsSpec(4, tail=3)
 # What Python, Arrow and a sound store of this size need, and far below what any of the bombs takes.
@@ -51,7 +52,9 @@ print(featurestore.maintenance.verify.verify_store(sys.argv[1], deep=True).probl
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Filled:
-    return fill(tmp_path_factory.mktemp("sound") / "store", [LOGITS], count=3, shard_tokens=1000)
+    made = fill(tmp_path_factory.mktemp("sound") / "store", [LOGITS], count=3, shard_tokens=1000)
+    as_version_1(made.path)
+    return made
 
 
 @pytest.fixture

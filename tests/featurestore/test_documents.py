@@ -18,6 +18,7 @@ from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample, task_of
 from tests.featurestore.test_fixture import FIXTURE
+from tests.featurestore.version1 import as_version_1
 
 SPEC = LogitsSpec(4)
 KEYS = [("00" * 8, "11" * 8), (), ("22" * 8,)]
@@ -85,6 +86,7 @@ def test_a_sample_of_two_tasks_has_the_keys_of_each(store: FeatureStore) -> None
 )
 def test_hostile_keys_are_refused(store: FeatureStore, forged: object) -> None:
     path = Path(store.path)
+    as_version_1(path)
     (commit,) = (path / "commit" / "samples").iterdir()
     _reseal(commit, lambda record: record.update(documents=forged))
     (manifest,) = path.glob("MANIFEST-*")

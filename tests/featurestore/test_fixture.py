@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from featurestore.format.codec import head_mass
 from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
+from featurestore.store import FeatureStore
 from tests.featurestore.conftest import fill
+from tests.featurestore.helpers import features, sample, task_of
 
-FIXTURE = Path(__file__).parent / "fixtures" / "version-1"
+FIXTURES = {number: Path(__file__).parent / "fixtures" / f"version-{number}" for number in (1, 2)}
+# Of all that is read, as it was when each was written; the same samples lie in both.
+FINGERPRINT = "059555c9657a11882be59b36b830e3b1"
 LOGITS = LogitsSpec(6, 0.8, tail=4, seed=2)
 HIDDEN = [HiddenSpec(0, "f32"), HiddenSpec(1, "bf16"), HiddenSpec(2, "int8"), HiddenSpec(4, "fp8")]
 
@@ -43,9 +49,10 @@ def fingerprint(reader: CacheReader) -> str:
     return hasher.hexdigest()[:32]
 
 
-def test_version_1_reads_as_it_was_written() -> None:
-    reader = CacheReader.open(FIXTURE)
-    assert fingerprint(reader) == "059555c9657a11882be59b36b830e3b1"
+@pytest.mark.parametrize("number", FIXTURES)
+def test_every_version_reads_as_it_was_written(number: int) -> None:
+    reader = CacheReader.open(FIXTURES[number])
+    assert fingerprint(reader) == FINGERPRINT
     assert len(reader) == 5 and sorted(reader.groups) == [
         "hidden.L0-9f50a19c",
         "hidden.L1-646d568d",
@@ -53,7 +60,29 @@ def test_version_1_reads_as_it_was_written() -> None:
         "hidden.L4-dcb4cb24",
         "logits-9dc71049",
     ]
-    assert verify_store(FIXTURE, deep=True).sound
+    assert verify_store(FIXTURES[number], deep=True).sound
+
+
+@pytest.mark.parametrize("number", FIXTURES)
+def test_every_version_is_extended(number: int, tmp_path: Path) -> None:
+    """By a task, and by a column group of one that is there; the old manifest reads as before."""
+    shutil.copytree(FIXTURES[number], tmp_path / "store")
+    old = CacheReader.open(tmp_path / "store")
+    store, extra = FeatureStore.open(tmp_path / "store"), HiddenSpec(3, "bf16")
+    task = next(iter(store.known_tasks().values()))
+    store.write_bundle(task, members := store.read_samples(task.id), features(members, [extra]))
+    one = sample(900, 7)
+    store.add_plan([task_of([one])])
+    store.write_bundle(task_of([one]), [one], features([one], [LOGITS, *HIDDEN]))
+    manifest = store.publish_manifest()
+    new = CacheReader.open(tmp_path / "store")
+    assert new.manifest_digest == manifest.digest and sorted(new.sample_ids) == sorted(
+        [*old.sample_ids, one.id]
+    )
+    assert new.read(list(new.sample_ids).index(members[0].id), [extra]).features.keys() == {extra}
+    again = CacheReader.open(tmp_path / "store", old.manifest_digest)
+    assert fingerprint(again) == FINGERPRINT
+    assert verify_store(tmp_path / "store", deep=True).sound
 
 
 def test_the_example_reads_it_with_zarr_and_pyarrow_alone() -> None:
@@ -61,9 +90,13 @@ def test_the_example_reads_it_with_zarr_and_pyarrow_alone() -> None:
     code = "\n".join(script.read_text().split('"""', 2)[2].strip().splitlines())
     assert len(code.splitlines()) <= 30 and "featurestore" not in code
     done = subprocess.run(
-        [sys.executable, str(script), str(FIXTURE)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, str(script), str(FIXTURES[2])],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
-    reader = CacheReader.open(FIXTURE)
+    reader = CacheReader.open(FIXTURES[2])
     printed = [
         [
             (int(token), float(p))
@@ -88,4 +121,4 @@ def test_the_example_reads_it_with_zarr_and_pyarrow_alone() -> None:
 
 
 if __name__ == "__main__":
-    fill(FIXTURE, [LOGITS, *HIDDEN], count=5)
+    fill(FIXTURES[2], [LOGITS, *HIDDEN], count=5)

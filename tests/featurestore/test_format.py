@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 import zarr
@@ -22,16 +23,35 @@ def record(path: Path) -> Any:
     value = json.loads(path.read_bytes())
     seal = value.pop("blake3")
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    assert seal == blake3(canonical.encode()).hexdigest()[:32] and value["version"] == 1
+    assert seal == blake3(canonical.encode()).hexdigest()[:32]
+    assert value["version"] == (2 if value["format"].endswith("/manifest") else 1)
     return value
+
+
+def listed(root: Path) -> dict[str, dict[str, str]]:
+    """task -> {group: digest of its commit record}, of the manifest of the last head."""
+    head = sorted((root / "heads").iterdir())[-1].name
+    manifest = root / f"MANIFEST-{head.split('-')[2]}.json"
+    assert head.split("-")[2] == blake3(manifest.read_bytes()).hexdigest()[:32]
+    tasks: dict[str, dict[str, str]] = {}
+    for entry in record(manifest)["segments"]:
+        path = root / "segments" / f"{entry['digest']}.arrow"
+        data = path.read_bytes()
+        assert len(data) == entry["bytes"] and entry["digest"] == blake3(data).hexdigest()[:32]
+        (row,) = pa.ipc.open_file(path).read_all().to_pylist()
+        groups = [name.rstrip(b"\0").decode() for name in row["group"]]
+        for task, start, end in zip(row["task"], row["record_start"], row["record_start"][1:], strict=False):
+            numbers = range(start, end)
+            tasks[task.hex()] = {
+                groups[row["record_group"][n]]: row["record_digest"][n].hex() for n in numbers
+            }
+    return tasks
 
 
 def third_party_logits(root: Path, group: str) -> dict[str, list[list[tuple[int, float]]]]:
     """sample id -> per row, the head as (token id, logit)."""
-    (manifest,) = root.glob("MANIFEST-*.json")
-    assert manifest.stem == "MANIFEST-" + blake3(manifest.read_bytes()).hexdigest()[:32]
     heads = {}
-    for task, groups in record(manifest)["tasks"].items():
+    for task, groups in listed(root).items():
         commit = root / "commit" / group / f"{task}.json"
         assert blake3(commit.read_bytes()).hexdigest()[:32] == groups[group]
         entry = record(commit)
@@ -102,5 +122,6 @@ def test_a_third_party_reads_the_same_logsumexps(tmp_path: Path) -> None:
 def test_every_name_in_a_store_is_in_the_format(tmp_path: Path) -> None:
     path = fill(tmp_path / "s", [LogitsSpec(4)], count=2).path
     assert {p.name.split("-")[0] for p in path.iterdir()} == {
-        *("SPEC.json", "plan", "parts", "commit", "MANIFEST", "TEACHER", "teacher", "provenance")
+        *("SPEC.json", "plan", "parts", "commit", "MANIFEST", "TEACHER", "teacher", "provenance"),
+        *("segments", "heads", "pending"),
     }

@@ -15,6 +15,7 @@ from featurestore.maintenance.listing import list_shards
 from featurestore.maintenance.verify import verify_store
 from tests.featurestore.conftest import SPECS, Filled, Place
 from tests.featurestore.helpers import sample, task_of
+from tests.featurestore.version1 import as_version_1
 
 
 def orphan(filled: Filled, age: float, name: str = "feedfeedfeed") -> Path:
@@ -58,10 +59,14 @@ def test_a_bundle_being_written_is_young_whatever_the_age_of_its_directory(fille
     assert [o.removable for o in collect(filled.path, delete=True).orphans] == [False] and bundle.exists()
 
 
-def test_an_unreadable_record_stops_the_collection(filled: Filled) -> None:
-    """It may name what looks like an orphan."""
+@pytest.mark.parametrize("what", ["commit", "segment"])
+def test_an_unreadable_record_stops_the_collection(filled: Filled, what: str) -> None:
+    """It may name what looks like an orphan; of a manifest of version 2 the segment tells."""
     bundle = orphan(filled, 4000)
-    next((filled.path / "commit" / "samples").iterdir()).write_bytes(b"")
+    if what == "commit":
+        as_version_1(filled.path)
+    folder = {"commit": "commit/samples", "segment": "segments"}[what]
+    next((filled.path / folder).iterdir()).write_bytes(b"")
     with pytest.raises(CorruptionError):
         collect(filled.path, delete=True)
     assert bundle.exists()

@@ -1,4 +1,7 @@
-"""Stores made to harm: refused with one clear line, in little memory, and no path outside is touched."""
+"""Stores made to harm: refused with one clear line, in little memory, and no path outside is touched.
+
+The manifests here are of version 1; `test_hostile_segments` has those of version 2.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from featurestore.reader import CacheReader
 from featurestore.storage.files import hash_file
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import Filled, copy_of, fill
+from tests.featurestore.version1 import as_version_1
 
 LOGITS, HIDDEN = LogitsSpec(4, tail=3), HiddenSpec(1, "int8")
 Edit = Callable[[dict[str, Any]], object]
@@ -33,7 +37,9 @@ Edit = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Filled:
-    return fill(tmp_path_factory.mktemp("sound") / "store", [LOGITS, HIDDEN], count=3, shard_tokens=1000)
+    made = fill(tmp_path_factory.mktemp("sound") / "store", [LOGITS, HIDDEN], count=3, shard_tokens=1000)
+    as_version_1(made.path)
+    return made
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from featurestore.catalogue.manifest import fullest_manifest, read_manifest
 from featurestore.format.codec import head_mass
-from featurestore.format.directory import fullest_manifest, read_manifest
-from featurestore.format.records import Manifest
 from featurestore.format.schema import HiddenSpec, LogitsFeatures, group_id
 from featurestore.maintenance.info import store_info
 from featurestore.store import FeatureStore
@@ -93,6 +92,3 @@ def test_manifests_list_sums_over_their_tasks(filled: Filled) -> None:
     assert set(sums) == {"entries", "labels", "head_mass", "label_logprob", "entropy"}
     for name, number in sums.items():
         assert number == pytest.approx(sum(record.stats[name] for record in records))
-    older = replace(manifest, stats={})
-    assert b'"stats"' not in older.to_bytes()
-    assert Manifest.from_bytes(older.to_bytes(), "old").stats == {}

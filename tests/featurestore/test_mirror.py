@@ -75,7 +75,7 @@ def test_warm_files_are_at_hand_and_trusted(url: str, bucket: Bucket, small: Fil
     for name in bucket.names("store"):
         if name.startswith("parts/"):
             bucket.write("store", name, None)
-    for i in reader.shards()[0]:
+    for i in (index for index in range(len(reader)) if reader.shard(index) == reader.shard(0)):
         for spec, found in reader.read(i, SMALL).features.items():
             assert_same(found, small.given[reader.sample_ids[i]][spec])
 

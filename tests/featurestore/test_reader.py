@@ -55,8 +55,8 @@ def test_a_narrower_request_is_served_from_the_wider_group(filled_anywhere: Fill
 
 def test_warming_verifies_and_changes_nothing(filled_anywhere: Filled, place: Place) -> None:
     reader = CacheReader.open(filled_anywhere.path)
-    for shard in reader.shards():
-        reader.warm(shard[0], SPECS)
+    for index in range(len(reader)):
+        reader.warm(index, SPECS)
     found = reader.read(0)
     for spec, value in found.features.items():
         assert_same(value, filled_anywhere.given[found.id][spec])
@@ -69,10 +69,10 @@ def test_warming_finds_damage_in_the_groups_asked_for(filled_anywhere: Filled, p
     for name, (_, data) in contents.items():
         if group_id(SPECS[0]) in name and name.endswith("head_index/c/0"):
             place.write("store", name, b"\0" * len(data))
-    for shard in reader.shards():
+    for index in range(len(reader)):
         with pytest.raises(CorruptionError, match="hash is not the committed one"):
-            reader.warm(shard[0], SPECS)
-        reader.warm(shard[0], SPECS[1:])
+            reader.warm(index, SPECS)
+        reader.warm(index, SPECS[1:])
 
 
 def test_missing_groups_name_what_there_is_and_the_flag(filled: Filled) -> None:

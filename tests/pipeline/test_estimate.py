@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from distily.units import duration
 from featurestore.format.kinds.table import kind_of
 from featurestore.format.plan import Task, Work
-from featurestore.format.records import CommitRecord
-from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
+from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from featurestore.maintenance.info import store_info
+from featurestore.store import FeatureStore
 from pipeline.generate.estimate import bytes_of, stored_row_bytes
 from pipeline.generate.pace import Pace, earlier_pace, matrix_product_rates, rough_pace
 from pipeline.teacher.checkpoint import count_parameters, load_teacher
 from tests.command import call, generate
+from tests.featurestore.conftest import fill
 from tests.teachers import text_of
 
 run = partial(call, "distily-cache")
@@ -54,28 +55,17 @@ def test_the_machine_is_measured() -> None:
     assert 1e7 < matrix_product_rates()["float32"] < 1e16
 
 
-def test_bytes_follow_the_store_where_it_knows_the_group() -> None:
-    known: GroupSpec = LogitsSpec(64, 0.9)
-    other = HiddenSpec(1, "int8")
+def test_bytes_follow_the_store_where_it_knows_the_group(tmp_path: Path) -> None:
+    known, other = LogitsSpec(8, 0.9), HiddenSpec(1, "int8")
+    filled = fill(tmp_path / "store", [known], count=6)
+    records = filled.store.commits()[group_id(known)].values()
+    per_row = sum(record.size for record in records) / sum(record.rows for record in records)
+    stored = stored_row_bytes(FeatureStore.open(tmp_path / "store"))
+    assert stored == {known: pytest.approx(per_row)}
     tasks = [Task((f"{i:032x}",), (length,)) for i, length in enumerate((100, 300))]
-    records = {
-        task.id: CommitRecord(
-            task=task.id,
-            group="logits",
-            spec=known,
-            bundle="",
-            rows=task.rows,
-            samples=1,
-            files={"a": (10 * task.rows, ""), "b": (5 * task.rows + 40, "")},
-            stats={},
-        )
-        for task in tasks
-    }
-    stored = stored_row_bytes({"logits": records, "samples": {}})
-    assert stored == {known: 15 + 80 / 400}
     work = [Work(tasks[0], (known, other), True), Work(tasks[1], (other, LseSpec(2)), False)]
     assert bytes_of(work, stored, 16) == pytest.approx(
-        100 * 15.2 + 400 * 20 + 300 * kind_of(LseSpec(2)).row_bytes(LseSpec(2), 16)
+        100 * per_row + 400 * 20 + 300 * kind_of(LseSpec(2)).row_bytes(LseSpec(2), 16)
     )
     assert bytes_of(work, {}, 16) > bytes_of(work, stored, 16)
 

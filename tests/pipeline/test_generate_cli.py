@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from featurestore.catalogue.manifest import read_manifest
 from featurestore.format.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
-from featurestore.format.directory import read_manifest
 from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
 from featurestore.storage.root import root_of

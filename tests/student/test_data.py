@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsFeatures
-from featurestore.order import epoch_order
+from featurestore.order import EpochOrder
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, CachedDataset, CacheOrder, Collator, next_labels
-from student.data.held_out import is_held_out, split_samples
+from student.data.held_out import is_held_out
 from student.errors import UserError
 from tests.student.conftest import SPECS
+from tests.student.splits import split_samples
 
 
 def ids(count: int) -> list[str]:
@@ -26,7 +27,7 @@ def ids(count: int) -> list[str]:
 def test_the_split_has_the_asked_share_and_is_a_partition() -> None:
     split = split_samples(ids(4000), 0.1)
     training, held_out = split.training, split.held_out
-    assert sorted(training + held_out) == list(range(4000))
+    assert sorted([*training, *held_out]) == list(range(4000))
     assert abs(len(held_out) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5  # four standard deviations
 
 
@@ -84,15 +85,13 @@ def test_training_reads_in_the_caches_order(cache: Path) -> None:
     indices = list(range(1, len(reader), 2))
     epochs: list[list[int]] = []
     order = CacheOrder(CachedDataset(reader, indices, SPECS), 3, 6, lambda: (0, 1, 0)[len(epochs)])
-    assert len(reader.shards()) > 2
-    assert sorted(i for s in reader.shards() for i in s) == list(range(len(reader)))
+    assert reader.shards > 2
     for _ in range(3):
         epochs.append(list(order))
     assert epochs[0] == epochs[2] != epochs[1]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(indices))) and len(order) == len(indices)
-    own = [[(i - 1) // 2 for i in shard if i % 2] for shard in reader.shards()]
-    wanted = epoch_order(reader.manifest_digest, 3, 1, [shard for shard in own if shard])
-    assert epochs[1] == wanted.tolist()
+    block = -(-len(reader) // reader.shards)
+    assert epochs[1] == list(EpochOrder(reader.manifest_digest, 3, 1, len(indices), block))
 
 
 @pytest.mark.parametrize(("batch", "steps", "whole"), [(7, 3, 2), (6, 3, 3), (18, 1, 1), (50, 1, 0)])

@@ -18,12 +18,12 @@ from featurestore.format.codec import ROW_ERROR
 from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, next_labels
-from student.data.held_out import split_samples
 from student.evaluation.command import evaluate
 from student.evaluation.request import CacheOptions, EvalRequest
 from student.metrics import calibration_error
 from tests import teachers
 from tests.student.exports import Students
+from tests.student.splits import split_samples
 
 Refused = Callable[..., str]
 Run = Callable[..., tuple[int, str, str]]

@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from featurestore.reader import CacheReader
 from student.config.parser import parse
-from student.data.held_out import split_samples
 from student.training.resume import check_order
 from tests.student import fed
 from tests.student.exports import Export
+from tests.student.splits import split_samples
 
 ROOT = Path(__file__).parents[2]
 BATCH, STEPS, SAVED, HELD = 10, 10, 6, 7

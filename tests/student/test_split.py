@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from featurestore.maintenance.merge import merge_stores
 from featurestore.reader import CacheReader
-from student.data.held_out import Split, is_held_out, split_cache, split_samples
+from student.data.held_out import Split, is_held_out, split_cache
 from student.errors import UserError
 from tests import teachers
 from tests.command import generate
+from tests.student.splits import split_samples
 from tests.teachers import text_of
 
 Run = Callable[..., tuple[int, str, str]]
