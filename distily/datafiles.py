@@ -193,7 +193,7 @@ def _lines(file: IO[bytes]) -> Iterator[Any]:
         if line.strip():
             try:
                 yield parse_line(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataFileError(f"line {number} is no JSON: {error}") from error
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import typer
 
 from distily.errors import DistilyError
+from distily.text import one_line
 from featurestore.errors import BAD_REQUESTS
 from pipeline.errors import RequestError
 
@@ -31,5 +32,5 @@ def exit_codes(verbose: bool = False) -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write("distily-cache: " + " ".join(message.split()) + "\n")
+    sys.stderr.write(f"distily-cache: {one_line(message, None)}\n")
     raise typer.Exit(code)

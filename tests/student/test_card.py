@@ -15,9 +15,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from distily.safety.markdown import line
 from featurestore.format.schema import LogitsSpec
 from featurestore.store import FeatureStore
-from student.card.markdown import line
 from student.card.names import is_hub_name
 from tests.student.caches import random_samples, write_cache
 from tests.student.exports import Students
