@@ -11,7 +11,6 @@ import csv
 import gzip
 import io
 import json
-import shutil
 import sys
 import tempfile
 import zlib
@@ -41,6 +40,9 @@ KINDS = {
 PACKED = (".gz", ".zst", ".bz2")
 UNDERSTOOD = f"{', '.join(KINDS)}, each also with {', '.join(PACKED)} behind it"
 _BLOCK = 1 << 20
+# What a compressed file may unpack to, in its own size and beside it: gzip cannot do better, and text that
+# zstd or bzip2 packs better is one line over and over.
+_RATIO, _SPARE = 1032, 1 << 26
 
 
 def kind_of(path: Path) -> str | None:
@@ -88,11 +90,21 @@ def unpack(path: Path, target: IO[bytes]) -> None:
     """Write the content of a compressed file to `target`, a block at a time.
 
     Raises:
-        DataFileError: it cannot be read, or is not whole.
+        DataFileError: it cannot be read, is not whole, or unpacks to more than data do.
     """
     try:
         with path.open("rb") as raw, _unpacking(raw, path.suffix.lower()) as source:
-            shutil.copyfileobj(source, target, _BLOCK)
+            left = _RATIO * path.stat().st_size + _SPARE
+            while block := source.read(_BLOCK):
+                left -= len(block)
+                if left < 0:
+                    raise DataFileError(
+                        f"it unpacks to more than {_RATIO:,} times its size, as no data do; unpack it "
+                        "yourself if it is what you want"
+                    )
+                target.write(block)
+    except DataFileError:
+        raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
         # gzip, bz2 and pyarrow have four ways to say that a stream is cut or is none.
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -40,7 +40,7 @@ class Row:
         return {
             "name": self.run.name,
             "settings": dict(self.run.settings),
-            "flags": dict(self.run.flags),
+            "flags": for_record(dict(self.run.flags)),
             "state": self.state,
             "reason": self.reason,
             "output_dir": self.output_dir,

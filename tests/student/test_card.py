@@ -119,6 +119,11 @@ def test_a_training_has_a_card_that_is_true(
     assert ended == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["command"] == ["distily-train", *words, "--hub-token", "***", "--hub_token=***"]
+    kept = list((tmp_path / "run").rglob("training_args.bin"))
+    assert len(kept) > 1, "a checkpoint has it too"
+    assert not any(
+        b"hf_secret" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    )
     environment = summary["environment"]
     assert set(environment) == {"python", "torch", "transformers", "device", "cpu", "cores", "started"}
 
