@@ -13,11 +13,8 @@ from pathlib import PurePath
 from distily.safety.redaction import redact, redact_words
 from distily.text import printable
 
-# Directories of an absolute path inside a word: file:///a/b/, ~/a/, or /a/b/ after a quote or an equals sign;
-# and what a bucket and the folders in it are called.
-_DIRECTORIES = re.compile(
-    r"""(?<![^\s"'=:,\[{(])(?:file://)?~?/(?:[^/\s"',]+/)+|\b(?:s3|gs)://(?:[^/\s"',]+/)*"""
-)
+# Directories of an absolute path inside a word: file:///a/b/, ~/a/, or /a/b/ after a quote or an equals sign.
+_DIRECTORIES = re.compile(r"""(?<![^\s"'=:,\[{(])(?:file://)?~?/(?:[^/\s"',]+/)+""")
 _PUNCTUATION = re.compile(r"([\\`*_\[\]<>|~$&#!])")
 # What GitHub and the hub make a link of, or the mention of somebody, wherever it stands, escaped or not.
 _ADDRESS = re.compile(r"\S*(?:://|www\.|@\w|mailto:|xmpp:)\S*", re.IGNORECASE)
@@ -32,7 +29,7 @@ class Markdown(str):
 
 
 def cut(word: str) -> str:
-    """Without directories of absolute paths, and without buckets: a card names no places of one machine."""
+    """Without the directories of absolute paths: a card names no places of one machine."""
     return PurePath(word).name if PurePath(word).is_absolute() else _DIRECTORIES.sub("", word)
 
 

@@ -100,6 +100,8 @@ class Projectors(nn.ModuleDict):
                 )
             if self.specs:
                 load_whole(self, load_file(weights))
+        except UserError:
+            raise
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             raise StudentError(f"{directory}: its projectors cannot be read: {error}") from error
 

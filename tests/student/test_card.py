@@ -155,7 +155,7 @@ def test_a_training_has_a_card_that_is_true(
     assert shown["norms added for BitNet"] == ["–", "subln"]
     assert shown["manifest"] == [summary["manifest"]]
     assert shown["teacher's digest"] == ["ab" * 16]
-    assert shown["kl"][1] == "T² Σ p log(p / q)" and "https://arxiv.org/abs/1503.02531" in shown["kl"][3]
+    assert shown["kl"][1] == "T² Σ p log(p / q)" and "(https://arxiv.org/abs/1503.02531)" in card.content
     monkeypatch.chdir(tmp_path)
     (snippet,) = code(tokens, "python")
     exec(snippet, {})
