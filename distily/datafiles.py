@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 from blake3 import blake3
 
 from distily.errors import DataFileError
+from distily.safety.parquet import check_parquet
 from distily.text import one_line
 
 # Suffix -> kind of content.
@@ -221,6 +222,8 @@ def _arrow_rows(file: IO[bytes], kind: str | None) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if kind == "parquet":
+        check_parquet(file)
     try:
         for batch in pq.ParquetFile(file).iter_batches(256) if kind == "parquet" else _ipc_batches(file):
             yield from batch.to_pylist()
