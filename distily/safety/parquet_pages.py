@@ -65,7 +65,7 @@ class _Header:
 
     def _byte(self) -> int:
         self._skip(1)
-        return self.data[self.place - 1]
+        return int(self.data[self.place - 1])
 
     def _unsigned(self) -> int:
         value = shift = 0

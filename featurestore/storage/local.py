@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from featurestore.storage.files import (
     MAX_RECORD_BYTES,
@@ -38,6 +39,9 @@ class LocalRoot:
         self.path = path
         # Folders that are known to lie inside of the store: a file in one costs one look at itself.
         self._folders: set[Path] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.path,))
 
     @property
     def location(self) -> Path:
