@@ -36,7 +36,7 @@ BOMBS = {
     "lists": lambda: {"text": lists(10_000)},
     "objects": lambda: {"text": pa.StructArray.from_arrays([repeated(10_000)], ["content"])},
     "run": lambda: {"text": pa.nulls(2**25 + 2**21, pa.int64())},
-    "zeros": lambda: {"text": pa.array([bytes(2**24 + i) for i in range(8)])},
+    "zeros": lambda: {"text": pa.array([bytes(2**24 + i) for i in range(6)])},
 }
 
 

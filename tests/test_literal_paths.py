@@ -1,5 +1,5 @@
-"""Names with brackets, stars, dashes and line feeds go through every command, and are shown, as they are; a line
-feed is shown as an escape where a line is one line.
+"""Names with brackets, stars, dashes and line feeds go through every command, and are shown, as they are; a
+line feed is shown as an escape where a line is one line.
 """
 
 from __future__ import annotations

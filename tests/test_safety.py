@@ -23,6 +23,8 @@ from distily.safety.console import SafeConsole
 from distily.safety.parsing import MAX_DEPTH, MAX_JSON, MAX_NODES, parse_json, parse_yaml, read_json
 from distily.safety.redaction import for_record, is_secret, redact, redact_words
 from distily.text import one_line, printable
+from featurestore.errors import BAD_REQUESTS, StoreFormatError
+from featurestore.storage.root import root_of
 from pipeline.cli.output import print_json
 from student.errors import UserError
 from student.yamlfile import read_yaml
@@ -154,6 +156,17 @@ def test_what_the_environment_keeps_is_in_no_record(monkeypatch: pytest.MonkeyPa
     assert for_record({"out": words[1]}) == {"out": "***/b"}
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["s3://me:hunter22@bucket/x", "s3://bucket/x?X-Amz-Signature=hunter22", "gs://b/x?access_token=hunter22"],
+)
+def test_a_stores_url_holds_no_credentials(url: str) -> None:
+    """It stands in records, reports and cards."""
+    with pytest.raises(StoreFormatError, match="holds credentials or a signature") as caught:
+        root_of(url)
+    assert "hunter22" not in str(caught.value) and isinstance(caught.value, BAD_REQUESTS)
+
+
 class _Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +274,7 @@ BOMBS = {
     "laughs": "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
     + "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else '*a'] * 10)}]\n" for i in range(9)),
     "itself": "a: &a [*a]",
-    "deep": "[" * 50_000,
+    "deep": "[" * 5_000,
     "deep maps": "".join(f"{' ' * i}a:\n" for i in range(300)),
     "long": "- a\n" * (MAX_NODES + 1),
     "large": "a" * (2**20 + 1),
