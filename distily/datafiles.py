@@ -11,7 +11,6 @@ import csv
 import gzip
 import io
 import json
-import shutil
 import sys
 import tempfile
 import zlib
@@ -22,6 +21,7 @@ from typing import IO, Any, cast
 from blake3 import blake3
 
 from distily.errors import DataFileError
+from distily.safety.parquet import check_parquet
 from distily.text import one_line
 
 # Suffix -> kind of content.
@@ -41,6 +41,9 @@ KINDS = {
 PACKED = (".gz", ".zst", ".bz2")
 UNDERSTOOD = f"{', '.join(KINDS)}, each also with {', '.join(PACKED)} behind it"
 _BLOCK = 1 << 20
+# What a compressed file may unpack to, in its own size and beside it: gzip cannot do better, and text that
+# zstd or bzip2 packs better is one line over and over.
+_RATIO, _SPARE = 1032, 1 << 26
 
 
 def kind_of(path: Path) -> str | None:
@@ -88,11 +91,21 @@ def unpack(path: Path, target: IO[bytes]) -> None:
     """Write the content of a compressed file to `target`, a block at a time.
 
     Raises:
-        DataFileError: it cannot be read, or is not whole.
+        DataFileError: it cannot be read, is not whole, or unpacks to more than data do.
     """
     try:
         with path.open("rb") as raw, _unpacking(raw, path.suffix.lower()) as source:
-            shutil.copyfileobj(source, target, _BLOCK)
+            left = _RATIO * path.stat().st_size + _SPARE
+            while block := source.read(_BLOCK):
+                left -= len(block)
+                if left < 0:
+                    raise DataFileError(
+                        f"it unpacks to more than {_RATIO:,} times its size, as no data do; unpack it "
+                        "yourself if it is what you want"
+                    )
+                target.write(block)
+    except DataFileError:
+        raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
         # gzip, bz2 and pyarrow have four ways to say that a stream is cut or is none.
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -193,7 +206,7 @@ def _lines(file: IO[bytes]) -> Iterator[Any]:
         if line.strip():
             try:
                 yield parse_line(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataFileError(f"line {number} is no JSON: {error}") from error
 
 
@@ -209,6 +222,8 @@ def _arrow_rows(file: IO[bytes], kind: str | None) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if kind == "parquet":
+        check_parquet(file)
     try:
         for batch in pq.ParquetFile(file).iter_batches(256) if kind == "parquet" else _ipc_batches(file):
             yield from batch.to_pylist()

@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 
+from distily.safety.redaction import redact
+from distily.text import printable
+
 LOG = logging.getLogger("distily")
 
 
@@ -19,7 +22,8 @@ class _Stderr(logging.Handler):
         self._program = program
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
+        # Names in it come from data; a line of a log is one line.
+        line = printable(redact(record.getMessage()))
         if record.levelno >= logging.WARNING:
             behind_bar = "\n" * sys.stderr.isatty()
             line = f"{behind_bar}{self._program}: {line}"

@@ -23,6 +23,7 @@ from featurestore.format.kinds.logits import narrowed
 from featurestore.format.kinds.table import GroupCodes, covers, flag_of, width
 from featurestore.format.schema import GroupFeatures, GroupSpec, LogitsSpec
 from featurestore.format.sidecar import Sidecar, part_of
+from featurestore.storage.files import regular_size
 from featurestore.storage.protocol import Root
 from featurestore.storage.root import root_of
 
@@ -179,7 +180,8 @@ class CacheReader:
         """A local directory with the teacher's configuration and tokenizer files.
 
         Raises:
-            CorruptionError: a file of an object store is missing or is not what was committed.
+            CorruptionError: a file of an object store is missing or is not what was committed; of a local
+                one, a link leads out of the store, or something is no file.
             StoreAccessError: the object store does not answer.
         """
         if self._root.keeps_copies:
@@ -187,6 +189,10 @@ class CacheReader:
                 stamps = read_teacher_listing(self._root, listing)
                 small = {f"teacher/{name}": s for name, s in stamps.items() if part_of(name) is None}
                 self._root.check(small)
+        else:
+            # Libraries read whatever lies there, and follow links.
+            for name in self._root.names("teacher"):
+                regular_size(self._root.local(f"teacher/{name}"))
         return self._root.local("teacher")
 
     def sidecar(self) -> Sidecar:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distily.safety.redaction import for_record
 from featurestore.bundle import read_samples
 from featurestore.catalogue.inventory import Inventory, take_stock
 from featurestore.catalogue.manifest import Manifest, head_names
@@ -340,7 +341,7 @@ class FeatureStore:
         """Keep a record of one run: its command line, versions, seconds.
 
         Args:
-            record: what JSON can hold.
+            record: what JSON can hold. Credentials in it are replaced by `***`.
 
         Returns:
             The record's id.
@@ -351,7 +352,7 @@ class FeatureStore:
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
         with writing("provenance", self.path):
             # Through JSON once, so that what is sealed is what a reader parses.
-            record = json.loads(json.dumps(dict(record), allow_nan=False))
+            record = for_record(json.loads(json.dumps(dict(record), allow_nan=False)))
             data = seal({**header("provenance"), "id": name, "record": record})
             self.root.publish(f"provenance/{name}.json", data)
         return name

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distily.text import printable
+
 # In a log: how often a line tells of reading, tokenising and writing.
 _SECONDS_PER_LINE = 10.0
 # On a terminal: how often the bar of reading and tokenising moves.
@@ -100,7 +102,7 @@ class ConsoleReporter:
         self._bar.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._console.print(printable(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def reading(self, rows: int) -> None:
         self._so_far(self._reading, rows, 0, f"read {rows:,} rows")

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distily.safety.parsing import parse_json
+
 PROBES = (
     "Hello world, the teacher's student doesn't say: I'LL see.",
     "  two spaces first",
@@ -56,7 +58,7 @@ def without_overrides(config: bytes) -> bytes:
     Raises:
         ValueError: `config` is no JSON object.
     """
-    given = dict(json.loads(config))
+    given = dict(parse_json(config))
     kept = {name: value for name, value in given.items() if name not in _OVERRIDES}
     kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()

@@ -6,7 +6,6 @@ the same function for the files of a checkpoint, so that identity, sidecar and t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distily.errors import CheckpointError
+from distily.safety.parsing import parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -83,12 +83,10 @@ def indexed_files(index: Path) -> list[str]:
     """The names of the files in an index, sorted. CheckpointError for what is no such index."""
     refuse_pointer(index)
     try:
-        if index.stat().st_size > _MAX_HEADER:
-            raise ValueError("it is too large")
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(index, _MAX_HEADER)["weight_map"].values()))
         if not names or not all(re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
             raise ValueError("it names no safetensors files beside it")
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors files ({error}); {_AGAIN}") from None
     return names
 
@@ -230,10 +228,10 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file} is not a safetensors file; {_AGAIN}")
         header = opened.read(length)
     try:
-        entries = json.loads(header)
+        entries = parse_json(header, _MAX_HEADER)
         entries.pop("__metadata__", None)
         tensors = {name: _stored(file, entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file} is not a safetensors file: its header is damaged; {_AGAIN}") from None
     end = max((tensor.end for tensor in tensors.values()), default=8 + length)
     if end > size:

@@ -15,6 +15,7 @@ from pathlib import Path
 from distily.html.sorting import SCRIPT, SORTABLE, SOURCE
 from distily.html.style import STYLE
 from distily.system.files import write_whole
+from distily.text import printable
 from distily.units import number
 
 Cell = str | float | int | None
@@ -36,10 +37,13 @@ class Html(str):
 
 
 def html(value: Cell) -> Html:
-    """`value` as HTML: text escaped, numbers as people write them, None as a dash."""
+    """`value` as HTML: text escaped, numbers as people write them, None as a dash.
+
+    Controls, and marks that turn the text beside them around, are shown as escapes.
+    """
     if isinstance(value, Html):
         return value
-    return Html(escape(value if isinstance(value, str) else number(value)))
+    return Html(escape(printable(value, keep="\n\t") if isinstance(value, str) else number(value)))
 
 
 def page(title: str, *parts: Html) -> str:

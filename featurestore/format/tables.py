@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from distily.safety.parquet_pages import check_pages
 from featurestore.errors import CorruptionError, FeatureStoreError
-from featurestore.format.parquet_pages import check_pages
 from featurestore.format.plan import Task
 from featurestore.format.schema import Sample
 from featurestore.identity import digest
@@ -202,5 +202,8 @@ def _check_claims(data: bytes, meta: Any, limits: Limits, where: str) -> None:
     for column in range(meta.num_columns):
         values = limits.values
         for group in groups:
-            found, unpacked = check_pages(data, group.column(column), values, size, where)
+            try:
+                found, unpacked = check_pages(data, group.column(column), values, size)
+            except ValueError as error:
+                raise CorruptionError(f"{where}: {error}") from None
             values, size = values - found, size - unpacked

@@ -4,12 +4,13 @@ students. Both stages use this one list.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
 
+from distily.safety.parsing import MAX_JSON, read_json, read_limited
+from featurestore.errors import StoreFormatError
 from featurestore.identity import FILE_NAME, check_id
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -63,7 +64,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """Name in a store -> content, of every tokenizer file in `directory`, a checkpoint or a store's teacher/.
 
     Raises:
-        StoreFormatError: a chat template has a name that a store cannot keep.
+        StoreFormatError: a chat template has a name that a store cannot keep, or a file is too large for one.
     """
     paths = {name: directory / name for name in TOKENIZER_FILES}
     paths |= {path.name: path for path in directory.glob("*.tiktoken")}
@@ -71,8 +72,17 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     paths |= {f"{_TEMPLATE_PREFIX}{path.name}": path for path in directory.glob(f"{TEMPLATE_FOLDER}/*.jinja")}
     if _has_code(directory / CONFIG_FILE):
         paths |= {path.name: path for path in directory.glob("*.py")}
-    found = {name: path.read_bytes() for name, path in sorted(paths.items()) if path.is_file()}
-    return {check_id(name, FILE_NAME, str(directory)): data for name, data in found.items()}
+    found = {
+        check_id(name, FILE_NAME, str(directory)): path for name, path in paths.items() if path.is_file()
+    }
+    return {name: _content(path) for name, path in sorted(found.items())}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_limited(path, MAX_JSON)
+    except (OSError, ValueError) as error:
+        raise StoreFormatError(f"{path}: no file of a tokenizer: {error}") from None
 
 
 def write_tokenizer_files(files: Mapping[str, bytes], directory: Path) -> None:
@@ -98,7 +108,7 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 def _has_code(config: Path) -> bool:
     """Whether tokenizer_config.json names a tokenizer whose code lies in the checkpoint."""
     try:
-        found = json.loads(config.read_bytes())
+        found = read_json(config)
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "auto_map" in found

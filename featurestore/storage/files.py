@@ -94,18 +94,42 @@ def publish(path: Path, data: bytes) -> bool:
 def read_bounded(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
     """The bytes of a file; CorruptionError when it is missing, unreadable or larger than `limit`."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptionError(f"{path}: not a regular file")
-        if status.st_size > limit:
+        size = regular_size(path)
+        if size > limit:
             raise CorruptionError(f"{path}: larger than {limit} bytes")
         with path.open("rb") as file:
             # A bounded read allocates its bound at once, so the bound is the size that the file has.
-            return file.read(status.st_size)
+            return file.read(size)
     except CorruptionError:
         raise
     except OSError as error:
         raise CorruptionError(f"{path}: {_reason(error)}") from None
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file, by which a reader may allocate; OSError when it is missing.
+
+    CorruptionError for anything that is no regular file: to open a pipe or a device may wait for ever.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptionError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def inside(path: Path, root: Path) -> Path:
+    """`path`, which lies below `root` by its name; CorruptionError where a symbolic link leads out of there.
+
+    Links inside a store are followed, and a store may lie behind one. One that was made by somebody else
+    could otherwise have a reader read, copy or upload any file of this machine, or a writer write there.
+    """
+    try:
+        real, home = path.resolve(strict=False), root.resolve(strict=False)
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise CorruptionError(f"{path}: a symbolic link that leads nowhere ({error})") from None
+    if real != home and home not in real.parents:
+        raise CorruptionError(f"{path}: a symbolic link leads out of the store; it is not followed")
+    return path
 
 
 def hash_file(path: Path) -> tuple[int, str]:
@@ -132,7 +156,9 @@ def copy_checked(source: Path, target: Path, stamp: tuple[int, str]) -> None:
 def check_file(path: Path, stamp: tuple[int, str], deep: bool = True) -> None:
     """CorruptionError unless the file has the size, and if `deep` the hash, that were committed."""
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
+    except CorruptionError:
+        raise
     except OSError as error:
         raise CorruptionError(f"{path}: {_reason(error)}") from None
     if size != stamp[0]:
@@ -147,15 +173,20 @@ def names_in(directory: Path) -> list[str]:
         names = os.listdir(directory)  # noqa: PTH208  (names only; a Path each is slow for 100k records)
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        raise CorruptionError(f"{directory}: not a directory") from None
     return sorted(name for name in names if not name.startswith(TEMPORARY))
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, block by block; CorruptionError when it cannot be read."""
     try:
+        regular_size(path)
         with path.open("rb", buffering=0) as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
+    except CorruptionError:
+        raise
     except OSError as error:
         raise CorruptionError(f"{path}: {_reason(error)}") from None
 

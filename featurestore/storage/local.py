@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from featurestore.storage.files import (
     MAX_RECORD_BYTES,
     TEMPORARY,
     check_file,
     ensure_directory,
+    inside,
     names_in,
     publish,
     read_bounded,
@@ -24,6 +26,9 @@ from featurestore.storage.files import (
 )
 from featurestore.storage.protocol import LISTS, PARTS, WRITTEN, Parse, Root, Stamps, State, T
 
+# Folders to remember: a store may have millions.
+_FOLDERS = 4096
+
 
 class LocalRoot:
     """A directory. Files are published with link(2), which never replaces."""
@@ -32,6 +37,11 @@ class LocalRoot:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Folders that are known to lie inside of the store: a file in one costs one look at itself.
+        self._folders: set[Path] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.path,))
 
     @property
     def location(self) -> Path:
@@ -41,7 +51,14 @@ class LocalRoot:
         return str(self.path / name)
 
     def local(self, name: str) -> Path:
-        return self.path / name
+        """The path of a file or folder; CorruptionError where a symbolic link leads out of the store."""
+        path = self.path / name
+        if path.parent not in self._folders:
+            inside(path.parent, self.path)
+            if len(self._folders) >= _FOLDERS:
+                self._folders.clear()
+            self._folders.add(path.parent)
+        return inside(path, self.path) if path.is_symlink() else path
 
     def naming(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -60,7 +77,7 @@ class LocalRoot:
         return path.stat().st_size if path.exists() else 0
 
     def load(self, name: str, parse: Parse[T], limit: int = MAX_RECORD_BYTES) -> T:
-        path = self.path / name
+        path = self.local(name)
         return parse(read_bounded(path, limit), str(path))
 
     def fetch(self, limits: Mapping[str, int]) -> None:
@@ -68,14 +85,14 @@ class LocalRoot:
 
     def check(self, stamps: Stamps, deep: bool = True) -> None:
         for name, stamp in stamps.items():
-            check_file(self.path / name, stamp, deep)
+            check_file(self.local(name), stamp, deep)
 
     def make(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
 
     def publish(self, name: str, data: bytes) -> bool:
-        path = self.path / name
+        path = self.local(name)
         ensure_directory(path.parent, self.path)
         return publish(path, data)
 
@@ -86,12 +103,12 @@ class LocalRoot:
         sync(self.path)
 
     def same(self, name: str, data: bytes) -> bool:
-        path = self.path / name
+        path = self.local(name)
         return path.exists() and read_bounded(path) == data
 
     def begin(self, bundle: str) -> Path:
-        ensure_directory(self.path / PARTS, self.path)
-        directory = self.path / PARTS / bundle
+        directory = self.local(f"{PARTS}/{bundle}")
+        ensure_directory(directory.parent, self.path)
         directory.mkdir()
         return directory
 
@@ -142,7 +159,7 @@ class LocalRoot:
     def remove(self, name: str, spare: Callable[[str], bool]) -> None:
         """A bundle goes out of the way first, then away, unless a commit record has come to name it."""
         path = self.path / name
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
             return
         # A collection that was killed here has left the prefix behind.

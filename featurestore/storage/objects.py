@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from distily.text import one_line
 from featurestore.errors import CorruptionError, StoreAccessError, StoreFormatError
 
 TRUE = ("1", "true", "yes", "on")
@@ -202,4 +203,4 @@ def _reason(text: str) -> str:
         if sign in text:
             return hint
     said = re.search(r"<Message>(.*?)</Message>", text, flags=re.S)
-    return " ".join((said[1] if said else text.partition("\n\nDebug source")[0]).split())
+    return one_line(said[1] if said else text.partition("\n\nDebug source")[0], None)

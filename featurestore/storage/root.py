@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from distily.safety.redaction import redact
 from featurestore.errors import StoreFormatError
 from featurestore.storage.local import LocalRoot
 from featurestore.storage.protocol import Root
@@ -25,6 +26,12 @@ def root_of(path: str | Path) -> Root:
     if scheme is None:
         # A shell leaves the ~ of --out=~/cache alone.
         return LocalRoot(Path(path).expanduser())
+    if redact(text) != text:
+        # Neither repeated here nor written anywhere: the URL of a store stands in records and reports.
+        raise StoreFormatError(
+            f"{redact(text)}: the URL holds credentials or a signature; give {scheme[1]}://bucket/prefix "
+            "alone, and credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
+        )
     if scheme[1] not in SCHEMES:
         known = " or ".join(f"{name}://bucket/prefix" for name in SCHEMES)
         raise StoreFormatError(f"{text}: unknown kind of URL; give {known}, or a local path")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import typer
 
 from distily.errors import DistilyError
+from distily.safety.redaction import redact
+from distily.text import one_line, printable
 from featurestore.errors import BAD_REQUESTS
 from pipeline.errors import RequestError
 
@@ -26,10 +28,10 @@ def exit_codes(verbose: bool = False) -> Iterator[None]:
         _fail(str(error), 2)
     except DistilyError as error:
         if verbose:
-            traceback.print_exc()
+            sys.stderr.write(printable(redact(traceback.format_exc()), keep="\n"))
         _fail(str(error), 1)
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write("distily-cache: " + " ".join(message.split()) + "\n")
+    sys.stderr.write(f"distily-cache: {one_line(message, None)}\n")
     raise typer.Exit(code)

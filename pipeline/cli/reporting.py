@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from distily.html.page import why_not_page, write
+from distily.text import one_line, printable
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
 from pipeline.cli.output import print_json
@@ -35,9 +36,9 @@ def report(
             raise RequestError(f"--out {file} {problem}")
         found = gather(store, samples)
         if found.damage:
-            sys.stderr.write(f"distily-cache: left out: {found.damage}\n")
+            sys.stderr.write(f"distily-cache: left out: {one_line(found.damage, None)}\n")
         write(file, store_page(found))
         if as_json:
             print_json({"report": str(file)})
         else:
-            sys.stdout.write(f"{file}\n")
+            sys.stdout.write(f"{printable(str(file))}\n")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from distily.text import one_line
 from featurestore.errors import FeatureStoreError, MissingFeatureError
 from pipeline.cli.exits import exit_codes
 from pipeline.cli.options import JsonOption, StoreArgument
@@ -133,5 +134,5 @@ def _mass_by_rank(store: str) -> Any:
     except MissingFeatureError:
         return None
     except FeatureStoreError as error:
-        sys.stderr.write(f"distily-cache: mass by rank is left out: {error}\n")
+        sys.stderr.write(f"distily-cache: mass by rank is left out: {one_line(error, None)}\n")
         return None

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distily.datafiles import UNDERSTOOD, kind_of
+from distily.safety.parsing import parse_yaml, read_limited
 from distily.text import one_line
 from pipeline.errors import RequestError
 
@@ -33,6 +34,8 @@ _CONTAINERS = (
     ".zst",
     ".bz2",
 )
+# A card lists the columns and sizes of each of its configurations, of which there may be hundreds.
+_CARD_BYTES, _CARD_NODES = 2**23, 500_000
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,12 @@ def _configurations(folder: Path, dataset: str) -> tuple[dict[str, dict[str, lis
     card = folder / "README.md"
     if not card.is_file():
         return {}, None
-    import yaml
     from datasets.data_files import sanitize_patterns
 
-    parts = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
     try:
-        head = yaml.safe_load(parts[1]) if parts else {}
+        text = read_limited(card, _CARD_BYTES).decode("utf-8", "replace")
+        parts = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(\r?\n|$)", text, re.DOTALL)
+        head = parse_yaml(parts[1], _CARD_BYTES, _CARD_NODES) if parts else {}
         listed: list[dict[str, Any]] = head.get("configs") or [] if isinstance(head, dict) else []
         listed = [one for one in listed if one.get("data_files")]
         # YAML reads some names as numbers.

@@ -9,6 +9,7 @@ from typing import Any
 
 from distily.datafiles import csv_columns, digest_of, is_packed, open_unpacked, unpack
 from distily.errors import DataFileError
+from distily.safety.parquet import check_parquet
 from distily.text import one_line
 from pipeline.data.data_folder import Piece
 from pipeline.errors import RequestError
@@ -80,6 +81,9 @@ def _local_table(files: Sequence[Path], kind: str) -> Any:
             for file, place in moved.items():
                 made.append(place)
                 _place(file, place)
+            for path in paths if kind == "parquet" else ():
+                with Path(path).open("rb") as opened:
+                    check_parquet(opened)
         builder.download_and_prepare()
     finally:
         for place in made:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distily.hub import asking, client, logged_in
+from distily.safety.redaction import for_record
 from featurestore.catalogue.manifest import fullest_manifest
 from featurestore.errors import CorruptionError
-from featurestore.format.directory import SPEC_FILE
+from featurestore.format.directory import SPEC_FILE, read_provenance
 from featurestore.maintenance.info import store_info
 from featurestore.maintenance.trusted import trusted_files
 from featurestore.maintenance.verify import verify_store
 from featurestore.storage.files import sync
+from featurestore.storage.protocol import Root
 from featurestore.storage.root import is_url, root_of
 from pipeline.errors import RequestError
 from pipeline.interchange.hub_card import store_card
@@ -76,6 +78,7 @@ def push_store(store: str | Path, repo: str, private: bool = False) -> Shared:
         raise RequestError(f"STORE {store}: nothing is committed yet; let `generate` finish once")
     names = trusted_files(root, info.manifest)
     paths = {name: root.local(name) for name in names}
+    _check_records(root, names)
     sent = sum(path.stat().st_size for path in paths.values())
     with asking(f"REPO {repo}"):
         url = api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
@@ -107,6 +110,7 @@ def pull_store(repo: str, path: str | Path, revision: str | None = None) -> Shar
         remote = _remote(api, repo, commit)
     names = _of_the_store(repo, remote)
     private = path.absolute().with_name(f".{path.name}.pull-{commit[:12]}")
+    _check_room(repo, sum(remote[name].size for name in names), path, private)
     private.mkdir(parents=True, exist_ok=True)
     with asking(f"REPO {repo}: the pull failed; the same command resumes"):
         api.snapshot_download(
@@ -148,6 +152,30 @@ def _of_the_store(repo: str, remote: Iterable[str]) -> list[str]:
     if SPEC_FILE not in names or not any(name.startswith("MANIFEST-") for name in names):
         raise RequestError(f"REPO {repo} holds no store, or one whose push is not complete")
     return names
+
+
+def _check_room(repo: str, size: int, path: Path, private: Path) -> None:
+    """RequestError where the files have no room on the disk, beside what is downloaded already."""
+    parent = next(folder for folder in private.parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if size > free + sum(file.stat().st_size for file in private.rglob("*") if file.is_file()):
+        raise RequestError(
+            f"STORE {path}: {repo} has {size:,} bytes of a store and {parent} has {free:,} free; choose a "
+            "directory on a larger disk"
+        )
+
+
+def _check_records(root: Root, names: Iterable[str]) -> None:
+    """RequestError for the record of a run, of an older version or another program, that holds a secret."""
+    for name in names:
+        if not name.startswith("provenance/"):
+            continue
+        record = read_provenance(root, name.partition("/")[2])
+        if for_record(record) != record:
+            raise RequestError(
+                f"STORE {root.location}: {name} holds a credential or the address of a private service in "
+                "its command line; delete this file, which nothing else needs, or replace what it names"
+            )
 
 
 def _check_same_store(repo: str, remote: Mapping[str, RepoFile], spec: bytes) -> None:

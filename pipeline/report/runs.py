@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from distily.html.page import Html, code, note, section
+from distily.safety.redaction import redact_words
 from distily.units import duration
 
 
@@ -28,7 +29,8 @@ def _command(record: Mapping[str, Any]) -> str:
     argv = record.get("argv")
     if not isinstance(argv, list) or not argv:
         return str(record.get("command") or "unknown")
-    words = [str(word) for word in argv]
+    # A store may have been made by a version that kept command lines as they were typed.
+    words = redact_words([str(word) for word in argv])
     return shlex.join([PurePath(words[0]).name, *words[1:]])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from distily.checkpoint.configs import json_object
 from distily.checkpoint.finite import not_finite
 from distily.checkpoint.weights import (
     INDEX,
@@ -233,7 +233,7 @@ def _dtype_name(dtype: Any) -> str:
 
 def _weights_digest(path: Path, weights: list[Path]) -> str:
     """Hash of the weights' bytes and of the config that interprets them; names and paths do not enter."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = json_object(path / "config.json")
     meaning = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
     digest = blake3(canonical_json(meaning))
     for file in weights:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
+from distily.checkpoint.configs import json_object
 from featurestore.format.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
 from featurestore.storage.protocol import Root
 from pipeline.data.selection import Selection
@@ -143,8 +143,7 @@ def end_tokens(model: Teacher, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a text, ascending: of the tokenizer, and of the checkpoint's configurations."""
     ends = {tokenizer.eos_token_id}
     for file in ("config.json", "generation_config.json"):
-        path = model.path / file
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        named = json_object(model.path / file).get("eos_token_id")
         ends |= set(named if isinstance(named, list) else [named])
     return tuple(sorted(end for end in ends if isinstance(end, int) and 0 <= end < model.vocab_size))
 

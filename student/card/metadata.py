@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from student.card.markdown import line
+from distily.safety.markdown import line
 from student.card.names import is_hub_name
 from student.card.results import Result, results
 from student.errors import UserError

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distily.safety.markdown import command, cut, link, section, table
 from distily.units import duration, number, size
-from student.card.markdown import command, cut, section, table
 from student.losses.catalogue import EXACTNESS, Loss, catalogue
 from student.report.files import RunFiles, number_in, rows_in
 from student.report.savings import capture_seconds, savings
@@ -136,8 +136,8 @@ def _about(loss: Loss) -> tuple[str, str, str]:
 def _paper(loss: Loss) -> str:
     if loss.paper is None:
         return "–"
-    link = f" https://arxiv.org/abs/{loss.paper.arxiv}" if loss.paper.arxiv else ""
-    return loss.paper.title + link
+    known = loss.paper.arxiv
+    return link(loss.paper.title, f"https://arxiv.org/abs/{known}") if known else loss.paper.title
 
 
 def _weight(weight: Any) -> str:

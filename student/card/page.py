@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from huggingface_hub import ModelCardData
 
+from distily.safety.markdown import fence, line, section, table, text
 from distily.units import number
-from student.card.markdown import fence, line, section, table, text
 from student.card.metadata import stock, ternary
 from student.card.method import architectures, break_even, cache, objective, training
 from student.card.results import HELD_OUT, Result, results

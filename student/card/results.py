@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from student.card.markdown import line
+from distily.safety.markdown import line
 from student.card.names import is_hub_name
 from student.report.files import RunFiles, number_in, rows_in
 

@@ -19,7 +19,7 @@ import typer
 from distily.logs import show_on_stderr
 from distily.system.command_line import add_version, installed, quiet_libraries, reflow_help
 from distily.system.stopping import stoppable
-from distily.text import one_line
+from distily.text import one_line, printable
 
 if TYPE_CHECKING:
     from student.sweep.command import Sweep
@@ -123,7 +123,7 @@ def export_(
         report = export(
             ExportRequest(directory=directory, format=format, out=out, dtype=dtype, gguf_type=gguf_type)
         )
-    typer.echo(json.dumps(report) if as_json else "\n".join(lines(report)))
+    typer.echo(json.dumps(report) if as_json else "\n".join(map(printable, lines(report))))
 
 
 @app.command("report")
@@ -142,7 +142,7 @@ def report_(
 
     with _exit_codes():
         file = report(directories, out)
-    typer.echo(json.dumps({"report": str(file)}) if as_json else str(file))
+    typer.echo(json.dumps({"report": str(file)}) if as_json else printable(str(file)))
 
 
 @app.command("card")
@@ -173,7 +173,7 @@ def card_(
         file = card(directory, license, language or [], overwrite)
         url = push_student(directory, push_to_hub, private) if push_to_hub else None
     made = {"card": str(file)} | ({"url": url} if url else {})
-    typer.echo(json.dumps(made) if as_json else url or str(file))
+    typer.echo(json.dumps(made) if as_json else printable(url or str(file)))
 
 
 @app.command("generate")
@@ -209,7 +209,8 @@ def generate_(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    typer.echo(result["text"])
+    # What a model writes is data: --json has it to the letter.
+    typer.echo(printable(result["text"], keep="\n\t"))
     typer.echo(
         f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, weights "
         f"{result['weight_bytes'] / 1e6:.1f} MB in memory, peak {result['peak_memory_bytes'] / 1e6:.0f} MB",
@@ -307,11 +308,10 @@ def eval_(
     if as_json:
         typer.echo(json.dumps(record))
         return
-    from rich.console import Console
-
+    from distily.safety.console import SafeConsole
     from student.evaluation.show import show
 
-    show(record, Console())
+    show(record, SafeConsole())
 
 
 @contextlib.contextmanager
@@ -373,7 +373,7 @@ def _run(argv: list[str]) -> None:
         summary = train_stages(asked) if isinstance(asked, list) else train_from_cache(asked)
     # Of several processes, the first one's.
     if summary and (as_json or not first.quiet):
-        typer.echo(json.dumps(summary) if as_json else summary["report"])
+        typer.echo(json.dumps(summary) if as_json else printable(summary["report"]))
 
 
 def _plan(argv: list[str], gpu_memory: float | None, processes: int | None) -> None:
@@ -390,12 +390,12 @@ def _plan(argv: list[str], gpu_memory: float | None, processes: int | None) -> N
         made = {name: plan.to_json() for name, plan in plans.items()}
         typer.echo(json.dumps(made.get("", {"stages": made})))
         return
-    from rich.console import Console
+    from distily.safety.console import SafeConsole
 
     for name, plan in plans.items():
         if name:
             typer.echo(f"stage {name}")
-        show(plan, Console())
+        show(plan, SafeConsole())
 
 
 def _quiet(as_json: bool) -> contextlib.AbstractContextManager[object]:

@@ -49,11 +49,12 @@ def defaults(loss: Loss) -> str:
 
 def show() -> None:
     """Print the table, as wide as the terminal."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    from distily.safety.console import SafeConsole
+
+    console = SafeConsole()
     for kind, title in KINDS.items():
         losses = [loss for loss in catalogue().values() if loss.kind == kind]
         if not losses:

@@ -307,7 +307,7 @@ class StudentOptions:
         example = "write e.g. --student-model-config '{\"num_hidden_layers\": 12}'"
         try:
             changes = json.loads(self.student_model_config)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--student-model-config is not valid JSON ({error}); {example}") from None
         if not isinstance(changes, dict):
             raise UserError(f"--student-model-config must be a JSON object; {example}")

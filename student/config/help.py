@@ -19,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from distily.safety.console import SafeConsole
 from student.config.flags import CommandOptions
 from student.errors import UserError
 
@@ -99,7 +100,7 @@ def wants_help(words: Sequence[str]) -> bool:
 
 def show_help(console: Console | None = None) -> None:
     """Print our flags under headings and the usual ones of TrainingArguments."""
-    console = console or Console()
+    console = console or SafeConsole()
     console.print(Text("\nUsage: distily-train from-cache STORE --output-dir DIR [flags]\n"))
     for text in (INTRODUCTION, EXAMPLES):
         console.print(Text(text))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distily.safety.redaction import redact_words
 from student.config.precision import inference_device
 from student.errors import UserError
 from student.evaluation import cache, harness, texts
@@ -130,7 +131,7 @@ def _on_cache(
 
 
 def _new_record(plan: _Plan, student: _Measured, teacher: _Measured | None) -> dict[str, Any]:
-    command = list(plan.request.command)
+    command = redact_words(plan.request.command)
     return {
         "version": VERSION,
         "student": str(plan.request.directory),

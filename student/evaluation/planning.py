@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distily.checkpoint.configs import json_object
 from featurestore.errors import StoreNotFoundError
 from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader
@@ -32,11 +32,7 @@ def plan_cache(request: EvalRequest) -> CachePlan:
 
 def _summary(directory: Path) -> dict[str, Any]:
     """summary.json of a training's output; empty where there is none."""
-    path = directory / "summary.json"
-    if not path.is_file():
-        return {}
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    return json_object(directory / "summary.json")
 
 
 def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheReader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from distily.checkpoint.weights import weight_files
+from distily.safety.parsing import read_json
 from distily.system.files import write_json
 
 VERSION = 1
@@ -28,10 +28,10 @@ def weights_digest(directory: Path) -> str:
 def read_record(directory: Path) -> Section:
     """What is recorded so far; empty where there is nothing, or of another version."""
     try:
-        found: Section = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        found: Section = read_json(directory / FILE)
     except (OSError, ValueError):
         return {}
-    return found if found.get("version") == VERSION else {}
+    return found if isinstance(found, dict) and found.get("version") == VERSION else {}
 
 
 def merged(old: Section, new: Section) -> Section:

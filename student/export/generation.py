@@ -81,7 +81,7 @@ def load(directory: Path) -> Any:
     if kind == "none":
         from transformers import AutoConfig
 
-        kind_of_attention = attention(AutoConfig.from_pretrained(directory))
+        kind_of_attention = attention(AutoConfig.from_pretrained(directory, trust_remote_code=False))
         return load_whole(directory, str(directory), dtype=torch.float32, **kind_of_attention)
     raise UserError(
         f"{directory} is quantised with {kind}; generate reads what training saved and hf-bitnet exports"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distily.checkpoint.configs import json_object
 from student.bitnet import layout
 from student.errors import UserError
 from student.export.reference import integer_linears, to_integers
@@ -41,8 +41,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} holds no config.json; give the --output-dir of a training")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return json_object(path)
 
 
 def quantization_of(config: dict[str, Any]) -> str:

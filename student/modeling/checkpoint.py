@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distily.checkpoint.configs import json_object
+from distily.checkpoint.weights import indexed_files
+from distily.errors import CheckpointError
 from student.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -69,17 +71,17 @@ def _locate(directory: Path) -> dict[str, str]:
     index, single = directory / INDEX, directory / WEIGHTS
     try:
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            absent = [file for file in sorted(set(weight_map.values())) if not (directory / file).is_file()]
+            # Refuses names of files elsewhere.
+            absent = [file for file in indexed_files(index) if not (directory / file).is_file()]
             if absent:
                 raise UserError(
                     f"{index} names {absent[0]}, which is not there; download the checkpoint again"
                 )
-            return weight_map
+            return dict(json_object(index)["weight_map"])
         if single.is_file():
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), WEIGHTS)
-    except (json.JSONDecodeError, KeyError, SafetensorError) as error:
+    except (CheckpointError, KeyError, SafetensorError) as error:
         raise UserError(f"the weights in {directory} cannot be read: {error}") from error
     raise UserError(
         f"no safetensors weights in {directory} (neither {WEIGHTS} nor {INDEX}); give a directory that has "

@@ -86,7 +86,9 @@ def _is_tied(directory: Path) -> bool:
     """Whether the config beside the weights ties head and embeddings."""
     from transformers import AutoConfig
 
-    return bool(AutoConfig.from_pretrained(directory).get_text_config().tie_word_embeddings)
+    return bool(
+        AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config().tie_word_embeddings
+    )
 
 
 def _check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distily.checkpoint.configs import json_object
 from featurestore.format.tokenizer_files import tokenizer_files
 from featurestore.reader import CacheReader
 from student import bitnet
@@ -235,7 +235,8 @@ def load_config(source: str, what: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        # Not None, with which transformers asks on the terminal whether to run a checkpoint's own code.
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{what}: {source} is not a model that transformers can load ({reason})") from error
@@ -279,7 +280,7 @@ def same_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> bool:
     """Whether the student is known to have the teacher's tokenizer; UserError when it has another."""
     files = [checkpoint / "tokenizer.json", teacher_dir / "tokenizer.json"]
     if all(file.is_file() for file in files):
-        differ = tokenizers_differ(*(json.loads(file.read_text(encoding="utf-8")) for file in files))
+        differ = tokenizers_differ(*map(json_object, files))
     elif all(tokenizer_files(directory) for directory in (checkpoint, teacher_dir)):
         try:
             own, theirs = (load_tokenizer(directory).get_vocab() for directory in (checkpoint, teacher_dir))

@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from distily.checkpoint.configs import json_object
 from distily.checkpoint.weights import explain_gaps
 from distily.system.files import write_whole
 from distily.text import one_line
@@ -57,20 +58,20 @@ def stop_tokens(directory: Path) -> list[int]:
     """The ids that end a text, ascending: of config.json and generation_config.json in a directory, and of
     its tokenizer's end token.
     """
-    found: set[Any] = set()
+    found: list[Any] = []
     for file in ("config.json", "generation_config.json"):
-        named = _json(directory / file).get("eos_token_id")
-        found |= set(named if isinstance(named, list) else [named])
-    token = _json(directory / "tokenizer_config.json").get("eos_token")
+        named = json_object(directory / file).get("eos_token_id")
+        found += named if isinstance(named, list) else [named]
+    token = json_object(directory / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    tokenizer = _json(directory / "tokenizer.json")
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    if isinstance(vocabulary, dict):
-        found.add(vocabulary.get(token))
-    found |= {
-        added.get("id") for added in tokenizer.get("added_tokens") or () if added.get("content") == token
-    }
-    return sorted(one for one in found if isinstance(one, int) and one >= 0)
+    tokenizer = json_object(directory / "tokenizer.json")
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict) and isinstance(token, str):
+        found.append(vocabulary.get(token))
+    tokens = [one for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    found += [one.get("id") for one in tokens if one.get("content") == token]
+    return sorted({one for one in found if type(one) is int and one >= 0})
 
 
 def _save_stop_tokens(student: Any, directory: Path, tokenizer_dir: Path) -> None:
@@ -78,14 +79,8 @@ def _save_stop_tokens(student: Any, directory: Path, tokenizer_dir: Path) -> Non
     path = directory / "generation_config.json"
     ends = [one for one in stop_tokens(tokenizer_dir) if one < student.config.get_text_config().vocab_size]
     if ends:
-        settings = _json(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+        settings = json_object(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
         write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
 
 
 def load_weights(student: Any, directory: Path) -> None:

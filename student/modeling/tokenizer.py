@@ -14,7 +14,8 @@ from student.errors import UserError
 def load_tokenizer(source: str | Path, **options: Any) -> Any:
     """The tokenizer of a directory or hub name, with the ids of its tokenizer.json where it has one.
 
-    options: for transformers' `from_pretrained`.
+    options: for transformers' `from_pretrained`; code that comes with a tokenizer does not run unless
+    `trust_remote_code` is among them.
 
     Raises:
         UserError: transformers cannot load it with the ids of its tokenizer.json.
@@ -22,6 +23,7 @@ def load_tokenizer(source: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    options = {"trust_remote_code": False, **options}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     directory = _local(source)
     if directory is None or _differing(tokenizer, directory) is None:
@@ -53,7 +55,7 @@ def _config_for(source: Path, config: bytes) -> bytes:
     if not (source / "tokenizer.json").is_file():
         return config
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception:  # whatever its backend raises; the file may load all the same
         tokenizer = None
     if tokenizer is not None and _differing(tokenizer, source) is None:

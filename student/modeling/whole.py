@@ -70,7 +70,7 @@ def load_whole(source: str | Path, what: str, **options: Any) -> Any:
     directory = local_checkpoint(source, what)
     tensors = whole_files(directory, what)
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        directory, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
     )
     mismatched = {name: (theirs, ours) for name, theirs, ours in info["mismatched_keys"]}
     if gaps := explain_gaps(info["missing_keys"], mismatched, tensors):

@@ -58,7 +58,7 @@ def _inline(text: str) -> Any:
     """JSON, in which layers as keys are strings."""
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: {_key(key): value for key, value in pairs})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--objective is not valid JSON ({error}); give a YAML file of terms") from error
 
 

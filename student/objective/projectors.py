@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from distily.safety.parsing import read_json
 from student.errors import StudentError, UserError
 from student.shards import load_whole
 
@@ -91,7 +92,7 @@ class Projectors(nn.ModuleDict):
         """Reads what `save` wrote; UserError when it is of others, StudentError for a damaged file."""
         config, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
         try:
-            saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            saved = read_json(config) if config.is_file() else {}
             if saved != self._config():
                 raise UserError(
                     f"--resume-from-checkpoint {directory}: it has {_names(saved)}, the objective asks for "
@@ -99,7 +100,9 @@ class Projectors(nn.ModuleDict):
                 )
             if self.specs:
                 load_whole(self, load_file(weights))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+        except UserError:
+            raise
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             raise StudentError(f"{directory}: its projectors cannot be read: {error}") from error
 
     def _config(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distily.units import duration, number
 from student.planning.memory import EXCHANGE, GATHERED, UPDATE
@@ -63,7 +64,7 @@ def show(plan: TrainingPlan, console: Console) -> None:
     for name, words in _PARTS.items():
         if name in plan.memory.whole:
             table.add_row(words, size(plan.memory.whole[name]), size(plan.memory.at_peak[name]))
-    table.add_row("[bold]sum", "", f"[bold]{size(plan.memory.peak)}")
+    table.add_row(Text("sum", "bold"), "", Text(size(plan.memory.peak), "bold"))
     if plan.roomy > plan.memory.peak:
         table.add_row("sum, with the chunks of the head that this GPU has room for", "", size(plan.roomy))
     if plan.memory.paged:

@@ -6,7 +6,6 @@ Files of other versions may lack any key, so every look-up may find nothing.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distily.html.page import Cell
+from distily.safety.parsing import MAX_LOG, read_json
 from distily.units import number
 from student.errors import UserError
 
@@ -135,8 +135,8 @@ def _belong(samples: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
 
 def _object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(file, MAX_LOG)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); train or evaluate again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} holds no JSON object; train or evaluate again")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from distily.html.page import Html, code, note, page, paragraph, section, write
+from distily.safety.redaction import redact_words
 from distily.units import duration
 from student.report.comparison import comparison, details, key_figures, objective
 from student.report.curves import held_out, ternary, training
@@ -69,7 +70,8 @@ def _commands(runs: Sequence[RunFiles]) -> Html:
     for run in runs:
         words = run.summary.get("command")
         if isinstance(words, list) and words:
-            line = shlex.join([PurePath(str(words[0])).name, *map(str, words[1:])])
+            words = redact_words([str(word) for word in words])
+            line = shlex.join([PurePath(words[0]).name, *words[1:]])
             parts += [code(line), note(f"{run.name}{_environment(run)}.")]
     return section("The commands", *parts)
 

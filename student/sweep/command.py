@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distily.html.page import write as write_page
+from distily.safety.console import SafeConsole
 from distily.system.files import write_json
 from student.errors import UserError
 from student.sweep.capacity import this_machine
@@ -75,10 +75,10 @@ class Sweep:
 
     def show(self) -> None:
         """Print the table, what the cache spared, and where the page is."""
-        rows, console = self.rows(), Console()
+        rows, console = self.rows(), SafeConsole()
         console.width = console.width if console.is_terminal else WIDTH
         console.print(table(rows, self.spec))
-        console.print(savings(rows) or "", self.home.page, sep="\n", highlight=False, markup=False)
+        console.print(savings(rows) or "", self.home.page, sep="\n", highlight=False)
 
     def finished(self) -> int:
         """How many runs have ended, well or not."""
@@ -126,7 +126,7 @@ def _source(spec: SweepSpec, manifest: str, home: Home, listed: list[SweepRun]) 
 
 def _watch(pool: Pool, state: Sweep) -> None:
     """Runs them with a line for each change on standard error, and a bar where that is a terminal."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     parts = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -139,8 +139,6 @@ def _watch(pool: Pool, state: Sweep) -> None:
         def changed(run: SweepRun, now: str, reason: str | None) -> None:
             state.changed(run, now, reason)
             progress.update(task, completed=state.finished(), description=", ".join(state.running()))
-            progress.console.print(
-                f"{now} {run.name}" + (f": {reason}" if reason else ""), markup=False, highlight=False
-            )
+            progress.console.print(f"{now} {run.name}" + (f": {reason}" if reason else ""), highlight=False)
 
         pool.run(state.source, changed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distily.checkpoint.configs import json_object
 from student.errors import UserError
 from student.sweep.runs import SweepRun
 from student.training.resume import last_checkpoint
@@ -75,5 +75,4 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is none."""
     if not path.is_file():
         return None
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    return json_object(path)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from distily.safety.redaction import for_record
 from student.sweep.capacity import PeakMemory
 from student.sweep.home import Home, read_json
 from student.sweep.runs import SweepRun
@@ -39,7 +40,7 @@ class Row:
         return {
             "name": self.run.name,
             "settings": dict(self.run.settings),
-            "flags": dict(self.run.flags),
+            "flags": for_record(dict(self.run.flags)),
             "state": self.state,
             "reason": self.reason,
             "output_dir": self.output_dir,
@@ -111,7 +112,7 @@ def report(rows: Sequence[Row], spec: SweepSpec, store: str, manifest: str) -> d
     """The content of sweep.json."""
     return {
         "version": 1,
-        "spec": dict(spec.content),
+        "spec": for_record(spec.content),
         "store": store,
         "manifest": manifest,
         "metric": spec.metric,

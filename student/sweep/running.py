@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import Protocol
 
+from distily.text import one_line
 from student.sweep import capacity
 from student.sweep.capacity import Machine, PeakMemory
 from student.sweep.home import Home
@@ -141,4 +142,4 @@ class Pool:
         log = self.home.log(run).read_text(encoding="utf-8", errors="replace")
         said = [line.strip() for line in log.rpartition("\n--- ")[2].split("\n") if line.strip()]
         named = [line for line in said if _EXCEPTION.match(line)]  # its message may go on for many lines
-        return (named or said)[-1].removeprefix("distily-train: ")
+        return one_line((named or said)[-1].removeprefix("distily-train: "), None)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from student.errors import UserError
 from student.losses.catalogue import suggest
-from student.yamlfile import parse_yaml
+from student.yamlfile import read_yaml
 
 Flags = Mapping[str, Any]
 
@@ -92,11 +92,7 @@ class SweepSpec:
 
 def read(path: Path) -> SweepSpec:
     """The specification in a YAML file; UserError, naming the key, for whatever is wrong in it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a YAML file with a `grid`") from error
-    return parse(parse_yaml(text, str(path)), str(path))
+    return parse(read_yaml(str(path), str(path), "a YAML file with a `grid`"), str(path))
 
 
 def parse(value: object, where: str) -> SweepSpec:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from distily.errors import DistilyError
+from distily.safety.redaction import redact_words
 from distily.system.files import write_json
 from distily.text import one_line
 from student.config.parser import parse
@@ -51,7 +52,7 @@ def work(job: RunJob) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.gpu
     torch.set_num_threads(job.threads)
     words, began = ["distily-train", "from-cache", *job.words], time.time()
-    print(f"--- {' '.join(words)}", flush=True)  # noqa: T201
+    print(f"--- {' '.join(redact_words(words))}", flush=True)  # noqa: T201
     try:
         train_from_cache(parse(job.words), words)
     except DistilyError as error:

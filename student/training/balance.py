@@ -9,7 +9,6 @@ share them. Embeddings and LM head, which terms between hidden states reach late
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distily.safety.parsing import read_json
 from distily.system.files import write_json
 from student.errors import StudentError
 from student.objective.terms import Objective
@@ -59,7 +59,7 @@ class GradientBalance:
     def load(self, directory: Path) -> None:
         """Reads what `save` wrote; StudentError unless it is of as many terms."""
         try:
-            logs = json.loads((directory / BALANCE_FILE).read_text(encoding="utf-8"))["log_norms"]
+            logs = read_json(directory / BALANCE_FILE)["log_norms"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudentError(f"{directory}: {BALANCE_FILE} cannot be read: {error}") from error
         numbers = isinstance(logs, list) and all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import sys
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import TrainingArguments
 
+from distily.safety.redaction import for_record, is_secret
 from distily.system.machine import cpu_name
-
-_SECRET = "--hub-token"
 
 
 def typed() -> list[str]:
@@ -23,15 +24,15 @@ def typed() -> list[str]:
     return [PurePath(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """The words with `***` for the hub's token, which a file that is shared must not hold."""
-    shown, hide = [], False
-    for word in words:
-        flag, given, _ = word.partition("=")
-        secret = flag.replace("_", "-") == _SECRET
-        shown.append("***" if hide else f"{flag}=***" if secret and given else word)
-        hide = secret and not given
-    return shown
+def without_secrets(args: TrainingArguments) -> TrainingArguments:
+    """The same arguments to be kept in a file that may be shared: what is secret is None in them, such as the
+    hub's token, and texts are without credentials.
+    """
+    kept = copy.copy(args)
+    for name, value in vars(args).items():
+        if type(value) in (str, list, dict):
+            setattr(kept, name, None if is_secret(name) else for_record(value))
+    return kept
 
 
 def environment(device: torch.device, started: datetime) -> dict[str, Any]:
@@ -57,4 +58,5 @@ def captures(provenance: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         asked = request if isinstance(request, Mapping) else {}
         wanted = ("dataset", "dataset_config", "split")
         made.append({"argv": record.get("argv"), **{name: asked.get(name) for name in wanted}})
-    return made
+    # Records of older versions hold command lines as they were typed.
+    return list(for_record(made))

@@ -7,12 +7,13 @@ step. The number of processes plays no part.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from distily.checkpoint.configs import json_object
+from distily.safety.parsing import MAX_LOG, read_json
 from distily.system.stopping import advise
 from featurestore.order import ORDER_VERSION
 from student.bitnet.layout import saved_conversion
@@ -100,7 +101,7 @@ def finished(checkpoint: Path, args: TrainingArguments) -> TrainerState | None:
 def _whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end: the file that Trainer writes last can be read."""
     try:
-        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        read_json(checkpoint / _STATE, MAX_LOG)
     except (OSError, ValueError):
         return False
     return True
@@ -192,7 +193,4 @@ def _kind(conversion: str | None, masters: str) -> str:
 
 
 def _record(checkpoint: Path | None) -> dict[str, Any]:
-    if checkpoint is None or not (checkpoint / MANIFEST_FILE).is_file():
-        return {}
-    record: dict[str, Any] = json.loads((checkpoint / MANIFEST_FILE).read_text())
-    return record
+    return {} if checkpoint is None else json_object(checkpoint / MANIFEST_FILE)

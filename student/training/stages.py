@@ -5,13 +5,13 @@ A stage's folder holds stage.json: the manifest of the cache that it reads, its 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from distily.logs import LOG
+from distily.safety.parsing import read_json
 from distily.system.files import write_json
 from featurestore.errors import BAD_REQUESTS
 from student.config.parser import Request
@@ -117,7 +117,7 @@ def _record(stage: StageRequest) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        loaded: dict[str, Any] = read_json(path)
     except ValueError as error:
         raise UserError(
             f"--output-dir: {path} is damaged ({error}); remove it, or take another one"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 
+from distily.checkpoint.configs import json_object
+from distily.safety.redaction import redact_words
 from distily.system.files import write_json
 from featurestore.errors import MissingFeatureError
 from featurestore.format.schema import LogitsSpec
@@ -21,7 +22,7 @@ from student.bitnet import Drift, bit_linears, conversion_of
 from student.data.held_out import Split
 from student.metrics import kl_exactness
 from student.training.model import DistillationModel
-from student.training.provenance import captures, without_secrets
+from student.training.provenance import captures
 from student.training.uniform import worse_than_uniform
 
 TEACHER_SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -94,7 +95,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "teacher_config": teacher_config(run.reader.teacher_dir),
         "cache_cost": cache_cost(run.reader, info),
         "captures": captures(info.provenance),
-        "command": without_secrets(run.command),
+        "command": redact_words(run.command),
         "environment": dict(run.environment),
     }
     write_json(run.output_dir / "summary.json", summary)
@@ -131,9 +132,9 @@ def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
 
 def teacher_config(directory: Path) -> dict[str, Any]:
     """Sizes of the teacher that its identity does not hold, from its configuration in the cache."""
-    file = directory / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    text = config.get("text_config") or config
+    config = json_object(directory / "config.json")
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) and nested else config
     return {name: text[name] for name in TEACHER_SIZES if isinstance(text.get(name), int)}
 
 

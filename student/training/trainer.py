@@ -34,6 +34,7 @@ from student.training.compiled import compile_layers
 from student.training.finite import check_terms, check_weights
 from student.training.model import EVAL_COLUMNS, DistillationModel
 from student.training.outputs import remove_training
+from student.training.provenance import without_secrets
 from student.training.resume import KeptCallback, finished, order_seed
 from student.training.sharding import shard, without_accelerates
 from student.training.uniform import UniformGuess
@@ -287,7 +288,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             self.model.projectors.save(directory, _below("projectors.", self._whole))
             if self._balance is not None:
                 self._balance.save(directory)
-        torch.save(self.args, directory / "training_args.bin")
+        torch.save(without_secrets(self.args), directory / "training_args.bin")
         record = {
             "manifest": self.train_dataset.manifest_digest,
             "order": ORDER_VERSION,

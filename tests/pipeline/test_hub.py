@@ -76,6 +76,57 @@ def test_the_card_says_what_it_is(hub: Hub, store: Path) -> None:
     assert fullest_manifest(root_of(store)) in card.text
 
 
+def test_a_teacher_is_no_markup_in_the_card(hub: Hub, store: Path) -> None:
+    from dataclasses import replace
+
+    from markdown_it import MarkdownIt
+
+    from featurestore.maintenance.info import store_info
+    from pipeline.interchange.hub_card import store_card
+
+    info = store_info(store)
+    evil = "x](https://evil.example)\n\n# h\n\n| <img src=x> \x1b[2J ---\nlicense: mit"
+    names = {"name": evil, "architecture": evil, "engine": evil, "dtype": evil}
+    shapes = []
+    for found in (info, replace(info, identity=replace(info.identity, **names))):
+        head, text = store_card(found, REPO, 1).removeprefix("---\n").split("\n---\n", 1)
+        assert "\x1b" not in text and "license" not in {line.partition(":")[0] for line in head.split("\n")}
+        tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+        inline = [child.type for token in tokens for child in token.children or []]
+        assert set(inline) <= {"text", "text_special", "code_inline", "softbreak"}
+        shapes.append([token.type for token in tokens])
+    assert shapes[0] == shapes[1]
+
+
+def test_a_record_that_holds_a_secret_is_not_pushed(
+    hub: Hub, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions wrote them; what is written now holds none."""
+    import featurestore.store
+
+    FeatureStore.open(store).add_provenance(
+        {"argv": ["generate", "--key-token", "hunter22", "https://u:p@h/"]}
+    )
+    assert not any(b"hunter22" in path.read_bytes() for path in (store / "provenance").iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(featurestore.store, "for_record", lambda record: record)
+        FeatureStore.open(store).add_provenance({"argv": ["generate", "--hub-token=hunter22"]})
+    code, _, err = cli("push", store, REPO)
+    assert (code, err.count("\n")) == (2, 1) and "provenance/" in err and "hunter22" not in err
+    assert hub.uploads() == []
+
+
+def test_a_store_for_which_there_is_no_room_is_not_pulled(
+    hub: Hub, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("distily-cache", "push", store, REPO)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    code, _, err = cli("pull", REPO, tmp_path / "back")
+    assert (code, err.count("\n")) == (2, 1) and "1,000 free" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
 def test_only_what_the_manifest_trusts_is_pushed(hub: Hub, store: Path) -> None:
     committed = files_in(store)
     bundle = next((store / "parts").iterdir())

@@ -277,3 +277,21 @@ def test_a_token_named_twice_counts_once() -> None:
 def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], head: dict[int, float]) -> None:
     with pytest.raises(RequestError, match="vocabulary ends at 9"):
         to_imported(document([head, {}], tokens), 10, "here")
+
+
+def test_a_head_that_a_store_cannot_count_is_refused() -> None:
+    """Its size is 16 bits wide, and 2^16 tokens would be none."""
+    head = dict.fromkeys(range(2**16), -math.log(2**16))
+    with pytest.raises(RequestError, match="65,536 tokens; a store keeps 65,535"):
+        to_imported(document([head, {}], [1, 2]), 2**17, "here")
+
+
+def test_compression_of_aliases_is_refused(tmp_path: Path) -> None:
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdef", "bcdefg", strict=True)
+    ]
+    file = tmp_path / "compression.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(RequestError, match=r"--compression .* aliases repeat"):
+        read_compression(file)

@@ -15,9 +15,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from distily.safety.markdown import line
 from featurestore.format.schema import LogitsSpec
 from featurestore.store import FeatureStore
-from student.card.markdown import line
 from student.card.names import is_hub_name
 from tests.student.caches import random_samples, write_cache
 from tests.student.exports import Students
@@ -119,6 +119,11 @@ def test_a_training_has_a_card_that_is_true(
     assert ended == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["command"] == ["distily-train", *words, "--hub-token", "***", "--hub_token=***"]
+    kept = list((tmp_path / "run").rglob("training_args.bin"))
+    assert len(kept) > 1, "a checkpoint has it too"
+    assert not any(
+        b"hf_secret" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    )
     environment = summary["environment"]
     assert set(environment) == {"python", "torch", "transformers", "device", "cpu", "cores", "started"}
 
@@ -150,7 +155,7 @@ def test_a_training_has_a_card_that_is_true(
     assert shown["norms added for BitNet"] == ["–", "subln"]
     assert shown["manifest"] == [summary["manifest"]]
     assert shown["teacher's digest"] == ["ab" * 16]
-    assert shown["kl"][1] == "T² Σ p log(p / q)" and "https://arxiv.org/abs/1503.02531" in shown["kl"][3]
+    assert shown["kl"][1] == "T² Σ p log(p / q)" and "(https://arxiv.org/abs/1503.02531)" in card.content
     monkeypatch.chdir(tmp_path)
     (snippet,) = code(tokens, "python")
     exec(snippet, {})

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.format.codec import MAX_DROP, STEPS_PER_NAT
-from featurestore.format.schema import LogitsFeatures, Sample
+from featurestore.format.schema import MAX_TOP_K, LogitsFeatures, Sample
 from pipeline.errors import RequestError
 
 Array = npt.NDArray[Any]
@@ -85,6 +85,10 @@ def to_imported(document: Document, vocab_size: int, where: str) -> Imported:
     logprobs = logprobs - shift[row]
     fits = np.array([_probability(row, ids, logprobs, tokens, ahead) for ahead in range(3)])
     counts = np.bincount(row, minlength=length)
+    if counts.max(initial=0) > MAX_TOP_K:
+        raise RequestError(
+            f"DATASET {where}: a position with {counts.max():,} tokens; a store keeps {MAX_TOP_K:,} at most"
+        )
     unknown = counts == 0
     learned = document.learned.copy()
     learned[1:] &= ~unknown[:-1]

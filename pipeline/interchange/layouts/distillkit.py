@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distily.safety.parsing import MAX_YAML, parse_yaml, read_limited
 from distily.text import one_line
 from pipeline.errors import RequestError
 from pipeline.interchange.layouts.base import Document, flat, learned_tokens, nested, split_packed
@@ -83,17 +84,15 @@ class Compression:
 
 def read_compression(path: Path) -> Compression:
     """A compression configuration from YAML or JSON; RequestError, naming --compression, when it is none."""
-    import yaml
-
     try:
-        value = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        value = dict(parse_yaml(read_limited(path, MAX_YAML).decode()))
         unknown = set(value) - {field.name for field in fields(Compression)}
         if unknown:
             raise ValueError(f"unknown field {sorted(unknown)[0]}")
         bins = tuple(Bin(**one) for one in value.pop("residual_bins"))
         terms = tuple(value.pop("polynomial_terms", None) or ())
         return Compression(residual_bins=bins, polynomial_terms=terms, **value)
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         why = one_line(error, None)
         raise RequestError(
             f"--compression {path}: no compression configuration of DistillKit: {why}"

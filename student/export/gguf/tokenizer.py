@@ -6,10 +6,10 @@ those named here. Word-level tokenizers, which llama.cpp has not, leave a file t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from distily.checkpoint.configs import json_object
 from student.errors import UserError
 from student.modeling.saving import stop_tokens
 
@@ -30,7 +30,7 @@ def add_tokenizer(writer: Any, directory: Path, vocab_size: int) -> str:
     UserError when it has the kind, but might split text differently.
     """
     path = directory / "tokenizer.json"
-    parsed = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": "none"}}
+    parsed = json_object(path) or {"model": {"type": "none"}}
     kind = parsed["model"]["type"]
     if kind in ("none", "WordLevel"):
         writer.add_tokenizer_model("none")
@@ -96,7 +96,7 @@ def _ends(directory: Path, settings: dict[str, Any], tokens: list[str]) -> list[
 
 
 def _add_special(writer: Any, directory: Path, tokens: list[str]) -> None:
-    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = json_object(directory / "tokenizer_config.json")
     ids = {token: index for index, token in enumerate(tokens)}
     for name, add in (
         ("bos_token", writer.add_bos_token_id),

@@ -8,9 +8,8 @@ read here, in the same order as Arrow reads them. They are Thrift structs in the
 
 from __future__ import annotations
 
-from typing import Any
-
-from featurestore.errors import CorruptionError
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 # Fields of PageHeader, and of its DataPageHeader, DictionaryPageHeader and DataPageHeaderV2.
 _TYPE, _UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_V2 = 1, 2, 3, 5, 7, 8
@@ -27,7 +26,7 @@ _MOST_PAGES = 2**20
 class _Header:
     """A reader of Thrift structs at a place in `data`. Raises ValueError for nonsense."""
 
-    def __init__(self, data: bytes, place: int, end: int) -> None:
+    def __init__(self, data: Any, place: int, end: int) -> None:
         self.data, self.place, self.end = data, place, end
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
@@ -66,7 +65,7 @@ class _Header:
 
     def _byte(self) -> int:
         self._skip(1)
-        return self.data[self.place - 1]
+        return int(self.data[self.place - 1])
 
     def _unsigned(self) -> int:
         value = shift = 0
@@ -88,46 +87,74 @@ class _Header:
         self.place += size
 
 
-def check_pages(data: bytes, chunk: Any, values: int, size: int, where: str) -> tuple[int, int]:
-    """(values, bytes) that the pages of one column chunk unpack to.
+class Page(NamedTuple):
+    """What the header of a page says. values: of lists their elements. unpacked: bytes that it becomes."""
+
+    dictionary: bool
+    encoding: int
+    values: int
+    unpacked: int
+
+
+def pages_of(data: Any, chunk: Any) -> Iterator[Page]:
+    """The pages of one column chunk, from their headers alone.
+
+    Args:
+        data: the whole file, as bytes or mapped.
+        chunk: pyarrow's ColumnChunkMetaData.
+
+    Raises:
+        ValueError: it has no pages there, or what no page says.
+    """
+    starts = [place for place in (chunk.dictionary_page_offset, chunk.data_page_offset) if place]
+    place = min(starts, default=0)
+    end = place + chunk.total_compressed_size
+    if not 0 < place <= end <= len(data):
+        raise ValueError("its columns lie outside of the file")
+    for _ in range(_MOST_PAGES):
+        if place >= end:
+            return
+        header = _Header(data, place, end)
+        try:
+            found = header.struct()
+            more, packed = found[_UNPACKED], found[_PACKED]
+            kind = _KINDS[found[_TYPE]]
+            count, encoding = found[kind][_VALUES], found[kind][_ENCODING[kind]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("not readable as Parquet: a broken page header") from None
+        if min(more, packed, count) < 0:
+            raise ValueError("a page of a negative size")
+        yield Page(kind == _DICTIONARY, encoding, count, more)
+        place = header.place + packed
+    raise ValueError("a column of too many pages")
+
+
+def check_pages(data: bytes, chunk: Any, values: int, size: int) -> tuple[int, int]:
+    """(values, bytes) that the pages of one column chunk of a store's table unpack to.
 
     Args:
         data: the whole file.
         chunk: pyarrow's ColumnChunkMetaData.
         values: how many values it may have; a list counts as its elements.
         size: how many bytes its pages may unpack to.
-        where: the file, for errors.
 
     Raises:
-        CorruptionError: the pages claim more than that, or are no pages.
+        ValueError: the pages claim more than that, or are no pages of such a table.
     """
-    starts = [place for place in (chunk.dictionary_page_offset, chunk.data_page_offset) if place]
-    place = min(starts, default=0)
-    end = place + chunk.total_compressed_size
-    if not 0 < place <= end <= len(data):
-        raise CorruptionError(f"{where}: its columns lie outside of the file")
     found = unpacked = 0
-    for _ in range(_MOST_PAGES):
-        if place >= end:
-            break
-        header = _Header(data, place, end)
-        try:
-            page = header.struct()
-            more, packed = page[_UNPACKED], page[_PACKED]
-            kind = _KINDS[page[_TYPE]]
-            count, encoding = page[kind][_VALUES], page[kind][_ENCODING[kind]]
-        except (ValueError, KeyError, TypeError):
-            raise CorruptionError(f"{where}: not readable as Parquet: a broken page header") from None
-        if min(more, packed, count) < 0 or encoding not in _ENCODINGS:
-            raise CorruptionError(f"{where}: a page of a kind that no writer of this format makes")
-        unpacked += more
-        found += count if kind != _DICTIONARY else 0
-        if unpacked > size or found > values or (kind == _DICTIONARY and count > values):
-            raise CorruptionError(
-                f"{where}: its pages claim to unpack to {unpacked:,} bytes and {max(found, count):,} values, "
-                f"{size:,} and {values:,} are possible; the file is damaged or was made to harm"
-            )
-        place = header.place + packed
-    else:
-        raise CorruptionError(f"{where}: a column of too many pages")
+    for page in pages_of(data, chunk):
+        if page.encoding not in _ENCODINGS:
+            raise ValueError("a page of a kind that no writer of this format makes")
+        unpacked += page.unpacked
+        found += 0 if page.dictionary else page.values
+        check_claims(found if not page.dictionary else max(found, page.values), unpacked, values, size)
     return found, unpacked
+
+
+def check_claims(found: int, unpacked: int, values: int, size: int) -> None:
+    """ValueError for more values, or more bytes, than are possible."""
+    if unpacked > size or found > values:
+        raise ValueError(
+            f"its pages claim to unpack to {unpacked:,} bytes and {found:,} values, {size:,} and {values:,} "
+            "are possible; the file is damaged or was made to harm"
+        )
