@@ -180,9 +180,10 @@ def capture(store: Any, engine: Any, groups: tuple[Any, ...], tokens: int, encod
         shard_tokens=SHARD,
     )
     store.add_plan(plan.new_tasks)
+    shards = [(work, [samples[name] for name in work.task.sample_ids]) for work in plan.work]
     began = time.perf_counter()
     with Clocks() as clocks, Committer(store, report, 0, tokens, RunCost(id="0" * 16), encoders) as committer:
-        capture_tasks(store, engine, plan.work, samples, committer, report)
+        capture_tasks(store, engine, shards, committer, report)
         clocks._note()
     seconds = time.perf_counter() - began
     return {

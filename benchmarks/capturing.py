@@ -140,9 +140,8 @@ def ours(work: Workload, **request: Any) -> float:
     from pipeline.engines.registry import find_engine
     from pipeline.generate.capturing import capture_tasks
     from pipeline.generate.committer import Committer
-    from pipeline.generate.passes import start_engine
+    from pipeline.generate.passes import CaptureJob, start_engine
     from pipeline.generate.precision import Precision
-    from pipeline.generate.run import PreparedCapture
     from pipeline.generate.sizing import encoders
     from pipeline.progress import ConsoleReporter
     from pipeline.request.teacher import identity_of
@@ -152,19 +151,10 @@ def ours(work: Workload, **request: Any) -> float:
     report = ConsoleReporter(Console(quiet=True))
     groups = wanted.groups(teacher)
 
-    def prepared(samples: Any, plan: Any, store: Any) -> PreparedCapture:
-        return PreparedCapture(
-            request=wanted,
-            teacher=teacher,
-            identity=identity,
-            samples=samples,
-            plan=plan,
-            store=store,
-            precision=Precision(dtype=wanted.dtype),
-            first_tokens=wanted.shard_size,
-        )
-
-    engine = start_engine(prepared({}, None, None), groups, False, report)
+    job = CaptureJob(
+        request=wanted, teacher=teacher, identity=identity, precision=Precision(dtype=wanted.dtype)
+    )
+    engine = start_engine(job, groups, False, report)
     with tempfile.TemporaryDirectory() as folder:
 
         def run(given: Prompts) -> None:
@@ -182,7 +172,8 @@ def ours(work: Workload, **request: Any) -> float:
             by_id = {sample.id: sample for sample in samples}
             threads = encoders(wanted.tensor_parallel_size, wanted.data_parallel)
             with Committer(store, report, 0, plan.rows_total, RunCost(id="0" * 16), threads) as committer:
-                capture_tasks(store, engine, plan.work, by_id, committer, report)
+                shards = [(work, [by_id[name] for name in work.task.sample_ids]) for work in plan.work]
+                capture_tasks(store, engine, shards, committer, report)
             store.publish_manifest()
 
         seconds = work.timed(run)

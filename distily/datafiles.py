@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -134,14 +134,72 @@ def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataFileError: it cannot be read, or a row of it cannot.
     """
-    with open_unpacked(path) as file:
-        kind = kind_of(path)
-        if kind == "json":
-            yield from _json_rows(file)
-        elif kind in ("csv", "tsv"):
-            yield from _csv_rows(file, "," if kind == "csv" else "\t")
-        else:
-            yield from _arrow_rows(file, kind)
+    with RowFile(path) as rows:
+        for number, row in enumerate(rows):
+            if isinstance(row, Exception):
+                raise DataFileError(f"row {number} is no JSON: {row}")
+            if not isinstance(row, dict):
+                raise DataFileError(f"row {number} is no JSON object")
+            yield row
+
+
+class RowFile:
+    """The rows of one file of any kind but text, from the first to the last, a few of them in memory at a
+    time (of a JSON array all); what is packed is unpacked on the way.
+
+    Iterating gives dictionaries; in the place of a JSON line that is none, its value or the ValueError that
+    says why it is no JSON. columns: of Parquet and Arrow files, the ones to read.
+
+    Raises:
+        DataFileError: while it is opened or iterated: it cannot be read, or is not whole.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
+        self._path, self._kind, self._columns = path, kind_of(path), columns
+        try:
+            self._raw = path.open("rb")
+        except OSError as error:
+            raise DataFileError(error.strerror or str(error)) from error
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+    def bytes_read(self) -> int:
+        """How far the file was read."""
+        return self._raw.tell()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            if self._kind in ("json", "csv", "tsv"):
+                yield from self._lines()
+            elif is_packed(self._path):
+                with open_unpacked(self._path) as file:
+                    yield from _arrow_rows(file, self._kind, self._columns)
+            else:
+                yield from _arrow_rows(self._raw, self._kind, self._columns)
+        except (OSError, EOFError, zlib.error) as error:
+            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise DataFileError(f"not whole, or not what its name says ({one_line(said)})") from error
+
+    def _lines(self) -> Iterator[Any]:
+        file: Any = self._raw
+        if is_packed(self._path):
+            file = io.BufferedReader(cast(Any, _unpacking(self._raw, self._path.suffix.lower())), _BLOCK)
+        if self._kind != "json":
+            yield from _csv_rows(file, "," if self._kind == "csv" else "\t")
+            return
+        if file.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            yield from _parsed_array(file)
+            return
+        for line in file:
+            if line.strip():
+                try:
+                    yield parse_line(line)
+                except (ValueError, RecursionError) as error:
+                    yield error
 
 
 def json_array(file: IO[bytes]) -> list[Any] | None:
@@ -155,12 +213,16 @@ def json_array(file: IO[bytes]) -> list[Any] | None:
     file.seek(place)
     if not start.startswith(b"["):
         return None
+    rows = _parsed_array(file)
+    file.seek(place)
+    return rows
+
+
+def _parsed_array(file: IO[bytes]) -> list[Any]:
     try:
-        rows = json.loads(file.read().decode("utf-8-sig"))
+        return cast(list[Any], json.loads(file.read().decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         raise DataFileError(f"it begins as a JSON array and is none: {error}") from error
-    file.seek(place)
-    return cast(list[Any], rows)
 
 
 def parse_line(line: bytes) -> Any:
@@ -193,23 +255,6 @@ def _unpacking(raw: IO[bytes], suffix: str) -> IO[bytes]:
     return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
 
 
-def _json_rows(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    rows = json_array(file)
-    for number, row in enumerate(rows if rows is not None else _lines(file)):
-        if not isinstance(row, dict):
-            raise DataFileError(f"row {number} is no JSON object")
-        yield row
-
-
-def _lines(file: IO[bytes]) -> Iterator[Any]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield parse_line(line)
-            except (ValueError, RecursionError) as error:
-                raise DataFileError(f"line {number} is no JSON: {error}") from error
-
-
 def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # a whole document may stand in one cell
     try:
@@ -218,17 +263,29 @@ def _csv_rows(file: IO[bytes], delimiter: str) -> Iterator[dict[str, Any]]:
         raise DataFileError(str(error)) from error
 
 
-def _arrow_rows(file: IO[bytes], kind: str | None) -> Iterator[dict[str, Any]]:
+def _arrow_rows(
+    file: IO[bytes], kind: str | None, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if kind == "parquet":
         check_parquet(file)
     try:
-        for batch in pq.ParquetFile(file).iter_batches(256) if kind == "parquet" else _ipc_batches(file):
+        if kind == "parquet":
+            table = pq.ParquetFile(file)
+            batches = table.iter_batches(256, columns=_present(columns, table.schema_arrow.names))
+        else:
+            read = _ipc_batches(file)
+            batches = (batch.select(_present(columns, batch.schema.names)) for batch in read)
+        for batch in batches:
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataFileError(one_line(error, None)) from error
+
+
+def _present(columns: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    return [name for name in names if columns is None or name in columns]
 
 
 def _ipc_batches(file: IO[bytes]) -> Iterator[Any]:

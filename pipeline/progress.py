@@ -60,7 +60,7 @@ class Reporter(Protocol):
     def tokenised(self, documents: int, tokens: int) -> None: ...
     def writing(self, texts_done: int, texts_total: int) -> None: ...
     def wrote(self, texts: int, tokens: int) -> None: ...
-    def start(self, tokens_done: int, tokens_total: int) -> None: ...
+    def start(self, tokens_done: int, tokens_total: int | None) -> None: ...
     def advance(self, tokens: int) -> None: ...
     def skip(self, tokens: int) -> None: ...
     def committed(self, rows: int, size: int) -> None: ...
@@ -90,7 +90,8 @@ class ConsoleReporter:
         self._texts = self._texts_total = self._new_tokens = 0
         self._counted = 0
         self._said = self._write_began = self._count_began = self._began = time.monotonic()
-        self._done = self._offset = self._total = self._bytes = 0
+        self._done = self._offset = self._bytes = 0
+        self._total: int | None = 0
 
     def __enter__(self) -> ConsoleReporter:
         self._bar.start()
@@ -153,12 +154,12 @@ class ConsoleReporter:
             self._said = now
             self.stage(f"written {self._texts:,}/{self._texts_total:,} texts, {rate:,.0f} tok/s")
 
-    def start(self, tokens_done: int, tokens_total: int) -> None:
+    def start(self, tokens_done: int, tokens_total: int | None) -> None:
         self._hide_counts()
         self._began, self._done, self._offset, self._total = time.monotonic(), 0, tokens_done, tokens_total
         if self._task is not None:
             self._bar.start_task(self._task)
-            of = f"/{tokens_total:,}"
+            of = "" if tokens_total is None else f"/{tokens_total:,}"
             self._bar.update(self._task, total=tokens_total, completed=tokens_done, of=of, visible=True)
 
     def advance(self, tokens: int) -> None:
@@ -174,10 +175,13 @@ class ConsoleReporter:
         self._update()
         if self._task is None:
             done, rate = self._offset + self._done, self._rate()
-            remaining = (self._total - done) / rate if rate else 0.0
+            of = left = ""
+            if self._total is not None:
+                of = f"/{self._total:,}"
+                left = f", {max(self._total - done, 0) / rate if rate else 0.0:,.0f} s left"
             self.stage(
-                f"committed {rows:,} rows: {done:,}/{self._total:,} tokens, {rate:,.0f} tok/s, "
-                f"{decimal(self._bytes)}, {remaining:,.0f} s left"
+                f"committed {rows:,} rows: {done:,}{of} tokens, {rate:,.0f} tok/s, "
+                f"{decimal(self._bytes)}{left}"
             )
 
     def _task_of(self, what: str, unit: str, size: str) -> TaskID | None:

@@ -47,6 +47,7 @@ _EXTRAS = {
     "obstore": "[s3]",
     "optuna": "[sweep]",
     "peft": "[peft]",
+    "ray": "[ray]",
 }
 _OF_A_STAGE = {
     *("accelerate", "datasets", "huggingface_hub", "matplotlib", "safetensors", "torch", "transformers"),

@@ -85,6 +85,8 @@ def collect(path: str | Path, delete: bool = False, min_age: float = MIN_AGE_SEC
     named |= {read_commit(root, *key).bundle for key in unlisted}
     candidates = [f"{PARTS}/{bundle}" for bundle in bundles if bundle not in named]
     candidates += [f"{PENDING}/{bundle}.json" for bundle in markers if bundle not in named]
+    # Promises of commands that were killed; those at work remove their own.
+    candidates += [f"claims/{name}" for name in root.names("claims")]
     with writing("the garbage collection", root.location):
         candidates += root.unfinished()
         now = root.now()

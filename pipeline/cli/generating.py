@@ -43,7 +43,15 @@ def generate(
 
 
 @takes_request(
-    without=("tensor_parallel_size", "data_parallel", "max_num_batched_tokens", "gpu_memory_utilization")
+    without=(
+        "tensor_parallel_size",
+        "data_parallel",
+        "ray",
+        "workers",
+        "gpus_per_worker",
+        "max_num_batched_tokens",
+        "gpu_memory_utilization",
+    )
 )
 def plan(
     flags: Mapping[str, Any],

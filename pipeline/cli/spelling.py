@@ -1,9 +1,15 @@
-"""The spellings of flags that `distily-train` takes too: underscores, and switches that say True or False."""
+"""The spellings of flags that `distily-train` takes too: underscores, and switches that say True or False.
+
+And flags that may stand without their value.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from pipeline.request.flags import flags_of, name_of
+from pipeline.request.generate import GenerateRequest
 
 _VALUES = {"true": True, "false": False}
 
@@ -14,6 +20,7 @@ def spelled(arguments: Sequence[str], command: Any) -> list[str]:
     What follows a bare `--` is left alone.
     """
     switches = _switches(command)
+    alone = {name_of(name): flag.alone for name, flag in flags_of(GenerateRequest).items() if flag.alone}
     result: list[str] = []
     rest = list(arguments)
     while rest:
@@ -25,6 +32,8 @@ def spelled(arguments: Sequence[str], command: Any) -> list[str]:
             continue
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
+        if name in alone and not equals and (not rest or rest[0].startswith("-")):
+            equals, value = "=", alone[name]
         if name not in switches:
             result.append(name + equals + value)
             continue

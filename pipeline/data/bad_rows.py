@@ -44,6 +44,10 @@ class BadRows:
             else:
                 yield where, value
 
+    def __add__(self, other: BadRows) -> BadRows:
+        """Both together, those of `self` first."""
+        return BadRows(self.count + other.count, [*self.reasons, *other.reasons][:_NAMED])
+
     @property
     def first(self) -> str:
         """What is wrong with the first ones."""

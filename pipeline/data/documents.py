@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distily.datafiles import digest_of, kind_of, read_text
+from distily.datafiles import kind_of, read_text
 from distily.errors import DataFileError
-from featurestore.identity import canonical_json, digest
 from pipeline.data.bad_rows import Unusable
 from pipeline.data.chat_layouts import (
     ALPACA_COLUMNS,
@@ -24,10 +23,13 @@ from pipeline.data.chat_layouts import (
 )
 from pipeline.data.data_folder import find_files, pieces_of, split_names
 from pipeline.data.json_rows import JsonRows
+from pipeline.data.streams import FileStream, HubStream, RowStream, StreamValues, head_of
 from pipeline.data.tables import hub_table, joined, local_table, saved_table
 from pipeline.errors import RequestError
 
 _BATCH_ROWS = 256
+# Local files of so many bytes together are read as a stream, where nothing speaks against it.
+_STREAMED_BYTES = 2**30
 # Told how many rows have been read so far.
 Listener = Callable[[int], None]
 
@@ -38,14 +40,14 @@ class Documents:
 
     chats: the values are conversations, unchecked, as they lie in the column; else they are texts.
     column: where they are, for an error. values: pairs of where a value is ("row 3"; rows count from 0), and
-    the value, `Unusable` where it cannot be read.
-    fingerprint: of everything that the values depend on: content of the files, order, split, columns.
+    the value, `Unusable` where it cannot be read; each iteration begins with the first. share: how much of
+    the data set the iteration that began last has read, from 0 to 1; None where that is not known.
     """
 
     chats: bool
     column: str
     values: Iterable[tuple[str, Any]]
-    fingerprint: Callable[[], str]
+    share: Callable[[], float | None]
 
 
 class _Rows(Protocol):
@@ -65,6 +67,7 @@ def load_documents(
     text_column: str | None = None,
     messages_column: str | None = None,
     shuffle_seed: int | None = None,
+    streaming: bool | None = None,
     listen: Listener = lambda rows: None,
 ) -> Documents:
     """The documents of `dataset`, in order, or shuffled by `shuffle_seed`.
@@ -74,45 +77,42 @@ def load_documents(
     Shuffling permutes the numbers of the rows, or of the text files; no more of the data set is in memory
     for it. `listen` is told of rows while files are read a first time.
 
+    streaming: read rows from the first to the last, without knowing how many there are; a shuffle is then one
+    within a buffer. None: where local files are large, and neither shuffled nor sliced.
+
     Raises:
         RequestError: missing, unreadable, of an unknown kind, without the column, with several of them while
-            none is named, without the split or the configuration, or without any row.
+            none is named, without the split or the configuration, or without any row; a slice of a stream.
     """
     path = Path(dataset).expanduser()
     if (path / "config.json").is_file():
         raise RequestError(
             f"DATASET {dataset}: is a model checkpoint, not a data set; TEACHER comes first, then DATASET"
         )
-    flags = [split, text_column, messages_column, shuffle_seed]
+    if streaming and _is_slice(split):
+        raise RequestError(f"--streaming: --split {split}: a slice needs the number of rows; leave one out")
+    how: dict[str, Any] = {
+        "text_column": text_column,
+        "messages_column": messages_column,
+        "shuffle_seed": shuffle_seed,
+    }
+    if streaming and not path.exists() and not _is_local(dataset, path):
+        return _stream_documents(HubStream(dataset, config, split), dataset, **how)
     if not path.exists() or _is_saved(path):
-        table = load_table(dataset, split, config)
-        return _documents(
-            rows=_Table(table),
-            dataset=dataset,
-            text_column=text_column,
-            messages_column=messages_column,
-            shuffle_seed=shuffle_seed,
-            fingerprint=lambda: _sealed(
-                flags, [_digest_of_saved(path) if path.exists() else str(table._fingerprint)]
-            ),
-        )
+        return _documents(rows=_Table(load_table(dataset, split, config)), dataset=dataset, **how)
     found = find_files(path, dataset, config)
     names = split_names(split, list(found.splits), dataset)
-
-    def fingerprint() -> str:
-        return _sealed(flags, [[name, *map(digest_of, found.splits[name])] for name in names])
 
     if found.kind == "text":
         pieces = pieces_of(split, {name: len(found.splits[name]) for name in names})
         files = [file for piece in pieces for file in found.splits[piece.split][piece.start : piece.stop]]
-        return _text_documents(
-            files=files,
-            dataset=dataset,
-            text_column=text_column,
-            messages_column=messages_column,
-            shuffle_seed=shuffle_seed,
-            fingerprint=fingerprint,
-        )
+        return _text_documents(files=files, dataset=dataset, **how)
+    every = [file for name in names for file in found.splits[name]]
+    if streaming is None:
+        large = sum(file.stat().st_size for file in every) >= _STREAMED_BYTES
+        streaming = large and shuffle_seed is None and not _is_slice(split)
+    if streaming:
+        return _stream_documents(FileStream(every), dataset, **how)
     rows: _Rows
     if found.kind == "json":
         parts = {name: JsonRows(found.splits[name], listen) for name in names}
@@ -120,14 +120,7 @@ def load_documents(
         rows = _Chain([(parts[piece.split], piece.start, piece.stop) for piece in pieces])
     else:
         rows = _Table(load_table(dataset, split, config))
-    return _documents(
-        rows=rows,
-        dataset=dataset,
-        text_column=text_column,
-        messages_column=messages_column,
-        shuffle_seed=shuffle_seed,
-        fingerprint=fingerprint,
-    )
+    return _documents(rows=rows, dataset=dataset, **how)
 
 
 def load_table(dataset: str, split: str, config: str | None = None) -> Any:
@@ -140,7 +133,7 @@ def load_table(dataset: str, split: str, config: str | None = None) -> Any:
     path = Path(dataset).expanduser()
     if path.exists():
         table = _local(path, dataset, split, config)
-    elif dataset.startswith((".", "/", "~")) or kind_of(path) is not None:
+    elif _is_local(dataset, path):
         raise RequestError(f"DATASET {dataset}: no such file or directory")
     else:
         table = hub_table(dataset, config, split)
@@ -167,17 +160,18 @@ def _local(path: Path, dataset: str, split: str, config: str | None) -> Any:
     return joined(tables, pieces_of(split, {name: len(tables[name]) for name in names}))
 
 
+def _is_local(dataset: str, path: Path) -> bool:
+    """Whether a name that does not exist here is meant as a path."""
+    return dataset.startswith((".", "/", "~")) or kind_of(path) is not None
+
+
+def _is_slice(split: str) -> bool:
+    return "[" in split or "(" in split
+
+
 def _is_saved(path: Path) -> bool:
     """Whether it is a directory that `save_to_disk` of `datasets` wrote."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _digest_of_saved(path: Path) -> list[str]:
-    return [digest_of(file) for file in sorted(path.rglob("*")) if file.is_file()]
-
-
-def _sealed(flags: list[Any], content: list[Any]) -> str:
-    return digest(canonical_json([flags, content]))
 
 
 def _text_documents(
@@ -186,7 +180,6 @@ def _text_documents(
     text_column: str | None,
     messages_column: str | None,
     shuffle_seed: int | None,
-    fingerprint: Callable[[], str],
 ) -> Documents:
     for flag, column in (("--text-column", text_column), ("--messages-column", messages_column)):
         if column is not None:
@@ -194,17 +187,22 @@ def _text_documents(
     if not files:
         raise RequestError(f"DATASET {dataset}: it is empty")
     values = _TextFiles([files[i] for i in _order(len(files), shuffle_seed)])
-    return Documents(False, TEXT_COLUMN, values, fingerprint)
+    return Documents(False, TEXT_COLUMN, values, values.share)
 
 
 class _TextFiles:
     """Documents of plain text files; read one by one, so that a folder may be larger than memory."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = files
+        self._files, self._read = files, 0
+
+    def share(self) -> float:
+        """Of the files, how many were read."""
+        return self._read / len(self._files)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for file in self._files:
+        for read, file in enumerate(self._files):
+            self._read = read
             try:
                 yield str(file), read_text(file)
             except DataFileError as error:
@@ -217,20 +215,41 @@ def _documents(
     text_column: str | None,
     messages_column: str | None,
     shuffle_seed: int | None,
-    fingerprint: Callable[[], str],
 ) -> Documents:
     if len(rows) == 0:
         raise RequestError(f"DATASET {dataset}: it is empty")
     chats, column = _choose_column(rows.column_names, dataset, text_column, messages_column)
     order = _order(len(rows), shuffle_seed)
     if chats and column == ALPACA_COLUMNS[0] and set(ALPACA_COLUMNS) <= set(rows.column_names):
-        return Documents(chats, column, _Values(rows, order, _alpaca), fingerprint)
+        values = _Values(rows, order, _alpaca)
+        return Documents(chats, column, values, values.share)
     if not chats:
         _check_texts(rows, column, dataset)
     pick = _picker(column, chats)
     if isinstance(rows, _Table):
         rows = rows.only(column)
-    return Documents(chats, column, _Values(rows, order, pick), fingerprint)
+    values = _Values(rows, order, pick)
+    return Documents(chats, column, values, values.share)
+
+
+def _stream_documents(
+    stream: RowStream,
+    dataset: str,
+    text_column: str | None,
+    messages_column: str | None,
+    shuffle_seed: int | None,
+) -> Documents:
+    types = head_of(stream)
+    if not types:
+        raise RequestError(f"DATASET {dataset}: it is empty")
+    chats, column = _choose_column(list(types), dataset, text_column, messages_column)
+    columns, pick = [column], _picker(column, chats)
+    if chats and column == ALPACA_COLUMNS[0] and set(ALPACA_COLUMNS) <= set(types):
+        columns, pick = list(types), _alpaca
+    elif not chats and (holds := _no_text(types[column])):
+        raise RequestError(f"--text-column {column}: {dataset} holds {holds} there, not text")
+    values = StreamValues(stream, columns, pick, shuffle_seed)
+    return Documents(chats, column, values, stream.share)
 
 
 def _order(count: int, shuffle_seed: int | None) -> Sequence[int]:
@@ -276,6 +295,11 @@ def _check_texts(rows: _Rows, column: str, dataset: str) -> None:
         raise RequestError(f"--text-column {column}: {dataset} holds {holds} there, not text")
 
 
+def _no_text(types: set[type]) -> str | None:
+    """The names of types among which there is no text."""
+    return None if not types or str in types else ", ".join(sorted(kind.__name__ for kind in types))
+
+
 def _picker(column: str, chats: bool) -> Callable[[dict[str, Any]], Any]:
     def chat(row: dict[str, Any]) -> Any:
         return row.get(column)
@@ -302,11 +326,17 @@ class _Values:
 
     def __init__(self, rows: _Rows, order: Sequence[int], pick: Callable[[dict[str, Any]], Any]) -> None:
         self._rows, self._order, self._pick = rows, order, pick
+        self._read = 0
+
+    def share(self) -> float:
+        """Of the rows, how many were read."""
+        return self._read / len(self._order)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for start in range(0, len(self._order), _BATCH_ROWS):
             numbers = self._order[start : start + _BATCH_ROWS]
-            for number, row in zip(numbers, self._rows.rows(numbers), strict=True):
+            for place, (number, row) in enumerate(zip(numbers, self._rows.rows(numbers), strict=True)):
+                self._read = start + place
                 yield f"row {number}", row if isinstance(row, Unusable) else self._pick(row)
 
 
@@ -349,8 +379,7 @@ class _Chain:
 
     def holds(self, column: str) -> str | None:
         """The type of the values of a column that holds no text."""
-        types = {kind for rows, _, _ in self._parts for kind in rows.types.get(column, ())}
-        return None if not types or str in types else ", ".join(sorted(kind.__name__ for kind in types))
+        return _no_text({kind for rows, _, _ in self._parts for kind in rows.types.get(column, ())})
 
     def rows(self, indices: Sequence[int]) -> Iterator[dict[str, Any] | Unusable]:
         """The rows with these numbers."""

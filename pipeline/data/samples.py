@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,12 @@ class LeftOut:
             f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count
         )
 
+    def __add__(self, other: LeftOut) -> LeftOut:
+        """Both together."""
+        return LeftOut(
+            **{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
+        )
+
 
 def make_samples(
     documents: Iterable[Tokenised],
@@ -50,16 +56,17 @@ def make_samples(
     min_seq_len: int = MIN_TOKENS,
     drop_long: bool = False,
     joiner: tuple[int, bool] | None = None,
+    known: Container[str] = (),
 ) -> tuple[list[Sample], LeftOut]:
     """Samples of `min_seq_len` to `max_seq_len` tokens, in order, each with something to learn, none twice.
 
     Every document is cut into consecutive windows of its own, or left out if it is too long and `drop_long`.
     With `joiner`, a token and whether it is learned, documents are joined by it, and cut into windows that
     are all full but the last. Each window begins with the tokens that begin a text. A sample that several
-    documents give is one, and names them all.
+    documents give is one, and names them all. Samples whose ids are `known` count as duplicates.
 
     Raises:
-        RequestError: no sample comes out, or the tokenizer has ids that the teacher does not.
+        RequestError: the tokenizer has ids that the teacher does not.
     """
     left_out = LeftOut()
     kept = _checked(documents, max_seq_len, drop_long, left_out)
@@ -73,20 +80,25 @@ def make_samples(
         else:
             _check_ids(window.tokens, vocab_size)
             sample = Sample(tokens=window.tokens, loss_mask=window.learned)
-            if sample.id in unique:
+            if sample.id in unique or sample.id in known:
                 left_out.duplicates += 1
+            if sample.id in known:
+                continue
             unique.setdefault(sample.id, sample)
             keys.setdefault(sample.id, {}).update(dict.fromkeys(filter(None, window.documents)))
         if num_samples is not None and len(unique) >= num_samples:
             break
-    if not unique:
-        reasons = str(left_out) or "there is no document in it"
-        raise RequestError(
-            f"DATASET: empty, no sample of at least {max(min_seq_len, MIN_TOKENS)} tokens with one to learn "
-            f"comes out of it ({reasons})"
-        )
     samples = [replace(sample, documents=tuple(keys[name])) for name, sample in unique.items()]
     return samples, left_out
+
+
+def no_sample(min_seq_len: int, left_out: LeftOut) -> RequestError:
+    """What is said of a data set that no sample comes out of."""
+    reasons = str(left_out) or "there is no document in it"
+    return RequestError(
+        f"DATASET: empty, no sample of at least {min_seq_len} tokens with one to learn comes out of it "
+        f"({reasons})"
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

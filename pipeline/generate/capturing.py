@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from featurestore.format.plan import Task, Work
+from featurestore.format.plan import Work
 from featurestore.format.schema import Sample
 from featurestore.store import FeatureStore
 from pipeline.engines.base import Captured, Engine
 from pipeline.generate.committer import Committer
+from pipeline.generate.planning import Shard
 from pipeline.progress import Reporter
 
 Opened = tuple[Work, Sequence[Sample], Iterable[Captured]]
@@ -18,18 +19,17 @@ Opened = tuple[Work, Sequence[Sample], Iterable[Captured]]
 def capture_tasks(
     store: FeatureStore,
     engine: Engine | None,
-    works: Iterable[Work],
-    samples: Mapping[str, Sample],
+    shards: Iterable[Shard],
     committer: Committer,
     report: Reporter,
 ) -> int:
     """Capture each task that nobody else has committed meanwhile, and hand it to the committer; returns the
     positions captured.
 
-    engine: None where no task lacks more than its samples. samples: of the request, by id.
+    engine: None where no task lacks more than its samples.
     """
     tokens = 0
-    for work, members, captures in _opened(store, engine, works, samples, report):
+    for work, members, captures in _opened(store, engine, shards, report):
         captured = []
         for sample, features in zip(members, captures, strict=True):
             captured.append(features)
@@ -40,11 +40,7 @@ def capture_tasks(
 
 
 def _opened(
-    store: FeatureStore,
-    engine: Engine | None,
-    works: Iterable[Work],
-    samples: Mapping[str, Sample],
-    report: Reporter,
+    store: FeatureStore, engine: Engine | None, shards: Iterable[Shard], report: Reporter
 ) -> Iterator[Opened]:
     """Each task that is not committed by now, its samples, and what captures them.
 
@@ -54,20 +50,12 @@ def _opened(
     # Engines of other packages need not have it.
     ahead = getattr(engine, "ahead", 0)
     opened: deque[Opened] = deque()
-    for work in works:
+    for work, members in shards:
         if store.holds(work.task, work.groups):
             report.skip(work.task.rows)
             continue
-        members = _samples_of(store, samples, work.task)
         captures = engine.capture([sample.tokens for sample in members]) if engine else [{}] * len(members)
         opened.append((work, members, captures))
         while opened and sum(one.task.rows for one, _, _ in opened) - opened[0][0].task.rows >= ahead:
             yield opened.popleft()
     yield from opened
-
-
-def _samples_of(store: FeatureStore, samples: Mapping[str, Sample], task: Task) -> list[Sample]:
-    if all(sample_id in samples for sample_id in task.sample_ids):
-        return [samples[sample_id] for sample_id in task.sample_ids]
-    # A task of an earlier request that this one overlaps: its tokens are in the store.
-    return store.read_samples(task.id)

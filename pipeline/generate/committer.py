@@ -26,8 +26,8 @@ class Committer:
 
     `encoders` shards are in the making, one waits, and who brings another one waits too. What goes wrong is
     raised at the next `put` or at the end. size: bytes committed so far. `kept` of `total` positions were
-    committed before. cost: what the run has spent so far; each shard is committed with what it has spent
-    since.
+    committed before; total is None where it is not known. cost: what the run has spent so far; each shard is
+    committed with what it has spent since.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Committer:
         store: FeatureStore,
         report: Reporter,
         kept: int,
-        total: int,
+        total: int | None,
         cost: RunCost,
         encoders: int = 1,
     ) -> None:
@@ -88,10 +88,11 @@ class Committer:
             self._advise()
 
 
-def advise_of(kept: int, total: int) -> None:
-    """What a command that is stopped now has kept of its tokens."""
+def advise_of(kept: int, total: int | None) -> None:
+    """What a command that is stopped now has kept of its tokens; total: None where it is not known."""
     if kept:
-        advise(f"{kept:,} of {total:,} tokens are committed and kept, the same command resumes there")
+        of = "" if total is None else f" of {total:,}"
+        advise(f"{kept:,}{of} tokens are committed and kept, the same command resumes there")
     else:
         advise("nothing is committed yet, the same command starts again")
 

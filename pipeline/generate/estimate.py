@@ -23,6 +23,9 @@ class Forecast:
     bytes_to_write is an upper bound where heads are adaptive, unless bytes_measured: then it is from what the
     same column groups take in this store. sidecar_bytes: of the teacher's weights, part of bytes_to_write.
     seconds: of capture, without the engine's start. seconds_from: in words, where that number comes from.
+    sampled: whether the numbers follow from the first portion of the data set and the share of it that this
+    portion is. False where they are exact; where the size of the data set is not known either, they are those
+    of the first portion, and `at_least` is set, too.
     texts, texts_to_write: of --continuations; one that is to be written counts with its greatest length, and
     the time to write it does not count.
     """
@@ -38,6 +41,8 @@ class Forecast:
     sidecar_bytes: int
     seconds: float
     seconds_from: str
+    sampled: bool = False
+    at_least: bool = False
     texts: int = 0
     texts_to_write: int = 0
 
@@ -47,23 +52,31 @@ class Forecast:
 
 def estimate(prepared: PreparedCapture) -> Forecast:
     """Sum the rows that each missing column group needs; time them by the store's pace or the machine's."""
-    plan, store = prepared.plan, prepared.store
+    plan, store = prepared.first.plan, prepared.store
     stored = stored_row_bytes(store) if store else {}
     kinds = {group.kind for work in plan.work for group in work.groups}
     pace = _pace(prepared) if plan.work else None
     sidecar = sum(part.size for part in prepared.sidecar)
+
+    def whole(count: float) -> int:
+        """Of what the first portion has, what there is in the whole data set."""
+        return prepared.estimated(round(count)) or round(count)
+
+    to_do = whole(plan.rows_to_do)
     return Forecast(
-        samples=plan.samples_total,
+        samples=whole(plan.samples_total),
         left_out=prepared.left_out,
-        tokens=plan.rows_total,
-        tokens_to_do=plan.rows_to_do,
-        shards_to_do=len(plan.work),
+        tokens=whole(plan.rows_total),
+        tokens_to_do=to_do,
+        shards_to_do=whole(len(plan.work)),
         groups_to_do=tuple(sorted(kinds)),
-        bytes_to_write=round(bytes_of(plan.work, stored, prepared.teacher.hidden_size)) + sidecar,
+        bytes_to_write=whole(bytes_of(plan.work, stored, prepared.teacher.hidden_size)) + sidecar,
         bytes_measured=all(group in stored for work in plan.work for group in work.groups),
         sidecar_bytes=sidecar,
-        seconds=round(pace.seconds(plan.rows_to_do), 3) if pace else 0.0,
+        seconds=round(pace.seconds(to_do), 3) if pace else 0.0,
         seconds_from=pace.source if pace else "nothing to do",
+        sampled=not prepared.complete,
+        at_least=prepared.estimated(0) is None,
         texts=len(prepared.writing.jobs) if prepared.writing else 0,
         texts_to_write=prepared.writing.missing if prepared.writing else 0,
     )

@@ -1,8 +1,8 @@
 """`generate --data-parallel N`: N engines on one store, each in a process of its own with its own GPUs.
 
-The processes take shards from one list, so that none is captured twice; each encodes and commits its own.
-This process shows their progress and ends them. Where one fails, the others finish what is left of the list,
-and the same command captures the shards that the failed one had taken.
+This process reads the data set and gives each the next shard when it asks for one, so that none is captured
+twice; each encodes and commits its own. It shows their progress and ends them. Where one fails, the others
+capture what is left, and the same command captures the shards that the failed one had taken.
 """
 
 from __future__ import annotations
@@ -11,28 +11,27 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from distily.errors import DistilyError
 from distily.logs import show_on_stderr
 from distily.system.command_line import quiet_libraries
 from pipeline.errors import EngineError, RequestError
 from pipeline.generate.committer import advise_of
-from pipeline.generate.passes import Run, capture_here
+from pipeline.generate.passes import CaptureJob, Run, capture_here
+from pipeline.generate.planning import Pass, Passes, Shard
 from pipeline.progress import Reporter
 from pipeline.request.target import create_store
-
-if TYPE_CHECKING:
-    from pipeline.generate.run import PreparedCapture
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # What a process tells beside the calls of a Reporter.
 _DONE, _FAILED = "done", "failed"
+# What it asks for, and is answered.
+_BEGIN, _TAKE = "begin", "take"
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,23 @@ class _Sender:
         return lambda *arguments: self._events.send((name, arguments))
 
 
-def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: bool) -> list[Run]:
-    """Capture what a plan lacks in `--data-parallel` processes; the store has the plan already.
+class _Asker:
+    """A source of shards that asks another process for them."""
+
+    def __init__(self, events: Connection) -> None:
+        self._events = events
+
+    def begin(self, number: int) -> Pass | None:
+        self._events.send((_BEGIN, number))
+        return cast(Pass | None, self._events.recv())
+
+    def take(self, number: int) -> Shard | None:
+        self._events.send((_TAKE, number))
+        return cast(Shard | None, self._events.recv())
+
+
+def capture_side_by_side(job: CaptureJob, passes: Passes, report: Reporter, verbose: bool) -> list[Run]:
+    """Capture the shards of `passes` in `--data-parallel` processes.
 
     Returns:
         what each process captured.
@@ -103,40 +117,46 @@ def capture_side_by_side(prepared: PreparedCapture, report: Reporter, verbose: b
         EngineError: a process died, or failed without one of our own errors; what it said is on stderr.
         DistilyError: what the first process that failed raised.
     """
-    request = prepared.request
+    request = job.request
     context = multiprocessing.get_context("spawn")
-    taken = context.Array("q", len({work.groups for work in prepared.plan.work}))  # of each pass
     running: dict[Connection, tuple[Share, Any]] = {}
     for share in machine_shares(request.data_parallel, request.tensor_parallel_size):
-        events, theirs = context.Pipe(duplex=False)
-        given = (replace(prepared, store=None), share, taken, theirs, verbose)
-        process = context.Process(target=_work, args=given, name=f"capture on {share}")
+        events, theirs = context.Pipe()
+        process = context.Process(
+            target=_work, args=(job, share, theirs, verbose), name=f"capture on {share}"
+        )
         with _environment(share):
             process.start()
         theirs.close()
         running[events] = share, process
-    return _listen(running, prepared, report)
+    try:
+        return _listen(running, passes, report)
+    finally:
+        for events in running:  # none, unless the data set cannot be read on: then they end, too
+            events.close()
 
 
-def _listen(
-    running: dict[Connection, tuple[Share, Any]], prepared: PreparedCapture, report: Reporter
-) -> list[Run]:
-    """Pass on what the processes tell until they have ended."""
+def _listen(running: dict[Connection, tuple[Share, Any]], passes: Passes, report: Reporter) -> list[Run]:
+    """Pass on what the processes tell, and give them shards, until they have ended."""
     runs: list[Run] = []
     failures: list[DistilyError] = []
-    progress = _Progress(prepared.plan.rows_total, report)
+    progress = _Progress(report)
     while running:
         for events in cast(list[Connection], wait(list(running))):
             share, process = running[events]
             try:
                 name, arguments = events.recv()
-            except EOFError:
+            except (EOFError, OSError):  # it has ended, perhaps in the middle of what it told
                 del running[events]
                 process.join()
                 if process.exitcode:
                     failures.append(EngineError(f"the engine on {share} ended with code {process.exitcode}"))
                 continue
-            if name == _DONE:
+            if name in (_BEGIN, _TAKE):
+                answer = passes.begin(arguments) if name == _BEGIN else passes.take(arguments)
+                with suppress(OSError):  # it has ended since
+                    events.send(answer)
+            elif name == _DONE:
                 runs.append(arguments)
             elif name == _FAILED:
                 failures.append(arguments)
@@ -151,15 +171,16 @@ def _listen(
 class _Progress:
     """Shows what several processes tell as that of one."""
 
-    def __init__(self, total: int, report: Reporter) -> None:
-        self._total, self._report = total, report
+    def __init__(self, report: Reporter) -> None:
+        self._report = report
         self._kept: int | None = None
+        self._total: int | None = None
 
     def heard(self, share: Share, name: str, arguments: tuple[Any, ...]) -> None:
         """A call of a Reporter's method in the process that has this share."""
         if name == "start":
             if self._kept is None:
-                self._kept = arguments[0]
+                self._kept, self._total = arguments
                 self._report.start(*arguments)
             return
         if name == "stage":
@@ -185,7 +206,7 @@ def _environment(share: Share) -> Iterator[None]:
                 os.environ[_VISIBLE] = before
 
 
-def _work(prepared: PreparedCapture, share: Share, taken: Any, events: Connection, verbose: bool) -> None:
+def _work(job: CaptureJob, share: Share, events: Connection, verbose: bool) -> None:
     """One of the processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started it ends it
     if share.cores:
@@ -193,14 +214,10 @@ def _work(prepared: PreparedCapture, share: Share, taken: Any, events: Connectio
     quiet_libraries(not verbose)
     show_on_stderr("distily-cache")
     try:
-        store = create_store(prepared.request.out, prepared.identity)
+        store = create_store(job.request.out, job.identity)
         report = cast(Reporter, _Sender(events))
-        events.send((_DONE, capture_here(prepared, store, report, verbose, partial(_take, taken))))
+        events.send((_DONE, capture_here(job, store, _Asker(events), report, verbose)))
     except DistilyError as error:
         events.send((_FAILED, error))
-
-
-def _take(taken: Any, number: int) -> int:
-    with taken.get_lock():
-        taken[number] += 1
-        return int(taken[number]) - 1
+    except EOFError:
+        pass  # the command has ended, and says why

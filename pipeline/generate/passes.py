@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Protocol
 
-from featurestore.format.plan import Work
 from featurestore.format.records import RunCost
-from featurestore.format.schema import GroupSpec
+from featurestore.format.schema import GroupSpec, TeacherIdentity
 from featurestore.store import FeatureStore
 from pipeline.engines.base import Engine
 from pipeline.engines.registry import find_engine
 from pipeline.generate.capturing import capture_tasks
 from pipeline.generate.committer import Committer
+from pipeline.generate.planning import Pass, Shard
+from pipeline.generate.precision import Precision
 from pipeline.generate.sizing import encoders
 from pipeline.progress import Reporter
+from pipeline.request.generate import GenerateRequest
 from pipeline.request.teacher import engine_config
+from pipeline.teacher.checkpoint import Teacher
 
-if TYPE_CHECKING:
-    from pipeline.generate.run import PreparedCapture
 
-# A shard is taken first when it is so many times smaller than the largest.
-_EARLY = 2
+class Source(Protocol):
+    """Gives out shards, as `pipeline.generate.planning.Passes` does."""
 
-# Number of a pass -> number of the next task of it that no other process has taken.
-Take = Callable[[int], int]
+    def begin(self, number: int) -> Pass | None: ...
+    def take(self, number: int) -> Shard | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureJob:
+    """What a process captures with, on this machine or another. `precision` says why the request's compute
+    type is what it is.
+    """
+
+    request: GenerateRequest
+    teacher: Teacher
+    identity: TeacherIdentity
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -46,70 +58,48 @@ def new_run() -> RunCost:
 
 
 def capture_here(
-    prepared: PreparedCapture,
+    job: CaptureJob,
     store: FeatureStore,
+    source: Source,
     report: Reporter,
     verbose: bool,
-    take: Take | None = None,
 ) -> Run:
-    """Capture and commit what the plan lacks. Where several processes share it, `take` gives out the tasks;
-    without it each process goes its own way, see `_shuffled`.
-    """
-    cost, size = new_run(), 0
-    # Usually all work lacks the same groups; a store that was extended may need a pass per combination.
-    by_groups = sorted(prepared.plan.work, key=lambda work: repr(work.groups))
-    for number, (groups, group) in enumerate(groupby(by_groups, key=lambda work: work.groups)):
-        works = list(group)
-        clock = time.monotonic()
-        engine = start_engine(prepared, groups, verbose, report) if groups else None
-        ready = cost.engine_seconds + time.monotonic() - clock
-        cost = replace(cost, engine_seconds=round(ready, 3))
-        clock = time.monotonic()
-        total = prepared.plan.rows_total
-        kept = total - sum(work.task.rows for work in works)
-        report.start(kept, total)
-        threads = encoders(prepared.request.tensor_parallel_size, prepared.request.data_parallel)
-        order = _shuffled(works) if take is None else _given_out(works, number, take)
-        try:
-            with Committer(store, report, kept, total, cost, threads) as committer:
-                tokens = capture_tasks(store, engine, order, prepared.samples, committer, report)
-        finally:
-            if engine is not None:
-                engine.close()
-        spent = cost.capture_seconds + time.monotonic() - clock
-        cost = replace(cost, tokens=cost.tokens + tokens, capture_seconds=round(spent, 3))
-        size += committer.size
+    """Capture and commit the shards that `source` gives out."""
+    cost, size, number = new_run(), 0, 0
+    engine: Engine | None = None
+    groups: tuple[GroupSpec, ...] = ()
+    try:
+        while (found := source.begin(number)) is not None:
+            clock = time.monotonic()
+            if found.groups != groups:
+                if engine is not None:
+                    engine.close()
+                engine, groups = None, found.groups
+                engine = start_engine(job, groups, verbose, report) if groups else None
+            ready = cost.engine_seconds + time.monotonic() - clock
+            cost = replace(cost, engine_seconds=round(ready, 3))
+            clock = time.monotonic()
+            report.start(found.kept, found.total)
+            threads = encoders(job.request.tensor_parallel_size, job.request.data_parallel)
+            shards: Iterator[Shard] = iter(partial(source.take, number), None)
+            with Committer(store, report, found.kept, found.total, cost, threads) as committer:
+                tokens = capture_tasks(store, engine, shards, committer, report)
+            spent = cost.capture_seconds + time.monotonic() - clock
+            cost = replace(cost, tokens=cost.tokens + tokens, capture_seconds=round(spent, 3))
+            size, number = size + committer.size, number + 1
+    finally:
+        if engine is not None:
+            engine.close()
     return Run(cost, size)
 
 
-def start_engine(
-    prepared: PreparedCapture, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter
-) -> Engine:
+def start_engine(job: CaptureJob, groups: tuple[GroupSpec, ...], verbose: bool, report: Reporter) -> Engine:
     """Load the teacher in the engine asked for, set to capture `groups`."""
-    request, teacher = prepared.request, prepared.teacher
+    request, teacher = job.request, job.teacher
     dtype, quantize_to = request.torch_dtype(teacher), request.quantize_to(teacher)
     config = engine_config(request, teacher, dtype, groups, quantize_to)
-    reason = prepared.precision.reason
+    reason = job.precision.reason
     report.stage(
         f"starting {request.engine} with {teacher.architecture} in {dtype}" + f" ({reason})" * bool(reason)
     )
     return find_engine(request.engine).start(config, verbose)
-
-
-def _shuffled(works: Sequence[Work]) -> list[Work]:
-    """Several commands may be at work on the same tasks. Each takes them in an order of its own and leaves
-    out what another has committed meanwhile, so they share the work and meet at its end only. A shard that
-    was planned small, to be committed early, comes first.
-    """
-    return _small_first(random.SystemRandom().sample(works, len(works)))
-
-
-def _given_out(works: Sequence[Work], number: int, take: Take) -> Iterator[Work]:
-    listed = _small_first(works)
-    while (place := take(number)) < len(listed):
-        yield listed[place]
-
-
-def _small_first(works: Sequence[Work]) -> list[Work]:
-    largest = max(work.task.rows for work in works)
-    return sorted(works, key=lambda work: work.task.rows * _EARLY > largest)

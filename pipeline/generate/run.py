@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any, cast
 
-from featurestore.format.plan import GenerationPlan
-from featurestore.format.schema import Sample, TeacherIdentity
+from distily.errors import DistilyError
+from featurestore.format.schema import GroupSpec, TeacherIdentity
 from featurestore.format.sidecar import part_file
 from featurestore.store import FeatureStore
+from pipeline.data.cutting import Cut, MakePool, here
 from pipeline.data.samples import LeftOut
-from pipeline.data.selection import select
+from pipeline.data.selection import Selection, select
 from pipeline.engines.registry import find_engine
 from pipeline.errors import RequestError
 from pipeline.generate import provenance
+from pipeline.generate.cluster import Read, Silent, capture_on_ray, on_a_worker, ray_pool, shards_of
 from pipeline.generate.parallel import capture_side_by_side, machine_shares
-from pipeline.generate.passes import capture_here, new_run
+from pipeline.generate.passes import CaptureJob, Run, capture_here, new_run
+from pipeline.generate.planning import Passes, PlannedPortion, Planner, shuffled, small_first
 from pipeline.generate.precision import Precision
 from pipeline.generate.sizing import settle
 from pipeline.progress import Reporter
@@ -26,7 +30,6 @@ from pipeline.request.target import (
     check_store_directory,
     create_store,
     existing_store,
-    plan_missing,
     stored_dtype,
 )
 from pipeline.request.teacher import check_against_teacher, identity_of
@@ -37,13 +40,14 @@ from pipeline.writing.plan import WritingPlan
 from pipeline.writing.stage import Written, find_writer, plan_writing, start_writer, write_missing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedCapture:
     """A request that was checked and planned; no model is loaded and nothing is written yet.
 
-    `store` is the one at --out, None where there is none yet. `sidecar`: the parts that it lacks.
-    `chat_template` is the text of --chat-template. `precision` says why the request's compute type is what it
-    is, `first_tokens` how many positions the first shard has, so that it is committed early.
+    `first` is the first portion of the data set, planned, and `complete` says whether it is all of it; the
+    portions behind it are read while the teacher runs. `store` is the one at --out, None where there is none
+    yet. `sidecar`: the parts that it lacks. `precision` says why the request's compute type is what it is,
+    `first_tokens` how many positions the first shard has, so that it is committed early.
     `writer` and `writing` are None unless texts are to be written; while some are missing, `plan` takes them
     as long as they may get: a forecast.
     """
@@ -51,16 +55,52 @@ class PreparedCapture:
     request: GenerateRequest
     teacher: Teacher
     identity: TeacherIdentity
-    samples: dict[str, Sample]
-    plan: GenerationPlan
+    selection: Selection
+    first: PlannedPortion
+    complete: bool
     store: FeatureStore | None
     precision: Precision
     first_tokens: int
     sidecar: tuple[PlannedPart, ...] = ()
-    left_out: LeftOut = field(default_factory=LeftOut)
-    chat_template: str | None = None
     writer: Teacher | None = None
     writing: WritingPlan | None = None
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What did not become a sample, of what was read of the data set."""
+        return self.selection.tally.left_out
+
+    @property
+    def settled(self) -> Settled:
+        """The request as it is run, for a process that prepares it again."""
+        return self.request, self.precision, self.first_tokens
+
+    @property
+    def job(self) -> CaptureJob:
+        """What a process needs to capture for it."""
+        return CaptureJob(
+            request=self.request, teacher=self.teacher, identity=self.identity, precision=self.precision
+        )
+
+    def progress(self, groups: tuple[GroupSpec, ...]) -> tuple[int, int | None]:
+        """Positions that are there before a pass for these groups, and all; see `Pass`."""
+        plan = self.first.plan
+        if not self.complete:
+            return plan.rows_total - plan.rows_to_do, self.estimated(plan.rows_total)
+        missing = sum(work.task.rows for work in plan.work if work.groups == groups)
+        return plan.rows_total - missing, plan.rows_total
+
+    def estimated(self, count: int) -> int | None:
+        """About how many there are in the whole data set of what the first portion has `count` of; None where
+        it is not known how large the data set is.
+        """
+        if self.complete:
+            return count
+        share, limit = self.selection.first_share, self.request.num_samples
+        samples = self.first.plan.samples_total
+        if limit is not None and samples and (not share or limit < samples / share):
+            return round(count * limit / samples)
+        return round(count / share) if share else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +122,18 @@ class Outcome:
     writing: Written | None = None
 
 
-def prepare(request: GenerateRequest, report: Reporter) -> PreparedCapture:
+# A request with nothing left open, see `pipeline.generate.sizing.settle`.
+Settled = tuple[GenerateRequest, Precision, int]
+
+
+def prepare(
+    request: GenerateRequest, report: Reporter, settled: Settled | None = None, pool: MakePool = here
+) -> PreparedCapture:
     """Check the request against teacher, store and data, and plan the work.
+
+    Args:
+        settled: what a machine with the engines has made of the request; None: this machine is one.
+        pool: what cuts the portions behind the first.
 
     Raises:
         RequestError: anything the user has to fix; nothing has been written.
@@ -95,35 +145,37 @@ def prepare(request: GenerateRequest, report: Reporter) -> PreparedCapture:
     check_kept_files(teacher, tokenizer, request.trust_remote_code)
     teacher = without_padding(teacher, tokenizer)
     check_against_teacher(request, teacher)
-    _check_device(request)
+    if not request.ray:
+        _check_device(request)
     writer = find_writer(request, teacher) if request.writing else None
-    request, precision, first_tokens = settle(request, teacher, stored_dtype(request.out))
+    if settled is None:
+        given = request, teacher, stored_dtype(request.out)
+        settled = on_a_worker(request, settle, *given) if request.ray else settle(*given)
+    request, precision, first_tokens = settled
     identity = identity_of(request, teacher, find_engine(request.engine).version())
     store = existing_store(request.out, identity)
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
-    groups = request.groups(teacher)
-
-    def covered(wanted: Sequence[tuple[str, int]]) -> bool:
-        return store is not None and plan_missing(store, wanted, groups, request.shard_size).nothing_to_do
-
-    selection = select(request, teacher, tokenizer, report, covered)
-    samples, writing = {sample.id: sample for sample in selection.samples}, None
-    wanted = list(selection.wanted)
-    if writer is not None:
-        writing = plan_writing(request, teacher, writer, selection, store.root if store else None)
-        samples, wanted = writing.samples_by_id(), writing.extents()
+    planner = Planner(store, request.groups(teacher), request.shard_size)
+    covered = planner.covers if writer is None else lambda wanted: False
+    selection = select(request, teacher, tokenizer, report, covered, pool)
+    writing, cut, complete = None, selection.first, selection.complete
+    if writer is not None and selection.prompt_tokens is not None:
+        # Texts are written before anything is captured, and which ones depends on all prompts.
+        prompts, complete = list(selection.all().samples.values()), True
+        root = store.root if store else None
+        writing = plan_writing(request, teacher, writer, prompts, selection.prompt_tokens, root)
+        cut = Cut(wanted=writing.extents(), samples=writing.samples_by_id())
     return PreparedCapture(
         request=request,
         teacher=teacher,
         identity=identity,
-        samples=samples,
-        plan=plan_missing(store, wanted, groups, request.shard_size, first_tokens),
+        selection=selection,
+        first=PlannedPortion(planner.plan(cut.wanted, first_tokens), cut.samples),
+        complete=complete,
         store=store,
         precision=precision,
         first_tokens=first_tokens,
         sidecar=_lacking(store, sidecar),
-        left_out=selection.left_out,
-        chat_template=selection.chat_template,
         writer=writer,
         writing=writing,
     )
@@ -147,47 +199,31 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
 
     A kill at any point leaves a store that the same command completes.
     """
-    request, left_out = prepared.request, prepared.left_out
+    request = prepared.request
     store = create_store(request.out, prepared.identity)
     began = datetime.now(UTC)
     prepared, written = _write(prepared, store, verbose, report)
-    plan = prepared.plan
-    if plan.nothing_to_do and not prepared.sidecar:
-        manifest = store.publish_manifest().digest
-        outcome = Outcome(
-            samples=plan.samples_total,
-            tokens=0,
-            size=0,
-            sidecar_size=0,
-            engine_seconds=0.0,
-            capture_seconds=0.0,
-            manifest=manifest,
-            left_out=left_out,
-            writing=written,
-        )
-        if written and written.new:
-            store.add_provenance(
-                provenance.record(request, prepared.chat_template, began, outcome, new_run().id)
-            )
-        return outcome
-    store.put_teacher_files(teacher_files(prepared.teacher))
-    sidecar_size = _put_sidecar(store, prepared, report)
-    store.add_plan(plan.new_tasks)
-    if request.data_parallel > 1 and plan.work:
-        runs = capture_side_by_side(prepared, report, verbose)
-    else:
-        runs = [capture_here(prepared, store, report, verbose)]
+    runs: list[Run] = []
+    sidecar_size = 0
+    samples, left_out = prepared.first.plan.samples_total, prepared.left_out
+    if not (prepared.complete and prepared.first.plan.nothing_to_do) or prepared.sidecar:
+        store.put_teacher_files(teacher_files(prepared.teacher))
+        sidecar_size = _put_sidecar(store, prepared, report)
+        runs, samples, left_out = _capture(prepared, store, report, verbose)
     outcome = Outcome(
-        samples=plan.samples_total,
+        samples=samples,
         tokens=sum(run.cost.tokens for run in runs),
         size=sum(run.size for run in runs),
         sidecar_size=sidecar_size,
-        engine_seconds=max(run.cost.engine_seconds for run in runs),
-        capture_seconds=max(run.cost.capture_seconds for run in runs),
+        engine_seconds=max((run.cost.engine_seconds for run in runs), default=0.0),
+        capture_seconds=max((run.cost.capture_seconds for run in runs), default=0.0),
         manifest=store.publish_manifest().digest,
         left_out=left_out,
         writing=written,
     )
+    if not (outcome.tokens or sidecar_size):
+        # Nothing is told of a command that found all done.
+        runs = [Run(new_run(), 0)] if written and written.new else []
     for number, run in enumerate(runs):
         own = replace(
             outcome,
@@ -197,8 +233,73 @@ def execute(prepared: PreparedCapture, report: Reporter, verbose: bool = False) 
             capture_seconds=run.cost.capture_seconds,
             writing=None if number else written,
         )
-        store.add_provenance(provenance.record(request, prepared.chat_template, began, own, run.cost.id))
+        template = prepared.selection.chat_template
+        store.add_provenance(provenance.record(request, template, began, own, run.cost.id))
     return outcome
+
+
+def _capture(
+    prepared: PreparedCapture, store: FeatureStore, report: Reporter, verbose: bool
+) -> tuple[list[Run], int, LeftOut]:
+    """What each process captured, how many samples the request has, and what did not become one."""
+    request, planned = prepared.request, _Planned(prepared, store, report)
+    if request.ray:
+        plan = prepared.first.plan
+        progress = plan.rows_total - plan.rows_to_do, prepared.estimated(plan.rows_total)
+        reader = partial(_read_on_ray, prepared.settled)
+        runs, read = capture_on_ray(prepared.job, reader, progress, report, verbose)
+        return runs, read.samples, read.left_out
+    side_by_side = request.data_parallel > 1
+    ordered = small_first if side_by_side else shuffled
+    passes = Passes(store, planned.portions, ordered, prepared.progress)
+    if side_by_side and passes.begin(0):
+        runs = capture_side_by_side(prepared.job, passes, report, verbose)
+    else:
+        runs = [capture_here(prepared.job, store, passes, report, verbose)]
+    return runs, planned.samples, prepared.left_out
+
+
+def _read_on_ray(settled: Settled) -> Iterator[Any]:
+    """The shards of a request, read in one of Ray's processes; at last a `Read`."""
+    silent = cast(Reporter, Silent())
+    try:
+        prepared = prepare(settled[0], silent, settled, ray_pool)
+        store = create_store(prepared.request.out, prepared.identity)
+        planned = _Planned(prepared, store, silent)
+        yield from shards_of(Passes(store, planned.portions, small_first, prepared.progress))
+        yield Read(samples=planned.samples, left_out=prepared.left_out)
+    except DistilyError as error:
+        yield Read(error=error)
+
+
+class _Planned:
+    """The portions of a request, planned against its store, which is told of new shards portion by portion.
+
+    samples: of the portions that were read.
+    """
+
+    def __init__(self, prepared: PreparedCapture, store: FeatureStore, report: Reporter) -> None:
+        self._prepared, self._store, self._report = prepared, store, report
+        request = prepared.request
+        self._planner = Planner(store, request.groups(prepared.teacher), request.shard_size)
+        self.samples = prepared.first.plan.samples_total
+
+    def portions(self) -> Iterator[PlannedPortion]:
+        """From the first on, whenever it is called."""
+        if self._prepared.complete:
+            self._store.add_plan(self._prepared.first.plan.new_tasks)
+            yield self._prepared.first
+            return
+        self.samples = 0
+        first: int | None = self._prepared.first_tokens
+        for cut in self._prepared.selection.cuts(self._planner.covers):
+            plan = self._planner.plan(cut.wanted, first)
+            if first is None:  # what is there of the first portion was counted when the pass began
+                self._report.skip(plan.rows_total - plan.rows_to_do)
+            first = None
+            self._store.add_plan(plan.new_tasks)
+            self.samples += plan.samples_total
+            yield PlannedPortion(plan, cut.samples)
 
 
 def _write(
@@ -214,9 +315,10 @@ def _write(
 
     start = partial(start_writer, request, model, texts.spec, verbose, report)
     texts, written = write_missing(texts, store.root, model.name, start, report)
-    groups, first = request.groups(prepared.teacher), prepared.first_tokens
-    plan = plan_missing(store, texts.extents(), groups, request.shard_size, first)
-    return replace(prepared, samples=texts.samples_by_id(), plan=plan, store=store, writing=texts), written
+    planner = Planner(store, request.groups(prepared.teacher), request.shard_size)
+    plan = planner.plan(texts.extents(), prepared.first_tokens)
+    first = PlannedPortion(plan, texts.samples_by_id())
+    return replace(prepared, first=first, store=store, writing=texts), written
 
 
 def _lacking(store: FeatureStore | None, parts: Sequence[PlannedPart]) -> tuple[PlannedPart, ...]:

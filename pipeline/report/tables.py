@@ -21,11 +21,13 @@ from pipeline.report.terminal import bar
 def render_plan(console: Console, forecast: Forecast) -> None:
     left_out = str(forecast.left_out) or "nothing"
     if not (forecast.shards_to_do or forecast.sidecar_bytes):
-        console.print(
-            f"nothing to generate: all {forecast.samples:,} samples are in the store (left out: {left_out})"
-        )
+        which = "the first portion's samples" if forecast.sampled else f"{forecast.samples:,} samples"
+        console.print(f"nothing to generate: all {which} are in the store (left out: {left_out})")
         return
     table = _facts(f"{forecast.tokens_to_do:,} of {forecast.tokens:,} tokens to capture")
+    if forecast.sampled:
+        known = "whose size is not known: at least" if forecast.at_least else "as far as read: about"
+        table.add_row("estimated", f"from the first portion of the data set, {known} so much")
     table.add_row("samples", f"{forecast.samples:,}")
     table.add_row("left out", left_out)
     if forecast.texts:

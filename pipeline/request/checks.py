@@ -28,6 +28,7 @@ def check_request(request: GenerateRequest) -> None:
         raise RequestError(f"--gpu-memory-utilization {share}: a share in (0, 1] is needed")
     if share is not None and request.engine != "vllm":
         raise RequestError("--gpu-memory-utilization: only for --engine vllm; leave it out")
+    _check_ray(request)
     hidden = request.hidden_layers or request.relation_layers or request.final
     if not (request.top_k or hidden or request.temperatures):
         raise RequestError(
@@ -41,6 +42,19 @@ def check_request(request: GenerateRequest) -> None:
     _check_distinct(request.relation_layers, "--relation-layers")
     _check_temperatures(request.temperatures)
     _check_writing(request)
+
+
+def _check_ray(request: GenerateRequest) -> None:
+    for name, value in (("--workers", request.workers), ("--gpus-per-worker", request.gpus_per_worker)):
+        if value is not None and not request.ray:
+            raise RequestError(f"{name} {value:g}: has no effect without --ray; add it, or leave this out")
+    if request.ray and request.data_parallel > 1:
+        raise RequestError(
+            f"--data-parallel {request.data_parallel}: not together with --ray; give --workers instead"
+        )
+    gpus = request.gpus_per_worker
+    if gpus is not None and not (gpus >= 0 and (gpus <= 1 or gpus == int(gpus))):
+        raise RequestError(f"--gpus-per-worker {gpus:g}: a share from 0 to 1, or a whole number, is needed")
 
 
 def _check_writing(request: GenerateRequest) -> None:

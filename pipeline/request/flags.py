@@ -21,7 +21,8 @@ class Flag:
     help: what `--help` says. heading: what it stands under there; None: under none, first. metavar: how its
     value is called there; None: as its type is. choices: the only values. least: the smallest value.
     positional: the value is given alone, without the flag's name. negatable: a switch that has a `--no-...`,
-    too. parse: makes the value of a text, "" where the flag is not given; ValueError says what to give.
+    too. alone: the value of the flag where none follows it; None: one has to follow. parse: makes the value
+    of a text, "" where the flag is not given; ValueError says what to give.
     """
 
     help: str
@@ -31,6 +32,7 @@ class Flag:
     least: int | None = None
     positional: bool = False
     negatable: bool = False
+    alone: str | None = None
     parse: Callable[[str], Any] | None = None
 
 

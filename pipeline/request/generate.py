@@ -101,6 +101,16 @@ class GenerateRequest:
             least=0,
         ),
     )
+    streaming: bool | None = field(
+        default=None,
+        metadata=flag(
+            "Read DATASET once from its first row to its last while the teacher runs; nothing is counted, "
+            "downloaded or converted before. --shuffle-seed then shuffles within a buffer of 10,000 rows. "
+            "(default: for local files of 1 GiB and more that are neither shuffled nor sliced)",
+            _DATA,
+            negatable=True,
+        ),
+    )
     num_samples: int | None = field(
         default=None,
         metadata=flag("Capture the first N samples only (after cutting or packing).", _DATA, least=1),
@@ -249,6 +259,27 @@ class GenerateRequest:
             "--tensor-parallel-size says; without a GPU each has its share of the CPU's cores.",
             _ENGINE,
             least=1,
+        ),
+    )
+    ray: str | None = field(
+        default=None,
+        metadata=flag(
+            "Capture on a Ray cluster with as many engines as --workers says: its address, or nothing for "
+            "the one that runs here, or a new one. Each machine has to reach the store and the teacher.",
+            _ENGINE,
+            metavar="ADDRESS",
+            alone="auto",
+        ),
+    )
+    workers: int | None = field(
+        default=None, metadata=flag("Engines on the Ray cluster. (default: 1)", _ENGINE, least=1)
+    )
+    gpus_per_worker: float | None = field(
+        default=None,
+        metadata=flag(
+            "GPUs of each engine on the Ray cluster, or a share of one, e.g. 0.5. (default: "
+            "--tensor-parallel-size, and none where the cluster has none)",
+            _ENGINE,
         ),
     )
     max_num_batched_tokens: int | None = field(

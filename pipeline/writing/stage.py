@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from distily.checkpoint.configs import json_object
+from featurestore.format.schema import Sample
 from featurestore.format.written import Text, WriterSpec, piece_name, publish_texts, read_piece, read_texts
 from featurestore.storage.protocol import Root
-from pipeline.data.selection import Selection
 from pipeline.errors import EngineError, RequestError
 from pipeline.progress import Reporter
 from pipeline.request.generate import GenerateRequest
@@ -59,13 +59,18 @@ def find_writer(request: GenerateRequest, teacher: Teacher) -> Teacher:
 
 
 def plan_writing(
-    request: GenerateRequest, teacher: Teacher, writer: Teacher, selection: Selection, root: Root | None
+    request: GenerateRequest,
+    teacher: Teacher,
+    writer: Teacher,
+    samples: Sequence[Sample],
+    prompt_tokens: int,
+    root: Root | None,
 ) -> WritingPlan:
-    """Which texts the request asks for, on the prompts of the selection; the store has some of them.
+    """Which texts the request asks for, on prompts that samples begin with; the store has some of them.
 
     root: of the store, None where there is none yet.
     """
-    assert request.writing is not None and selection.prompt_tokens is not None
+    assert request.writing is not None
     flags, by_teacher = request.writing, writer is teacher
     spec = WriterSpec(
         digest=writer.digest,
@@ -77,8 +82,8 @@ def plan_writing(
         seed=request.seed,
         ends=end_tokens(writer, load_tokenizer(teacher, request.trust_remote_code)),
     )
-    prompts = prompts_of(selection.samples, selection.prompt_tokens)
-    documents = documents_of(selection.samples, selection.prompt_tokens)
+    prompts = prompts_of(samples, prompt_tokens)
+    documents = documents_of(samples, prompt_tokens)
     jobs = jobs_of(prompts, flags.continuations, documents)
     return WritingPlan(spec, jobs, read_texts(root, spec) if root else {}, request.shard_size)
 

@@ -145,10 +145,11 @@ class Early:
 
 @pytest.mark.parametrize(("ahead", "shards"), [(0, 1), (1, 2), (90, 2), (91, 3), (10_000, 4)])
 def test_an_engine_is_given_later_shards_early(ahead: int, shards: int) -> None:
-    engine, works = Early(ahead), [Work(task, GROUPS, True) for task in TASKS]
+    engine = Early(ahead)
+    given = [(Work(task, GROUPS, True), members) for task, members in zip(TASKS, SHARDS, strict=True)]
     store: Any = SimpleNamespace(holds=lambda *_: False)
     put: dict[str, list[Arrays]] = {}
     committer: Any = SimpleNamespace(put=lambda task, _samples, _groups, given: put.update({task.id: given}))
-    assert capture_tasks(store, engine, works, SAMPLES, committer, SILENT) == 360
+    assert capture_tasks(store, engine, given, committer, SILENT) == 360
     assert engine.most == 3 * shards and engine.given == 0
     assert put == {task.id: [[sample_id] for sample_id in task.sample_ids] for task in TASKS}

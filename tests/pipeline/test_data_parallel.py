@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from pipeline.errors import RequestError
-from pipeline.generate.parallel import _take, shares
+from pipeline.generate.parallel import shares
 from tests import teachers
 from tests.command import call, command, spawn
 from tests.teachers import text_of
@@ -64,13 +62,6 @@ def contents(store: Path) -> list[bytes]:
         values = (value for features in sample.features.values() for value in vars(features).values())
         found.append(b"".join(np.asarray(value).tobytes() for value in (sample.tokens, *values)))
     return found
-
-
-def test_each_task_is_given_out_once() -> None:
-    taken = multiprocessing.get_context("spawn").Array("q", 2)
-    with ThreadPoolExecutor(8) as pool:
-        places = list(pool.map(lambda index: (index % 2, _take(taken, index % 2)), range(2000)))
-    assert sorted(places) == [(number, place) for number in range(2) for place in range(1000)]
 
 
 @two_cores

@@ -108,6 +108,9 @@ def test_generate_takes_what_plan_takes_and_little_more() -> None:
     assert generate.keys() - plan.keys() == {
         "tensor_parallel_size",
         "data_parallel",
+        "ray",
+        "workers",
+        "gpus_per_worker",
         "max_num_batched_tokens",
         "gpu_memory_utilization",
         "verbose",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore.format.schema import Sample
-from pipeline.data.samples import MIN_TOKENS, LeftOut, Window, cut, make_samples, packed
+from pipeline.data.samples import MIN_TOKENS, LeftOut, Window, cut, make_samples, no_sample, packed
 from pipeline.data.tokens import Tokenised
 from pipeline.errors import RequestError
 
@@ -83,10 +83,6 @@ def test_what_is_no_sample_is_counted(
             expected.append(window)
     options = {"max_seq_len": size, "vocab_size": 100, "min_seq_len": least, "drop_long": drop}
     joiner = (EOS, False) if pack else None
-    if not expected:
-        with pytest.raises(RequestError, match="DATASET: empty"):
-            make_samples(map(tokenised, given_documents), **options, joiner=joiner)  # type: ignore[arg-type]
-        return
     samples, left_out = make_samples(map(tokenised, given_documents), **options, joiner=joiner)  # type: ignore[arg-type]
     assert [pairs_of(sample) for sample in samples] == expected
     assert left_out == counts
@@ -126,10 +122,18 @@ def test_num_samples_stops_reading() -> None:
     assert len(pack[0]) == 70
 
 
-@pytest.mark.parametrize("source", [[], [learned()], [learned(7)]])
-def test_no_text_is_refused(source: list[Tokenised]) -> None:
-    with pytest.raises(RequestError, match=f"empty, no sample of at least {MIN_TOKENS} tokens"):
-        make_samples(source, max_seq_len=8, vocab_size=100)
+def test_no_text_makes_no_sample() -> None:
+    for source in ([], [learned()], [learned(7)]):
+        samples, left_out = make_samples(source, max_seq_len=8, vocab_size=100)
+        assert not samples
+        assert f"empty, no sample of at least {MIN_TOKENS} tokens" in str(no_sample(MIN_TOKENS, left_out))
+
+
+def test_known_samples_are_duplicates() -> None:
+    first, second = [learned(3, 4)], [learned(5, 6), learned(3, 4)]
+    known = {sample.id for sample in make_samples(first, max_seq_len=2, vocab_size=100)[0]}
+    samples, left_out = make_samples(second, max_seq_len=2, vocab_size=100, known=known)
+    assert [sample.tokens.tolist() for sample in samples] == [[5, 6]] and left_out == LeftOut(duplicates=1)
 
 
 def test_tokens_outside_the_teachers_vocabulary_are_refused() -> None:
