@@ -122,6 +122,21 @@ def test_credentials_are_hidden(text: str) -> None:
     assert "hunter22" not in recorded.lower()
 
 
+def test_long_texts_are_looked_at_once() -> None:
+    """A pattern that begins anew at each letter would take hours; this is no measurement."""
+    began = time.process_time()
+    for text in (
+        "a" * 200_000 + "://@",
+        "a=" * 100_000 + "://",
+        "'a" * 100_000 + ":",
+        "--a-" * 50_000 + " =:",
+        "/a" * 100_000,
+    ):
+        redact(text)
+        markdown.text(text)
+    assert time.process_time() - began < 60
+
+
 def test_what_is_no_secret_stays() -> None:
     words = [
         "prog",

@@ -17,7 +17,7 @@ from distily.text import printable
 _DIRECTORIES = re.compile(r"""(?<![^\s"'=:,\[{(])(?:file://)?~?/(?:[^/\s"',]+/)+""")
 _PUNCTUATION = re.compile(r"([\\`*_\[\]<>|~$&#!])")
 # What GitHub and the hub make a link of, or the mention of somebody, wherever it stands, escaped or not.
-_ADDRESS = re.compile(r"\S*(?:://|www\.|@\w|mailto:|xmpp:)\S*", re.IGNORECASE)
+_ADDRESS = re.compile(r"://|www\.|@\w|mailto:|xmpp:", re.IGNORECASE)
 # At the start of a line: a list, a rule, a heading that is underlined.
 _BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|)([-+=](?=[-+=\s]|$)|[.)](?:\s|$))")
 
@@ -42,12 +42,11 @@ def text(value: object) -> Markdown:
     """As a reader sees it: one line, nothing in it is markup."""
     if isinstance(value, Markdown):
         return value
-    shown, made, start = line(value), "", 0
-    for found in _ADDRESS.finditer(shown):
-        made += _PUNCTUATION.sub(r"\\\1", shown[start : found.start()]) + _code(found[0])
-        start = found.end()
-    made += _PUNCTUATION.sub(r"\\\1", shown[start:])
-    return Markdown(_BLOCK.sub(r"\1\\\2", made))
+    words = [
+        _code(word) if _ADDRESS.search(word) else _PUNCTUATION.sub(r"\\\1", word)
+        for word in line(value).split(" ")
+    ]
+    return Markdown(_BLOCK.sub(r"\1\\\2", " ".join(words)))
 
 
 def link(shown: object, address: str) -> Markdown:

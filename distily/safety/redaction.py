@@ -30,7 +30,7 @@ _PART = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 # A value of a variable that is shorter says nothing, and would be found everywhere.
 _SHORTEST = 8
 
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@")
+_USER = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"<>]*@")
 _QUERY = re.compile(r"([?&;])([\w.%-]+)=([^\s&;#'\"<>]*)")
 _ASSIGNED = re.compile(r"(?<![\w?&;.-])(-{0,2}[A-Za-z_][\w.-]*)(=)([^\s,;'\"<>)\]}]+)")
 _FLAG = re.compile(r"(?<!\S)(--[A-Za-z][\w-]*)(\s+)(?!-)(\S+)")
