@@ -123,12 +123,12 @@ class Lengths:
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
-    def __getitem__(self, index: slice | Indices) -> Indices: ...
-    def __getitem__(self, index: int | slice | Indices) -> int | Indices:
+    def __getitem__(self, index: slice | Indices | Sequence[int]) -> Indices: ...
+    def __getitem__(self, index: int | slice | Indices | Sequence[int]) -> int | Indices:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
-        if isinstance(index, np.ndarray):
-            return self._at(index)
+        if not isinstance(index, (int, np.integer)):
+            return self._at(np.asarray(index, np.int64))
         number, place = self._catalogue.place(int(index) + len(self) * (index < 0))
         return int(self._catalogue.segment(number).columns["length"][place])
 
