@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import portions as reading
+from pipeline.data import portions as pieces
 from pipeline.data.bad_rows import BadRows
 from pipeline.data.cutting import Cut, Cutter, Cutting, MakePool, PortionPool, here, result_of
 from pipeline.data.documents import Documents, load_documents
@@ -67,8 +67,10 @@ class Selection:
 
     def begin(self, covered: Covered) -> None:
         """Read the first portion and make samples of it, unless a store is known to lack none of them."""
-        portion = next(self._portions())
+        reading = self._portions()  # kept, so that it is open while it is asked how far it is
+        portion = next(reading)
         self.first_share = 1.0 if portion.last else self._documents.share()
+        reading.close()
         key = self._memory.key_of(portion.values)
         known = self._memory.recall(key, self._limit)
         if known is None or not covered(known.wanted) or (known.bad.count and not self._drops):
@@ -126,8 +128,8 @@ class Selection:
     def _drops(self) -> bool:
         return self._request.bad_rows == "drop"
 
-    def _portions(self) -> Iterator[Portion]:
-        return portions(self._documents.values, reading.PORTION_SIZE)
+    def _portions(self) -> Generator[Portion]:
+        return portions(self._documents.values, pieces.PORTION_SIZE)
 
     def _in_order(self, pool: PortionPool, covered: Covered) -> Iterator[tuple[Portion | None, Cut]]:
         """(None, the first cut), then each portion and its cut; some are in the making meanwhile."""
