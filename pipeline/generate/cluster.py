@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, cast
@@ -44,6 +45,10 @@ _SHARDS_AT_ONCE = 2
 _MOST_PORTIONS_AHEAD = 32
 # A column of objects, which Ray moves as they are.
 _SHARD, _DONE = "shard", "done"
+
+
+# Addresses that `connect` has connected to; a program of the user's may be connected itself.
+_began_here: list[str] = []
 
 
 def connect(address: str) -> ModuleType:
@@ -278,12 +283,18 @@ def capture_on_ray(
     report.stage(f"starting {job.request.workers or 1} engines on Ray, {job.request.engine} in each")
     report.start(*progress)
     try:
-        return _listen(done, progress, report)
+        # Ray tells of its own on standard output, where a command's result belongs.
+        with redirect_stdout(sys.stderr):
+            return _listen(done, progress, report)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, DistilyError):
             raise cause from None
         raise EngineError(f"Ray ended the capture: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        if _began_here:
+            # A cluster that began with the command ends with it, and so does what Ray has to tell.
+            ray.shutdown()
 
 
 def _listen(done: Any, progress: tuple[int, int | None], report: Reporter) -> tuple[list[Run], Read]:
