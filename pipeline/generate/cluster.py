@@ -11,6 +11,9 @@ same. Only the store, the teacher's path or name, and this package have to be th
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -63,12 +66,21 @@ def connect(address: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise RequestError("--ray: Ray is not installed; install the extra [ray]") from error
     if not ray.is_initialized():
+        _began_here.append(address)
+        ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(
-                address=None if address == "auto" else address, log_to_driver=False, logging_level="ERROR"
+                address=None if address == "auto" else address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level="ERROR",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RequestError(f"--ray {address}: {' '.join(str(error).split())}") from error
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():  # Ray has put its own in their place
+                signal.signal(number, handler)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     return cast(ModuleType, ray)
 
 
