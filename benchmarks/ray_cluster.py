@@ -3,8 +3,8 @@
     python benchmarks/ray_cluster.py
 
 Two raylets with one core each on loopback (`ray.cluster_utils.Cluster`), the demo teacher in transformers,
-two engines. One engine gets SIGKILL after the first third of the shards is committed, one raylet with all that
-runs on it after the second third. The store is compared, bit for bit, with that of the command without Ray.
+two engines. One engine gets SIGKILL after the first third of the shards is committed, one raylet with all
+that runs on it after the second third. The store is compared, bit for bit, with that without Ray.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """What a data set of any size costs `distily-cache generate`: memory over time, the first shard, tokenising.
 
-    python benchmarks/streaming.py --gigabytes 20 --seconds 480 --out benchmarks/results/streaming.json
+    python benchmarks/streaming.py --gigabytes 20 --seconds 480
 
 A JSON-lines file of that size is written first, made of the Python language reference by repetition with
 variation: each document has a line of its own in front, so that no sample repeats. Then `generate` runs with
-a tiny Llama, is looked at every few seconds, and stopped after --seconds: the file is not read to its end.
-Before that the tokenizer alone is measured, on one core and on two, and with all that we do around it.
+a tiny Llama, of which a hidden state is kept, is looked at every few seconds, and stopped after --seconds:
+the file is not read to its end. Last, the tokenizer alone is measured, on one core and on two, and with all
+that we do around it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT
+from benchmarks.common import table, write_result
 from pipeline.demo import materialise_teacher
 
 SECONDS_BETWEEN = 5.0
@@ -149,28 +150,48 @@ def watch(words: list[str], store: Path, seconds: float) -> dict[str, Any]:
     return {"first_shard_seconds": first, "rows": rows, "last_lines": lines[-3:], "code": process.returncode}
 
 
+def page(found: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    rows, rates_of = found["generate"]["rows"], found["tokens_per_second"]
+    step = max(len(rows) // 16, 1)
+    seen = [
+        [f"{row['seconds']:.0f}", str(row["shards"]), " + ".join(map(str, row["rss_mb"]))]
+        for row in [*rows[:-1:step], rows[-1]]
+    ]
+    first = found["generate"]["first_shard_seconds"]
+    speeds = [[way, f"{rate:,.0f}"] for way, rate in rates_of.items()]
+    return (
+        f"A file of {found['gigabytes']:.1f} GB, of which the command had read what it captured and two "
+        f"portions when it was stopped after {rows[-1]['seconds']:.0f} s; load of the machine by others: "
+        f"{found['load']:.0f} on {os.cpu_count()} cores. First shard committed after "
+        f"{'-' if first is None else f'{first:.0f}'} s.\n\n"
+        + table(["seconds", "shards committed", "resident MB of each process"], seen)
+        + "\n\nTokens per second; both processes together where there are two:\n\n"
+        + table(["what, on how many processes", "tokens/s"], speeds)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--engine", default="transformers")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "distily-streaming")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/streaming.json")
     given = parser.parse_args()
     corpus, store = given.work / "corpus.jsonl", given.work / "store"
     demo = materialise_teacher(given.work / "demo")
     teacher = tiny_teacher(given.work / "teacher", demo)
     write_corpus(corpus, given.gigabytes)
-    flags = ["--engine", given.engine, "--max-seq-len", "512", "--top-k", "4", "--tail", "0"]
+    flags = ["--engine", given.engine, "--max-seq-len", "512", "--top-k", "0", "--hidden-layers", "1"]
     words = ["distily-cache", "generate", str(teacher), str(corpus), "--out", str(store), *flags]
     found = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "gigabytes": corpus.stat().st_size / 1e9,
         "generate": watch(words, store, given.seconds),
+        "load": os.getloadavg()[2],
         "tokens_per_second": rates(teacher, corpus),
     }
-    given.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    write_result("streaming", "A data set larger than memory", page(found), found["command"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ data set, and a portion gives the same samples wherever and whenever it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Portion:
     last: bool
 
 
-def portions(values: Iterable[tuple[str, Any]], size: int) -> Iterator[Portion]:
+def portions(values: Iterable[tuple[str, Any]], size: int) -> Generator[Portion]:
     """The documents in order, in portions that end as soon as they have `size` characters; one at least."""
     portion: list[tuple[str, Any]] = []
     filled = 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import portions as reading
+from pipeline.data import portions as pieces
 from pipeline.data.bad_rows import BadRows
 from pipeline.data.cutting import Cut, Cutter, Cutting, MakePool, PortionPool, here, result_of
 from pipeline.data.documents import Documents, load_documents
@@ -25,7 +25,7 @@ from pipeline.teacher.checkpoint import Teacher
 # Whether a store lacks nothing of these samples, (id, length) each.
 Covered = Callable[[Sequence[tuple[str, int]]], bool]
 # So many samples are known again when another portion has them, too.
-_SAMPLES_KNOWN = 2**18
+_SAMPLES_KNOWN = 2**16
 
 
 @dataclass
@@ -55,10 +55,11 @@ class Selection:
         report: Reporter,
         prompt_tokens: int | None,
         pool: MakePool,
+        portion_size: int,
     ) -> None:
         self._request, self._cutting, self._documents, self._report = request, cutting, documents, report
         self._tokenizer, self._memory = tokenizer, Memory(cutting, tokenizer)
-        self._limit, self._pool = request.num_samples, pool
+        self._limit, self._pool, self._portion_size = request.num_samples, pool, portion_size
         self.chat_template, self.prompt_tokens = cutting.template, prompt_tokens
         self.tally = Tally()
         self.first, self.complete = Cut(wanted=[]), False
@@ -67,8 +68,10 @@ class Selection:
 
     def begin(self, covered: Covered) -> None:
         """Read the first portion and make samples of it, unless a store is known to lack none of them."""
-        portion = next(self._portions())
+        reading = self._portions()  # kept, so that it is open while it is asked how far it is
+        portion = next(reading)
         self.first_share = 1.0 if portion.last else self._documents.share()
+        reading.close()
         key = self._memory.key_of(portion.values)
         known = self._memory.recall(key, self._limit)
         if known is None or not covered(known.wanted) or (known.bad.count and not self._drops):
@@ -126,8 +129,8 @@ class Selection:
     def _drops(self) -> bool:
         return self._request.bad_rows == "drop"
 
-    def _portions(self) -> Iterator[Portion]:
-        return portions(self._documents.values, reading.PORTION_SIZE)
+    def _portions(self) -> Generator[Portion]:
+        return portions(self._documents.values, self._portion_size)
 
     def _in_order(self, pool: PortionPool, covered: Covered) -> Iterator[tuple[Portion | None, Cut]]:
         """(None, the first cut), then each portion and its cut; some are in the making meanwhile."""
@@ -195,6 +198,7 @@ def select(
     report: Reporter,
     covered: Covered = lambda wanted: False,
     pool: MakePool = here,
+    portion_size: int | None = None,
 ) -> Selection:
     """Read the first portion of the data set, the whole of it where it is small, and make samples of it.
 
@@ -237,7 +241,8 @@ def select(
         drop_long=request.long == "drop" or prompts,
     )
     prompt_tokens = longest if request.writing else None
-    selection = Selection(request, cutting, documents, tokenizer, report, prompt_tokens, pool)
+    size = portion_size or pieces.PORTION_SIZE
+    selection = Selection(request, cutting, documents, tokenizer, report, prompt_tokens, pool, size)
     selection.begin(covered)
     return selection
 

@@ -11,10 +11,14 @@ same. Only the store, the teacher's path or name, and this package have to be th
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, cast
@@ -46,6 +50,10 @@ _MOST_PORTIONS_AHEAD = 32
 _SHARD, _DONE = "shard", "done"
 
 
+# Addresses that `connect` has connected to; a program of the user's may be connected itself.
+_began_here: list[str] = []
+
+
 def connect(address: str) -> ModuleType:
     """Ray, connected to a cluster: `auto` is the one that runs here, or a new one on this machine.
 
@@ -58,12 +66,21 @@ def connect(address: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise RequestError("--ray: Ray is not installed; install the extra [ray]") from error
     if not ray.is_initialized():
+        _began_here.append(address)
+        ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(
-                address=None if address == "auto" else address, log_to_driver=False, logging_level="ERROR"
+                address=None if address == "auto" else address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level="ERROR",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RequestError(f"--ray {address}: {' '.join(str(error).split())}") from error
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ours.items():  # Ray has put its own in their place
+                signal.signal(number, handler)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     return cast(ModuleType, ray)
 
 
@@ -278,12 +295,18 @@ def capture_on_ray(
     report.stage(f"starting {job.request.workers or 1} engines on Ray, {job.request.engine} in each")
     report.start(*progress)
     try:
-        return _listen(done, progress, report)
+        # Ray tells of its own on standard output, where a command's result belongs.
+        with redirect_stdout(sys.stderr):
+            return _listen(done, progress, report)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, DistilyError):
             raise cause from None
         raise EngineError(f"Ray ended the capture: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        if _began_here:
+            # A cluster that began with the command ends with it, and so does what Ray has to tell.
+            ray.shutdown()
 
 
 def _listen(done: Any, progress: tuple[int, int | None], report: Reporter) -> tuple[list[Run], Read]:

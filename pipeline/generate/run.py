@@ -12,6 +12,7 @@ from distily.errors import DistilyError
 from featurestore.format.schema import GroupSpec, TeacherIdentity
 from featurestore.format.sidecar import part_file
 from featurestore.store import FeatureStore
+from pipeline.data import portions
 from pipeline.data.cutting import Cut, MakePool, here
 from pipeline.data.samples import LeftOut
 from pipeline.data.selection import Selection, select
@@ -127,13 +128,18 @@ Settled = tuple[GenerateRequest, Precision, int]
 
 
 def prepare(
-    request: GenerateRequest, report: Reporter, settled: Settled | None = None, pool: MakePool = here
+    request: GenerateRequest,
+    report: Reporter,
+    settled: Settled | None = None,
+    pool: MakePool = here,
+    portion_size: int | None = None,
 ) -> PreparedCapture:
     """Check the request against teacher, store and data, and plan the work.
 
     Args:
         settled: what a machine with the engines has made of the request; None: this machine is one.
         pool: what cuts the portions behind the first.
+        portion_size: characters of a portion; None: the usual.
 
     Raises:
         RequestError: anything the user has to fix; nothing has been written.
@@ -157,7 +163,7 @@ def prepare(
     sidecar = plan_sidecar(teacher, request.final, request.relation_layers, request.trust_remote_code)
     planner = Planner(store, request.groups(teacher), request.shard_size)
     covered = planner.covers if writer is None else lambda wanted: False
-    selection = select(request, teacher, tokenizer, report, covered, pool)
+    selection = select(request, teacher, tokenizer, report, covered, pool, portion_size)
     writing, cut, complete = None, selection.first, selection.complete
     if writer is not None and selection.prompt_tokens is not None:
         # Texts are written before anything is captured, and which ones depends on all prompts.
@@ -246,7 +252,7 @@ def _capture(
     if request.ray:
         plan = prepared.first.plan
         progress = plan.rows_total - plan.rows_to_do, prepared.estimated(plan.rows_total)
-        reader = partial(_read_on_ray, prepared.settled)
+        reader = partial(_read_on_ray, prepared.settled, portions.PORTION_SIZE)
         runs, read = capture_on_ray(prepared.job, reader, progress, report, verbose)
         return runs, read.samples, read.left_out
     side_by_side = request.data_parallel > 1
@@ -259,11 +265,11 @@ def _capture(
     return runs, planned.samples, prepared.left_out
 
 
-def _read_on_ray(settled: Settled) -> Iterator[Any]:
+def _read_on_ray(settled: Settled, portion_size: int) -> Iterator[Any]:
     """The shards of a request, read in one of Ray's processes; at last a `Read`."""
     silent = cast(Reporter, Silent())
     try:
-        prepared = prepare(settled[0], silent, settled, ray_pool)
+        prepared = prepare(settled[0], silent, settled, ray_pool, portion_size)
         store = create_store(prepared.request.out, prepared.identity)
         planned = _Planned(prepared, store, silent)
         yield from shards_of(Passes(store, planned.portions, small_first, prepared.progress))

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,17 +21,10 @@ from tests.teachers import text_of
 SAMPLES = 120
 
 
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def test_two_engines_make_the_store_of_one_though_one_is_killed(
-    tiny_teacher: Path, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
     data, one, many = tmp_path / "data.jsonl", tmp_path / "one", tmp_path / "many"
     data.write_text("".join(json.dumps({"text": text_of(60, seed)}) + "\n" for seed in range(SAMPLES)))
     monkeypatch.setattr(reading, "PORTION_SIZE", 4000)
@@ -40,7 +32,7 @@ def test_two_engines_make_the_store_of_one_though_one_is_killed(
     killed: list[int] = []
     killer = threading.Thread(target=kill_an_engine, args=(many, killed), daemon=True)
     killer.start()
-    made = generate(tiny_teacher, data, many, "--ray", "--workers", 2)
+    made = generate(tiny_teacher, data, many, "--ray", "local", "--workers", 2)
     killer.join(60)
     assert killed and verify_store(many, deep=True).sound
     assert contents(one) == contents(many)
