@@ -7,9 +7,8 @@ with the copies. Between training and the server (moto's) stands a proxy that an
 does that is 30 ms away. The student is so small that data are asked for far quicker than by a real one: this
 is about the worst case.
 
-Tokens per second are those of the training loop. Bytes are those of replies, after the store was opened (its
-records, tokenizer and samples' lengths) and in all. "needed" are the bytes of those files of which the steps
-read any sample.
+Tokens per second are those of the training loop. Bytes are those of replies, of files of shards and of all
+else (records, tokenizer). "needed" are the bytes of those files of shards of which the steps read any sample.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from http.server import BaseHTTPRequestHandler
 
 from featurestore.order import epoch_order
 from featurestore.reader import CacheReader
+from featurestore.store import FeatureStore
 from tests import teachers
 from tests.proxy import Proxy
 from tests.s3 import Bucket, environment, running
@@ -78,12 +78,9 @@ def needed(store: Path, samples: int) -> int:
     reader = CacheReader.open(store)
     order = epoch_order(reader.manifest_digest, SEED, 0, reader.shards())[:samples]
     tasks = {reader._tasks[reader._places[index, 0]].id for index in order}
-    total = 0
-    for folder in (store / "parts").iterdir():
-        used = any((folder / name).exists() for name in ("samples.parquet", "head_index"))
-        if used and folder.name.split("-")[0] in tasks:
-            total += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return total
+    commits = FeatureStore.open(store).commits()
+    used = [records for group, records in commits.items() if not group.startswith("hidden")]
+    return sum(size for records in used for task in tasks for size, _ in records[task].files.values())
 
 
 def row(name: str, summary: dict[str, Any], line: Line | None, bytes_needed: int) -> list[str]:
