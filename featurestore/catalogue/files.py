@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
+from blake3 import blake3
 
 from featurestore.catalogue.columns import from_buffer
 from featurestore.catalogue.manifest import SegmentRef
 from featurestore.catalogue.segment import Segment, check
 from featurestore.errors import CorruptionError
 from featurestore.format.schema import GroupSpec
-from featurestore.identity import digest
 from featurestore.storage.protocol import Root
 
 # Maps that are held at a time; each takes a file descriptor.
@@ -65,17 +65,15 @@ class SegmentFiles:
     def _map(self, number: int, verified: bool) -> Segment:
         ref, root = self.refs[number], self._root
         where = root.where(ref.name)
-        if verified and number not in self._verified:
+        root.fetch({ref.name: ref.bytes})
+        hashing = verified and number not in self._verified
+        if root.keeps_copies and not _is_sound(root, ref, hashing):
+            # A broken copy is not a broken store: this throws it away, and looks at another.
             root.load(ref.name, lambda data, where: _check_digest(data, where, ref), ref.bytes)
-        else:
-            root.fetch({ref.name: ref.bytes})
-        try:
-            with root.local(ref.name).open("rb") as file:
-                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise CorruptionError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
-        if len(view) != ref.bytes:
-            raise CorruptionError(f"{where}: {len(view)} bytes, but the manifest names {ref.bytes}")
+        view = _mapped(root, ref)
+        # Hashed in the map, so that no copy of it is made in this process.
+        if hashing:
+            _check_digest(view, where, ref)
         columns = from_buffer(view, where)
         if not verified:
             return Segment(columns, where)
@@ -87,8 +85,30 @@ class SegmentFiles:
         return segment
 
 
-def _check_digest(data: bytes, where: str, ref: SegmentRef) -> None:
-    if len(data) != ref.bytes or digest(data) != ref.digest:
+def _mapped(root: Root, ref: SegmentRef) -> mmap.mmap:
+    where = root.where(ref.name)
+    try:
+        with root.local(ref.name).open("rb") as file:
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CorruptionError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+    if len(view) != ref.bytes:
+        raise CorruptionError(f"{where}: {len(view)} bytes, but the manifest names {ref.bytes}")
+    return view
+
+
+def _is_sound(root: Root, ref: SegmentRef, hashing: bool) -> bool:
+    try:
+        view = _mapped(root, ref)
+        if hashing:
+            _check_digest(view, "", ref)
+    except CorruptionError:
+        return False
+    return True
+
+
+def _check_digest(data: bytes | mmap.mmap, where: str, ref: SegmentRef) -> None:
+    if len(data) != ref.bytes or blake3(data).hexdigest()[:32] != ref.digest:
         raise CorruptionError(f"{where}: its content does not hash to its name; the file is damaged")
 
 

@@ -2,17 +2,24 @@
 
 A claim never keeps anybody from a shard. Who finds the fresh claim of another leaves the shard to the end,
 waits there as long as shards usually take, and captures it unless it is committed by then. So a claim whose
-command was killed costs no more than that.
+command was killed on another machine costs no more than that; of this machine's commands it is known which
+are alive.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from featurestore.format.plan import Work
+import psutil
+
+from featurestore.errors import CorruptionError.format.plan import Work
 from featurestore.storage.files import writing
 from featurestore.store import FeatureStore
 
@@ -23,6 +30,7 @@ _FRESH_SECONDS = 900.0
 # as passes between two of them.
 _SHARDS_AT_ONCE = 8
 _POLL_SECONDS = 0.25
+_MAX_BYTES = 1024
 # Shards of this command that may still be in the making.
 _KEPT = 64
 
@@ -32,7 +40,7 @@ class Claims:
 
     def __init__(self, store: FeatureStore) -> None:
         self._store, self._mine = store, deque[str]()
-        self._content = os.urandom(8).hex().encode("ascii")
+        self._content = json.dumps(_this_process()).encode("utf-8")
         self._began, self._taken = time.monotonic(), 0
 
     def take(self, work: Work) -> bool:
@@ -42,7 +50,7 @@ class Claims:
             return True
         with writing("a claim", self._store.path):
             if not root.publish(name, self._content):
-                if name not in self._mine and self._age(name) < _FRESH_SECONDS:
+                if name not in self._mine and self._age(name) < _FRESH_SECONDS and not self._dead(name):
                     return False
                 root.remove(name, lambda _: False)
                 root.publish(name, self._content)
@@ -54,10 +62,12 @@ class Claims:
 
     def wait(self, work: Work) -> None:
         """Return when a shard that another has claimed is committed, or should have been long ago."""
-        usual = (time.monotonic() - self._began) / max(self._taken, 1)
+        usual = (time.monotonic() - self._began) / self._taken if self._taken else 0.0
         patience = min(max(_SHARDS_AT_ONCE * usual, 1.0), _FRESH_SECONDS)
         name = f"{FOLDER}/{work.task.id}"
-        while not self._store.holds(work.task, work.groups) and self._age(name) < patience:
+        while not self._store.holds(work.task, work.groups):
+            if self._age(name) >= patience or self._dead(name):
+                return
             time.sleep(_POLL_SECONDS)
 
     def release(self) -> None:
@@ -69,6 +79,32 @@ class Claims:
         state = self._store.root.state(name)
         return float("inf") if state is None else self._store.root.now() - state.modified
 
+    def _dead(self, name: str) -> bool:
+        """Whether a process of this machine made the claim and has ended."""
+        try:
+            maker = self._store.root.load(name, lambda data, _: json.loads(data), _MAX_BYTES)
+        except (CorruptionError, ValueError, RecursionError):
+            return False
+        here = _this_process()
+        if not isinstance(maker, dict) or maker.get("machine") != here["machine"]:
+            return False
+        try:
+            return bool(psutil.Process(maker.get("pid")).create_time() != maker.get("began"))
+        except psutil.NoSuchProcess:
+            return True
+        except (psutil.Error, TypeError, ValueError, OverflowError):
+            return False
+
     def _drop(self) -> None:
         with suppress(OSError):
             self._store.root.remove(self._mine.popleft(), lambda _: False)
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells a process from every other one. Containers of one machine count their processes apart."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    pid = os.getpid()
+    return {"machine": " ".join(parts), "pid": pid, "began": psutil.Process(pid).create_time()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,21 @@ def test_a_claim_of_a_killed_command_is_waited_for_and_then_overtaken(
     assert [orphan.path for orphan in collect(store.path).orphans] == [f"claims/{work.task.id}"]
     mine.release()
     assert collect(store.path).orphans == []
+
+
+def test_a_claim_of_a_command_of_this_machine_ends_with_it(store: FeatureStore) -> None:
+    work, other = (Work(task_of(SAMPLES[start : start + 2]), GROUPS, True) for start in (0, 2))
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: [Claims(store).take(one) for one in (work, other)]
+    )
+    child.start()
+    child.join()
+    assert sorted(store.root.names("claims")) == sorted((work.task.id, other.task.id))
+    mine = Claims(store)
+    assert mine.take(work)
+    began = time.monotonic()
+    mine.wait(other)
+    assert time.monotonic() - began < 0.9  # which is what a claim of a living one would be given
 
 
 def test_a_flag_may_stand_without_its_value() -> None:
