@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from featurestore.errors import CorruptionError.format.plan import Work
+from featurestore.errors import CorruptionError
+from featurestore.format.plan import Work
 from featurestore.storage.files import writing
 from featurestore.store import FeatureStore
 
