@@ -294,19 +294,19 @@ def capture_on_ray(
     )
     report.stage(f"starting {job.request.workers or 1} engines on Ray, {job.request.engine} in each")
     report.start(*progress)
-    try:
-        # Ray tells of its own on standard output, where a command's result belongs.
-        with redirect_stdout(sys.stderr):
+    # Ray tells of its own on standard output, where a command's result belongs.
+    with redirect_stdout(sys.stderr):
+        try:
             return _listen(done, progress, report)
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, DistilyError):
-            raise cause from None
-        raise EngineError(f"Ray ended the capture: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        if _began_here:
-            # A cluster that began with the command ends with it, and so does what Ray has to tell.
-            ray.shutdown()
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, DistilyError):
+                raise cause from None
+            raise EngineError(f"Ray ended the capture: {' '.join(str(error).split())[:300]}") from error
+        finally:
+            if _began_here:
+                # A cluster that began with the command ends with it, and so does what Ray has to tell.
+                ray.shutdown()
 
 
 def _listen(done: Any, progress: tuple[int, int | None], report: Reporter) -> tuple[list[Run], Read]:

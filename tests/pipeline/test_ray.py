@@ -18,7 +18,7 @@ from tests.command import cli, generate
 from tests.pipeline.test_streaming import FLAGS, contents
 from tests.teachers import text_of
 
-SAMPLES = 120
+SAMPLES = 60
 
 
 def test_two_engines_make_the_store_of_one_though_one_is_killed(
@@ -27,7 +27,7 @@ def test_two_engines_make_the_store_of_one_though_one_is_killed(
     pytest.importorskip("ray", reason="ray is not installed")
     data, one, many = tmp_path / "data.jsonl", tmp_path / "one", tmp_path / "many"
     data.write_text("".join(json.dumps({"text": text_of(60, seed)}) + "\n" for seed in range(SAMPLES)))
-    monkeypatch.setattr(reading, "PORTION_SIZE", 4000)
+    monkeypatch.setattr(reading, "PORTION_SIZE", 2000)
     generate(tiny_teacher, data, one)
     killed: list[int] = []
     killer = threading.Thread(target=kill_an_engine, args=(many, killed), daemon=True)
