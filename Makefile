@@ -3,7 +3,8 @@
 # make examples     the scripts and the notebook of examples/, as they stand, on tiny teachers
 # make docs         the documentation as a site, in build/site
 # make gpu-check    what one GPU does, in at most ten minutes; SIZE=toy runs everything small on a CPU
-# make ci           lint, types, documentation, tests, examples, and gpu-check SIZE=toy
+# make ray          the tests of `generate --ray`, on a cluster of this machine
+# make ci           lint, types, documentation and all of these tests, and gpu-check SIZE=toy
 VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
@@ -23,15 +24,18 @@ ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: quickstart test examples gpu-check gpu-check-toy docs ci lint types format clean
+.PHONY: quickstart test examples ray gpu-check gpu-check-toy docs ci lint types format clean
 
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
 test: $(VENV)/.triton
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check and not examples"
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check and not examples and not ray"
 
-# Minutes of processor time for what a newcomer need not wait for; CI runs both.
+# Minutes of processor time for what a newcomer need not wait for; CI runs all three.
+ray: $(VENV)/.ray
+	$(PY) -m pytest -m ray tests/pipeline/test_ray.py
+
 examples: $(VENV)/.ready
 	$(PY) -m pytest -n 2 --dist loadfile -m examples tests/test_notebook.py tests/test_on_policy.py
 
@@ -42,7 +46,7 @@ gpu-check-toy: $(VENV)/.ready
 gpu-check: $(VENV)/.ready $(if $(filter gpu,$(SIZE)),$(VENV)/.gpu-check)
 	RUN=$(RUN) PYTHONPATH="benchmarks:$$PYTHONPATH" $(PY) -m gpu_check $(SIZE)
 
-ci: lint types docs test examples gpu-check-toy
+ci: lint types docs test examples ray gpu-check-toy
 
 # Its notice is about the next major version of MkDocs.
 docs: $(VENV)/.ready
@@ -67,6 +71,11 @@ $(VENV)/.ready: requirements/cpu.lock requirements/cuda.lock pyproject.toml scri
 # For tests only; an environment for CUDA has one already, which goes with its torch.
 $(VENV)/.triton: $(VENV)/.ready requirements/triton.txt
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q --no-deps -r requirements/triton.txt
+	@touch $@
+
+# The extra [ray], for tests only.
+$(VENV)/.ray: $(VENV)/.ready requirements/ray.txt
+	$(PY) -m pip install -q --no-deps -r requirements/ray.txt
 	@touch $@
 
 # Without them their rows say that they are not installed.

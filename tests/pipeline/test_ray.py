@@ -21,6 +21,7 @@ from tests.teachers import text_of
 SAMPLES = 60
 
 
+@pytest.mark.ray
 def test_two_engines_make_the_store_of_one_though_one_is_killed(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
