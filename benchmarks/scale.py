@@ -31,7 +31,7 @@ import numpy as np
 from featurestore.catalogue import publishing
 from featurestore.catalogue.columns import to_bytes
 from featurestore.catalogue.files import ref_of
-from featurestore.catalogue.folding import SEGMENT_SAMPLES, Listed, columns_of, finished, joined
+from featurestore.catalogue.folding import SEGMENT_SAMPLES, ListedTask, columns_of, finished, joined
 from featurestore.catalogue.manifest import GroupTotals, Manifest, head_bytes, segment_name
 from featurestore.catalogue.segment import Segment
 from featurestore.format.directory import manifest_name, read_spec, teacher_listings
@@ -50,7 +50,7 @@ SPEC = LogitsSpec(4)
 GROUP = group_id(SPEC)
 
 
-def real_shards(store: FeatureStore, first: int, count: int, specs: list[GroupSpec]) -> list[Listed]:
+def real_shards(store: FeatureStore, first: int, count: int, specs: list[GroupSpec]) -> list[ListedTask]:
     """Shards that are written and committed as `generate` does it, with samples of a few tokens."""
     listed = []
     for shard in range(first, first + count):
@@ -59,7 +59,7 @@ def real_shards(store: FeatureStore, first: int, count: int, specs: list[GroupSp
         store.write_bundle(task, members, features(members, specs))
         names = [*map(group_id, specs), SAMPLES]
         records = {name: read_commit_and_digest(store.root, name, task.id) for name in names}
-        listed.append(Listed(task=task, records=records))
+        listed.append(ListedTask(task=task, records=records))
     return listed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def corpus(tmp_path: Path) -> Path:
     return file
 
 
+def _lasting(names: Iterable[str]) -> set[str]:
+    """But for the head, which a new manifest has a new one of."""
+    return {name for name in names if not name.startswith("heads/")}
+
+
 def test_generate_look_after_and_train(
     tiny_teacher: Path, corpus: Path, bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -34,7 +40,7 @@ def test_generate_look_after_and_train(
     assert "nothing to generate" in run("distily-cache", *command).stderr
     assert bucket.names("runs/cache") == before
     more = json.loads(run("distily-cache", *command, "--hidden-layers", 2, "--json").stdout)
-    assert more["tokens"] == made["tokens"] and set(before) < set(bucket.names("runs/cache"))
+    assert more["tokens"] == made["tokens"] and _lasting(before) < _lasting(bucket.names("runs/cache"))
 
     found = json.loads(run("distily-cache", "info", url, "--json").stdout)
     assert found["path"] == url and found["rows"] == made["tokens"]

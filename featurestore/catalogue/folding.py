@@ -26,7 +26,7 @@ NewColumns = dict[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class ListedTask:
     """A task and what is committed of it: group id or "samples" -> (record, digest of its bytes)."""
 
     task: Task
@@ -38,7 +38,7 @@ class Listed:
         return SAMPLES in self.records
 
 
-def columns_of(listed: Sequence[Listed]) -> NewColumns:
+def columns_of(listed: Sequence[ListedTask]) -> NewColumns:
     """The columns of these tasks, which have at least their samples committed, in this order."""
     groups = sorted({group for one in listed for group in one.records})
     number = {group: i for i, group in enumerate(groups)}
@@ -130,9 +130,9 @@ def joined(parts: Sequence[Mapping[str, Array]]) -> NewColumns:
     return out
 
 
-def pieces(listed: Sequence[Listed], most: int = SEGMENT_SAMPLES) -> list[list[Listed]]:
+def pieces(listed: Sequence[ListedTask], most: int = SEGMENT_SAMPLES) -> list[list[ListedTask]]:
     """Tasks in order, cut into segments of at most `most` samples; a larger task is alone."""
-    out: list[list[Listed]] = []
+    out: list[list[ListedTask]] = []
     samples = 0
     for one in listed:
         if not out or samples + len(one.task.lengths) > most:
@@ -163,7 +163,7 @@ def to_join(sizes: Sequence[int], most: int = SEGMENT_SAMPLES) -> list[range]:
     return runs[::-1]
 
 
-def _documents(one: Listed) -> Sequence[tuple[str, ...]]:
+def _documents(one: ListedTask) -> Sequence[tuple[str, ...]]:
     record = one.records[SAMPLES][0]
     return record.documents or ((),) * len(one.task.lengths)
 

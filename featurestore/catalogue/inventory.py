@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from featurestore.catalogue.files import SegmentFiles
-from featurestore.catalogue.folding import Listed
+from featurestore.catalogue.folding import ListedTask
 from featurestore.catalogue.manifest import GroupTotals, Manifest, grown, head_names, latest_runs, read_head
 from featurestore.catalogue.pending import Pending, pending_bundles, read_pending
 from featurestore.errors import CorruptionError
@@ -36,7 +36,7 @@ class Inventory:
     location: str | Path
     base: Manifest | None
     segments: SegmentFiles
-    loose: Mapping[str, Listed]
+    loose: Mapping[str, ListedTask]
     plans: Mapping[str, list[Task]]
     heads: tuple[str, ...] = ()
     markers: tuple[Pending, ...] = ()
@@ -201,18 +201,18 @@ def _open_plans(root: Root, plans: Plans, segments: SegmentFiles) -> Plans:
     return opened
 
 
-def _of_markers(root: Root, markers: Iterable[Pending]) -> dict[str, Listed]:
+def _of_markers(root: Root, markers: Iterable[Pending]) -> dict[str, ListedTask]:
     wanted = {commit_name(group, m.task.id): (group, m.task) for m in markers for group in m.groups}
     root.fetch(dict.fromkeys(wanted, MAX_RECORD_BYTES))
-    found: dict[str, Listed] = {}
+    found: dict[str, ListedTask] = {}
     for name, (group, task) in wanted.items():
         if root.local(name).exists():
             _add(found, task, group, read_commit_and_digest(root, group, task.id))
     return found
 
 
-def _all_records(root: Root, known: Mapping[str, Task]) -> dict[str, Listed]:
-    found: dict[str, Listed] = {}
+def _all_records(root: Root, known: Mapping[str, Task]) -> dict[str, ListedTask]:
+    found: dict[str, ListedTask] = {}
     for group in committed_groups(root):
         tasks = committed_tasks(root, group)
         root.fetch({commit_name(group, task): MAX_RECORD_BYTES for task in tasks})
@@ -223,14 +223,14 @@ def _all_records(root: Root, known: Mapping[str, Task]) -> dict[str, Listed]:
     return found
 
 
-def _add(found: dict[str, Listed], task: Task, group: str, record: tuple[CommitRecord, str]) -> None:
+def _add(found: dict[str, ListedTask], task: Task, group: str, record: tuple[CommitRecord, str]) -> None:
     before = found[task.id].records if task.id in found else {}
     if record[0].samples != len(task.lengths) or record[0].rows != task.rows:
         raise CorruptionError(f"commit/{group}/{task.id}.json: other sizes than the task has")
-    found[task.id] = Listed(task=task, records={**before, group: record})
+    found[task.id] = ListedTask(task=task, records={**before, group: record})
 
 
-def _add_other(root: Root, loose: dict[str, Listed], base: Manifest, other: Manifest) -> None:
+def _add_other(root: Root, loose: dict[str, ListedTask], base: Manifest, other: Manifest) -> None:
     """What a manifest lists that was published at the same moment as base."""
     shared = {ref.digest for ref in base.segments}
     files = SegmentFiles(root, [ref for ref in other.segments if ref.digest not in shared], other.groups)
@@ -242,13 +242,13 @@ def _add_other(root: Root, loose: dict[str, Listed], base: Manifest, other: Mani
                 _add(loose, task, group, (record, digests[group]))
 
 
-def _without_listed(inventory: Inventory, loose: Mapping[str, Listed]) -> dict[str, Listed]:
+def _without_listed(inventory: Inventory, loose: Mapping[str, ListedTask]) -> dict[str, ListedTask]:
     left = dict(loose)
     for task, (number, row) in inventory.rows(loose).items():
         listed = inventory.segments.checked(number).record_digests(row)
         records = {group: record for group, record in loose[task].records.items() if group not in listed}
         if records:
-            left[task] = Listed(task=loose[task].task, records=records)
+            left[task] = ListedTask(task=loose[task].task, records=records)
         else:
             del left[task]
     return left

@@ -16,7 +16,7 @@ import numpy as np
 from featurestore.catalogue.columns import Array, to_bytes
 from featurestore.catalogue.files import ref_of
 from featurestore.catalogue.folding import (
-    Listed,
+    ListedTask,
     NewColumns,
     columns_of,
     finished,
@@ -129,7 +129,7 @@ def fold(
     return manifest, files
 
 
-def _new(inventory: Inventory) -> dict[str, Listed]:
+def _new(inventory: Inventory) -> dict[str, ListedTask]:
     """What base does not list and a manifest can: of tasks whose samples are committed."""
     rows = inventory.rows(inventory.loose)
     return {task: one for task, one in inventory.loose.items() if one.complete or task in rows}
@@ -141,7 +141,7 @@ def _listed_records(inventory: Inventory, segment: Segment, row: int) -> dict[st
     return {g: (record, digests[g]) for g, record in segment.records(row, inventory.base.groups).items()}
 
 
-def _in_order(new: Mapping[str, Listed], planned: Mapping[str, Task]) -> list[Listed]:
+def _in_order(new: Mapping[str, ListedTask], planned: Mapping[str, Task]) -> list[ListedTask]:
     """In the order of the plans, then by id."""
     place = {task: number for number, task in enumerate(planned)}
     return [new[task] for task in sorted(new, key=lambda task: (place.get(task, len(place)), task))]
@@ -162,7 +162,9 @@ def _kept_parts(inventory: Inventory, moved: Mapping[str, tuple[int, int]]) -> l
     return parts
 
 
-def _dropped(inventory: Inventory, listed: Sequence[Listed], moved: Mapping[str, tuple[int, int]]) -> Array:
+def _dropped(
+    inventory: Inventory, listed: Sequence[ListedTask], moved: Mapping[str, tuple[int, int]]
+) -> Array:
     """bool, per sample of these tasks: whether the manifest has it from a task before."""
     names = [sample for one in listed for sample in one.task.sample_ids]
     ids = np.frombuffer(bytes.fromhex("".join(names)), np.uint8).reshape(-1, 16)
@@ -185,7 +187,7 @@ def _dropped(inventory: Inventory, listed: Sequence[Listed], moved: Mapping[str,
     return dropped
 
 
-def _closed_plans(inventory: Inventory, new: Mapping[str, Listed]) -> list[str]:
+def _closed_plans(inventory: Inventory, new: Mapping[str, ListedTask]) -> list[str]:
     """Digests of the plan files all of whose tasks are listed from now on."""
     closed = []
     for name, tasks in inventory.plans.items():
@@ -195,7 +197,7 @@ def _closed_plans(inventory: Inventory, new: Mapping[str, Listed]) -> list[str]:
     return closed
 
 
-def _new_parts(listed: Sequence[Listed], dropped: Array, closed: Sequence[str]) -> list[Part]:
+def _new_parts(listed: Sequence[ListedTask], dropped: Array, closed: Sequence[str]) -> list[Part]:
     parts: list[Part] = []
     start = 0
     for piece in pieces(listed):

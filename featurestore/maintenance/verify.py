@@ -312,6 +312,7 @@ class _Audit:
 
 def _said(record: CommitRecord) -> str:
     """All that a segment repeats of a commit record."""
-    stats = sorted(record.stats.items())
+    # A segment has numbers of one type.
+    stats = sorted((name, float(number)) for name, number in record.stats.items())
     said = (record.bundle, record.rows, record.samples, sorted(record.files.items()), stats, record.documents)
     return digest(repr(said).encode())

@@ -174,6 +174,8 @@ def names_in(directory: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except NotADirectoryError:
+        if not directory.exists():  # below a file
+            raise
         raise CorruptionError(f"{directory}: not a directory") from None
     return sorted(name for name in names if not name.startswith(TEMPORARY))
 

@@ -17,7 +17,7 @@ from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample, task_of
-from tests.featurestore.test_fixture import FIXTURE
+from tests.featurestore.test_fixture import FIXTURES
 from tests.featurestore.version1 import as_version_1
 
 SPEC = LogitsSpec(4)
@@ -53,7 +53,7 @@ def test_keys_come_back_and_change_no_id(store: FeatureStore) -> None:
 
 
 def test_stores_of_before_know_none() -> None:
-    reader = CacheReader.open(FIXTURE)
+    reader = CacheReader.open(FIXTURES[1])
     assert reader.documents() == [[()]] * len(reader) and reader.read(0).documents == ()
 
 

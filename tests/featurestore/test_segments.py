@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from featurestore.catalogue import folding, publishing
 from featurestore.catalogue.columns import from_buffer, to_bytes
 from featurestore.catalogue.files import SegmentFiles
-from featurestore.catalogue.folding import Listed, columns_of, finished, joined, pieces, taken, to_join
+from featurestore.catalogue.folding import ListedTask, columns_of, finished, joined, pieces, taken, to_join
 from featurestore.catalogue.manifest import Manifest, head_names, read_head, read_manifest
 from featurestore.catalogue.pending import pending_bundles
 from featurestore.catalogue.segment import Segment, check
@@ -40,7 +40,7 @@ SPEC, EXTRA = HiddenSpec(1, "int8"), HiddenSpec(2, "bf16")
 SPECS: dict[str, GroupSpec] = {group_id(spec): spec for spec in (SPEC, EXTRA, LogitsSpec(4))}
 
 
-def listed(number: int, groups: tuple[GroupSpec | None, ...] = (None, SPEC), samples: int = 3) -> Listed:
+def listed(number: int, groups: tuple[GroupSpec | None, ...] = (None, SPEC), samples: int = 3) -> ListedTask:
     """A task that is as good as committed, of samples that overlap with those of its neighbours."""
     ids = [f"{digest(str(number + i).encode())}" for i in range(samples)]
     task = Task(tuple(ids), tuple(5 + (number + i) % 7 for i in range(samples)))
@@ -61,7 +61,7 @@ def listed(number: int, groups: tuple[GroupSpec | None, ...] = (None, SPEC), sam
             documents=documents,
         )
         records[group] = (record, f"{number:032x}")
-    return Listed(task=task, records=records)
+    return ListedTask(task=task, records=records)
 
 
 def said(segment: Segment) -> list[tuple[Any, ...]]:
@@ -72,7 +72,7 @@ def said(segment: Segment) -> list[tuple[Any, ...]]:
     ]
 
 
-def expected(one: Listed) -> tuple[Any, ...]:
+def expected(one: ListedTask) -> tuple[Any, ...]:
     return (
         one.task,
         {group: record for group, (record, _) in one.records.items()},

@@ -150,6 +150,8 @@ def test_more_continuations_and_more_prompts_write_the_new_ones_only(
     out, few = tmp_path / "store", corpus(tmp_path / "few.jsonl", 6)
     generate(request(model, few, out, 1))
     first, files = texts_of(out), {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    # A new manifest has a new head.
+    files = {file: content for file, content in files.items() if file.parent.name != "heads"}
     larger = generate(request(model, data, out, 3))
     assert larger.writing is not None
     assert (larger.writing.texts, larger.writing.new) == (3 * PROMPTS, 3 * PROMPTS - 6)

@@ -95,10 +95,10 @@ class Recorder(CacheTrainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
 
-def counted(x: Tensor) -> Any:
+def counted(x: Tensor, dtype: torch.dtype | None = None) -> Any:
     """The quantisation of a layer's input."""
     Recorder.inputs += Recorder.counts
-    return quantise(x)
+    return quantise(x, dtype)
 
 
 def halved(model: Any) -> None:
