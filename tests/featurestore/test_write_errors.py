@@ -57,7 +57,6 @@ def check_failure(path: Path, before: set[tuple[str, str]], error: StoreWriteErr
     assert before <= now
     if now:
         problems = verify_store(path, deep=True).problems
-        print([(p.path, p.what) for p in problems])
         named = [problem.path.partition("/")[0] for problem in problems]
         assert named in ([], ["MANIFEST"], ["heads"]), "only the list may be missing"
     return now

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import student.bitnet
