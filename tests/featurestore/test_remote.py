@@ -150,6 +150,8 @@ def test_a_writer_killed_before_its_commit_leaves_garbage_only(bucket: Bucket) -
     assert sorted(name.partition("/")[0] for name in orphans) == ["parts", "pending"]
     filled = fill(url, SMALL, count=4)
     read_everything(url, filled.given)
+    # The publication of `fill` has removed the marker, whose task it lists.
+    orphans = {name for name in orphans if name.startswith("parts/")}
     assert {o.path for o in collect(url, delete=True, min_age=0).orphans} == orphans
     assert not any(name.startswith(tuple(orphans)) for name in bucket.names("store"))
     assert verify_store(url, deep=True).sound
