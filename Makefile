@@ -4,7 +4,7 @@
 # make docs         the documentation as a site, in build/site
 # make gpu-check    what one GPU does, in at most ten minutes; SIZE=toy runs everything small on a CPU
 # make ray          the tests of `generate --ray`, on a cluster of this machine
-# make ci           lint, types, documentation, tests, examples and ray
+# make ci           lint, types, documentation and all of these tests, and gpu-check SIZE=toy
 VENV ?= .venv
 PYTHON ?= python3
 ACCELERATOR ?= auto
@@ -32,12 +32,12 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.triton
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check and not examples and not ray"
 
-# Minutes of processor time for what a newcomer need not wait for; CI runs the first two.
-ray: $(VENV)/.ray
-	$(PY) -m pytest -m ray tests/pipeline/test_ray.py
-
+# Minutes of processor time for what a newcomer need not wait for; CI runs all three.
 examples: $(VENV)/.ready
 	$(PY) -m pytest -n 2 --dist loadfile -m examples tests/test_notebook.py tests/test_on_policy.py
+
+ray: $(VENV)/.ray
+	$(PY) -m pytest -m ray tests/pipeline/test_ray.py
 
 gpu-check-toy: $(VENV)/.ready
 	$(PY) -m pytest -m gpu_check tests/test_gpu_check.py
@@ -46,7 +46,7 @@ gpu-check-toy: $(VENV)/.ready
 gpu-check: $(VENV)/.ready $(if $(filter gpu,$(SIZE)),$(VENV)/.gpu-check)
 	RUN=$(RUN) PYTHONPATH="benchmarks:$$PYTHONPATH" $(PY) -m gpu_check $(SIZE)
 
-ci: lint types docs test examples ray
+ci: lint types docs test examples ray gpu-check-toy
 
 # Its notice is about the next major version of MkDocs.
 docs: $(VENV)/.ready

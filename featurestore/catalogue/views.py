@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 if TYPE_CHECKING:
     from featurestore.catalogue.catalogue import Catalogue
@@ -107,11 +108,11 @@ class SampleIds(Sequence[str]):
         yield from self._catalogue.columns("sample")
 
 
-class Lengths:
+class Lengths(NDArrayOperatorsMixin):
     """The number of tokens of each sample, read from the segments as they are asked for.
 
-    `lengths[i]` is an int, `lengths[array]` and `lengths[a:b]` are int64 arrays; numpy takes the whole as an
-    array of int64, which then lies in memory.
+    `lengths[i]` is an int, `lengths[array]` and `lengths[a:b]` are int64 arrays. For numpy, operators
+    included, the whole is an array of int64, which then lies in memory.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
@@ -139,6 +140,10 @@ class Lengths:
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         whole = np.concatenate([np.zeros(0, np.int64), *self.parts()])
         return whole.astype(dtype or np.int64)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = (np.asarray(one) if isinstance(one, Lengths) else one for one in inputs)
+        return getattr(ufunc, method)(*arrays, **options)
 
     def __repr__(self) -> str:
         return f"Lengths({len(self)})"

@@ -34,6 +34,23 @@ def test_reads_any_order_with_few_bundles_open(
             reader.read(bad)
 
 
+def test_lengths_are_an_array_to_whoever_computes_with_them(filled: Filled) -> None:
+    """As they were before they were read piece by piece: a comparison that gives one bool is silently wrong."""
+    reader = CacheReader.open(filled.path)
+    whole = np.asarray([len(reader.read(i).tokens) for i in range(len(reader))])
+    assert len(set(whole.tolist())) > 1
+    for found, wanted in (
+        (reader.lengths == whole[0], whole == whole[0]),
+        (whole[0] < reader.lengths, whole[0] < whole),
+        (2 * reader.lengths - reader.lengths, whole),
+        (np.minimum(reader.lengths, 5), np.minimum(whole, 5)),
+        (reader.lengths[[1, 0]], whole[[1, 0]]),
+    ):
+        assert isinstance(found, np.ndarray) and found.dtype == np.asarray(wanted).dtype
+        np.testing.assert_array_equal(found, wanted)
+    assert (reader.lengths.sum(), reader.lengths.max()) == (whole.sum(), whole.max())
+
+
 def test_only_what_is_asked_for_is_read(filled: Filled) -> None:
     reader = CacheReader.open(filled.path)
     assert list(reader.read(0, [SPECS[1]]).features) == [SPECS[1]]
