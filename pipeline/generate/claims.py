@@ -41,7 +41,8 @@ class Claims:
 
     def __init__(self, store: FeatureStore) -> None:
         self._store, self._mine = store, deque[str]()
-        self._content = json.dumps(_this_process()).encode("utf-8")
+        self._here = _this_process()
+        self._content = json.dumps(self._here).encode("utf-8")
         self._began, self._taken = time.monotonic(), 0
 
     def take(self, work: Work) -> bool:
@@ -86,8 +87,7 @@ class Claims:
             maker = self._store.root.load(name, lambda data, _: json.loads(data), _MAX_BYTES)
         except (CorruptionError, ValueError, RecursionError):
             return False
-        here = _this_process()
-        if not isinstance(maker, dict) or maker.get("machine") != here["machine"]:
+        if not isinstance(maker, dict) or maker.get("machine") != self._here["machine"]:
             return False
         try:
             return bool(psutil.Process(maker.get("pid")).create_time() != maker.get("began"))

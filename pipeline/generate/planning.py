@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from featurestore.catalogue.inventory import Inventory
 from featurestore.format.plan import GenerationPlan, Task, Work, plan_generation
 from featurestore.format.schema import GroupSpec, Sample, group_id
 from featurestore.identity import SAMPLES
@@ -63,7 +64,7 @@ class Planner:
         samples; the samples of any other are planned anew. first_tokens: positions of the first new shard.
         """
         store, ids = self._store, {name for name, _ in wanted}
-        touched = {task.id: task for name in ids if (task := self._task_of.get(name)) is not None}
+        touched = {task.id: task for task in self._planned_before(ids)}
         stored = {task.id for task in touched.values() if store and store.holds(task, ())}
         known = {
             name: task
@@ -92,17 +93,20 @@ class Planner:
     def _specs(self) -> dict[str, GroupSpec]:
         """Every column group that a shard may have."""
         wanted = {group_id(spec): spec for spec in self._groups}
-        return wanted | (self._store.group_specs() if self._store else {})
+        return wanted | (self._before.specs if self._before else {})
 
     @cached_property
-    def _task_of(self) -> dict[str, Task]:
-        """The shards that were planned before this command, by sample."""
-        known = self._store.known_tasks() if self._store else {}
+    def _before(self) -> Inventory | None:
+        """The store as it was before this command."""
+        return self._store.inventory() if self._store else None
+
+    def _planned_before(self, ids: set[str]) -> Iterable[Task]:
+        """For each of these samples the first shard that was planned with it before this command."""
         found: dict[str, Task] = {}
-        for task in known.values():
-            for name in task.sample_ids:
+        for task in self._before.holding(ids).values() if self._before else ():
+            for name in ids.intersection(task.sample_ids):
                 found.setdefault(name, task)
-        return found
+        return found.values()
 
 
 class Passes:

@@ -35,7 +35,7 @@ def test_reads_any_order_with_few_bundles_open(
 
 
 def test_lengths_are_an_array_to_whoever_computes_with_them(filled: Filled) -> None:
-    """As they were before they were read piece by piece: a comparison that gives one bool is silently wrong."""
+    """A comparison that gave one bool would be silently wrong."""
     reader = CacheReader.open(filled.path)
     whole = np.asarray([len(reader.read(i).tokens) for i in range(len(reader))])
     assert len(set(whole.tolist())) > 1
