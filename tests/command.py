@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +33,26 @@ def spawn(program: str, *arguments: object, code: int | None = 0, timeout: float
     started = command(program, *arguments)
     done = subprocess.run(started, capture_output=True, text=True, timeout=timeout, check=False)
     return _checked(done, code)
+
+
+def run_module(
+    module: str, *arguments: object, variables: Mapping[str, str] | None = None, timeout: float = 600
+) -> str:
+    """What a program of the tests, `python -m MODULE ARGUMENTS` at the root of the project, prints.
+
+    variables: to be set in its environment.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=timeout,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | dict(variables or {}),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def call(program: str, *arguments: object, code: int | None = 0) -> Done:

@@ -20,6 +20,7 @@ from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import SPECS, Filled, Place, fill
 from tests.featurestore.helpers import assert_same, features, hidden, identity, logits, sample, task_of
+from tests.stores import lasting
 
 
 def committed(store: FeatureStore) -> dict[str, set[str]]:
@@ -129,8 +130,7 @@ def test_extension_adds_files_and_the_old_manifest_reads_as_before(
     store.publish_manifest()
 
     after = place.contents("store")
-    # A head says which manifest is the newest; all else stays.
-    kept = {name: found for name, found in before.items() if not name.startswith("heads/")}
+    kept = lasting(before)
     assert {name: after[name] for name in kept} == kept
     new = CacheReader.open(filled.path)
     assert len(new) == len(wanted_samples) and len(old) == len(filled.samples)

@@ -5,9 +5,6 @@ and not on which of its two model runners vLLM takes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.command import run_module
 from tests.pipeline import triton_cpu
 from tests.pipeline.test_engine_agreement import HIDDEN_BOUND, LOGIT_BOUND
 
@@ -47,16 +45,7 @@ def capture(
     """These of RUNS, in one process with these variables in its environment."""
     runs = folder / "runs.json"
     runs.write_text(json.dumps({name: RUNS[name] for name in names}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.capture_run", *map(str, (*inputs, folder, runs))],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=600,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | variables,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("tests.pipeline.capture_run", *inputs, folder, runs, variables=variables)
     out = {}
     for name in names:
         with np.load(folder / f"{name}.npz") as arrays:

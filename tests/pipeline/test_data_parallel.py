@@ -9,7 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from hypothesis import given
@@ -22,6 +21,7 @@ from pipeline.errors import RequestError
 from pipeline.generate.parallel import shares
 from tests import teachers
 from tests.command import call, command, spawn
+from tests.stores import contents
 from tests.teachers import text_of
 
 SAMPLES = 200
@@ -52,16 +52,6 @@ def request_(tmp_path: Path) -> tuple[object, ...]:
     corpus.write_text("\n".join(json.dumps({"text": text_of(60, seed)}) for seed in range(SAMPLES)))
     flags = ("--engine", "transformers", "--max-seq-len", 64, "--shard-tokens", 250, "--hidden-layers", 1)
     return teachers.llama(tmp_path / "teacher"), corpus, *flags
-
-
-def contents(store: Path) -> list[bytes]:
-    """Every bit of each sample, in the order of the request."""
-    reader, found = CacheReader.open(store), []
-    for index in range(len(reader)):
-        sample = reader.read(index)
-        values = (value for features in sample.features.values() for value in vars(features).values())
-        found.append(b"".join(np.asarray(value).tobytes() for value in (sample.tokens, *values)))
-    return found
 
 
 @two_cores

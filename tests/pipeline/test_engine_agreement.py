@@ -6,8 +6,6 @@ Of all teachers in one program, whose start takes longer than most of them.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests import architectures, teachers
+from tests.command import run_module
 
 # Float32 sums in another order: design bounds for logits of magnitude 10-30 and for residual streams.
 LOGIT_BOUND = 1e-3
@@ -68,16 +67,8 @@ def reports(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     plan |= {architectures.make(kind, folder / kind): random for kind in architectures.WRAPPED}
     file = folder / "plan.json"
     file.write_text(json.dumps({str(teacher): prompts for teacher, prompts in plan.items()}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.engine_agreement", str(file)],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=1200,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"teacher"')]
+    printed = run_module("tests.pipeline.engine_agreement", file, timeout=1200)
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"teacher"')]
     assert len(lines) == len(plan)
     return {Path(line["teacher"]).name: line for line in lines}
 

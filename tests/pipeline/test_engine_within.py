@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from featurestore.format.schema import HiddenSpec
 from featurestore.reader import CacheReader
 from featurestore.storage.root import root_of
 from tests import architectures
+from tests.command import run_module
 from tests.pipeline.test_quantized import LAYERS, int8_rows, reference, relative
 from tests.teachers import text_of
 
@@ -86,16 +85,8 @@ def done(tiny_teacher: Path, folder: Path) -> dict[str, dict[str, Any]]:
         words = ("generate", teacher, corpus, "--out", folder / "stores" / name, "--max-seq-len", 64, *flags)
         lines[name] = list(map(str, words))
     (folder / "lines.json").write_text(json.dumps(lines))
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.commands", str(folder / "lines.json")],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=600,
-        cwd=Path(__file__).parents[2],
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: dict[str, dict[str, Any]] = json.loads(ran.stdout.splitlines()[-1])
+    printed = run_module("tests.pipeline.commands", folder / "lines.json")
+    found: dict[str, dict[str, Any]] = json.loads(printed.splitlines()[-1])
     return found
 
 

@@ -22,6 +22,7 @@ from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
 from featurestore.storage.root import root_of
 from tests.command import call, command, generate
+from tests.stores import lasting
 from tests.teachers import text_of
 
 
@@ -37,12 +38,13 @@ run = partial(call, "distily-cache")
 
 
 def files_of(store: Path) -> dict[str, tuple[int, int]]:
-    """But for the head, which a new manifest has a new one of."""
-    return {
-        str(file.relative_to(store)): (file.stat().st_mtime_ns, file.stat().st_ino)
-        for file in store.rglob("*")
-        if file.is_file() and file.parent.name != "heads"
-    }
+    return lasting(
+        {
+            str(file.relative_to(store)): (file.stat().st_mtime_ns, file.stat().st_ino)
+            for file in store.rglob("*")
+            if file.is_file()
+        }
+    )
 
 
 def test_features_are_the_teachers(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from featurestore.maintenance.verify import verify_store
 from pipeline.data import portions as reading
 from tests.command import cli, generate
-from tests.pipeline.test_streaming import FLAGS, contents
+from tests.pipeline.test_streaming import FLAGS
+from tests.stores import contents
 from tests.teachers import text_of
 
 SAMPLES = 60

@@ -43,6 +43,7 @@ from pipeline.teacher.checkpoint import load_teacher
 from pipeline.teacher.weights import MODEL_TYPES, plan_sidecar
 from tests import teachers
 from tests.pipeline.sidecar_reference import attention, logits, projections
+from tests.stores import lasting
 from tests.teachers import text_of
 
 LAYERS, LENGTH = 4, 40
@@ -274,9 +275,8 @@ def test_a_type_that_we_do_not_know_is_refused(tmp_path: Path, flags: dict[str, 
 
 
 def files_of(store: Path) -> dict[str, bytes]:
-    """But for the head, which a new manifest has a new one of."""
-    files = (f for f in store.rglob("*") if f.is_file() and f.parent.name != "heads")
-    return {str(f.relative_to(store)): f.read_bytes() for f in files}
+    files = (f for f in store.rglob("*") if f.is_file())
+    return lasting({str(f.relative_to(store)): f.read_bytes() for f in files})
 
 
 def test_parts_are_added_and_nothing_is_written_twice(tmp_path: Path) -> None:

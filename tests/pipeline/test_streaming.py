@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 
 from featurestore.maintenance.verify import verify_store
@@ -15,6 +14,7 @@ from featurestore.reader import CacheReader
 from pipeline.data import portions as reading
 from pipeline.data.portions import portions
 from tests.command import call, cli, generate
+from tests.stores import contents
 from tests.teachers import text_of
 
 # 40 documents of 60 tokens, 15 portions of 3; the last document repeats the first.
@@ -30,17 +30,6 @@ def small_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-def contents(store: Path) -> dict[bytes, bytes]:
-    """Every bit of the features of each sample, by its tokens."""
-    reader = CacheReader.open(store)
-    found: dict[bytes, bytes] = {}
-    for index in range(len(reader)):
-        sample = reader.read(index)
-        values = (value for features in sample.features.values() for value in vars(features).values())
-        found[sample.tokens.tobytes()] = b"".join(np.asarray(value).tobytes() for value in values)
-    return found
 
 
 def test_portions_hold_every_document_once_and_end_when_they_are_full() -> None:
