@@ -169,16 +169,14 @@ class FeatureStore:
         return self.inventory().tasks()
 
     def add_plan(self, tasks: Sequence[Task]) -> None:
-        """Publish a plan file with the tasks that are not planned yet.
+        """Publish a plan file with these tasks. One that is planned already does no harm, but is read again
+        by whoever looks at the plans.
 
         Raises:
             StoreWriteError: the place cannot be written.
         """
-        inventory = self.inventory()
-        known = {*inventory.planned, *inventory.loose, *inventory.rows(task.id for task in tasks)}
-        new = [task for task in tasks if task.id not in known]
-        if new:
-            data = plan_to_bytes(new)
+        if tasks:
+            data = plan_to_bytes(tasks)
             with writing("a plan", self.path):
                 self.root.publish(plan_name(data), data)
 

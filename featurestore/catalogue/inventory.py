@@ -190,14 +190,16 @@ def take_stock(root: Root, plans: Plans, everything: bool = False) -> Inventory:
 
 
 def _open_plans(root: Root, plans: Plans, segments: SegmentFiles) -> Plans:
-    """The plan files that no segment names as listed whole."""
+    """The plan files that no segment names as listed whole; `plans` forgets the others."""
     closed = {bytes(plan).hex() for n in range(len(segments)) for plan in segments.glance(n).columns["plan"]}
     opened: Plans = {}
     for name in plan_names(root):
         if name.removeprefix("plan-").removesuffix(".parquet") not in closed:
-            if name not in plans:
-                plans[name] = read_plan(root, name)
-            opened[name] = plans[name]
+            # Another thread may be here and forget what has been closed meanwhile.
+            opened[name] = plans.get(name) or read_plan(root, name)
+    plans.update(opened)
+    for name in plans.keys() - opened.keys():
+        plans.pop(name, None)
     return opened
 
 

@@ -67,8 +67,11 @@ def merge_stores(path: str | Path, sources: Sequence[str | Path], progress: Prog
     others = [one for one in opened if one.path != store.path]
     works = _plan(store, others)
     done, total = 0, sum(record.size for work in works for record in work.records)
+    known = set(store.known_tasks())
     for source in others:
-        store.add_plan(list(source.known_tasks().values()))
+        tasks = source.known_tasks()
+        store.add_plan([task for name, task in tasks.items() if name not in known])
+        known.update(tasks)
     for work in works:
         _copy_task(store, work)
         done += sum(record.size for record in work.records)

@@ -30,11 +30,12 @@ from featurestore.format.plan import Work
 from featurestore.format.records import RunCost
 from featurestore.format.schema import GroupSpec, Sample
 from featurestore.identity import digest
+from featurestore.store import FeatureStore
 from pipeline.data.cutting import Cut, Cutter, Cutting
 from pipeline.data.samples import LeftOut
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, PipelineError, RequestError
-from pipeline.generate.committer import advise_of
+from pipeline.generate.committer import SHARDS_PER_MANIFEST, advise_of
 from pipeline.generate.passes import CaptureJob, Run, new_run, start_engine
 from pipeline.generate.planning import Passes
 from pipeline.progress import Reporter
@@ -258,6 +259,7 @@ class Silent:
 
 def capture_on_ray(
     job: CaptureJob,
+    store: FeatureStore,
     reader: Callable[[], Iterator[Any]],
     progress: tuple[int, int | None],
     report: Reporter,
@@ -265,7 +267,8 @@ def capture_on_ray(
 ) -> tuple[list[Run], Read]:
     """Capture the shards that `reader` gives, which runs in one of Ray's processes on this machine.
 
-    progress: positions that are there before, and about all.
+    store: the one of the request, of which manifests are published meanwhile, but not the last. progress:
+    positions that are there before, and about all.
 
     Returns:
         what each actor captured, and what the reader told at its end.
@@ -297,7 +300,7 @@ def capture_on_ray(
     # Ray tells of its own on standard output, where a command's result belongs.
     with redirect_stdout(sys.stderr):
         try:
-            return _listen(done, progress, report)
+            return _listen(done, store, progress, report)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, DistilyError):
@@ -309,8 +312,11 @@ def capture_on_ray(
                 ray.shutdown()
 
 
-def _listen(done: Any, progress: tuple[int, int | None], report: Reporter) -> tuple[list[Run], Read]:
+def _listen(
+    done: Any, store: FeatureStore, progress: tuple[int, int | None], report: Reporter
+) -> tuple[list[Run], Read]:
     kept, total = progress
+    unlisted = 0
     costs: dict[str, RunCost] = {}
     sizes: dict[str, int] = {}
     read = Read(error=PipelineError("the reader of the data set ended early; the same command resumes"))
@@ -330,6 +336,10 @@ def _listen(done: Any, progress: tuple[int, int | None], report: Reporter) -> tu
                 costs[cost.id] = cost
             report.advance(one["rows"])
             report.committed(one["rows"], one["bytes"])
+            unlisted += 1
+            if unlisted == SHARDS_PER_MANIFEST:
+                store.publish_manifest()
+                unlisted = 0
     if read.error is not None:
         raise read.error
     return [Run(cost, sizes[name]) for name, cost in costs.items()], read

@@ -20,9 +20,14 @@ from featurestore.store import FeatureStore
 from pipeline.engines.base import Captured
 from pipeline.progress import Reporter
 
+# A manifest is published whenever so many shards are committed: what no manifest lists is read by every
+# publication and plan, and who opens the store meanwhile finds what the last manifest lists.
+SHARDS_PER_MANIFEST = 1024
+
 
 class Committer:
-    """Commits shards, in the order in which they come, while the teacher is at later ones.
+    """Commits shards, in the order in which they come, while the teacher is at later ones. Whoever uses it
+    publishes the last manifest; those of a long run are published here.
 
     `encoders` shards are in the making, one waits, and who brings another one waits too. What goes wrong is
     raised at the next `put` or at the end. size: bytes committed so far. `kept` of `total` positions were
@@ -46,6 +51,7 @@ class Committer:
         self._encode = ThreadPoolExecutor(encoders, "encode")
         self._commit = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[list[CommitRecord]]] = deque()
+        self._unlisted = 0
         self.size = 0
 
     def put(
@@ -59,7 +65,18 @@ class Committer:
         self._cost = replace(before, tokens=before.tokens + task.rows, capture_seconds=round(spent, 3))
         self._clock = clock
         private = self._encode.submit(_encode, self._store, task, samples, groups, captured, self._cost)
-        self._pending.append(self._commit.submit(_commit, self._store, task, groups, private))
+        self._pending.append(self._commit.submit(self._keep, task, groups, private))
+
+    def _keep(
+        self, task: Task, groups: Sequence[GroupSpec], private: Future[list[CommitRecord]]
+    ) -> list[CommitRecord]:
+        """On the committing thread."""
+        self._store.commit(private.result())
+        self._unlisted += 1
+        if self._unlisted == SHARDS_PER_MANIFEST:
+            self._store.publish_manifest()
+            self._unlisted = 0
+        return self._store.read_records(task, groups)
 
     def _take(self) -> None:
         records = self._pending[0].result()  # it stays there for `__exit__` if we are stopped while we wait
@@ -107,13 +124,6 @@ def _encode(
 ) -> list[CommitRecord]:
     features = {group: [one[group] for one in captured] for group in groups}
     return store.prepare_bundle(task, samples, features, cost)
-
-
-def _commit(
-    store: FeatureStore, task: Task, groups: Sequence[GroupSpec], private: Future[list[CommitRecord]]
-) -> list[CommitRecord]:
-    store.commit(private.result())
-    return store.read_records(task, groups)
 
 
 def _committed_rows(future: Future[list[CommitRecord]]) -> int:

@@ -253,7 +253,7 @@ def _capture(
         plan = prepared.first.plan
         progress = plan.rows_total - plan.rows_to_do, prepared.estimated(plan.rows_total)
         reader = partial(_read_on_ray, prepared.settled, portions.PORTION_SIZE)
-        runs, read = capture_on_ray(prepared.job, reader, progress, report, verbose)
+        runs, read = capture_on_ray(prepared.job, store, reader, progress, report, verbose)
         return runs, read.samples, read.left_out
     side_by_side = request.data_parallel > 1
     ordered = small_first if side_by_side else shuffled

@@ -189,6 +189,21 @@ def test_many_publications_fold_into_few_segments(tmp_path: Path, monkeypatch: p
     assert len(held) <= 4 and inventory.committed(held) == {SAMPLES: set(held)}
 
 
+def test_planning_costs_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed run plans portion by portion, and what it has committed is not looked at each time."""
+    store = FeatureStore.create(tmp_path / "s", identity())
+    for n in range(3):
+        commit(store, [2 * n, 2 * n + 1])
+    with monkeypatch.context() as patched:
+        for name in ("names", "load", "fetch"):
+            patched.delattr(LocalRoot, name)
+        store.add_plan([task_of([sample(100, 3)])])
+    assert len(store.known_tasks()) == 4
+    store.publish_manifest()
+    # Those of which all is listed are forgotten.
+    assert len(store.inventory().plans) == 1 == len(store._plans)
+
+
 def test_two_publishers_leave_two_heads_and_the_next_lists_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

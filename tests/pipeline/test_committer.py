@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from featurestore.catalogue.pending import pending_bundles
 from featurestore.errors import StoreWriteError
 from featurestore.format.plan import Task, Work
 from featurestore.format.records import RunCost
 from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, LogitsSpec, Sample
 from featurestore.maintenance.verify import verify_store
+from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from pipeline.generate.capturing import capture_tasks
 from pipeline.generate.committer import Committer
@@ -118,6 +120,20 @@ def test_an_error_of_an_encoder_ends_the_capture(
     assert len(committed) <= 2 + encoders
     commit_all(tmp_path, encoders)
     assert verify_store(tmp_path, deep=True).sound and set(committed) == {task.id for task in TASKS}
+
+
+def test_a_long_run_publishes_manifests_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opens the store meanwhile finds all shards but the last ones, and no marker is left of them."""
+    monkeypatch.setattr("pipeline.generate.committer.SHARDS_PER_MANIFEST", 3)
+    store = FeatureStore.create(tmp_path, identity())
+    with Committer(store, SILENT, 0, 360, RunCost(id="0" * 16)) as committer:
+        for task, members in zip(TASKS, SHARDS, strict=True):
+            store.add_plan([task])
+            committer.put(task, members, GROUPS, captured(members))
+    assert CacheReader.open(tmp_path).shards == 3
+    assert [marker.partition("-")[0] for marker in pending_bundles(store.root)] == [TASKS[3].id]
+    store.publish_manifest()
+    assert CacheReader.open(tmp_path).shards == 4 and verify_store(tmp_path, deep=True).sound
 
 
 class Early:
