@@ -58,6 +58,7 @@ def capture(
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
             str(cores[rank % len(cores)]) for rank in range(processes)
         )
+        inside.fork_workers()
     engine = VllmEngine(
         EngineConfig(
             model=teacher.path,

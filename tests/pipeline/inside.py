@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+from functools import cache, partial
 
 
 def prepare() -> None:
@@ -18,14 +20,26 @@ def prepare() -> None:
     gc.unfreeze = lambda: None
 
 
+def fork_workers() -> None:
+    """Have the processes of an engine with several ranks forked: importing vLLM takes each 20 seconds of a
+    core, and here it is imported. Only before this program has computed anything.
+    """
+    import vllm.v1.executor.multiproc_executor as executor
+
+    executor.get_mp_context = partial(multiprocessing.get_context, "fork")
+
+
 def clean_up() -> None:
     """After each engine: what it leaves behind, which a process of its own takes along.
 
     vLLM puts its CPU kernels in place of those of Triton by a search of all modules, a second for each
-    engine; after the first they are in place.
+    engine; from now on it does so once.
     """
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
     cleanup_dist_env_and_memory()
-    type(current_platform).register_triton_kernel_overrides = classmethod(lambda _: None)
+    platform = type(current_platform)
+    search = platform.register_triton_kernel_overrides.__func__
+    if not hasattr(search, "cache_info"):
+        platform.register_triton_kernel_overrides = classmethod(cache(search))
