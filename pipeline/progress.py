@@ -38,8 +38,8 @@ def bytes_progress(console: Console, what: str) -> Iterator[Callable[[int, int],
 
 
 @contextmanager
-def tokens_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told (tokens done, tokens in all)."""
+def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (done, in all): of tokens, files, whatever is counted."""
     with _bar(console, what, MofNCompleteColumn()) as advance:
         yield advance
 

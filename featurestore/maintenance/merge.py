@@ -10,6 +10,7 @@ import contextlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from featurestore.format.directory import (
 from featurestore.format.plan import Task
 from featurestore.format.records import CommitRecord
 from featurestore.format.written import piece_names, read_piece
+from featurestore.parallel import in_order
 from featurestore.storage.files import copy_checked, writing
 from featurestore.storage.protocol import Root
 from featurestore.storage.root import root_of
@@ -72,9 +74,8 @@ def merge_stores(path: str | Path, sources: Sequence[str | Path], progress: Prog
         tasks = source.known_tasks()
         store.add_plan([task for name, task in tasks.items() if name not in known])
         known.update(tasks)
-    for work in works:
-        _copy_task(store, work)
-        done += sum(record.size for record in work.records)
+    for size in in_order(partial(_copy_task, store), works):
+        done += size
         if progress is not None:
             progress(done, total)
     for source in others:
@@ -129,8 +130,12 @@ def _plan(store: FeatureStore, sources: Sequence[FeatureStore]) -> list[_Work]:
     return works
 
 
-def _copy_task(store: FeatureStore, work: _Work) -> None:
-    """Copy the bundles of one task, check and settle them, then commit. Nothing is left after an error."""
+def _copy_task(store: FeatureStore, work: _Work) -> int:
+    """Copy the bundles of one task, check and settle them, then commit. Nothing is left after an error.
+
+    Returns:
+        bytes that were copied.
+    """
     source, target = work.source.root, store.root
     names: dict[str, str] = {}
     folders: dict[str, Path] = {}
@@ -158,6 +163,7 @@ def _copy_task(store: FeatureStore, work: _Work) -> None:
             groups = tuple(record.group for record in records if record.bundle == name)
             store.announce(Pending(bundle=name, task=work.task, groups=groups))
     store.commit(records)
+    return sum(record.size for record in records)
 
 
 def _begin(target: Root, name: str) -> tuple[str, Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -43,6 +43,7 @@ from featurestore.format.sidecar import checked_part, part_of
 from featurestore.format.tables import read_plan
 from featurestore.format.written import piece_names, read_piece
 from featurestore.identity import SAMPLES, digest
+from featurestore.parallel import in_order
 from featurestore.storage.files import MAX_RECORD_BYTES
 from featurestore.storage.protocol import HEADS, PENDING, Root
 from featurestore.storage.root import root_of
@@ -103,39 +104,13 @@ def verify_store(path: str | Path, deep: bool, progress: Progress | None = None)
         return _Audit(audited, deep).run(progress)
 
 
-class _Audit:
-    """One pass over a store; each step adds to the report and none stops the next."""
+class _Checks:
+    """Counts the files that are looked at and keeps what is wrong; no check stops the next."""
 
     def __init__(self, root: Root, deep: bool) -> None:
         self.root = root
         self.deep = deep
         self.report = Report()
-        self.identity: TeacherIdentity | None = None
-        self.tasks: dict[str, Task] = {}
-        self.planned: dict[str, dict[str, Task]] = {}
-        self.records: dict[tuple[str, str], tuple[str, str]] = {}
-        self.segments: dict[str, SegmentRef] = {}
-
-    def run(self, progress: Progress | None) -> Report:
-        spec_digest = self._spec()
-        for name in plan_names(self.root):
-            with self._file(name):
-                self.planned[name] = {task.id: task for task in read_plan(self.root, name)}
-                self.tasks.update(self.planned[name])
-        self._side_files()
-        manifests = self._manifests()
-        keys = [(g, t) for g in committed_groups(self.root) for t in committed_tasks(self.root, g)]
-        self.root.fetch({commit_name(*key): MAX_RECORD_BYTES for key in keys})
-        for done, (group, task) in enumerate(keys):
-            self._commit(group, task)
-            if progress is not None:
-                progress(done + 1, len(keys))
-        if keys and not manifests:
-            self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
-        for name, manifest in manifests.items():
-            self._manifest(name, manifest, spec_digest)
-        self._unlisted(manifests)
-        return self.report
 
     @contextmanager
     def _file(self, name: str) -> Iterator[None]:
@@ -160,38 +135,29 @@ class _Audit:
         if Problem(name, what) not in self.report.problems:
             self.report.problems.append(Problem(name, what))
 
-    def _spec(self) -> str | None:
-        with self._file(SPEC_FILE):
-            self.identity, spec_digest = read_spec(self.root)
-            return spec_digest
-        return None
 
-    def _side_files(self) -> None:
-        for name in provenance_names(self.root):
-            with self._file(f"provenance/{name}"):
-                read_provenance(self.root, name)
-        for name in piece_names(self.root):
-            with self._file(name):
-                read_piece(self.root, name)
-        for listing in teacher_listings(self.root):
-            with self._file(listing):
-                for name, stamp in read_teacher_listing(self.root, listing).items():
-                    with self._file(f"teacher/{name}"):
-                        self._teacher_file(name, stamp)
+class _TaskAudit(_Checks):
+    """The commit records of one task, and the files that they name. `task` is None where no plan has it."""
 
-    def _teacher_file(self, name: str, stamp: Stamp) -> None:
-        if self.deep and self.identity is not None and part_of(name):
-            with self.root.naming():
-                checked_part(self.root, name, stamp, self.identity)
-        else:
-            self.root.check({f"teacher/{name}": stamp}, self.deep)
+    def __init__(
+        self, root: Root, deep: bool, task_id: str, task: Task | None, identity: TeacherIdentity | None
+    ) -> None:
+        super().__init__(root, deep)
+        self.task_id = task_id
+        self.task = task
+        self.identity = identity
+        self.records: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def _commit(self, group: str, task_id: str) -> None:
-        name = commit_name(group, task_id)
+    def run(self, groups: Sequence[str]) -> _TaskAudit:
+        for group in groups:
+            self._commit(group)
+        return self
+
+    def _commit(self, group: str) -> None:
+        name, task_id, task = commit_name(group, self.task_id), self.task_id, self.task
         with self._file(name):
             record, seal = read_commit_and_digest(self.root, group, task_id)
             self.records[group, task_id] = seal, _said(record)
-            task = self.tasks.get(task_id)
             if task is None:
                 self._problem(name, "no readable plan file and no segment has this task")
             else:
@@ -221,6 +187,86 @@ class _Audit:
         columns = Group(self.root, record, task, identity)
         for position in range(len(task.lengths)):
             columns.read(position)
+
+
+class _Audit(_Checks):
+    """One pass over a store."""
+
+    def __init__(self, root: Root, deep: bool) -> None:
+        super().__init__(root, deep)
+        self.identity: TeacherIdentity | None = None
+        self.tasks: dict[str, Task] = {}
+        self.planned: dict[str, dict[str, Task]] = {}
+        self.records: dict[tuple[str, str], tuple[str, str]] = {}
+        self.segments: dict[str, SegmentRef] = {}
+
+    def run(self, progress: Progress | None) -> Report:
+        spec_digest = self._spec()
+        for name in plan_names(self.root):
+            with self._file(name):
+                self.planned[name] = {task.id: task for task in read_plan(self.root, name)}
+                self.tasks.update(self.planned[name])
+        self._side_files()
+        manifests = self._manifests()
+        groups: dict[str, list[str]] = {}
+        for group in committed_groups(self.root):
+            for task in committed_tasks(self.root, group):
+                groups.setdefault(task, []).append(group)
+        self._commits(groups, progress)
+        if groups and not manifests:
+            self._problem("MANIFEST", "no manifest lists what is committed; run the same generate again")
+        for name, manifest in manifests.items():
+            self._manifest(name, manifest, spec_digest)
+        self._unlisted(manifests)
+        return self.report
+
+    def _commits(self, groups: Mapping[str, Sequence[str]], progress: Progress | None) -> None:
+        """Look at the records of each task; of several at a time."""
+        names = [commit_name(group, task) for task, of_task in groups.items() for group in of_task]
+        self.root.fetch(dict.fromkeys(names, MAX_RECORD_BYTES))
+        done = 0
+        for part in in_order(self._task, groups.items()):
+            self._add(part.report)
+            self.records.update(part.records)
+            done += len(groups[part.task_id])
+            if progress is not None:
+                progress(done, len(names))
+
+    def _task(self, item: tuple[str, Sequence[str]]) -> _TaskAudit:
+        task, groups = item
+        return _TaskAudit(self.root, self.deep, task, self.tasks.get(task), self.identity).run(groups)
+
+    def _add(self, part: Report) -> None:
+        self.report.problems += [one for one in part.problems if one not in self.report.problems]
+        self.report.checked_files += part.checked_files
+        self.report.checked_bytes += part.checked_bytes
+        self.report.rows += part.rows
+
+    def _spec(self) -> str | None:
+        with self._file(SPEC_FILE):
+            self.identity, spec_digest = read_spec(self.root)
+            return spec_digest
+        return None
+
+    def _side_files(self) -> None:
+        for name in provenance_names(self.root):
+            with self._file(f"provenance/{name}"):
+                read_provenance(self.root, name)
+        for name in piece_names(self.root):
+            with self._file(name):
+                read_piece(self.root, name)
+        for listing in teacher_listings(self.root):
+            with self._file(listing):
+                for name, stamp in read_teacher_listing(self.root, listing).items():
+                    with self._file(f"teacher/{name}"):
+                        self._teacher_file(name, stamp)
+
+    def _teacher_file(self, name: str, stamp: Stamp) -> None:
+        if self.deep and self.identity is not None and part_of(name):
+            with self.root.naming():
+                checked_part(self.root, name, stamp, self.identity)
+        else:
+            self.root.check({f"teacher/{name}": stamp}, self.deep)
 
     def _manifests(self) -> dict[str, Manifest | FlatManifest]:
         """The manifests by file name, and the tasks that their segments hold."""

@@ -69,11 +69,11 @@ def export(
     Example: distily-cache export ./cache ./rows --groups logits
     """
     from pipeline.interchange.export import export_store
-    from pipeline.progress import tokens_progress
+    from pipeline.progress import count_progress
 
     with exit_codes():
         kinds = [kind.strip() for kind in groups.split(",") if kind.strip()] or None
-        with tokens_progress(console(stderr=True), "export") as advance:
+        with count_progress(console(stderr=True), "export") as advance:
             exported = export_store(store, out, format_name, kinds, advance)
         if as_json:
             print_json({"out": str(out), **exported.to_json()})
@@ -116,7 +116,7 @@ def import_command(
     Example: distily-cache import ./captured --out ./cache --teacher ./teacher --layout distillkit
     """
     from pipeline.interchange.importing import ImportRequest, import_dataset
-    from pipeline.progress import tokens_progress
+    from pipeline.progress import count_progress
 
     advise(RESUMES)
     with exit_codes():
@@ -132,7 +132,7 @@ def import_command(
             shard_tokens=shard_tokens,
             trust_remote_code=trust_remote_code,
         )
-        with tokens_progress(console(stderr=True), "import") as advance:
+        with count_progress(console(stderr=True), "import") as advance:
             outcome = import_dataset(request, advance)
         if as_json:
             print_json({"store": str(out), **asdict(outcome)})

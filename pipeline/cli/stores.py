@@ -58,10 +58,12 @@ def verify(
     Without --deep the records, the files and their sizes are checked.
     """
     from featurestore.maintenance.verify import verify_store
+    from pipeline.progress import count_progress
     from pipeline.report.tables import render_report
 
     with exit_codes():
-        report = verify_store(store, deep=deep)
+        with count_progress(console(stderr=True), "verify") as advance:
+            report = verify_store(store, deep, advance)
         if as_json:
             print_json(report.to_json())
         else:

@@ -44,7 +44,7 @@ from pipeline.request.target import create_store
 from pipeline.teacher.tokenizer import load_tokenizer
 
 # Shards that an actor is at: one in the engine, one that is encoded and committed.
-_SHARDS_AT_ONCE = 2
+SHARDS_AT_ONCE = 2
 # Portions that are tokenised ahead.
 _MOST_PORTIONS_AHEAD = 32
 # A column of objects, which Ray moves as they are.
@@ -284,8 +284,8 @@ def capture_on_ray(
     context.execution_options.preserve_order = False
     actors = ray.data.ActorPoolStrategy(
         size=job.request.workers or 1,
-        max_tasks_in_flight_per_actor=_SHARDS_AT_ONCE + 1,
-        max_concurrent_calls_per_actor=_SHARDS_AT_ONCE,
+        max_tasks_in_flight_per_actor=SHARDS_AT_ONCE + 1,
+        max_concurrent_calls_per_actor=SHARDS_AT_ONCE,
     )
     done = _source(ray, reader).map_batches(
         CapturingActor,

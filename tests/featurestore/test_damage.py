@@ -83,7 +83,8 @@ def test_a_shallow_audit_finds_what_is_gone_or_short(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     report = verify_store(filled.path, deep=False, progress=lambda done, total: calls.append((done, total)))
     assert sorted(p.path for p in report.problems) == [str(s.relative_to(filled.path)) for s in shards[:2]]
-    assert calls[-1] == (len(calls), len(calls)) and report.checked_files > 10
+    done, records = [count for count, _ in calls], 2 * len(filled.tasks)
+    assert done == sorted(set(done)) and calls[-1] == (records, records) and report.checked_files > 10
     assert report.to_json()["problems"][0]["what"] and report.rows == sum(t.rows for t in filled.tasks)
 
 

@@ -186,6 +186,6 @@ def test_killed_and_completed(
         try:
             merge_stores(target, pair)
         except KeyboardInterrupt:
-            assert calls == after + 1
+            assert calls > after
     merge_stores(target, pair)
     check_union(target)

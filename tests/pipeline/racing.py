@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -77,15 +78,22 @@ def generate(request: GenerateRequest, pipe: Connection | None = None) -> None:
     execute(prepare(request, report), report)
 
 
-def race_and_kill(request: GenerateRequest, shards: int, seconds: float) -> int:
+def race_and_kill(
+    request: GenerateRequest,
+    shards: int,
+    seconds: float,
+    run: Callable[[GenerateRequest, Connection], None] = generate,
+) -> int:
     """Start two generators and kill both `seconds` after each has come to its n-th shard.
+
+    run: what each of them does, a function of an importable module.
 
     Returns how many died of it. Counting shards keeps the moment where it belongs on a slow machine.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.pipeline.racing", "pipeline.generate.run", "torch", "transformers"])
     pipes = [server.Pipe(duplex=False) for _ in range(2)]
-    pair = [server.Process(target=generate, args=(request, pipes[i][1])) for i in range(2)]
+    pair = [server.Process(target=run, args=(request, pipes[i][1])) for i in range(2)]
     for process, (_, sender) in zip(pair, pipes, strict=True):
         process.start()
         sender.close()
