@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from featurestore.reader import CacheReader
+from pipeline.data.tokens import tokenise_texts
 from pipeline.report.token_text import load_pieces
 from pipeline.teacher.checkpoint import load_teacher
 from tests import teachers
@@ -84,6 +86,35 @@ def test_captured_ids_are_those_of_the_tokenizer_file(
         .encode(errors="ignore")
         .startswith(b"the teacher  learns 12")
     )
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer with a rule of its own in Python, which a backend knows nothing of."""
+
+    def _encode_plus(self, text: Any, *more: Any, **options: Any) -> Any:
+        return super()._encode_plus([one.upper() for one in text], *more, **options)
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, Shouting])
+@pytest.mark.parametrize("cut", [False, True])
+def test_texts_are_tokenised_as_transformers_does(
+    teacher: Path, kind: type[PreTrainedTokenizerFast], cut: bool
+) -> None:
+    """Also by a tokenizer that was asked to cut and to pad before."""
+    tokenizer = kind.from_pretrained(byte_level(teacher), pad_token="</s>")
+    texts = [
+        TEXT,
+        "",
+        "a",
+        " \n\n  ",
+        "na\u00efve e\u0301 \U0001f469\u200d\U0001f680 <s>1234</s>",
+        TEXT.upper(),
+    ]
+    wanted = tokenizer(texts)["input_ids"]
+    if cut:
+        tokenizer(texts, truncation=True, max_length=3, padding="max_length")
+    found = [one.tokens.tolist() for one in tokenise_texts(texts, tokenizer)]
+    assert found == [ids if len(ids) > 1 else [] for ids in wanted]
 
 
 def test_a_broken_tokenizer_file_is_refused(teacher: Path, text: Path, tmp_path: Path) -> None:
