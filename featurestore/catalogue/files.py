@@ -16,8 +16,8 @@ from featurestore.errors import CorruptionError
 from featurestore.format.schema import GroupSpec
 from featurestore.storage.protocol import Root
 
-# Maps that are held at a time; each takes a file descriptor.
-OPEN_SEGMENTS = 128
+# Maps that are held at a time; each takes a file descriptor, of which a process has 1,024 or more.
+OPEN_SEGMENTS = 256
 
 
 class SegmentFiles:

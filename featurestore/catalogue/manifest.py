@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from featurestore.errors import CorruptionError, StoreFormatError
@@ -143,7 +144,7 @@ class Manifest:
         """Group id -> the sums of its stats, of groups that have any."""
         return {group: dict(totals.stats) for group, totals in self.totals.items() if totals.stats}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits, the identity of what a training run read."""
         return digest(self.to_bytes())

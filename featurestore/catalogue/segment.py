@@ -158,7 +158,7 @@ class Segment:
         """
         keys, places = self.columns["key"], self.columns["key_place"]
         found = np.full(len(ids), -1, np.int64)
-        wanted = _numbers(ids[:, :8])
+        wanted = _numbers(ids)
         at = np.searchsorted(keys, wanted)
         left = np.arange(len(ids))
         while len(left):
@@ -187,13 +187,13 @@ class Segment:
 
 
 def _numbers(ids: Array) -> npt.NDArray[np.uint64]:
-    """uint64 [m] of uint8 [m, 8], so that the order is that of the hex digits."""
-    return np.ascontiguousarray(ids).view(">u8").reshape(-1).astype(np.uint64)
+    """uint64 [m]: the first bytes of uint8 [m, 8 or 16], so that the order is that of the hex digits."""
+    return np.ascontiguousarray(ids).view(">u8")[:, 0].astype(np.uint64)
 
 
 def keys_of(ids: Array) -> tuple[npt.NDArray[np.uint64], Places]:
     """The columns `key` (ascending) and `key_place` for samples uint8 [N, 16]."""
-    numbers = _numbers(ids[:, :8])
+    numbers = _numbers(ids)
     order = np.argsort(numbers, kind="stable")
     return numbers[order], order.astype(np.int64)
 
@@ -223,13 +223,14 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     ):
         start = c[f"{name}_start"]
         need(len(start) == count + 1 and start[0] == 0 and start[-1] == total, f"{name}_start does not fit")
-        need(((start >= 0) & (start <= total)).all(), f"{name}_start does not fit")
-        need((np.diff(start) >= least).all(), f"{name}_start descends")
+        # From 0 to the total without a step down, so within them; differences could overflow.
+        ascends = start[1:] > start[:-1] if least else start[1:] >= start[:-1]
+        need(ascends.all(), f"{name}_start descends")
     length = c["length"]
-    need(((length >= 1) & (length <= MAX_TOKENS)).all(), "a length that no sample has")
+    need(length.min() >= 1 and length.max() <= MAX_TOKENS, "a length that no sample has")
     rows = np.add.reduceat(length, c["sample_start"][:-1], dtype=np.int64)
     need((rows <= MAX_TOKENS).all(), "a task with more rows than any has")
-    need(((c["file_size"] >= 1) & (c["file_size"] <= MAX_BYTES)).all(), "a size that no file has")
+    need(c["file_size"].min() >= 1 and c["file_size"].max() <= MAX_BYTES, "a size that no file has")
     need((np.abs(c["stat"]) <= MAX_STAT).all(), "a stat that is no number")
     segment = Segment(columns, where)
     pattern = group_ids()
@@ -240,10 +241,12 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     _check_records(segment, specs, need)
     place = c["key_place"]
     need(len(c["key"]) == len(place) == samples, "keys of other samples")
-    need(((place >= 0) & (place < samples)).all(), "a key outside of the samples")
-    need((np.bincount(place, minlength=samples) == 1).all(), "a key twice")
+    need(place.min() >= 0 and place.max() < samples, "a key outside of the samples")
+    met = np.zeros(samples, bool)
+    met[place] = True
+    need(met.all(), "a key twice")
     need((c["key"][1:] >= c["key"][:-1]).all(), "keys descend")
-    need((c["key"] == _numbers(c["sample"][:, :8])[place]).all(), "keys that are not those of the samples")
+    need((c["key"] == _numbers(c["sample"])[place]).all(), "keys that are not those of the samples")
     dropped = segment.dropped
     need((np.diff(dropped) > 0).all() and (not len(dropped) or dropped[0] >= 0), "dropped samples descend")
     need(not len(dropped) or dropped[-1] < samples, "a dropped sample that there is not")
