@@ -1,6 +1,6 @@
 """What a data set of any size costs `distily-cache generate`: memory over time, the first shard, tokenising.
 
-    python benchmarks/streaming.py --gigabytes 20 --seconds 480
+    python -m benchmarks.streaming --gigabytes 20 --seconds 480
 
 A JSON-lines file of that size is written first, made of the Python language reference by repetition with
 variation: each document has a line of its own in front, so that no sample repeats. Then `generate` runs with
@@ -162,8 +162,8 @@ def page(found: dict[str, Any]) -> str:
     speeds = [[way, f"{rate:,.0f}"] for way, rate in rates_of.items()]
     return (
         f"A file of {found['gigabytes']:.1f} GB, of which the command had read what it captured and two "
-        f"portions when it was stopped after {rows[-1]['seconds']:.0f} s; load of the machine by others: "
-        f"{found['load']:.0f} on {os.cpu_count()} cores. First shard committed after "
+        f"portions when it was stopped after {rows[-1]['seconds']:.0f} s; load average of the machine, the "
+        f"command included: {found['load']:.0f} on {os.cpu_count()} cores. First shard committed after "
         f"{'-' if first is None else f'{first:.0f}'} s.\n\n"
         + table(["seconds", "shards committed", "resident MB of each process"], seen)
         + "\n\nTokens per second; both processes together where there are two:\n\n"
