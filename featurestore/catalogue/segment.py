@@ -24,6 +24,8 @@ from featurestore.identity import SAMPLES
 # Stats that are counts; a column of float64 holds them exactly.
 _COUNTS = ("entries", "distinct_ids", "labels")
 Places = npt.NDArray[np.int64]
+# Samples whose keys are compared at a time: what is allocated for a check stays with the process.
+_AT_ONCE = 2**14
 
 
 def stat_names(spec: GroupSpec | None) -> list[str]:
@@ -246,7 +248,10 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     met[place] = True
     need(met.all(), "a key twice")
     need((c["key"][1:] >= c["key"][:-1]).all(), "keys descend")
-    need((c["key"] == _numbers(c["sample"])[place]).all(), "keys that are not those of the samples")
+    for start in range(0, samples, _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        same = c["key"][some] == _numbers(c["sample"][place[some]])
+        need(same.all(), "keys that are not those of the samples")
     dropped = segment.dropped
     need((np.diff(dropped) > 0).all() and (not len(dropped) or dropped[0] >= 0), "dropped samples descend")
     need(not len(dropped) or dropped[-1] < samples, "a dropped sample that there is not")
