@@ -98,8 +98,9 @@ def main() -> None:
         ["orphans left, problems found by verify --deep afterwards", "0"],
         ["seconds", f"{time.perf_counter() - start:.0f}"],
     ]
-    intro = (__doc__ or "").split("\n", 2)[2].strip()
-    write_result("kill_store", "Killing generators", f"{intro}\n\n{table(['', 'count'], lines)}")
+    intro = (__doc__ or "").split("\n", 4)[4].strip()
+    body = f"{intro}\n\n{table(['', 'count'], lines)}"
+    write_result("kill_store", "Killing generators", body, "python -m benchmarks.kill_store")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`generate --ray` on two Ray nodes of this machine, of which an engine and then a node are killed.
 
-    python benchmarks/ray_cluster.py
+    python -m benchmarks.ray_cluster
 
 Two raylets with one core each on loopback (`ray.cluster_utils.Cluster`), the demo teacher in transformers,
 two engines. One engine gets SIGKILL after the first third of the shards is committed, one raylet with all
@@ -100,7 +100,12 @@ def main() -> None:
         ["of an engine, between a shard and the next: median", f"{seen['idle'] * 1e3:.0f} ms"],
         ["the same without Ray", f"{idle_seconds(one) * 1e3:.0f} ms"],
     ]
-    write_result("ray_cluster", "A capture on two Ray nodes, with kills", table(["", ""], facts))
+    write_result(
+        "ray_cluster",
+        "A capture on two Ray nodes, with kills",
+        table(["", ""], facts),
+        "python -m benchmarks.ray_cluster",
+    )
 
 
 def on_two_nodes(teacher: Path, text: Path, store: Path, samples: int, shards: int) -> dict[str, Any]:

@@ -248,8 +248,8 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     met[place] = True
     need(met.all(), "a key twice")
     need((c["key"][1:] >= c["key"][:-1]).all(), "keys descend")
-    for start in range(0, samples, _AT_ONCE):
-        some = slice(start, start + _AT_ONCE)
+    for first in range(0, samples, _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
         same = c["key"][some] == _numbers(c["sample"][place[some]])
         need(same.all(), "keys that are not those of the samples")
     dropped = segment.dropped
