@@ -190,7 +190,12 @@ class Segment:
 
 def _numbers(ids: Array) -> npt.NDArray[np.uint64]:
     """uint64 [m]: the first bytes of uint8 [m, 8 or 16], so that the order is that of the hex digits."""
-    return np.ascontiguousarray(ids).view(">u8")[:, 0].astype(np.uint64)
+    return _beginnings(ids).astype(np.uint64)
+
+
+def _beginnings(ids: Array) -> Array:
+    """The same big-endian, as a view."""
+    return np.ascontiguousarray(ids).view(">u8")[:, 0]
 
 
 def keys_of(ids: Array) -> tuple[npt.NDArray[np.uint64], Places]:
@@ -248,9 +253,10 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     met[place] = True
     need(met.all(), "a key twice")
     need((c["key"][1:] >= c["key"][:-1]).all(), "keys descend")
+    beginnings = _beginnings(c["sample"])
     for first in range(0, samples, _AT_ONCE):
         some = slice(first, first + _AT_ONCE)
-        same = c["key"][some] == _numbers(c["sample"][place[some]])
+        same = c["key"][some] == beginnings[place[some]]
         need(same.all(), "keys that are not those of the samples")
     dropped = segment.dropped
     need((np.diff(dropped) > 0).all() and (not len(dropped) or dropped[0] >= 0), "dropped samples descend")
