@@ -3,6 +3,7 @@
 # make examples     the scripts and the notebook of examples/, as they stand, on tiny teachers
 # make docs         the documentation as a site, in build/site
 # make gpu-check    what one GPU does, in at most ten minutes; SIZE=toy runs everything small on a CPU
+# make triton       the tests of the kernels for GPUs, and vLLM's Model Runner V2, in Triton's interpreter
 # make ray          the tests of `generate --ray`, on a cluster of this machine
 # make ci           lint, types, documentation and all of these tests, and gpu-check SIZE=toy
 VENV ?= .venv
@@ -24,17 +25,22 @@ ifeq ($(ACCELERATOR),cpu)
 export CUDA_VISIBLE_DEVICES :=
 endif
 
-.PHONY: quickstart test examples ray gpu-check gpu-check-toy docs ci lint types format clean
+.PHONY: quickstart test examples triton ray gpu-check gpu-check-toy docs ci lint types format clean
 
 quickstart: $(VENV)/.ready
 	VENV=$(VENV) RUN=$(RUN) examples/quickstart.sh
 
-test: $(VENV)/.triton
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu_check and not examples and not ray"
+test: $(VENV)/.ready
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not triton and not gpu_check and not examples and not ray"
 
-# Minutes of processor time for what a newcomer need not wait for; CI runs all three.
+# Minutes of processor time for what a newcomer need not wait for; CI runs all four.
 examples: $(VENV)/.ready
 	$(PY) -m pytest -n 2 --dist loadfile -m examples tests/test_notebook.py tests/test_on_policy.py
+
+triton: $(VENV)/.triton
+	$(PY) -m pytest -n 2 --dist loadfile -m triton tests/pipeline/test_capture_invariance.py \
+		tests/pipeline/test_reduce_triton.py tests/student/test_bitlinear_ops.py
 
 ray: $(VENV)/.ray
 	$(PY) -m pytest -m ray tests/pipeline/test_ray.py
@@ -46,7 +52,7 @@ gpu-check-toy: $(VENV)/.ready
 gpu-check: $(VENV)/.ready $(if $(filter gpu,$(SIZE)),$(VENV)/.gpu-check)
 	RUN=$(RUN) PYTHONPATH="benchmarks:$$PYTHONPATH" $(PY) -m gpu_check $(SIZE)
 
-ci: lint types docs test examples ray gpu-check-toy
+ci: lint types docs test triton examples ray gpu-check-toy
 
 # Its notice is about the next major version of MkDocs.
 docs: $(VENV)/.ready

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from tests.command import run_module
 from tests.pipeline import triton_cpu
 from tests.pipeline.test_engine_agreement import HIDDEN_BOUND, LOGIT_BOUND
+from tests.pipeline.test_reduce_triton import needs_triton
 
 Arrays = dict[str, np.ndarray]
 RUNS = {
@@ -27,7 +27,6 @@ RUNS = {
 RUNS_OF_BOTH = ("shuffled and chunked", "tensor-parallel")
 
 ON_GPU = torch.cuda.is_available()
-NO_TRITON = "Model Runner V2 needs Triton: pip install --no-deps -r requirements/triton.txt"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def captured_by_v2(inputs: list[Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(find_spec("triton") is None, reason=NO_TRITON)
+@needs_triton
 @pytest.mark.skipif(ON_GPU, reason="vLLM takes V2 here by itself, and bits are promised on CPUs")
 @pytest.mark.parametrize("name", RUNS_OF_BOTH)
 def test_both_model_runners_give_the_same_bits(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 from pipeline.capture import packing
 from pipeline.capture.spec import CaptureSpec
 
-needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None,
-    reason="needs Triton, which a CUDA build of torch brings along: pip install triton",
-)
 ROOT = Path(__file__).parents[2]
+NO_TRITON = "needs Triton, which a CUDA build of torch brings along: pip install triton"
+
+
+def needs_triton(test: Any) -> Any:
+    """Marks a test of `make triton`."""
+    return pytest.mark.triton(pytest.mark.skipif(find_spec("triton") is None, reason=NO_TRITON)(test))
 
 
 def run(arguments: list[str], **environment: str) -> str:
