@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from http.server import BaseHTTPRequestHandler
 
-from featurestore.order import epoch_order
+from featurestore.order import EpochOrder
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests import teachers
@@ -76,9 +76,11 @@ def make_store(home: Path) -> Path:
 def needed(store: Path, samples: int) -> int:
     """Bytes of the files of samples and distributions that the first samples of the epoch lie in."""
     reader = CacheReader.open(store)
-    order = epoch_order(reader.manifest_digest, SEED, 0, reader.shards())[:samples]
-    tasks = {reader._tasks[reader._places[index, 0]].id for index in order}
-    commits = FeatureStore.open(store).commits()
+    block = -(-len(reader) // reader.shards)
+    order = EpochOrder(reader.manifest_digest, SEED, 0, len(reader), block)[:samples]
+    opened = FeatureStore.open(store)
+    tasks = opened.inventory().holding(reader.sample_ids[index] for index in order)
+    commits = opened.commits()
     used = [records for group, records in commits.items() if not group.startswith("hidden")]
     return sum(size for records in used for task in tasks for size, _ in records[task].files.values())
 
