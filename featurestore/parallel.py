@@ -34,4 +34,5 @@ def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for future in ahead:
+                future.cancel()

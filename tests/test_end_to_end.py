@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from featurestore.reader import CacheReader
@@ -66,8 +66,9 @@ def test_a_ternary_student_learns_from_it(cache: Path, tmp_path: Path) -> None:
     summary = json.loads(done.stdout)
     assert summary["last_eval"]["eval_kl"] < 0.9 * summary["first_eval"]["eval_kl"]
     assert (out / "report.html").is_file()
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert model.config.num_hidden_layers == 3
-    assert model(**tokenizer("The assert statement", return_tensors="pt")).logits.isfinite().all()
+    with torch.compiler.set_stance("force_eager"):
+        logits = model(**tokenizer("The assert statement", return_tensors="pt")).logits
+    assert logits.isfinite().all()

@@ -35,7 +35,7 @@ from pipeline.data.cutting import Cut, Cutter, Cutting
 from pipeline.data.samples import LeftOut
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineError, PipelineError, RequestError
-from pipeline.generate.committer import SHARDS_PER_MANIFEST, advise_of
+from pipeline.generate.committer import Publisher, advise_of
 from pipeline.generate.passes import CaptureJob, Run, new_run, start_engine
 from pipeline.generate.planning import Passes
 from pipeline.progress import Reporter
@@ -316,7 +316,7 @@ def _listen(
     done: Any, store: FeatureStore, progress: tuple[int, int | None], report: Reporter
 ) -> tuple[list[Run], Read]:
     kept, total = progress
-    unlisted = 0
+    publisher = Publisher(store)
     costs: dict[str, RunCost] = {}
     sizes: dict[str, int] = {}
     read = Read(error=PipelineError("the reader of the data set ended early; the same command resumes"))
@@ -336,10 +336,7 @@ def _listen(
                 costs[cost.id] = cost
             report.advance(one["rows"])
             report.committed(one["rows"], one["bytes"])
-            unlisted += 1
-            if unlisted == SHARDS_PER_MANIFEST:
-                store.publish_manifest()
-                unlisted = 0
+            publisher.committed()
     if read.error is not None:
         raise read.error
     return [Run(cost, sizes[name]) for name, cost in costs.items()], read

@@ -20,9 +20,25 @@ from featurestore.store import FeatureStore
 from pipeline.engines.base import Captured
 from pipeline.progress import Reporter
 
-# A manifest is published whenever so many shards are committed: what no manifest lists is read by every
-# publication and plan, and who opens the store meanwhile finds what the last manifest lists.
 SHARDS_PER_MANIFEST = 1024
+
+
+class Publisher:
+    """Publishes a manifest whenever `SHARDS_PER_MANIFEST` shards are committed.
+
+    What no manifest lists is read by every publication and plan, and who opens the store meanwhile finds what
+    the last manifest lists.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self._store, self._unlisted = store, 0
+
+    def committed(self) -> None:
+        """One more shard is."""
+        self._unlisted += 1
+        if self._unlisted == SHARDS_PER_MANIFEST:
+            self._store.publish_manifest()
+            self._unlisted = 0
 
 
 class Committer:
@@ -51,7 +67,7 @@ class Committer:
         self._encode = ThreadPoolExecutor(encoders, "encode")
         self._commit = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[list[CommitRecord]]] = deque()
-        self._unlisted = 0
+        self._publisher = Publisher(store)
         self.size = 0
 
     def put(
@@ -72,10 +88,7 @@ class Committer:
     ) -> list[CommitRecord]:
         """On the committing thread."""
         self._store.commit(private.result())
-        self._unlisted += 1
-        if self._unlisted == SHARDS_PER_MANIFEST:
-            self._store.publish_manifest()
-            self._unlisted = 0
+        self._publisher.committed()
         return self._store.read_records(task, groups)
 
     def _take(self) -> None:

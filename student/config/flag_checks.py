@@ -5,6 +5,7 @@ A test goes through the fields of the installed TrainingArguments, so that a new
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from student.config.sharding import NOTHING, launched
+from student.config.sharding import NOTHING, compiles, launched
 from student.errors import UserError
 
 # Means over the held-out positions, see `student.training.trainer.held_out_metrics`; speeds make no best
@@ -123,6 +124,7 @@ _DEEPSPEED = (
 )
 _TRACKIO = "has no effect without --report-to trackio; add that"
 _WORKERS = "needs --dataloader-num-workers 1 or more; give that, too"
+_COMPILER_OFF = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")  # variables that torch reads
 _ORDER = "samples are read in the order of the cache, by which a training can be resumed; leave it out"
 _AT_LEAST_ONE = "must be 1 or more"
 
@@ -204,7 +206,15 @@ def check_flags(flags: Namespace) -> None:
                 else f" {value if not isinstance(value, list) else ' '.join(value)}"
             )
             raise UserError(f"--{name.replace('_', '-')}{shown}: {rule.what}")
+    _check_compiler(flags)
     _check_packages(flags)
+
+
+def _check_compiler(flags: Namespace) -> None:
+    """Of --torch-compile, which torch would pass over in silence."""
+    off = next((name for name in _COMPILER_OFF if os.environ.get(name) == "1"), None)
+    if off is not None and compiles(flags):
+        raise UserError(f"--torch-compile: {off}=1 turns it off; unset {off}, or leave --torch-compile out")
 
 
 def _check_packages(flags: Namespace) -> None:

@@ -35,6 +35,11 @@ def launched(variable: str) -> bool:
     return bool(string_to_bool(os.environ.get(variable) or "false"))
 
 
+def compiles(flags: Namespace | Any) -> bool:
+    """Whether `--torch-compile` is asked for, be it by one of its options."""
+    return bool(flags.torch_compile or flags.torch_compile_backend or flags.torch_compile_mode)
+
+
 def check_optimizer(name: str) -> None:
     """UserError for one whose update of a shard is not known to be that of the whole weight."""
     if name not in OPTIMIZERS:
@@ -61,7 +66,7 @@ def take_over(flags: Namespace | Any) -> None:
         # Tells transformers that every process loads the student.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     check_optimizer(str(getattr(flags.optim, "value", flags.optim)))
-    if flags.torch_compile or flags.torch_compile_backend or flags.torch_compile_mode:
+    if compiles(flags):
         raise UserError("--fsdp: --torch-compile is not known to work with it; leave one of them out")
     if flags.fp16:
         raise UserError("--fsdp: --fp16 is not supported together with it; use --bf16")

@@ -142,6 +142,17 @@ def test_what_accelerates_launcher_asks_for(
     assert reason in refuse(*flags)
 
 
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_compiler_that_the_environment_turns_off(
+    refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nothing would be compiled, and nobody would say so."""
+    monkeypatch.setenv(name, "1")
+    for flag in (["--torch-compile"], ["--torch-compile-backend", "eager"]):
+        line = refuse(*flag)
+        assert "--torch-compile" in line and f"unset {name}" in line
+
+
 def test_integrations_without_their_package(refuse: Callable[..., str]) -> None:
     for name in ("wandb", "mlflow", "comet_ml", "clearml"):
         line = refuse("--report-to", name)
