@@ -38,6 +38,11 @@ def _summary(directory: Path) -> dict[str, Any]:
 def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheReader:
     if request.cache.store is not None:
         return CacheReader.open(request.cache.store, request.cache.manifest)
+    if "stores" in summary:
+        raise UserError(
+            f"{request.directory} was trained from {len(summary['stores'])} caches, and eval measures against "
+            "one: name it with --cache; KL against their mixture is in summary.json, of the held-out samples"
+        )
     if "cache" not in summary:
         raise UserError(
             f"{request.directory} has no summary.json that names a cache; give one with --cache, or evaluate "

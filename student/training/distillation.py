@@ -92,7 +92,7 @@ class DistillationTrainer(CacheTrainer):
         if isinstance(train_dataset, CacheReader):
             args.manifest, train_dataset = train_dataset.manifest_digest, train_dataset.path
         # The request that `distily-train from-cache` would make of these arguments.
-        request = Request(store=str(train_dataset), options=args, training=args, notes=args.notes)
+        request = Request(stores=(str(train_dataset),), options=args, training=args, notes=args.notes)
         check_writable(Path(args.output_dir))
         evaluated = _open_held_out(eval_dataset)
         if evaluated is not None:

@@ -94,6 +94,25 @@ def write_cache(
     )
 
 
+def write_given_cache(
+    path: Path,
+    teacher: Path,
+    samples: list[Sample],
+    features: Callable[[Sample], dict[GroupSpec, GroupFeatures]],
+    digest: str = "ab" * 16,
+) -> Path:
+    """A store with the shape of a teacher, and the numbers that `features` makes of a sample."""
+    return _write(
+        path=path,
+        teacher=teacher,
+        config=AutoConfig.from_pretrained(teacher),
+        samples=samples,
+        features=features,
+        shard_tokens=200,
+        digest=digest,
+    )
+
+
 def write_unreal_cache(path: Path, teacher: Path, samples: list[Sample]) -> Path:
     """A store of the default spec that holds nothing a teacher has said, so that of one of any size a
     configuration and a tokenizer are enough.
