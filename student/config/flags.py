@@ -141,9 +141,9 @@ class StudentOptions:
     )
     teacher_weights: str | None = _flag(
         None,
-        "Shares of the teachers of several STOREs in the mixture that the student learns from, in their order, "
-        "e.g. 0.7,0.3; divided by their sum. An objective file may give a term one of the teachers instead. "
-        "Default: equal shares.",
+        "Shares of the teachers of several STOREs in the mixture that the student learns from, in "
+        "their order, e.g. 0.7,0.3; divided by their sum. An objective file may give a term one of the "
+        "teachers instead. Default: equal shares.",
     )
     top_k: int | None = _flag(
         None,
@@ -164,8 +164,8 @@ class StudentOptions:
     manifest: str | None = _flag(
         None,
         "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "
-        "which repeats an earlier run exactly after the cache has grown; of several STOREs one for each, with "
-        "commas between. Default: all of the cache.",
+        "which repeats an earlier run exactly after the cache has grown; of several STOREs one for each, "
+        "with commas between. Default: all of the cache.",
     )
     train_samples: int | None = _flag(
         None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
@@ -299,8 +299,8 @@ class StudentOptions:
             weights = ()
         if not weights or not all(0 < weight < float("inf") for weight in weights):
             raise UserError(
-                f"--teacher-weights {self.teacher_weights}: give a number above 0 for each STORE, with commas "
-                "between, e.g. 0.5,0.5; leave a STORE out that is to have no share"
+                f"--teacher-weights {self.teacher_weights}: give a number above 0 for each STORE, with "
+                "commas between, e.g. 0.5,0.5; leave a STORE out that is to have no share"
             )
         return weights
 

@@ -70,6 +70,9 @@ class MatchedDataset(CachedDataset):
         return self._stores.index(store, self._indices[index])
 
 
+_CODED = ("coded_head", "coded_hidden")
+
+
 class MatchedCollator(Collator):
     """Lays out the first cache's part of samples as Collator does, and in `further` {number of a cache, from
     1 on: its coded_head and coded_hidden}, in the same rows.
@@ -90,7 +93,7 @@ class MatchedCollator(Collator):
         for place, collate in enumerate(self._others):
             parts = [sample.further[place] for sample in samples if isinstance(sample, MatchedSample)]
             batch = collate(parts)
-            further[place + 1] = {name: batch[name] for name in ("coded_head", "coded_hidden") if name in batch}
+            further[place + 1] = {name: batch[name] for name in _CODED if name in batch}
         return super().__call__(samples) | {"further": further}
 
 

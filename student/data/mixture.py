@@ -1,5 +1,5 @@
-"""Several teachers' sparse distributions as one, the mixture p = sum of w_i p_i, on the device of the parts and
-without a loop over rows.
+"""Several teachers' sparse distributions as one, the mixture p = sum of w_i p_i, on the device of the parts
+and without a loop over rows.
 
 What a cache knows of teacher i at a position is a sparse measure m_i: p_i itself in the columns of its head,
 and on its draws the weights whose mean over draws is p_i outside that head. So E[m_i(v)] = p_i(v) for every

@@ -114,7 +114,9 @@ def _shares(count: int, weights: Sequence[float] | None) -> tuple[float, ...]:
         return (1.0 / count,) * count
     given = ",".join(f"{weight:g}" for weight in weights)
     if count == 1:
-        raise UserError(f"--teacher-weights {given} has no effect on one STORE; leave it out, or give several")
+        raise UserError(
+            f"--teacher-weights {given} has no effect on one STORE; leave it out, or give several"
+        )
     if len(weights) != count:
         raise UserError(f"--teacher-weights {given}: {len(weights)} weights for {count} STOREs; give {count}")
     total = math.fsum(weights)
@@ -129,14 +131,14 @@ def _check_alike(first: CacheReader, other: CacheReader, path: str, other_path: 
     if ours.tokenizer_digest != theirs.tokenizer_digest:
         raise UserError(
             f"{other_path}: its tokenizer ({theirs.tokenizer_digest[:12]}) is not that of {path} "
-            f"({ours.tokenizer_digest[:12]}), so token ids stand for other text; several STOREs need teachers "
-            "with one tokenizer"
+            f"({ours.tokenizer_digest[:12]}), so token ids stand for other text; several STOREs need "
+            "teachers with one tokenizer"
         )
     if ours.vocab_size != theirs.vocab_size:
         raise UserError(
             f"{other_path}: its teacher has {theirs.vocab_size:,} tokens and that of {path} "
-            f"{ours.vocab_size:,}, so one gives probabilities to tokens that the other does not have; several "
-            "STOREs need teachers with one vocabulary"
+            f"{ours.vocab_size:,}, so one gives probabilities to tokens that the other does not have; "
+            "several STOREs need teachers with one vocabulary"
         )
 
 
@@ -190,8 +192,8 @@ def matched(split: Split, stores: CacheStores) -> Split:
     if not len(training) or (split.held_out and not kept.any()):
         side = "held-out" if len(training) else "training"
         raise UserError(
-            f"--eval-fraction leaves no {side} sample of the {len(stores.first) - len(missing):,} that are in "
-            "all STOREs; choose another fraction (0 holds nothing out), or caches that share more samples"
+            f"--eval-fraction leaves no {side} sample of the {len(stores.first) - len(missing):,} that are "
+            "in all STOREs; choose another fraction (0 holds nothing out), or caches that share more samples"
         )
     return replace(
         split,

@@ -40,8 +40,8 @@ def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheReader:
         return CacheReader.open(request.cache.store, request.cache.manifest)
     if "stores" in summary:
         raise UserError(
-            f"{request.directory} was trained from {len(summary['stores'])} caches, and eval measures against "
-            "one: name it with --cache; KL against their mixture is in summary.json, of the held-out samples"
+            f"{request.directory} was trained from several caches, and eval measures against one: name "
+            "it with --cache; KL against their mixture is in summary.json, of the held-out samples"
         )
     if "cache" not in summary:
         raise UserError(

@@ -166,8 +166,8 @@ class Loss:
         ranked: for head: whether it needs the student's own largest logits.
         any_width: for structure: whether student and teacher may differ in width without a projector.
         flow: for structure: whether it takes a pair of layers together with the next deeper one.
-        mixes: for head: whether value and gradient, at temperature 1, are linear in the teacher's probabilities
-            but for constants, so that a mixture of several sparse teachers serves it.
+        mixes: for head: whether value and gradient, at temperature 1, are linear in the teacher's
+            probabilities but for constants, so that a mixture of several sparse teachers serves it.
 
     Example:
         Loss(name="brier", kind="head", function=brier, needs=Need.HEAD, exactness="bound")

@@ -13,8 +13,8 @@ from transformers import Trainer
 
 from student.bitnet import BitLinear
 from student.bitnet.int_mm import works
-from student.data.matched import collator_of
 from student.data.indices import longest_places
+from student.data.matched import collator_of
 from student.errors import StudentError
 from student.planned import PlannedDevice, planning_for
 from student.planning import advice

@@ -108,9 +108,7 @@ def ranked(rows: Iterable[Row], spec: SweepSpec) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def report(
-    rows: Sequence[Row], spec: SweepSpec, stores: Sequence[str], manifest: str
-) -> dict[str, Any]:
+def report(rows: Sequence[Row], spec: SweepSpec, stores: Sequence[str], manifest: str) -> dict[str, Any]:
     """The content of sweep.json; several caches are a list, their manifests have commas between."""
     return {
         "version": 1,

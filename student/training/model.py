@@ -251,7 +251,8 @@ class DistillationModel(nn.Module):
         if not weighted:
             zero = student_ND.new_zeros((), dtype=torch.float32)
             return zero, zero.new_zeros(0, len(student_ND))
-        output, total, values = self.student.get_output_embeddings(), None, {}
+        output, total = self.student.get_output_embeddings(), None
+        values: dict[int, Tensor] = {}
         for store in dict.fromkeys(term.teachers[0] for term, _ in weighted):
             chosen = [place for place, (term, _) in enumerate(weighted) if term.teachers[0] == store]
             part, values_SN = dense_head_loss(

@@ -133,15 +133,17 @@ def manifests_to_read(manifest: str | None, checkpoint: Path | None, count: int)
     """
     given = [None] * count if manifest is None else manifest.split(",")
     if len(given) != count:
-        raise UserError(f"--manifest {manifest}: give one for each of the {count} STOREs, with commas between")
+        raise UserError(
+            f"--manifest {manifest}: give one for each of the {count} STOREs, with commas between"
+        )
     record = _record(checkpoint)
     if "manifest" not in record:
         return list(given)
     digests = [record["manifest"], *record.get("further_manifests", ())]
     if len(digests) != count:
         raise UserError(
-            f"--resume-from-checkpoint: {checkpoint} was trained on {len(digests)} STOREs, and these are {count}; "
-            "give those of that run"
+            f"--resume-from-checkpoint: {checkpoint} was trained on {len(digests)} STOREs, and these are "
+            f"{count}; give those of that run"
         )
     for one, digest in zip(given, digests, strict=True):
         _check_manifest(one, digest, checkpoint)
@@ -153,9 +155,13 @@ def check_stores(checkpoint: Path | None, weights: Sequence[float]) -> None:
     was = _record(checkpoint).get("teacher_weights")
     if was is not None and list(weights) != was:
         raise UserError(
-            f"--teacher-weights: {checkpoint} was trained with {','.join(f'{one:g}' for one in was)}, and these "
-            f"are {','.join(f'{one:g}' for one in weights)}; give those of that run"
+            f"--teacher-weights: {checkpoint} was trained with {_shares(was)}, and these are "
+            f"{_shares(weights)}; give those of that run"
         )
+
+
+def _shares(weights: Sequence[float]) -> str:
+    return ",".join(f"{weight:g}" for weight in weights)
 
 
 def order_seed(args: TrainingArguments) -> int:

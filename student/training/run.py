@@ -195,7 +195,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
     if options.pack_rows:
         check_packing(student)
     teachers = [
-        load_teacher(prepared.objective, reader, store) for store, reader in enumerate(prepared.stores.readers)
+        load_teacher(prepared.objective, reader, store)
+        for store, reader in enumerate(prepared.stores.readers)
     ]
     return Assembled(prepared, DistillationModel(student, prepared.objective, *teachers), drift)
 

@@ -34,15 +34,14 @@ def teachers_of(request: TermRequest, stores: CacheStores) -> tuple[int, ...]:
     if loss.kind == "dense" or not loss.mixes:
         known = ", ".join(name for name, one in catalogue().items() if one.mixes)
         raise UserError(
-            f"{request.where}: {loss.name} is not linear in the teacher's probabilities, so it cannot learn from "
-            f"the mixture of {len(stores)} teachers (these can: {known}); {_CHOOSE}"
+            f"{request.where}: {loss.name} is not linear in the teacher's probabilities, so it cannot learn "
+            f"from the mixture of {len(stores)} teachers (these can: {known}); {_CHOOSE}"
         )
     temperature = float(request.options.get("temperature", 1.0))
     if temperature != 1.0:
         raise UserError(
-            f"{request.where}: temperature {temperature:g}: draws from a tail say nothing at other temperatures "
-            f"than 1, so the mixture of {len(stores)} teachers is not known there; {_CHOOSE}, or one term for "
-            "each teacher"
+            f"{request.where}: temperature {temperature:g}: draws say nothing at other temperatures than 1, "
+            f"so the mixture of {len(stores)} teachers is not known; {_CHOOSE}, or one term for each teacher"
         )
     return tuple(range(len(stores)))
 
@@ -75,10 +74,9 @@ def check_mixture(objective: Objective, stores: CacheStores, learned: Sequence[L
                 else "add draws with `distily-cache generate ... --tail 16`"
             )
             raise UserError(
-                f"{term.label}: the mixture of {len(stores)} teachers needs draws from outside the heads of each, "
-                f"and {name} gives none: of a token that another teacher's head holds, its share of the rest "
-                f"is not known; {fix}, or write one term for each teacher (`teacher: 0`, `teacher: 1`) in an "
-                "objective file"
+                f"{term.label}: the mixture of {len(stores)} teachers needs draws from outside the heads of "
+                f"each, and {name} gives none: its share of a token that another head holds is not known; "
+                f"{fix}, or write one term for each teacher (`teacher: 0`, `teacher: 1`) in an objective file"
             )
 
 
@@ -99,8 +97,8 @@ def measured_words(objective: Objective, stores: CacheStores) -> str:
     """What held-out metrics compare with, in a sentence."""
     if len(objective.measured) > 1:
         return (
-            f"held-out metrics compare with the mixture {stores.mixture}; held-out KL is the weighted mean of the "
-            "KL to each teacher"
+            f"held-out metrics compare with the mixture {stores.mixture}; held-out KL is the weighted mean "
+            "of the KL to each teacher"
         )
     lacking = [
         name
@@ -108,8 +106,8 @@ def measured_words(objective: Objective, stores: CacheStores) -> str:
         if not mixes(reader, _widest(reader))
     ]
     return (
-        f"held-out metrics compare with {stores.names[0]} alone, since {', '.join(lacking)} cannot be mixed: it "
-        "holds no draws from outside its heads (`distily-cache generate ... --tail 16`)"
+        f"held-out metrics compare with {stores.names[0]} alone, since {', '.join(lacking)} cannot be mixed: "
+        "it holds no draws from outside its heads (`distily-cache generate ... --tail 16`)"
     )
 
 
@@ -121,4 +119,3 @@ def _widest(reader: CacheReader) -> LogitsSpec | None:
         return None
     assert isinstance(spec, LogitsSpec)
     return spec
-

@@ -118,7 +118,7 @@ def test_whole_heads_give_the_mixture_itself(rows: int, vocab: int, weights: tup
 def test_columns_are_the_sum_of_the_parts_and_no_token_is_in_two(
     rows: int, vocab: int, weights: tuple[float, ...]
 ) -> None:
-    """Heads of different widths that overlap, draws inside another's head, and a teacher with a whole head."""
+    """Heads of different widths that overlap, draws inside another's head, and a head that is whole."""
     problem = Problem(rows, vocab, weights)
     specs = [LogitsSpec(9, 0.6, 5), LogitsSpec(4, 0.9, 6, seed=3), LogitsSpec(vocab)]
     parts = problem.targets(specs[-len(weights) :])
@@ -176,9 +176,7 @@ def test_losses_that_mix_are_linear_in_the_columns(name: str) -> None:
     together = problem.loss(_whole(dense(parts, problem.weights, 61), problem.label), name)[1]
     assert (gradient - together).norm() <= 1e-12 * together.norm()
     # Linear but for what does not depend on p: f(sum w p) = sum w f(p), since the weights are 1 together.
-    one_by_one = sum(
-        w * problem.loss(one, name)[1] for w, one in zip(problem.weights, whole, strict=True)
-    )
+    one_by_one = sum(w * problem.loss(one, name)[1] for w, one in zip(problem.weights, whole, strict=True))
     assert isinstance(one_by_one, Tensor)
     assert (gradient - one_by_one).norm() <= 1e-12 * together.norm()
 
@@ -187,14 +185,18 @@ def _whole(p_NV: Tensor, label: Tensor) -> SparseTargets:
     ids = torch.arange(p_NV.shape[1]).expand_as(p_NV)
     # Columns that seem impossible have to be real ones.
     logprob = p_NV.clamp_min(1e-300).log()
-    return SparseTargets(ids_NK=ids, logprob_NK=logprob, tail_N=torch.full((len(p_NV),), -math.inf), label_N=label)
+    return SparseTargets(
+        ids_NK=ids, logprob_NK=logprob, tail_N=torch.full((len(p_NV),), -math.inf), label_N=label
+    )
 
 
 def test_other_losses_are_not() -> None:
     """What is refused would be wrong: at least the gradient of each is not linear in p."""
     problem = Problem(5, 61, (0.3, 0.7))
     parts = [_whole(z.softmax(-1), problem.label) for z in problem.logits]
-    mixed = _whole(mixed_logs([z.log_softmax(-1) for z in problem.logits], problem.weights).exp(), problem.label)
+    mixed = _whole(
+        mixed_logs([z.log_softmax(-1) for z in problem.logits], problem.weights).exp(), problem.label
+    )
     refused = [n for n, loss in catalogue().items() if loss.kind == "head" and loss.needs and not loss.mixes]
     assert len(refused) > 10
     for name in refused:
@@ -233,11 +235,8 @@ def test_no_rows_and_rows_of_one_column() -> None:
 def test_the_same_on_a_gpu() -> None:
     problem = Problem(6, 199, (0.2, 0.3, 0.5))
     parts = problem.targets([LogitsSpec(9, 0.6, 5), LogitsSpec(4, 0.9, 6, seed=3), LogitsSpec(12, 0.7, 3)])
-    here = mixture(parts, problem.weights)
-    moved = [
-        replace(p, **{n: getattr(p, n).cuda() for n in ("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N")})
-        for p in parts
-    ]
+    here, names = mixture(parts, problem.weights), ("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N")
+    moved = [replace(part, **{name: getattr(part, name).cuda() for name in names}) for part in parts]
     there = mixture(moved, problem.weights)
     assert torch.equal(here.ids_NK, there.ids_NK.cpu())
     torch.testing.assert_close(here.logprob_NK, there.logprob_NK.cpu())

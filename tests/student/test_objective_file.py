@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
 from student.config.flags import OBJECTIVE_FLAGS
+from student.data.stores import CacheStores
 from student.errors import UserError
 from student.losses.catalogue import catalogue
 from student.objective.files import parse_objective, read_objective
 from student.objective.weights import Weight
-from student.data.stores import CacheStores
 from student.training.plan import plan_objective, plan_split
 from tests.student.caches import random_samples, write_cache
 
@@ -193,7 +193,9 @@ def test_confidence_is_the_mean_probability_of_what_is_trained_on(cache: Path) -
     assert one.options["confidence"] == pytest.approx(means.pop("training"), rel=1e-6)
     assert all(one.options["confidence"] != pytest.approx(mean, rel=1e-3) for mean in means.values()), means
     given_one = parse_objective(yaml.safe_load("terms: [{loss: cakld, confidence: 0.25}]"), "file")
-    assert plan_objective(given_one, CacheStores(readers=(reader,)), None, training).terms[0].options == {"confidence": 0.25}
+    assert plan_objective(given_one, CacheStores(readers=(reader,)), None, training).terms[0].options == {
+        "confidence": 0.25
+    }
 
 
 def test_confidence_does_not_depend_on_the_order_of_a_large_cache(

@@ -29,7 +29,7 @@ from featurestore.reader import CacheReader
 from student.data.batches import CacheOrder
 from student.data.matched import MatchedDataset
 from student.data.stores import open_stores, order_digest
-from tests.student.caches import features_of, random_samples, save_teacher, write_cache, write_given_cache
+from tests.student.caches import features_of, random_samples, write_cache, write_given_cache
 
 Run = Callable[..., tuple[int, str, str]]
 SAMPLES = random_samples(40, 199)
@@ -117,6 +117,10 @@ def objective(*terms: dict[str, Any]) -> tuple[str, str]:
     return "--objective", json.dumps({"terms": terms})
 
 
+def losses_of(run: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in run["log"] if "loss" in entry]
+
+
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(out / "model.safetensors"))
 
@@ -182,7 +186,7 @@ def test_the_mixture_teaches_as_one_term_for_each_teacher(
     apart = learn(stores, tmp_path / "apart", *objective(*terms), *sgd)
     assert list(apart["objective"]) == ["kl_teacher0", "kl_teacher1"]
     bound = 4 * 24 * float(np.finfo(np.float32).eps)
-    losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (mixed, apart)]
+    losses = [losses_of(run) for run in (mixed, apart)]
     assert losses[0] == pytest.approx(losses[1], rel=bound)
     start, one = weights_of(tmp_path / "mixed"), weights_of(tmp_path / "apart")
     for name, weight in one.items():
@@ -231,13 +235,24 @@ def test_two_stores_teach_as_the_store_of_their_mixture(
         for which in ("a", "b", "both")
     }
     flags = ("--per-device-train-batch-size", 12, "--eval-fraction", 0, "--logging-steps", 1)
-    flags += ("--optim", "sgd", "--learning-rate", 0.5, "--lr-scheduler-type", "constant", "--warmup-steps", 0)
+    flags += (
+        "--optim",
+        "sgd",
+        "--learning-rate",
+        0.5,
+        "--lr-scheduler-type",
+        "constant",
+        "--warmup-steps",
+        0,
+    )
     flags += ("--max-steps", 6)
     share = 1 / (1 + math.exp(-0.5))
-    two = learn((paths["a"], paths["b"]), tmp_path / "two", "--teacher-weights", f"{share!r},{1 - share!r}", *flags)
+    two = learn(
+        (paths["a"], paths["b"]), tmp_path / "two", "--teacher-weights", f"{share!r},{1 - share!r}", *flags
+    )
     one = learn((paths["both"],), tmp_path / "one", *flags)
     divergence = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    losses = [np.array([entry["loss"] for entry in run["log"] if "loss" in entry]) for run in (two, one)]
+    losses = [np.array(losses_of(run)) for run in (two, one)]
     eps = float(np.finfo(np.float32).eps)
     bound = sum(map(len, samples)) * eps
     np.testing.assert_allclose(losses[0] - divergence, losses[1], rtol=0, atol=bound * losses[0].max())
@@ -256,18 +271,18 @@ def test_terms_choose_their_teacher(
         ("reverse_kl", {"teacher": "b"}), ("kl", {"teacher": 0}), ("cakld", {"teacher": 1}),
         ("hidden_mse", {}), ("hidden_mse", {"teacher": "b"}),
     )]  # fmt: skip
-    found = learn(stores, tmp_path / "out", *objective(*terms), "--logging-steps", 1, "--eval-fraction", 0.25)
-    labels = ["kl", "ce", "tsld", "soft_mse", "one_for_all", "reverse_kl_teacher1", "kl_teacher0", "cakld_teacher1"]
+    flags = (*objective(*terms), "--logging-steps", 1, "--eval-fraction", 0.25)
+    found = learn(stores, tmp_path / "out", *flags)
+    labels = ["kl", "ce", "tsld", "soft_mse", "one_for_all"]
+    labels += ["reverse_kl_teacher1", "kl_teacher0", "cakld_teacher1"]
     labels += ["hidden_mse_L1_to_L0", "hidden_mse_L1_to_L0_teacher1"]
     assert list(found["objective"]) == labels
     entry = next(entry for entry in found["log"] if "loss" in entry)
     values = [entry[f"loss_{label}"] for label in labels]
     assert all(math.isfinite(value) for value in values)
     assert sum(values) == pytest.approx(entry["loss"], rel=1e-4)
-    assert entry["loss_hidden_mse_L1_to_L0"] != pytest.approx(entry["loss_hidden_mse_L1_to_L0_teacher1"], rel=1e-2)
-    packed = learn(
-        stores, tmp_path / "packed", *objective(*terms), "--logging-steps", 1, "--eval-fraction", 0.25, "--pack-rows"
-    )
+    assert values[-2] != pytest.approx(values[-1], rel=1e-2)
+    packed = learn(stores, tmp_path / "packed", *flags, "--pack-rows")
     first = next(entry for entry in packed["log"] if "loss" in entry)
     # Packed rows round in another order.
     assert {n: first[n] for n in first if n.startswith("loss_")} == pytest.approx(
@@ -287,7 +302,9 @@ def test_a_resumed_run_is_the_same_and_takes_no_other_stores_or_weights(
     checkpoint = tmp_path / "out" / "checkpoint-2"
     resume = ("--resume-from-checkpoint", checkpoint)
     again = learn(stores, tmp_path / "again", *weights, *flags, *resume)
-    assert [e["loss"] for e in again["log"] if "loss" in e] == [e["loss"] for e in whole["log"] if "loss" in e]
+    assert [e["loss"] for e in again["log"] if "loss" in e] == [
+        e["loss"] for e in whole["log"] if "loss" in e
+    ]
     for name, weight in weights_of(tmp_path / "out").items():
         assert torch.equal(weights_of(tmp_path / "again")[name], weight)
 
@@ -314,7 +331,9 @@ def test_refusals(
     assert "no effect" in refuse(a, "--teacher-weights", "1")
     for wrong in ("0,1", "1,x", "1,inf", "nan,1", ""):
         assert "above 0" in refuse(a, b, "--teacher-weights", wrong)
-    assert "linear" in refuse(a, b, "--logits-loss", "jsd") and "teacher: 0" in refuse(a, b, "--logits-loss", "jsd")
+    assert "linear" in refuse(a, b, "--logits-loss", "jsd") and "teacher: 0" in refuse(
+        a, b, "--logits-loss", "jsd"
+    )
     assert "linear" in refuse(a, b, "--logits-loss", "full_kl")
     assert "temperature 2" in refuse(a, b, *objective({"loss": "kl", "temperature": 2.0}))
     assert "0 or a, 1 or b" in refuse(a, b, *objective({"loss": "kl", "teacher": 2}))
@@ -332,14 +351,20 @@ def test_refusals(
 
 
 def test_a_tokenizer_or_a_vocabulary_of_its_own_is_refused(
-    stores: tuple[Path, Path], refuse: Callable[..., str], tmp_path: Path
+    stores: tuple[Path, Path], teacher: Path, refuse: Callable[..., str], tmp_path: Path
 ) -> None:
-    from tests.teachers import llama
+    wide = Path(shutil.copytree(teacher, tmp_path / "wide"))
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
 
-    wide = llama(tmp_path / "wide")
-    model_samples = random_samples(4, 199)
-    path = write_cache(tmp_path / "store", wide, model_samples, [LogitsSpec(6)])
-    assert "one vocabulary" in refuse(stores[0], path)
+    def features(sample: Sample) -> dict[GroupSpec, GroupFeatures]:
+        return uniform(sample, "a")
+
+    path = write_given_cache(tmp_path / "store", wide, SAMPLES[:4], features)
+    line = refuse(stores[0], path)
+    assert "200 tokens" in line and "199" in line and "one vocabulary" in line
+    path = write_given_cache(tmp_path / "words", teacher, SAMPLES[:4], features, tokenizer="ef" * 16)
+    assert "efefefefefef" in refuse(stores[0], path) and "one tokenizer" in refuse(stores[0], path)
 
 
 def test_caches_that_cannot_be_mixed_teach_apart_and_it_is_said_what_is_measured(
@@ -350,10 +375,16 @@ def test_caches_that_cannot_be_mixed_teach_apart_and_it_is_said_what_is_measured
 ) -> None:
     """Heads without draws, at another temperature too: a term for each teacher."""
     heads = write_cache(tmp_path / "heads", other, SAMPLES[:20], [LogitsSpec(6), LseSpec(2.0)])
-    terms = [{"loss": "kl", "teacher": 0}, {"loss": "kl", "teacher": 1}, {"loss": "jsd", "teacher": 1, "temperature": 2.0}]
+    terms = [
+        {"loss": "kl", "teacher": 0},
+        {"loss": "kl", "teacher": 1},
+        {"loss": "jsd", "teacher": 1, "temperature": 2.0},
+    ]
     found = learn((stores[0], heads), tmp_path / "out", *objective(*terms), "--eval-fraction", 0.25)
     assert "compare with a alone, since heads cannot be mixed" in found["said"]
-    assert found["held_out_kl"] == "unbiased" and found["held_out_against"].startswith("held-out metrics compare")
+    assert found["held_out_kl"] == "unbiased" and found["held_out_against"].startswith(
+        "held-out metrics compare"
+    )
 
 
 def test_whole_heads_are_mixed_exactly(
@@ -365,7 +396,9 @@ def test_whole_heads_are_mixed_exactly(
         write_cache(tmp_path / name, which, samples, [LogitsSpec(199)], digest=digit * 32)
         for name, which, digit in (("a", teacher, "a"), ("b", teacher, "b"))
     )
-    found = learn(paths, tmp_path / "out", "--eval-fraction", 0.3, "--student-model-config", "{}", "--init", "teacher")
+    found = learn(
+        paths, tmp_path / "out", "--eval-fraction", 0.3, "--student-model-config", "{}", "--init", "teacher"
+    )
     assert found["held_out_kl"] == "exact"
     # A quarter of a step of 1/16 nat in every log-probability, squared and halved, is what storing costs.
     assert 0 <= found["first_eval"]["eval_kl"] < (1 / 16) ** 2
