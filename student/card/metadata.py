@@ -62,7 +62,7 @@ def teacher(run: RunFiles) -> str | list[str] | None:
     several = stores(run)
     costs = [one.get("cache_cost") for one in several or [run.summary]]
     named = [cost.get("teacher") for cost in costs if isinstance(cost, dict)]
-    names = [str(name) for name in dict.fromkeys(named) if is_hub_name(name, _cache(run))]
+    names = list(dict.fromkeys(str(name) for name in named if is_hub_name(name, _cache(run))))
     return (names if several else names[0]) if names else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_matched_samples_carry_the_features_of_each_cache(stores: tuple[Path, Pa
     readers = [CacheReader.open(path) for path in stores]
     groups = [[reader.find("logits")] for reader in readers]
     kept = [i for i in range(36) if i not in set(opened.missing().tolist())]
-    data = MatchedDataset(opened, kept, groups)
+    data = pickle.loads(pickle.dumps(MatchedDataset(opened, kept, groups)))
     places = {sample: index for index, sample in enumerate(readers[1].sample_ids)}
     for place, index in enumerate(kept):
         sample, (second,) = data[place], data[place].further
@@ -402,3 +403,38 @@ def test_whole_heads_are_mixed_exactly(
     assert found["held_out_kl"] == "exact"
     # A quarter of a step of 1/16 nat in every log-probability, squared and halved, is what storing costs.
     assert 0 <= found["first_eval"]["eval_kl"] < (1 / 16) ** 2
+
+
+def test_recipes_sweeps_plans_and_cards_take_several_stores(
+    stores: tuple[Path, Path], distily: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    stages = [{"name": "first", "logits-loss": "none", "ce-weight": 1}, {"name": "second"}]
+    flags = {"student-model-config": {"num_hidden_layers": 1}, "init": "random", "eval-fraction": 0.25}
+    flags |= {"teacher-weights": [0.7, 0.3], "report-to": "none", "per-device-train-batch-size": 4}
+    recipe.write_text(json.dumps(flags | {"stages": stages}))
+    out = tmp_path / "out"
+    words = ("--recipe", recipe, "--output-dir", out, "--max-steps", 2)
+    code, _, err = distily("from-cache", *stores, *words)
+    assert code == 0, err
+    manifests = [CacheReader.open(path).manifest_digest for path in stores]
+    assert json.loads((out / "stage.json").read_text())["manifest"] == ",".join(manifests)
+    code, _, err = distily("card", out)
+    assert code == 0, err
+    card = (out / "README.md").read_text()
+    assert "from 2 caches of" in card and all(digest in card for digest in manifests)
+    assert "| b | 0.3 |" in card and "32 samples are in all of the caches" in card
+    assert "name it with --cache" in refused("eval", out)
+    code, printed, err = distily("plan", *stores, *SMALL, "--json", "--teacher-weights", "1,2")
+    assert code == 0, err
+    assert json.loads(printed)["work"]["samples"] <= 32
+    spec = tmp_path / "sweep.yaml"
+    grid = {"teacher-weights": ["0.5,0.5", "0.9,0.1"]}
+    spec.write_text(json.dumps({"base": {**flags, "teacher-weights": None, "max-steps": 1}, "grid": grid}))
+    code, printed, err = distily("sweep", *stores, spec, "--out", tmp_path / "sweep", "--jobs", 1, "--json")
+    assert code == 0, err
+    found = json.loads(printed)
+    assert found["store"] == list(map(str, stores)) and found["manifest"] == ",".join(manifests)
+    assert {run["state"] for run in found["runs"]} == {"finished"}
+    assert len({run["metrics"]["eval_kl"] for run in found["runs"]}) == 2
+    assert "does not have" in refused("sweep", *stores[::-1], spec, "--out", tmp_path / "sweep")
