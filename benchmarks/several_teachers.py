@@ -124,7 +124,7 @@ def main() -> None:
     with (RUN / "topics.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(next(file))["text"] for _ in range(ROWS)]
     tokens = torch.tensor([tokenizer(text).input_ids[:LENGTH] for text in texts])
-    logits = [predictions(tokens, *how)[0] for how in ((0.0, 0), (0.2, 1))]
+    logits = [predictions(tokens, *how)[0] for how in ((0.0, 0), (0.1, 1))]
     student = Student(*predictions(tokens, 0.3, 2)[1:])
     every = [z.log_softmax(-1) for z in logits]
     mixed = mixed_logs(every, WEIGHTS)

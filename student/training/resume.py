@@ -108,15 +108,6 @@ def _whole(checkpoint: Path) -> bool:
     return True
 
 
-def manifest_to_read(manifest: str | None, checkpoint: Path | None) -> str | None:
-    """The manifest to read: that of the checkpoint, however the cache has grown since, else `manifest`.
-
-    Raises:
-        UserError: `manifest`, which is a digest or the start of one, is not that of the checkpoint.
-    """
-    return manifests_to_read(manifest, checkpoint, 1)[0]
-
-
 def _check_manifest(manifest: str | None, digest: str, checkpoint: Path | None) -> None:
     if manifest and not digest.startswith(manifest):
         raise UserError(
@@ -126,12 +117,16 @@ def _check_manifest(manifest: str | None, digest: str, checkpoint: Path | None) 
 
 
 def manifests_to_read(manifest: str | None, checkpoint: Path | None, count: int) -> list[str | None]:
-    """As `manifest_to_read`, for each of `count` caches; `manifest` has one for each, with commas between.
+    """The manifest to read of each of `count` caches: that of the checkpoint, however the cache has grown
+    since, else that of `manifest`; None for the fullest.
+
+    manifest: a digest or the start of one for each cache, with commas between; nothing for the fullest.
 
     Raises:
-        UserError: also where the checkpoint is of another number of caches.
+        UserError: `manifest` is not of so many caches, or the checkpoint is of other manifests or of another
+            number of caches.
     """
-    given = [None] * count if manifest is None else manifest.split(",")
+    given = [None] * count if manifest is None else [part or None for part in manifest.split(",")]
     if len(given) != count:
         raise UserError(
             f"--manifest {manifest}: give one for each of the {count} STOREs, with commas between"

@@ -21,6 +21,7 @@ from student.losses.sparse import SparseTargets, token_scale
 from student.losses.sparse_pass import sparse_head_loss
 from student.objective.terms import reduction, term
 from tests.student.reference import targets_of
+from tests.student.test_host_syncs import Functions, Operations
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -251,3 +252,12 @@ def test_the_kl_of_a_mixture_is_the_mean_of_its_teachers() -> None:
     wanted = problem.weights[0] * each[0] + problem.weights[1] * each[1]
     # The head that is whole leaves a rounding of float32 outside, which is no token.
     assert (found - wanted).abs().max() <= 1e-5
+
+
+def test_the_host_waits_for_nothing() -> None:
+    """A training step mixes on its device."""
+    problem, found = Problem(4, 83, (0.3, 0.7)), list[str]()
+    parts = problem.targets([LogitsSpec(6, 0.6, 5), LogitsSpec(9, 0.7, 4)])
+    with Functions(found), Operations(found):
+        mixture(parts, problem.weights)
+    assert found == []

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distily import DistillationConfig, DistillationTrainer, Experiment
 from featurestore.format.schema import (
     NO_DRAW,
     GroupFeatures,
@@ -30,6 +31,7 @@ from featurestore.reader import CacheReader
 from student.data.batches import CacheOrder
 from student.data.matched import MatchedDataset
 from student.data.stores import open_stores, order_digest
+from student.errors import UserError
 from tests.student.caches import features_of, random_samples, write_cache, write_given_cache
 
 Run = Callable[..., tuple[int, str, str]]
@@ -403,6 +405,31 @@ def test_whole_heads_are_mixed_exactly(
     assert found["held_out_kl"] == "exact"
     # A quarter of a step of 1/16 nat in every log-probability, squared and halved, is what storing costs.
     assert 0 <= found["first_eval"]["eval_kl"] < (1 / 16) ** 2
+
+
+def test_the_python_api_takes_several_caches(
+    stores: tuple[Path, Path], learn: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}
+    flags |= {"student_model_config": {"num_hidden_layers": 1}, "init": "random", "save_steps": 1}
+    learn(stores, tmp_path / "command", "--teacher-weights", "0.7,0.3", "--max-steps", 2, "--save-steps", 1)
+
+    def trainer(out: Path, *caches: Any, weights: list[float]) -> DistillationTrainer:
+        args = DistillationConfig(output_dir=str(out), teacher_weights=weights, **flags)
+        return DistillationTrainer(args=args, train_dataset=caches)
+
+    api = trainer(tmp_path / "api", CacheReader.open(stores[0]), str(stores[1]), weights=[0.7, 0.3])
+    api.train()
+    api.save_model()
+    for name, weight in weights_of(tmp_path / "command").items():
+        assert torch.equal(weights_of(tmp_path / "api")[name], weight)
+    with pytest.raises(UserError, match=r"0\.7,0\.3"):
+        trainer(tmp_path / "api", *stores, weights=[0.5, 0.5]).train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match="eval_dataset"):
+        DistillationTrainer(train_dataset=stores, eval_dataset=stores[0])
+    experiment = Experiment(stores, tmp_path / "experiment", teacher_weights=[0.7, 0.3], **flags)
+    batch = next(experiment.batches())
+    assert torch.isfinite(experiment.losses(batch)["kl"]) and set(batch["further"]) == {1}
 
 
 def test_recipes_sweeps_plans_and_cards_take_several_stores(
