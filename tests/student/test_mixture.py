@@ -182,6 +182,16 @@ def test_losses_that_mix_are_linear_in_the_columns(name: str) -> None:
     assert (gradient - one_by_one).norm() <= 1e-12 * together.norm()
 
 
+def test_soft_mse_leaves_a_constant_out() -> None:
+    """sum of (p - q)^2 less sum of p^2, which squares of draws do not estimate."""
+    problem = Problem(5, 61, (0.3, 0.7))
+    parts = problem.targets([LogitsSpec(6, 0.6, 5), LogitsSpec(9, 0.8, 4, seed=2)])
+    q = (problem.hidden @ problem.weight.t()).softmax(-1)
+    wanted = (q * q - 2 * q * dense(parts, problem.weights, 61)).sum(-1)
+    found = problem.loss(mixture(parts, problem.weights), "soft_mse")[0]
+    assert (found - wanted).abs().max() <= 1e-12
+
+
 def _whole(p_NV: Tensor, label: Tensor) -> SparseTargets:
     ids = torch.arange(p_NV.shape[1]).expand_as(p_NV)
     # Columns that seem impossible have to be real ones.

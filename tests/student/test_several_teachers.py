@@ -168,6 +168,7 @@ def test_the_order_is_a_function_of_all_manifests(stores: tuple[Path, Path]) -> 
     data = MatchedDataset(opened, range(36), [[], []])
     expected = order_digest(opened.manifests)
     assert expected == order_digest([*opened.manifests]) != order_digest(opened.manifests[::-1])
+    assert expected != order_digest([opened.manifests[0], "ab" * 16])
     assert order_digest(opened.manifests[:1]) == opened.manifests[0]
     matched = [i for i in range(36) if i not in set(opened.missing().tolist())]
     data = MatchedDataset(opened, matched, [[], []])
@@ -291,6 +292,31 @@ def test_terms_choose_their_teacher(
     assert {n: first[n] for n in first if n.startswith("loss_")} == pytest.approx(
         {n: entry[n] for n in entry if n.startswith("loss_")}, rel=1e-4
     )
+
+
+def test_the_full_distribution_of_a_second_cache(
+    stores: tuple[Path, Path], full_store: Path, learn: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its head and states are those of the cache that the term names: as with that cache alone."""
+    both = [{"loss": name, "teacher": 1} for name in ("full_jsd", "fisher_mse")]
+    alone = [{"loss": name} for name in ("full_jsd", "fisher_mse")]
+    flags = (
+        "--per-device-train-batch-size",
+        12,
+        "--eval-fraction",
+        0,
+        "--max-steps",
+        1,
+        "--logging-steps",
+        1,
+    )
+    first = {"loss": "kl", "teacher": 0}
+    two = learn((stores[0], full_store), tmp_path / "two", *flags, *objective(first, *both))
+    one = learn((full_store,), tmp_path / "one", *flags, *objective(*alone))
+    assert two["matched_samples"] == one["train_samples"] == 12
+    entries = [next(entry for entry in run["log"] if "loss" in entry) for run in (two, one)]
+    for label in ("full_jsd", "fisher_mse_L3_to_L1"):
+        assert entries[0][f"loss_{label}_teacher1"] == pytest.approx(entries[1][f"loss_{label}"], rel=1e-5)
 
 
 def test_a_resumed_run_is_the_same_and_takes_no_other_stores_or_weights(
