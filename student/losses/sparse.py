@@ -82,7 +82,8 @@ class SparseTargets:
 class Reduction:
     """What losses want of the student beside its logits at the head and the label, and its tail.
 
-    tails: other temperatures of the tail. ranked: as many of its largest logits as the head has columns.
+    tails: other temperatures of the tail. ranked: as many of its largest logits as the head has columns, but
+    one at least.
     """
 
     tails: tuple[float, ...] = ()

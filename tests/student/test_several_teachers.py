@@ -477,7 +477,18 @@ def test_recipes_sweeps_plans_and_cards_take_several_stores(
     card = (out / "README.md").read_text()
     assert "from 2 caches of" in card and all(digest in card for digest in manifests)
     assert "| b | 0.3 |" in card and "32 samples are in all of the caches" in card
-    assert "name it with --cache" in refused("eval", out)
+    code, printed, err = distily("eval", out, "--json")
+    assert code == 0, err
+    measured, last = json.loads(printed)["cache"], json.loads((out / "summary.json").read_text())["last_eval"]
+    for name in ("kl", "kl_se", "ce", "top1_agreement"):
+        assert measured["student"][name] == pytest.approx(last[f"eval_{name}"], rel=1e-4)
+    assert measured["teacher"]["perplexity"] == pytest.approx(last["eval_teacher_perplexity"], rel=1e-4)
+    assert measured["student"]["reverse_kl"] is None and measured["exactness"] == {"kl": "unbiased"}
+    assert measured["mixture"] == "0.7 a + 0.3 b" and measured["manifest"] == ",".join(manifests)
+    assert sum(row["positions"] for row in measured["by_entropy"]) == measured["positions"]
+    code, shown, err = distily("eval", out, "--cache", stores[1])
+    assert code == 0 and "KL(student | teacher)" in shown, err
+    assert "2 STOREs" in refused("eval", out, "--manifest", "ab")
     code, printed, err = distily("plan", *stores, *SMALL, "--json", "--teacher-weights", "1,2")
     assert code == 0, err
     assert json.loads(printed)["work"]["samples"] <= 32
