@@ -5,7 +5,7 @@ Shape letters: B batch, T positions, N learned positions of the batch, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -27,6 +27,7 @@ from student.losses.sparse_pass import HeadLoss, ReducedLoss, sparse_head_loss
 from student.objective.projectors import Projectors
 from student.objective.terms import OUTSIDE_HEADS, Objective, View, reduction
 
+HeadRow = tuple[ReducedLoss, float, tuple[int, ...]]  # a loss, its weight, the caches of its teachers
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
 
@@ -90,8 +91,10 @@ class DistillationModel(nn.Module):
         places = _places(labels, position_ids)
         hidden = {store: parts.get("coded_hidden") or {} for store, parts in stores.items()}
         view = self._view(states, rotations, hidden, learned_N, places)
-        targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
-        head = self._head(select(body.last_hidden_state, learned_N), targets)
+        rows = self._rows()
+        teachers = dict.fromkeys(chosen for *_, chosen in rows)
+        targets = self._targets(teachers, select(labels, learned_N), coded, view.sequence_N)
+        head = self._head(select(body.last_hidden_state, learned_N), rows, targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
         dense_total, dense_SN = self._dense(view)
         loss, other_SN = self._others(view, head.total + dense_total)
@@ -166,15 +169,29 @@ class DistillationModel(nn.Module):
             project=lambda name, states_ND: self.projectors[name](states_ND),
         )
 
+    def _rows(self) -> list[HeadRow]:
+        """What the head computes: the objective's head terms; in eval mode KL and CE follow with weight zero.
+        A loss on labels alone goes with another's teachers.
+        """
+        terms, measured = self.objective.weighted(("head",), self.weights), self.objective.measured
+        rows: list[HeadRow] = [(term.function, weight, term.teachers) for term, weight in terms]
+        if not self.training:
+            rows += [(forward_kl, 0.0, measured), (cross_entropy, 0.0, measured)]
+        anyone = next((teachers for *_, teachers in rows if teachers), measured)
+        return [(function, weight, teachers or anyone) for function, weight, teachers in rows]
+
     def _targets(
-        self, label_N: Tensor, coded: Mapping[int, Coded], sequence_N: Tensor
-    ) -> Callable[[tuple[int, ...]], SparseTargets]:
-        """The learned positions' targets of the teachers of some caches, mixed where they are several; heads
+        self,
+        wanted: Iterable[tuple[int, ...]],
+        label_N: Tensor,
+        coded: Mapping[int, Coded],
+        sequence_N: Tensor,
+    ) -> dict[tuple[int, ...], SparseTargets]:
+        """The learned positions' targets by the caches of their teachers, mixed where they are several; heads
         of zero columns where the batch carries none.
         """
         labelled = any(Need.LABEL in term.loss.needs for term in self.objective.head)
 
-        @cache
         def targets(teachers: tuple[int, ...]) -> SparseTargets:
             parts = [decode_targets(coded[store], label_N) for store in teachers if coded[store]]
             if not parts:
@@ -191,7 +208,7 @@ class DistillationModel(nn.Module):
             known_N = self._label_logprobs(coded, teachers)
             return replace(made, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
 
-        return targets
+        return {teachers: targets(teachers) for teachers in wanted}
 
     def _label_logprobs(self, coded: Mapping[int, Coded], teachers: tuple[int, ...]) -> Tensor:
         """log p(label) of the teachers of some caches, mixed where they are several, [N]; NaN where one does
@@ -200,34 +217,30 @@ class DistillationModel(nn.Module):
         known = [decode_labels(coded[store]["label_logprob"]) for store in teachers]
         return known[0] if len(known) == 1 else mixed_logs(known, self.objective.shares)
 
-    def _head(self, hidden_ND: Tensor, targets: Callable[[tuple[int, ...]], SparseTargets]) -> HeadLoss:
-        """The objective's head terms; in eval mode KL and CE follow as terms of weight zero. The head is
-        multiplied once for all terms that learn from the same teachers.
-        """
-        terms, measured = self.objective.weighted(("head",), self.weights), self.objective.measured
-        rows: list[tuple[ReducedLoss, float, tuple[int, ...]]] = [
-            (term.function, weight, term.teachers) for term, weight in terms
-        ]
-        if not self.training:
-            rows += [(forward_kl, 0.0, measured), (cross_entropy, 0.0, measured)]
+    def _head(
+        self,
+        hidden_ND: Tensor,
+        rows: Sequence[HeadRow],
+        targets: Mapping[tuple[int, ...], SparseTargets],
+    ) -> HeadLoss:
+        """The terms of `_rows`; the head is multiplied once for all that learn from the same teachers."""
         if not rows:  # other terms alone: the head is not even multiplied
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
-        # A loss on labels alone goes with the others.
-        anyone = next((teachers for *_, teachers in rows if teachers), measured)
+        terms = self.objective.head
         places: dict[tuple[int, ...], list[int]] = {}
         for place, (*_, teachers) in enumerate(rows):
-            places.setdefault(teachers or anyone, []).append(place)
+            places.setdefault(teachers, []).append(place)
         output = self.student.get_output_embeddings()
         passes = {
             teachers: sparse_head_loss(
                 hidden_ND=hidden_ND,
                 weight_VD=output.weight,
                 bias_V=output.bias,
-                targets=targets(teachers),
+                targets=targets[teachers],
                 terms=[rows[place][:2] for place in chosen],
                 transform=self.transform,
-                reduction=reduction(terms[place][0] for place in chosen if place < len(terms)),
+                reduction=reduction(terms[place] for place in chosen if place < len(terms)),
             )
             for teachers, chosen in places.items()
         }
@@ -241,7 +254,7 @@ class DistillationModel(nn.Module):
         return HeadLoss(
             total=torch.stack([one.total for one in passes.values()]).sum(),
             terms_SN=torch.stack([values[place] for place in range(len(rows))]),
-            agree_N=passes.get(measured, passes[anyone]).agree_N,
+            agree_N=passes.get(self.objective.measured, next(iter(passes.values()))).agree_N,
         )
 
     def _dense(self, view: View) -> tuple[Tensor, Tensor]:

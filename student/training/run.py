@@ -22,6 +22,7 @@ from featurestore.reader import CacheReader
 from student.bitnet import Drift
 from student.config.parser import Request
 from student.data.batches import calibration_samples
+from student.data.held_out import Split
 from student.data.packing import check_packing
 from student.data.stores import CacheStores, open_stores
 from student.errors import UserError
@@ -128,10 +129,7 @@ def prepare(
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
-    shares, count = options.shares(), len(request.stores)
-    manifests = manifests_to_read(options.manifest, checkpoint, count)
-    stores = open_stores(request.stores, manifests, shares)
-    check_stores(checkpoint, stores.weights)
+    stores = _open(request, checkpoint)
     reader = stores.first
     if given is not None:
         plan = plan_given(options, reader, given)
@@ -143,15 +141,7 @@ def prepare(
     objective = plan_objective(wanted, stores, plan.config, split.training)
     if options.pack_rows and any(term.loss.kind == "relation" for term in objective.terms):
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    learned = [
-        plan_distribution(objective, one, options.top_k, options.top_p, options.tail, store)
-        for store, one in enumerate(stores.readers)
-    ]
-    check_mixture(objective, stores, learned)
-    if count > 1:
-        data = plan_matched(objective, stores, split, learned)
-    else:
-        data = plan_data(objective, reader, split, learned[0], evaluated)
+    data = _plan_data(request, objective, stores, split, evaluated)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         _check_needs_evaluation(args)
@@ -166,6 +156,33 @@ def prepare(
     return PreparedTraining(
         request=request, stores=stores, checkpoint=checkpoint, plan=plan, objective=objective, data=data
     )
+
+
+def _open(request: Request, checkpoint: Path | None) -> CacheStores:
+    """The caches, as a checkpoint has read them."""
+    manifests = manifests_to_read(request.options.manifest, checkpoint, len(request.stores))
+    stores = open_stores(request.stores, manifests, request.options.shares())
+    check_stores(checkpoint, stores.weights)
+    return stores
+
+
+def _plan_data(
+    request: Request,
+    objective: Objective,
+    stores: CacheStores,
+    split: Split,
+    evaluated: CacheReader | None,
+) -> DataPlan:
+    """What is read of the caches, or of the only one."""
+    options = request.options
+    learned = [
+        plan_distribution(objective, reader, options.top_k, options.top_p, options.tail, store)
+        for store, reader in enumerate(stores.readers)
+    ]
+    check_mixture(objective, stores, learned)
+    if len(stores) > 1:
+        return plan_matched(objective, stores, split, learned)
+    return plan_data(objective, stores.first, split, learned[0], evaluated)
 
 
 def build(prepared: PreparedTraining) -> Built:

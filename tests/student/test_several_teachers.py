@@ -379,6 +379,21 @@ def test_refusals(
     assert "no sample is in all of" in refuse(a, short) and "--max-seq-len" in refuse(a, short)
 
 
+def test_why_no_sample_matches(teacher: Path, refuse: Callable[..., str], tmp_path: Path) -> None:
+    def store(name: str, samples: list[Sample], first: int, length: int) -> Path:
+        cut = [
+            Sample(tokens=s.tokens[:length], loss_mask=s.loss_mask[:length], documents=(f"{first + i:016x}",))
+            for i, s in enumerate(samples)
+        ]
+        return write_given_cache(tmp_path / name, teacher, cut, lambda sample: uniform(sample, "a"))
+
+    whole, short = store("whole", SAMPLES[:6], 0, 99), store("short", SAMPLES[:6], 0, 3)
+    other = store("other", SAMPLES[6:12], 100, 99)
+    line = refuse(whole, short)
+    assert "their documents are the same" in line and "and 3 tokens" in line
+    assert "share no document" in refuse(whole, other)
+
+
 def test_a_tokenizer_or_a_vocabulary_of_its_own_is_refused(
     stores: tuple[Path, Path], teacher: Path, refuse: Callable[..., str], tmp_path: Path
 ) -> None:
