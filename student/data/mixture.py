@@ -43,9 +43,9 @@ def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseT
 
     Returns:
         Targets of C columns, each token in one of them: losses sum squares and set gradients by column. All
-        columns count as draws, since any may hold what was drawn, but for the first: that is the token to
-        which the heads alone give most. entropy_N is the mean of the teachers'. There is nothing tempered,
-        since draws say nothing at other temperatures.
+        columns count as draws, since any may hold what was drawn; the first is the token to which the heads
+        alone give most. entropy_N is the mean of the teachers'. There is nothing tempered, since draws say
+        nothing at other temperatures.
 
     Example:
         targets = mixture([decode_targets(coded, label_N) for coded in both], (0.5, 0.5))

@@ -44,8 +44,8 @@ class SparseTargets:
 
     Rows whose tail was sampled have their draws as further columns, of probability repeats * tail mass / M,
     so that the columns sum to one and nothing is left outside; entropy_N (float, nats) is the teacher's full
-    entropy there and NaN in the other rows. None: no row is sampled. draws: how many of the last columns may
-    hold draws.
+    entropy there (of several teachers, mixed, their mean) and NaN in the other rows. None: no row is sampled.
+    draws: how many of the last columns may hold draws.
 
     Where an objective needs them: label_logprob_N, float, the teacher's log-probability of the next token;
     token_scale_N, float, see `token_scale`; tempered, by temperature.

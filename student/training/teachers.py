@@ -88,9 +88,13 @@ def mixes(reader: CacheReader, spec: LogitsSpec | None) -> bool:
 
 
 def measured(stores: CacheStores) -> tuple[int, ...]:
-    """The caches that held-out metrics compare with: the mixture of all, if they give one, else the first."""
-    every = tuple(range(len(stores)))
-    return every if all(mixes(reader, _widest(reader)) for reader in stores.readers) else (0,)
+    """The caches that held-out metrics compare with: the mixture of all, if they give one, else the first
+    that holds distributions.
+    """
+    widest = [_widest(reader) for reader in stores.readers]
+    if all(mixes(reader, spec) for reader, spec in zip(stores.readers, widest, strict=True)):
+        return tuple(range(len(stores)))
+    return (next((store for store, spec in enumerate(widest) if spec is not None), 0),)
 
 
 def measured_words(objective: Objective, stores: CacheStores) -> str:
@@ -106,8 +110,8 @@ def measured_words(objective: Objective, stores: CacheStores) -> str:
         if not mixes(reader, _widest(reader))
     ]
     return (
-        f"held-out metrics compare with {stores.names[0]} alone, since {', '.join(lacking)} cannot be mixed: "
-        "it holds no draws from outside its heads (`distily-cache generate ... --tail 16`)"
+        f"held-out metrics compare with {stores.names[objective.measured[0]]} alone, since a mixture needs "
+        f"draws from outside the heads (`generate ... --tail 16`), which {', '.join(lacking)} lacks"
     )
 
 

@@ -425,10 +425,20 @@ def test_caches_that_cannot_be_mixed_teach_apart_and_it_is_said_what_is_measured
         {"loss": "jsd", "teacher": 1, "temperature": 2.0},
     ]
     found = learn((stores[0], heads), tmp_path / "out", *objective(*terms), "--eval-fraction", 0.25)
-    assert "compare with a alone, since heads cannot be mixed" in found["said"]
+    assert "compare with a alone" in found["said"] and "which heads lacks" in found["said"]
     assert found["held_out_kl"] == "unbiased" and found["held_out_against"].startswith(
         "held-out metrics compare"
     )
+
+
+def test_states_of_one_cache_and_distributions_of_another(
+    stores: tuple[Path, Path], other: Path, learn: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    states = write_cache(tmp_path / "states", other, SAMPLES[:20], [HiddenSpec(1, "f32")])
+    terms = [{"loss": "hidden_mse"}, {"loss": "kl", "teacher": "a"}, {"loss": "ce"}]
+    found = learn((states, stores[0]), tmp_path / "out", *objective(*terms), "--eval-fraction", 0.25)
+    assert list(found["objective"]) == ["kl_teacher1", "ce", "hidden_mse_L1_to_L0"]
+    assert "compare with a alone" in found["held_out_against"] and found["last_eval"]["eval_kl"] > 0
 
 
 def test_whole_heads_are_mixed_exactly(
