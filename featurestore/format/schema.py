@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import StoreFormatError
-from featurestore.format.codec import HIDDEN_DTYPES, decode_hidden
+from featurestore.format.codec import HIDDEN_DTYPES, decode_hidden, hidden_width
 from featurestore.identity import canonical_json, check_int, digest
 
 Array = npt.NDArray[Any]
@@ -142,7 +142,8 @@ class HiddenSpec:
 
     Args:
         layer: 0 is the embeddings, i the stream after block i, as in transformers' `output_hidden_states`.
-        dtype: as stored: "f32", "bf16", "int8" or "fp8", the last two with a scale for each position.
+        dtype: as stored: "f32", "bf16", "int8" or "fp8", these two with a scale for each position, or "int4",
+            about 0.55 bytes a number.
 
     Raises:
         StoreFormatError: the layer is out of its range, or the type is unknown.
@@ -297,7 +298,8 @@ class LogitsFeatures:
 class HiddenFeatures:
     """One layer's hidden states of one sample, as stored.
 
-    values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says.
+    values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says; for int4
+    uint8 [T, W], rows of bytes (featurestore.format.int4), of which hidden_size says what D is.
     scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None. squared_error, squared_norm:
     float32 [T], per row the sums over D of (stored - exact)^2 and exact^2, known to the capture alone: only
     their sums over a task are kept, and what a reader gives has None.
@@ -308,17 +310,20 @@ class HiddenFeatures:
     dtype: str
     squared_error: Array | None = None
     squared_norm: Array | None = None
+    hidden_size: int | None = None
 
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The hidden states as float32 [T, D]."""
-        return decode_hidden(self.values, self.scale, self.dtype)
+        return decode_hidden(self.values, self.scale, self.dtype, self.hidden_size)
 
     def check(self, length: int, hidden_size: int) -> None:
         """ValueError unless shapes and dtypes are as documented for `length` positions."""
         if self.dtype not in HIDDEN_DTYPES:
             raise ValueError(f"unknown hidden dtype {self.dtype!r}")
         stored, scaled = HIDDEN_DTYPES[self.dtype]
-        _check("values", self.values, stored, (length, hidden_size))
+        _check("values", self.values, stored, (length, hidden_width(self.dtype, hidden_size)))
+        if self.hidden_size != (hidden_size if self.dtype == "int4" else None):
+            raise ValueError(f"hidden_size must be {hidden_size} for int4, and None for other types")
         if scaled != (self.scale is not None):
             raise ValueError(f"hidden states of dtype {self.dtype} {'need' if scaled else 'have no'} scale")
         if self.scale is not None:

@@ -202,9 +202,10 @@ class GenerateRequest:
     hidden_dtype: str = field(
         default="bf16",
         metadata=flag(
-            "Stored type of hidden states: bf16, f32, or int8 / fp8 with a scale per position.",
+            "Stored type of hidden states: bf16, f32, int8 or fp8 with a scale per position, or int4: 0.55 "
+            "bytes a number, in rotated blocks with a scale each.",
             _HIDDEN,
-            choices=("bf16", "int8", "fp8", "f32"),
+            choices=("bf16", "int8", "fp8", "int4", "f32"),
         ),
     )
     final: bool = field(

@@ -33,6 +33,7 @@ def test_specs_round_trip() -> None:
         LogitsSpec(8, partial=True),
         HiddenSpec(0, "f32"),
         HiddenSpec(30, "fp8"),
+        HiddenSpec(1, "int4"),
         LseSpec(0.05),
         LseSpec(100),
     ):

@@ -14,21 +14,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurestore.errors import StoreFormatError
+from featurestore.errors import CorruptionError, StoreFormatError
 from featurestore.format.arrays import ChunkCache, ShardArray
-from featurestore.format.codec import HIDDEN_DTYPES
+from featurestore.format.codec import HIDDEN_DTYPES, hidden_width
 from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
+from featurestore.format.int4 import MAX_SIZE, outlier_columns
 from featurestore.format.kinds.arrow import NUMBERS, column_name, lists
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
 from featurestore.format.schema import HIDDEN_STATS, HiddenFeatures, HiddenSpec, TeacherIdentity
 
 _ROWS_PER_CHUNK = 256
-_LOGICAL_DTYPES = {"bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "f32": "float32"}
-_BY_PRECISION = ("fp8", "int8", "bf16", "f32")
+_LOGICAL_DTYPES = {
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "int4": "int4 rows",
+    "f32": "float32",
+}
+_BY_PRECISION = ("int4", "fp8", "int8", "bf16", "f32")
 
 
 class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
-    """The arrays `values` [R, D], uncompressed, and with int8 and fp8 `scale`, float32 [R]."""
+    """The arrays `values` [R, D] (int4: [R, W]), uncompressed, and with int8 and fp8 `scale`, float32 [R]."""
 
     name = "hidden"
     ids = r"hidden\.L(0|[1-9][0-9]{0,3})"
@@ -47,6 +54,10 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     def check_teacher(self, spec: HiddenSpec, identity: TeacherIdentity) -> None:
         if spec.layer > identity.num_layers:
             raise ValueError(f"the teacher has {identity.num_layers} layers, no layer {spec.layer}")
+        if spec.dtype == "int4" and identity.hidden_size > MAX_SIZE:
+            raise ValueError(
+                f"int4 is for states of at most {MAX_SIZE:,} numbers, not {identity.hidden_size:,}"
+            )
 
     def check(self, spec: HiddenSpec, one: Any, length: int, identity: TeacherIdentity) -> None:
         if not isinstance(one, HiddenFeatures) or one.dtype != spec.dtype:
@@ -56,7 +67,7 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     def layouts(self, spec: HiddenSpec, extent: Extent) -> dict[str, ArrayLayout]:
         stored, scaled = HIDDEN_DTYPES[spec.dtype]
         values = ArrayLayout(
-            shape=(extent.rows, extent.hidden_size),
+            shape=(extent.rows, hidden_width(spec.dtype, extent.hidden_size)),
             dtype=np.dtype(stored),
             chunk_rows=_ROWS_PER_CHUNK,
             compressed=False,
@@ -84,10 +95,14 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         shapes = self.layouts(spec, extent)
         arrays = {name: ShardArray(directory / name, layout, cache) for name, layout in shapes.items()}
         values, scale = arrays["values"], arrays.get("scale")
+        size = extent.hidden_size if spec.dtype == "int4" else None
 
         def read(_: int, start: int, stop: int) -> HiddenFeatures:
             scales = None if scale is None else scale.read(start, stop)
-            return HiddenFeatures(values.read(start, stop), scales, spec.dtype)
+            rows = values.read(start, stop)
+            if size is not None and (outlier_columns(rows, size) >= size).any():
+                raise CorruptionError(f"{values.path}: an outlier beyond the hidden size {size:,}")
+            return HiddenFeatures(rows, scales, spec.dtype, hidden_size=size)
 
         return read
 
@@ -100,7 +115,7 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
 
     def row_bytes(self, spec: HiddenSpec, hidden_size: int) -> float:
         stored, scaled = HIDDEN_DTYPES[spec.dtype]
-        return hidden_size * np.dtype(stored).itemsize + (4 if scaled else 0)
+        return hidden_width(spec.dtype, hidden_size) * np.dtype(stored).itemsize + (4 if scaled else 0)
 
     def export_row_bytes(self, spec: HiddenSpec, hidden_size: int) -> int:
         return 4 * hidden_size
