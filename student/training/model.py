@@ -140,10 +140,14 @@ class DistillationModel(nn.Module):
         @cache
         def blocks(pair: tuple[int, int]) -> BlockPair:
             theirs, own = pair
+            assert "weight" not in coded[theirs], "relations of positions need all of them"
             block = self.teacher.to(states[own].device).blocks[theirs]
             student = StudentBlock(self.student.get_decoder().layers[own])
             inputs = states[own], decode_hidden(coded[theirs])
             return BlockPair((student, block), *inputs, rotations[own])
+
+        def weight(layer: int) -> Tensor | None:
+            return select(coded[layer]["weight"], learned_N) if "weight" in coded[layer] else None
 
         return View(
             student=lambda layer: select(states[layer], learned_N),
@@ -153,6 +157,7 @@ class DistillationModel(nn.Module):
             sequence_N=select(places[0], learned_N),
             position_N=select(places[1], learned_N),
             project=lambda name, states_ND: self.projectors[name](states_ND),
+            weight=weight,
         )
 
     def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
