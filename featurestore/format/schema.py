@@ -331,11 +331,11 @@ class HiddenFeatures:
     hidden_size: int | None = None
     positions: Array | None = None
 
-    def at(self, positions: npt.NDArray[np.int32]) -> HiddenFeatures:
-        """The rows of these positions, which are ascending and there."""
+    def at(self, positions: Array) -> HiddenFeatures:
+        """The rows of these positions, which are there."""
         rows = positions if self.positions is None else np.searchsorted(self.positions, positions)
         arrays = {name: getattr(self, name) for name in ("values", "scale", *HIDDEN_STATS)}
-        cut = {name: None if array is None else array[rows] for name, array in arrays.items()}
+        cut: dict[str, Any] = {n: None if array is None else array[rows] for n, array in arrays.items()}
         return dataclasses.replace(self, positions=positions, **cut)
 
     def to_float32(self) -> npt.NDArray[np.float32]:

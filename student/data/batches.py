@@ -242,11 +242,12 @@ def _coded_hidden(group: HiddenSpec, samples: Sequence[CodedSample], length: int
 
 def _filled(share: HiddenFeatures, length: int) -> HiddenFeatures:
     """States at all positions: where there is none, the one before, of which any loss makes a number."""
-    assert share.positions is not None
-    if not len(share.values):
+    positions = share.positions
+    assert positions is not None
+    if not len(positions):
         share = replace(share, values=np.zeros((1, *share.values.shape[1:]), share.values.dtype))
         share = share if share.scale is None else replace(share, scale=np.zeros(1, np.float32))
-    rows = np.searchsorted(share.positions, np.arange(length), side="right") - 1
+    rows = np.searchsorted(positions, np.arange(length), side="right") - 1
     return replace(share, positions=None).at(np.maximum(rows, 0))
 
 
