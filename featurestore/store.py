@@ -103,8 +103,10 @@ class FeatureStore:
         """
         root = root_of(path)
         with writing("a store", root.location):
+            # In this order: another process that makes the store meanwhile writes SPEC.json before all else.
+            held = root.names("")
             if not root.exists(SPEC_FILE):
-                if root.names(""):
+                if held:
                     raise StoreFormatError(
                         f"{root.location} is not empty and holds no store; choose another directory"
                     )

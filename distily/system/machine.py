@@ -1,4 +1,4 @@
-"""What this machine is called, and which floating-point type it multiplies fastest.
+"""What this machine is called, which floating-point type it multiplies fastest, and code compiled for it.
 
 Processors differ more in bfloat16 than in anything else: with AMX or AVX-512 its matrix products are up to
 twice as fast as those of float32, with AVX2 alone several times slower. The choice is therefore measured, by
@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 CACHE_VARIABLE = "DISTILY_CACHE_DIR"
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own variable
 # A type has to be this much slower than float32 before float32, which takes twice the memory, replaces it.
 WORTHWHILE = 1.25
 _ROUNDS = 4
@@ -57,9 +58,7 @@ def product_seconds(dtypes: Sequence[str], product: Callable[[str], object], whe
 
     Example: `product_seconds(("float32", "bfloat16"), product, "torch 2.13.0 cpu")`
     """
-    isa = {name: os.environ.get(name, "") for name in _ISA_VARIABLES}
-    what = json.dumps([cpu_name(), _flags(), os.cpu_count(), isa, where, list(dtypes)], sort_keys=True)
-    key = hashlib.sha256(what.encode()).hexdigest()[:32]
+    key = _digest([cpu_name(), _instruction_sets(), os.cpu_count(), where, list(dtypes)])
     file = cache_directory() / f"speed-{key}.json"
     known = _read(file)
     if set(known) == set(dtypes):
@@ -82,6 +81,29 @@ def fast_dtype(saved: str, seconds: Mapping[str, float]) -> str:
     seconds: of the same product in float32 and in `saved`, as `product_seconds` measures them.
     """
     return "float32" if seconds["float32"] * WORTHWHILE < seconds[saved] else saved
+
+
+def separate_compiled_code() -> None:
+    """Have torch keep what it compiles for the CPU in a directory for these instruction sets alone.
+
+    Its cache does not tell them apart: what was written for AVX-512 is found again by a process that builds
+    it for AVX2, on another machine that shares the directory or under ATEN_CPU_CAPABILITY, and then computes
+    wrong numbers (torch 2.13; seen in both directions). Comes before anything is compiled; processes that are
+    started afterwards inherit it.
+    """
+    name = f"isa-{_digest(_instruction_sets())[:12]}"
+    folder = Path(os.environ.get(_COMPILED) or Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")
+    if folder.name != name:
+        os.environ[_COMPILED] = str(folder / name)
+
+
+def _digest(known: object) -> str:
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _instruction_sets() -> list[str]:
+    """Those of the processor, and what the environment makes of them."""
+    return [_flags(), *(f"{name}={os.environ.get(name, '')}" for name in _ISA_VARIABLES)]
 
 
 def _flags() -> str:

@@ -120,7 +120,9 @@ def _check_ref(segment: Segment, ref: SegmentRef, where: str) -> None:
 
 def ref_of(segment: Segment, segment_digest: str, size: int) -> SegmentRef:
     """What a manifest says of a segment."""
-    length = np.delete(segment.columns["length"], segment.dropped)
+    length = segment.columns["length"]
+    if len(segment.dropped):
+        length = np.delete(length, segment.dropped)
     return SegmentRef(
         digest=segment_digest,
         bytes=size,

@@ -249,15 +249,14 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     place = c["key_place"]
     need(len(c["key"]) == len(place) == samples, "keys of other samples")
     need(place.min() >= 0 and place.max() < samples, "a key outside of the samples")
-    met = np.zeros(samples, bool)
-    met[place] = True
-    need(met.all(), "a key twice")
     need((c["key"][1:] >= c["key"][:-1]).all(), "keys descend")
-    beginnings = _beginnings(c["sample"])
+    met, beginnings = np.zeros(samples, bool), _beginnings(c["sample"])
     for first in range(0, samples, _AT_ONCE):
         some = slice(first, first + _AT_ONCE)
+        met[place[some]] = True
         same = c["key"][some] == beginnings[place[some]]
         need(same.all(), "keys that are not those of the samples")
+    need(met.all(), "a key twice")
     dropped = segment.dropped
     need((np.diff(dropped) > 0).all() and (not len(dropped) or dropped[0] >= 0), "dropped samples descend")
     need(not len(dropped) or dropped[-1] < samples, "a dropped sample that there is not")

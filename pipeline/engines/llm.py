@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
+from distily.system.machine import separate_compiled_code
 from pipeline.capture.watch import announced_driver
 from pipeline.engines.base import EngineConfig
 from pipeline.engines.feed import Feed
@@ -40,6 +41,7 @@ _CPU_DEFAULTS = {
 
 def set_environment(verbose: bool) -> None:
     """What vLLM reads from the environment at import, and its processes; what the user has set stays."""
+    separate_compiled_code()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A step that still computes is not late, whatever the machine; processes that died are noticed as such.
     os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", _NEVER)

@@ -10,6 +10,7 @@ from featurestore.errors import StoreAccessError, StoreFormatError, StoreWriteEr
 from featurestore.format.directory import SPEC_FILE
 from featurestore.format.plan import GenerationPlan, plan_generation
 from featurestore.format.schema import GroupSpec, TeacherIdentity
+from featurestore.storage.files import names_in
 from featurestore.storage.root import is_url, root_of
 from featurestore.store import FeatureStore
 from pipeline.errors import RequestError
@@ -35,7 +36,8 @@ def check_store_directory(place: str) -> None:
     nearest = next((p for p in (out, *out.absolute().parents) if p.exists()), Path("/"))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"--out {out}: {nearest} is not writable")
-    if out.is_dir() and not (out / SPEC_FILE).exists() and any(out.iterdir()):
+    # In this order: another command that makes the store meanwhile writes SPEC.json before anything else.
+    if names_in(out) and not (out / SPEC_FILE).exists():
         raise RequestError(f"--out {out}: not empty and not a feature store; choose another directory")
 
 

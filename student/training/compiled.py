@@ -13,6 +13,8 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import PreTrainedModel
 
+from distily.system.machine import separate_compiled_code
+
 
 def compile_layers(student: PreTrainedModel, plugin: TorchDynamoPlugin) -> None:
     """Let each decoder layer's `forward` run compiled, as accelerate's plugin says.
@@ -21,6 +23,7 @@ def compile_layers(student: PreTrainedModel, plugin: TorchDynamoPlugin) -> None:
     """
     if plugin.backend == DynamoBackend.NO:
         return
+    separate_compiled_code()
     options: dict[str, Any] = plugin.to_kwargs()
     for layer in student.get_decoder().layers:
         layer.forward = torch.compile(layer.forward, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -47,9 +48,28 @@ def test_it_is_measured_once_per_machine_and_library(monkeypatch: pytest.MonkeyP
     assert machine.product_seconds(TYPES, product, "torch 1") == first and product.calls == calls
     machine.product_seconds(TYPES, product, "torch 2")
     assert product.calls == 2 * calls
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX")
     machine.product_seconds(TYPES, product, "torch 1")
     assert product.calls == 3 * calls
+
+
+@pytest.mark.parametrize("given", [None, "/somewhere/compiled"])
+def test_code_for_other_instruction_sets_is_kept_apart(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    def folder(capability: str) -> Path:
+        """As a process has it that was started with this capability."""
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if given is not None:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        for _ in range(2):
+            machine.separate_compiled_code()
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    wide, narrow = folder("avx512"), folder("avx2")
+    assert wide != narrow and wide.parent == narrow.parent and wide == folder("avx512")
+    assert given is None or wide.parent == Path(given)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"float32": "x"}', '{"float32": -1, "bfloat16": 1}'])

@@ -17,6 +17,7 @@ from featurestore.errors import (
 from featurestore.format.plan import plan_generation
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsFeatures, LogitsSpec, LseSpec, group_id
 from featurestore.reader import CacheReader
+from featurestore.storage.local import LocalRoot
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import SPECS, Filled, Place, fill
 from tests.featurestore.helpers import assert_same, features, hidden, identity, logits, sample, task_of
@@ -233,6 +234,23 @@ def test_a_place_of_something_else_is_left_alone(place: Place) -> None:
             FeatureStore.open(place.at(store))
         with pytest.raises(StoreNotFoundError):
             CacheReader.open(place.at(store))
+
+
+@pytest.mark.parametrize("look", ["exists", "names"])
+def test_a_store_that_another_process_makes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str
+) -> None:
+    """Behind one look at the empty place, and before the other."""
+    found = getattr(LocalRoot, look)
+
+    def looked(root: LocalRoot, name: str) -> object:
+        seen = found(root, name)
+        monkeypatch.undo()
+        FeatureStore.create(tmp_path / "store", identity()).put_teacher_files({"config.json": b"{}"})
+        return seen
+
+    monkeypatch.setattr(LocalRoot, look, looked)
+    assert FeatureStore.create(tmp_path / "store", identity()).identity == identity()
 
 
 def test_an_unfinished_store_says_how_to_finish_it(place: Place) -> None:

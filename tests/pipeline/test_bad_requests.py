@@ -15,7 +15,9 @@ import torch
 
 import pipeline.generate.passes
 import pipeline.generate.run
+from featurestore.storage.files import TEMPORARY
 from pipeline.cli import main
+from pipeline.request.target import check_store_directory
 from tests import teachers
 from tests.command import call, generate
 
@@ -280,6 +282,12 @@ def test_a_foreign_directory_is_not_written_into(
     (foreign / "letter.txt").write_text("dear")
     assert "not a feature store" in refuse(tiny_teacher, corpus, "--out", foreign)
     assert [file.name for file in foreign.iterdir()] == ["letter.txt"]
+
+
+def test_a_directory_in_which_a_store_was_about_to_be_made_is_free(tmp_path: Path) -> None:
+    """By a command that was killed, or by one that is at it now."""
+    (tmp_path / f"{TEMPORARY}0123456789abcdef").write_text("{")
+    check_store_directory(str(tmp_path))
 
 
 def test_teacher_and_data_set_the_wrong_way_round(

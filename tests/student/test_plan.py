@@ -116,17 +116,20 @@ def test_the_peak_is_that_of_real_steps(even: Path, tmp_path: Path, flags: list[
     """
     if "adamw_bnb_8bit" in flags:
         pytest.importorskip("bitsandbytes")
-    low = {"--bf16", "--student-model-as-bitnet"} & set(flags)
-    if low and "AVX512" in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("oneDNN multiplies bfloat16 and int8 there, whose buffers have not been measured")
     ready = prepared(even, tmp_path, *DEEP, "--eval-fraction", "0", "--max-steps", "2", *flags)
     plan = plan_training(ready, target_of()).memory
     planned = plan.peak - plan.at_peak["process"] - plan.at_peak["batch"]
-    _, allocated = allocated_at_most(lambda: build(ready).trainer, CacheTrainer.train)
+    trainer, allocated = allocated_at_most(lambda: build(ready).trainer, CacheTrainer.train)
     batch = longest_batch(ready, 4)
     labels = plan.at_peak["batch"] // sum(map(_nbytes, batch.values())) * batch["labels"].nbytes
     generators = 5 * torch.get_rng_state().nbytes if "--gradient-checkpointing" in flags else 0
-    assert 0 <= allocated - labels - planned <= 256 + generators
+    reordered = 0
+    if "--bf16" in flags and "AVX512" in torch.backends.cpu.get_cpu_capability():
+        # oneDNN, which multiplies there, may hold what a product reads and writes in an order of its own.
+        positions = batch["input_ids"].numel()
+        shapes = [one.weight.shape for one in trainer.model.modules() if isinstance(one, torch.nn.Linear)]
+        reordered = 2 * max(a * b + positions * (a + b) for a, b in shapes)
+    assert 0 <= allocated - labels - planned <= 256 + generators + reordered
 
 
 def _nbytes(part: Any) -> int:
