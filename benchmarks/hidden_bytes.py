@@ -341,8 +341,8 @@ def plot(setting: Setting, points: list[Point]) -> None:
         axes.set_xlabel("bytes per token")
     for line in grid:
         line[0].set_ylabel("angle of weights, degrees")
-    grid[0][0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(RESULTS / "hidden_bytes.svg", metadata={"Date": None})
 
 
