@@ -24,8 +24,8 @@ from featurestore.identity import SAMPLES
 # Stats that are counts; a column of float64 holds them exactly.
 _COUNTS = ("entries", "distinct_ids", "labels")
 Places = npt.NDArray[np.int64]
-# Samples whose keys are compared at a time: what is allocated for a check stays with the process.
-_AT_ONCE = 2**14
+# Samples, and tasks, that are looked at together: what is allocated for a check stays with the process.
+_AT_ONCE, _TASKS_AT_ONCE = 2**14, 2**8
 
 
 def stat_names(spec: GroupSpec | None) -> list[str]:
@@ -235,8 +235,10 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
         need(ascends.all(), f"{name}_start descends")
     length = c["length"]
     need(length.min() >= 1 and length.max() <= MAX_TOKENS, "a length that no sample has")
-    rows = np.add.reduceat(length, c["sample_start"][:-1], dtype=np.int64)
-    need((rows <= MAX_TOKENS).all(), "a task with more rows than any has")
+    for first in range(0, tasks, _TASKS_AT_ONCE):
+        start = c["sample_start"][first : first + _TASKS_AT_ONCE + 1]
+        rows = np.add.reduceat(length[start[0] : start[-1]], start[:-1] - start[0], dtype=np.int64)
+        need((rows <= MAX_TOKENS).all(), "a task with more rows than any has")
     need(c["file_size"].min() >= 1 and c["file_size"].max() <= MAX_BYTES, "a size that no file has")
     need((np.abs(c["stat"]) <= MAX_STAT).all(), "a stat that is no number")
     segment = Segment(columns, where)
@@ -260,8 +262,14 @@ def check(columns: Columns, specs: Mapping[str, GroupSpec], where: str) -> Segme
     dropped = segment.dropped
     need((np.diff(dropped) > 0).all() and (not len(dropped) or dropped[0] >= 0), "dropped samples descend")
     need(not len(dropped) or dropped[-1] < samples, "a dropped sample that there is not")
-    need(len(np.unique(_numbers(c["task"]))) == tasks, "a task twice")
+    need(_distinct(_numbers(c["task"])), "a task twice")
     return segment
+
+
+def _distinct(values: Array) -> bool:
+    """Whether none is there twice. np.unique, which would tell as well, makes a table of all in memory."""
+    ascending = np.sort(values)
+    return bool((ascending[1:] != ascending[:-1]).all())
 
 
 def _check_records(
@@ -280,7 +288,7 @@ def _check_records(
     sound = (given == stats[group]) | (given == least[group])
     need(sound.all(), "other stats than the group has")
     row = np.repeat(np.arange(segment.tasks), np.diff(c["record_start"]))
-    need(len(np.unique(row * count + group)) == len(group), "a group of a task twice")
+    need(_distinct(row * count + group), "a group of a task twice")
     has = np.zeros(segment.tasks, bool)
     if SAMPLES in segment.groups:
         has[row[group == segment.groups.index(SAMPLES)]] = True
