@@ -88,7 +88,7 @@ def measure_step(name: str) -> dict[str, float]:
     """Seconds of the best step, and the peak of resident memory in MiB."""
     make, terms = paths()[name]
     reader = CacheReader.open(CACHE)
-    groups = [reader.find(kind) for kind in sorted(Objective.of(terms).needs)]
+    groups = [reader.find(kind) for kind in sorted(Objective.of(terms).needs())]
     data = CachedDataset(reader, range(len(reader)), groups)
     assert (reader.lengths == LENGTH).all()
     collate = Collator(groups, 0)

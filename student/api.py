@@ -15,7 +15,7 @@ Shape letters: B batch, T positions (padded), S terms of the objective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,8 @@ class Experiment:
     """`distily-train from-cache STORE --output-dir DIR`, checked and built but not yet trained.
 
     Args:
-        store: a local directory, s3://bucket/prefix or gs://bucket/prefix.
+        store: a local directory, s3://bucket/prefix or gs://bucket/prefix; or a list of several, whose
+            teachers teach together.
         output_dir: what `train` writes into.
         flags: those of the command, with underscores: learning_rate=1e-3, student_model_as_bitnet=True,
             student_model_config={"num_hidden_layers": 2}, max_steps=8.
@@ -84,7 +85,7 @@ class Experiment:
         MissingFeatureError: the store lacks what the objective needs.
 
     Attributes:
-        reader: the store.
+        reader: the store, of several the first.
         trainer: transformers' Trainer, on the device of its `args`.
         model: its module; `model.student` is the student as transformers knows it, `model.objective` what is
             learned.
@@ -95,8 +96,11 @@ class Experiment:
         experiment.train()
     """
 
-    def __init__(self, store: str | Path, output_dir: str | Path, **flags: Any) -> None:
-        words = [str(store), "--output-dir", str(output_dir), *command_line(flags, "Experiment")]
+    def __init__(
+        self, store: str | Path | Sequence[str | Path], output_dir: str | Path, **flags: Any
+    ) -> None:
+        stores = [store] if isinstance(store, (str, Path)) else store
+        words = [*map(str, stores), "--output-dir", str(output_dir), *command_line(flags, "Experiment")]
         self._command = ["distily-train", "from-cache", *words]
         request = parse(words)
         check_output(request)

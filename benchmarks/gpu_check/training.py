@@ -130,7 +130,7 @@ class Batches:
     def __init__(self, cache: Path, terms: tuple[Term, ...], size: Size) -> None:
         reader = CacheReader.open(cache)
         assert (reader.lengths == size.cached_length).all()
-        kinds = Objective.of(terms).needs if terms else frozenset()
+        kinds = Objective.of(terms).needs() if terms else frozenset()
         groups = [reader.find(kind) for kind in sorted(kinds)]
         on_gpu = torch.cuda.is_available()
         loader: DataLoader[Any] = DataLoader(

@@ -13,6 +13,7 @@ from student.card.names import is_hub_name
 from student.card.results import Result, results
 from student.errors import UserError
 from student.report.files import RunFiles, rows_in
+from student.report.teachers import stores
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
@@ -56,16 +57,19 @@ def ternary(run: RunFiles) -> bool:
     return bool(run.number("sizes", "ternary_parameters"))
 
 
-def teacher(run: RunFiles) -> str | None:
-    """The teacher's name on the hub, None where it has none."""
-    cost = run.summary.get("cache_cost")
-    name = cost.get("teacher") if isinstance(cost, dict) else None
-    return str(name) if is_hub_name(name, _cache(run)) else None
+def teacher(run: RunFiles) -> str | list[str] | None:
+    """The teacher's name on the hub, of several caches the teachers'; None where there is none."""
+    several = stores(run)
+    costs = [one.get("cache_cost") for one in several or [run.summary]]
+    named = [cost.get("teacher") for cost in costs if isinstance(cost, dict)]
+    names = list(dict.fromkeys(str(name) for name in named if is_hub_name(name, _cache(run))))
+    return (names if several else names[0]) if names else None
 
 
 def datasets(run: RunFiles) -> list[str]:
     """Names on the hub of what the teacher read."""
-    names = [record.get("dataset") for record in rows_in(run.summary, "captures")]
+    captures = [run.summary, *stores(run)[1:]]
+    names = [record.get("dataset") for one in captures for record in rows_in(one, "captures")]
     return list(dict.fromkeys(str(name) for name in names if is_hub_name(name, _cache(run))))
 
 

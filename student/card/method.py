@@ -11,8 +11,9 @@ from distily.units import duration, number, size
 from student.losses.catalogue import EXACTNESS, Loss, catalogue
 from student.report.files import RunFiles, number_in, rows_in
 from student.report.savings import capture_seconds, savings
+from student.report.teachers import HEADER, matched, rows, stores
 
-_PAIR_OR_NUMBER = re.compile(r"(_L\d+_to_L\d+)?(_\d+)?$")  # behind a loss in the label of a term
+_PAIR_OR_NUMBER = re.compile(r"(_L\d+_to_L\d+)?(_teacher\d+)?(_\d+)?$")  # behind a loss in a label
 
 
 def objective(run: RunFiles) -> str:
@@ -72,12 +73,16 @@ def cache(run: RunFiles) -> str:
         ("samples", _count(cost, "samples")),
         ("tokens", _count(cost, "tokens")),
     ]
-    argvs = [record.get("argv") for record in rows_in(run.summary, "captures")]
+    known = [row for row in facts if row[1].strip("– ")]
+    captures = [run.summary, *stores(run)[1:]]
+    argvs = [record.get("argv") for one in captures for record in rows_in(one, "captures")]
     made = [command(argv) for argv in argvs if isinstance(argv, list) and argv]
+    several = rows(run)
     return section(
-        "Cache",
+        "Caches" if several else "Cache",
         "The teacher was not in the training: what it computed was read from a cache, which a digest names.",
-        table(("cache", ""), [row for row in facts if row[1].strip("– ")]),
+        f"{len(several)} caches taught together. {matched(run)}" if several else "",
+        table(HEADER, several) if several else table(("cache", ""), known),
         table(("features", "bytes per token", "on disk"), held),
         "Made by" if made else "",
         *made,
@@ -125,7 +130,7 @@ def break_even(run: RunFiles) -> str:
 
 
 def _loss(label: str) -> Loss | None:
-    """Of a term's label: the loss, perhaps with a pair of layers, perhaps with a number."""
+    """Of a term's label: the loss, perhaps with a pair of layers, a teacher, a number."""
     return catalogue().get(label) or catalogue().get(_PAIR_OR_NUMBER.sub("", label))
 
 

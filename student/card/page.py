@@ -13,6 +13,7 @@ from student.card.metadata import stock, ternary
 from student.card.method import architectures, break_even, cache, objective, training
 from student.card.results import HELD_OUT, Result, results
 from student.report.files import RunFiles
+from student.report.teachers import matched, stores
 
 _STOCK = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,8 +54,9 @@ def _what(run: RunFiles) -> str:
     cost = run.summary.get("cache_cost")
     name = cost.get("teacher") if isinstance(cost, Mapping) else None
     kind = "BitNet b1.58 student (ternary weights in its linear layers)" if ternary(run) else "student"
+    source = f"{len(stores(run))} caches" if stores(run) else "a cache"
     return (
-        f"A {kind} of {text(name or 'an unknown teacher')}, distilled with distily-cache from a cache of "
+        f"A {kind} of {text(name or 'an unknown teacher')}, distilled with distily-cache from {source} of "
         "the teacher's features."
     )
 
@@ -84,6 +86,7 @@ def _results(run: RunFiles, plots: Sequence[tuple[str, str]]) -> str:
         "Results",
         table(("measured on", "metric", "student", "teacher"), rows),
         f"The KL is {kind} of the full one." if held and exact in ("unbiased", "lower bound") else "",
+        matched(run) if held and stores(run) else "",
         *(f"![{text(shown)}]({file})" for file, shown in plots),
         _source(run, found),
     )

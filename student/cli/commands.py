@@ -81,7 +81,13 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.
 
 @app.command("sweep")
 def sweep_(
-    store: Annotated[str, typer.Argument(help="Cache made by `distily-cache generate`.")],
+    stores: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STORE...",
+            help="Cache made by `distily-cache generate`; several teach together, see from-cache.",
+        ),
+    ],
     spec: Annotated[Path, typer.Argument(help="YAML file of what to vary: base, grid or search, seeds.")],
     out: Annotated[Path, typer.Option(help="Directory of the sweep; the same command resumes in it.")],
     jobs: Annotated[
@@ -96,7 +102,7 @@ def sweep_(
     with _exit_codes():
         from student.sweep.command import SweepRequest, sweep
 
-        done = sweep(SweepRequest(store, spec, out, jobs))
+        done = sweep(SweepRequest(tuple(stores), spec, out, jobs))
     _show_sweep(done, as_json)
 
 

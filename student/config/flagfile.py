@@ -31,7 +31,7 @@ def word(value: Any, where: str) -> str:
             return json.dumps(value)
         except (TypeError, ValueError) as error:  # a date, or an anchor that holds itself
             raise UserError(f"{where} cannot be the value of a flag: {error}") from error
-    if isinstance(value, list) and all(isinstance(item, (int, str)) for item in value):
+    if isinstance(value, list) and all(isinstance(item, (int, float, str)) for item in value):
         return ",".join(str(item) for item in value)
     if isinstance(value, (bool, int, float, str)):
         return str(value)

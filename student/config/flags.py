@@ -139,6 +139,12 @@ class StudentOptions:
         "What brings the student's hidden states to the teacher's width for --hidden-loss, trained with the "
         "student; one for each pair of layers.",
     )
+    teacher_weights: str | None = _flag(
+        None,
+        "Shares of the teachers of several STOREs in the mixture that the student learns from, in "
+        "their order, e.g. 0.7,0.3; divided by their sum. An objective file may give a term one of the "
+        "teachers instead. Default: equal shares.",
+    )
     top_k: int | None = _flag(
         None,
         "Learn from at most the K best tokens of each position that the cache holds; a head that is cut has "
@@ -158,7 +164,8 @@ class StudentOptions:
     manifest: str | None = _flag(
         None,
         "Read the cache as it was at this manifest (its digest, or how that begins; summary.json names it), "
-        "which repeats an earlier run exactly after the cache has grown. Default: all of the cache.",
+        "which repeats an earlier run exactly after the cache has grown; of several STOREs one for each, "
+        "with commas between. Default: all of the cache.",
     )
     train_samples: int | None = _flag(
         None, "Learn from the first N samples that are not held out; the held-out ones stay the same."
@@ -203,6 +210,7 @@ class StudentOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+        self.shares()
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p:g}: give a share of the mass above 0, at most 1")
         if not 0 <= self.eval_fraction < 1:
@@ -280,6 +288,21 @@ class StudentOptions:
                 "nothing to learn: give --logits-loss kl, --ce-weight or --hidden-loss a weight above 0"
             )
         return ObjectiveRequest(tuple(terms))
+
+    def shares(self) -> tuple[float, ...] | None:
+        """The numbers of --teacher-weights; UserError unless all are finite and above 0."""
+        if self.teacher_weights is None:
+            return None
+        try:
+            weights = tuple(float(part) for part in self.teacher_weights.split(","))
+        except ValueError:
+            weights = ()
+        if not weights or not all(0 < weight < float("inf") for weight in weights):
+            raise UserError(
+                f"--teacher-weights {self.teacher_weights}: give a number above 0 for each STORE, with "
+                "commas between, e.g. 0.5,0.5; leave a STORE out that is to have no share"
+            )
+        return weights
 
     def _logits_loss(self) -> Loss:
         known = catalogue().values()

@@ -26,8 +26,9 @@ from student.errors import UserError
 INTRODUCTION = """\
 Train a student from a cache of teacher features, without the teacher.
 
-STORE is what `distily-cache generate` made; --output-dir receives checkpoints,
-the trained student (`from_pretrained` loads it), report.html and summary.json.
+STORE is what `distily-cache generate` made; several of them teach together.
+--output-dir receives checkpoints, the trained student (`from_pretrained` loads
+it), report.html and summary.json.
 """
 EXAMPLES = """\
 A ternary student with 12 of the teacher's layers:
@@ -64,7 +65,16 @@ _OURS = {
         "projector",
         "objective",
     ),
-    "Data": ("top_k", "top_p", "tail", "pack_rows", "train_samples", "eval_fraction", "manifest"),
+    "Data": (
+        "teacher_weights",
+        "top_k",
+        "top_p",
+        "tail",
+        "pack_rows",
+        "train_samples",
+        "eval_fraction",
+        "manifest",
+    ),
     "Ternary weights": (
         "bitnet_conversion",
         "bitnet_warmup_weights",
@@ -101,7 +111,7 @@ def wants_help(words: Sequence[str]) -> bool:
 def show_help(console: Console | None = None) -> None:
     """Print our flags under headings and the usual ones of TrainingArguments."""
     console = console or SafeConsole()
-    console.print(Text("\nUsage: distily-train from-cache STORE --output-dir DIR [flags]\n"))
+    console.print(Text("\nUsage: distily-train from-cache STORE [STORE ...] --output-dir DIR [flags]\n"))
     for text in (INTRODUCTION, EXAMPLES):
         console.print(Text(text))
     for heading, rows in flag_table():

@@ -28,9 +28,9 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A parsed command line."""
+    """A parsed command line. stores: where the caches lie."""
 
-    store: str
+    stores: tuple[str, ...]
     options: StudentOptions
     training: TrainingArguments
     notes: tuple[str, ...] = ()  # what was chosen for the user, to be shown before training
@@ -73,12 +73,14 @@ def make_parser() -> Any:
         description=_DESCRIPTION,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
-        usage="distily-train from-cache STORE --output-dir DIR [flags]",
+        usage="distily-train from-cache STORE [STORE ...] --output-dir DIR [flags]",
     )
     parser.add_argument(
-        "store",
+        "stores",
         metavar="STORE",
-        help="cache made by `distily-cache generate`: a directory, s3://bucket/prefix or gs://bucket/prefix",
+        nargs="+",
+        help="cache made by `distily-cache generate`: a directory, s3://bucket/prefix or gs://bucket/prefix; "
+        "several, of teachers with one tokenizer, teach together (--teacher-weights)",
     )
     parser.set_defaults(**defaults())
     parser.add_argument(
@@ -127,7 +129,7 @@ def parse(argv: Sequence[str]) -> Request:
         _check_alone(argv)
     options.check()
     return Request(
-        store=rest.store,
+        stores=tuple(rest.stores),
         options=options,
         training=training,
         notes=(*settle(training, training.bf16), *sharding.settle(training, rest.sharded)),
@@ -164,5 +166,8 @@ def unknown_word(parser: Any, word: str) -> str:
     """What is wrong with a word that the parser does not know."""
     flag = word.split("=", maxsplit=1)[0]
     if not flag.startswith("-"):
-        return f"unexpected argument {word!r}: there is one STORE; see `distily-train from-cache --help`"
+        return (
+            f"unexpected argument {word!r}: give every STORE in one place, e.g. in front of all flags; see "
+            "`distily-train from-cache --help`"
+        )
     return unknown_flag(flag, (name for action in parser._actions for name in action.option_strings))

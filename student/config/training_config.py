@@ -21,7 +21,14 @@ from student.config.precision import settle, uses_cpu
 _SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
 # Metrics that fall as a student gets better; Trainer assumes so for losses only.
 _FALLING = ("kl", "ce", "perplexity")
-_AS_TEXT = ("student_model_config", "objective", "hidden_layers", "layer_map", "copy_layers")
+_AS_TEXT = (
+    "student_model_config",
+    "objective",
+    "hidden_layers",
+    "layer_map",
+    "copy_layers",
+    "teacher_weights",
+)
 
 
 def _report_to() -> str:

@@ -42,6 +42,10 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
         """Digest of the manifest that the samples are read from."""
         return self._reader.manifest_digest
 
+    def record(self) -> dict[str, Any]:
+        """What is read, for checkpoints."""
+        return {"manifest": self.manifest_digest}
+
     def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """The positions in this data set in the order of one epoch."""
         block = -(-len(self._reader) // self._reader.shards)

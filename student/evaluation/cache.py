@@ -19,9 +19,12 @@ from featurestore.format.codec import decode_entropy
 from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader, CodedSample
-from student.data.batches import IGNORE, Collator, pad
+from student.data.batches import IGNORE, CachedDataset, pad
 from student.data.decoding import decode_hidden, decode_labels, decode_targets
 from student.data.held_out import number_documents
+from student.data.matched import MatchedDataset, collator_of
+from student.data.mixture import mixed_logs, mixture
+from student.data.stores import CacheStores
 from student.data.teacher_weights import load_parts
 from student.losses import divergences, full
 from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss
@@ -46,49 +49,70 @@ ENTROPY_BUCKETS = 8
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Samples `indices` of a cache. final: the group of the teacher's final states, where the cache gives the
-    full distribution.
+    """Samples `indices` of a cache, or of several whose teachers are mixed. logits: of each. final: the
+    group of the teacher's final states, where a single cache gives the full distribution.
     """
 
-    reader: CacheReader
+    stores: CacheStores
     indices: Sequence[int]
-    logits: LogitsSpec
-    final: GroupSpec | None
+    logits: tuple[LogitsSpec, ...]
+    final: GroupSpec | None = None
+
+    @property
+    def reader(self) -> CacheReader:
+        """The cache, of several the first."""
+        return self.stores.first
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are several."""
+        return len(self.stores) > 1
 
     @property
     def exactness(self) -> dict[str, str]:
         """What the KL and the reverse KL are: exact (up to the rounding of what is stored), unbiased, or a
-        lower bound.
+        lower bound. There is no reverse KL to a mixture.
         """
-        kl = kl_exactness(self.logits, self.reader.identity.vocab_size)
+        kinds = {kl_exactness(spec, self.reader.identity.vocab_size) for spec in self.logits}
+        kl = kinds.pop() if len(kinds) == 1 else "unbiased"
+        if self.mixed:
+            return {"kl": kl}
         if self.final is not None or kl == "exact":
             return {"kl": "exact", "reverse_kl": "exact"}
         return {"kl": kl, "reverse_kl": "lower bound"}
 
     @property
     def groups(self) -> list[GroupSpec]:
-        """What is read of a sample."""
-        return [self.logits, *([self.final] if self.final else [])]
+        """What is read of a sample, of several caches from the first."""
+        return [self.logits[0], *([self.final] if self.final else [])]
 
     def read(self, indices: Sequence[int]) -> list[CodedSample]:
         """Samples of the cache."""
-        return [self.reader.read_codes(index, self.groups) for index in indices]
+        data = self._data(indices)
+        return [data[place] for place in range(len(data))]
 
     def collate(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
-        """A batch as trainings have it, with the teacher's `entropy` [B, T]."""
-        return Collator(self.groups, 0)(samples) | {"entropy": _entropies(samples, self.logits)}
+        """A batch as trainings have it, with the teacher's `entropy` [B, T], of several the first one's."""
+        batch = collator_of(self._data(()), 0)(samples)
+        return batch | {"entropy": _entropies(samples, self.logits[0])}
+
+    def _data(self, indices: Sequence[int]) -> CachedDataset:
+        if self.mixed:
+            return MatchedDataset(self.stores, indices, [[spec] for spec in self.logits])
+        return CachedDataset(self.reader, indices, self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedStates:
     """The positions of a batch that have a label: places in the flattened batch, the student's final states
-    there, and what is stored of the teacher, coded and decoded.
+    there, and what is stored of the teacher, or of several, mixed.
     """
 
     place_N: Tensor
     states_ND: Tensor
-    coded: dict[str, Tensor]
     targets: SparseTargets
+    label_logprob_N: Tensor
+    mixed: bool
     teacher_ND: Tensor | None
 
 
@@ -113,8 +137,9 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
     entropy, known = columns["entropy"], np.isfinite(columns["entropy"])
     edges = quantile_edges(entropy[known], ENTROPY_BUCKETS) if known.any() else [0.0, 0.0]
     return {
-        "path": str(plan.reader.path),
-        "manifest": plan.reader.manifest_digest,
+        "path": " and ".join(str(reader.path) for reader in plan.stores.readers),
+        "manifest": ",".join(plan.stores.manifests),
+        **({"mixture": plan.stores.mixture} if plan.mixed else {}),
         "samples": len(plan.indices),
         "positions": len(entropy),
         "exactness": plan.exactness,
@@ -131,7 +156,9 @@ def summarise(columns: dict[str, Array], plan: CachePlan) -> dict[str, Any]:
         "teacher": {
             "ce": teacher_ce,
             "perplexity": None if teacher_ce is None else perplexity(teacher_ce),
-            "calibration_error": calibration_error(columns["teacher_confidence"], columns["teacher_right"]),
+            "calibration_error": None
+            if plan.mixed
+            else calibration_error(columns["teacher_confidence"], columns["teacher_right"]),
         },
         "by_position": means_by(
             columns["position"], power_edges(int(columns["position"].max())), shown, columns["document"]
@@ -150,7 +177,7 @@ def _batches(
         samples = plan.read(plan.indices[start : start + batch_size])
         batch = plan.collate(samples)
         if bool((batch["labels"] != IGNORE).any()):
-            columns = measure_batch(student, batch, learned_states(student, batch), head)
+            columns = measure_batch(student, batch, learned_states(student, batch, plan), head)
             documents = number_documents(((one.id, one.documents) for one in samples), numbers)
             columns["document"] = torch.tensor(documents, device=student.device)[columns.pop("sample")]
             yield {name: column.cpu().numpy() for name, column in columns.items()}
@@ -164,8 +191,8 @@ def _entropies(samples: Sequence[CodedSample], group: LogitsSpec) -> Tensor:
 
 
 @torch.no_grad()
-def learned_states(student: Any, batch: dict[str, Any]) -> LearnedStates:
-    """One pass of the student over a batch."""
+def learned_states(student: Any, batch: dict[str, Any], plan: CachePlan) -> LearnedStates:
+    """One pass of the student over a batch of the plan."""
     labels_BT = batch["labels"].to(student.device)
     states_BTD = student.get_decoder()(
         input_ids=batch["input_ids"].to(student.device), use_cache=False
@@ -175,13 +202,17 @@ def learned_states(student: Any, batch: dict[str, Any]) -> LearnedStates:
     def at(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: select(part.to(student.device), place_N) for name, part in parts.items()}
 
-    coded = at(batch["coded_head"])
+    label_N = select(labels_BT, place_N)
+    coded = [at(one["coded_head"]) for one in (batch, *batch.get("further", {}).values())]
+    targets = [decode_targets(one, label_N) for one in coded]
+    known = [decode_labels(one["label_logprob"]) for one in coded]
     hidden = next(iter(batch.get("coded_hidden", {}).values()), None)
     return LearnedStates(
         place_N=place_N,
         states_ND=select(states_BTD, place_N),
-        coded=coded,
-        targets=decode_targets(coded, select(labels_BT, place_N)),
+        targets=mixture(targets, plan.stores.weights) if plan.mixed else targets[0],
+        label_logprob_N=mixed_logs(known, plan.stores.weights) if plan.mixed else known[0],
+        mixed=plan.mixed,
         teacher_ND=None if hidden is None else decode_hidden(at(hidden)).float(),
     )
 
@@ -194,25 +225,28 @@ def measure_batch(
     carries its final states.
     """
     targets, length = read.targets, batch["labels"].shape[1]
-    columns = _own(student, read.states_ND, targets)
+    columns = _own(student, read.states_ND, targets, read.mixed)
     if head is not None and read.teacher_ND is not None:
         exact = _exact(student, read.states_ND, DenseTargets(head, read.teacher_ND))
         columns |= dict(zip(("kl", "reverse_kl"), exact, strict=True))
+    entropy_N = select(batch["entropy"].to(student.device), read.place_N)
     return columns | {
-        "teacher_ce": -decode_labels(read.coded["label_logprob"]),
+        "teacher_ce": -read.label_logprob_N,
         "teacher_confidence": targets.logprob_NK[:, 0].exp(),
         "teacher_right": targets.ids_NK[:, 0] == targets.label_N,
-        "entropy": select(batch["entropy"].to(student.device), read.place_N),
+        "entropy": targets.entropy_N if read.mixed and targets.entropy_N is not None else entropy_N,
         "position": read.place_N % length,
         "sample": read.place_N // length,
     }
 
 
-def _own(student: Any, states_ND: Tensor, targets: SparseTargets) -> dict[str, Tensor]:
-    """What the student's logits and the sparse head give, chunk by chunk."""
+def _own(student: Any, states_ND: Tensor, targets: SparseTargets, mixed: bool) -> dict[str, Tensor]:
+    """What the student's logits and the sparse head give, chunk by chunk. The reverse KL to a mixture is
+    NaN: it is not linear in it.
+    """
     functions = {
         "kl": forward_kl,
-        "reverse_kl": divergences.reverse_kl,
+        "reverse_kl": _unknown if mixed else divergences.reverse_kl,
         "ce": cross_entropy,
         "confidence": _confidence,
         "right": _right,
@@ -242,6 +276,10 @@ def _exact(student: Any, states_ND: Tensor, targets: DenseTargets) -> Tensor:
         terms=terms,
         transform=transform,
     )[1]
+
+
+def _unknown(student: ReducedLogits, _teacher: SparseTargets) -> Tensor:
+    return torch.full_like(student.tail_N, torch.nan)
 
 
 def _confidence(student: ReducedLogits, _teacher: SparseTargets) -> Tensor:

@@ -7,27 +7,50 @@ from pathlib import Path
 from typing import Any
 
 from distily.checkpoint.configs import json_object
+from featurestore.catalogue.views import Without
 from featurestore.errors import StoreNotFoundError
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
 from student.data.held_out import split_cache
+from student.data.stores import CacheStores, matched, open_stores
 from student.errors import UserError
 from student.evaluation.cache import CachePlan
 from student.evaluation.request import EvalRequest
 from student.modeling.plan import load_config, same_tokenizer
 from student.modeling.saving import saved_config, student_config
 from student.modeling.shape import check_positions, check_vocabulary
+from student.training.resume import manifests_to_read
+from student.training.teachers import mixes
 
 
 def plan_cache(request: EvalRequest) -> CachePlan:
     """UserError where the cache is gone, is of another tokenizer, or has no samples for this."""
     summary = _summary(request.directory)
-    reader = _open(request, summary)
-    _check_student(request.directory, reader)
+    stores = _open(request, summary)
+    _check_student(request.directory, stores.first)
+    logits = tuple(map(_logits, stores.readers))
+    if len(stores) > 1:
+        _check_mixed(request.directory, stores, logits)
+    indices = _indices(request, summary, stores)
+    return CachePlan(
+        stores, indices[: request.limit], logits, None if len(stores) > 1 else _final(stores.first)
+    )
+
+
+def _logits(reader: CacheReader) -> LogitsSpec:
     logits = reader.find("logits")
     assert isinstance(logits, LogitsSpec)
-    indices = _indices(request, summary, reader)
-    return CachePlan(reader, indices[: request.limit], logits, _final(reader))
+    return logits
+
+
+def _check_mixed(directory: Path, stores: CacheStores, logits: Sequence[LogitsSpec]) -> None:
+    """UserError where the caches of a training do not give the mixture of their teachers."""
+    for reader, name, spec in zip(stores.readers, stores.names, logits, strict=True):
+        if not mixes(reader, spec):
+            raise UserError(
+                f"{directory} was trained from several caches, of which {name} holds no draws, so their "
+                "mixture is not known; measure against one of them with --cache"
+            )
 
 
 def _summary(directory: Path) -> dict[str, Any]:
@@ -35,20 +58,26 @@ def _summary(directory: Path) -> dict[str, Any]:
     return json_object(directory / "summary.json")
 
 
-def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheReader:
+def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheStores:
+    """The cache that is asked for, else those of the training."""
     if request.cache.store is not None:
-        return CacheReader.open(request.cache.store, request.cache.manifest)
+        reader = CacheReader.open(request.cache.store, request.cache.manifest)
+        return CacheStores(readers=(reader,))
     if "cache" not in summary:
         raise UserError(
             f"{request.directory} has no summary.json that names a cache; give one with --cache, or evaluate "
             "on --text or --tasks"
         )
+    several = summary.get("stores") or [summary | {"weight": None}]
+    paths, digests = ([str(one[key]) for one in several] for key in ("cache", "manifest"))
+    weights = [one["weight"] for one in several] if len(several) > 1 else None
+    given = request.cache.manifest
     try:
-        return CacheReader.open(summary["cache"], request.cache.manifest or summary["manifest"])
+        return open_stores(paths, manifests_to_read(given, None, len(paths)) if given else digests, weights)
     except StoreNotFoundError as error:
         raise UserError(
-            f"the cache of {request.directory} is gone ({summary['cache']}); say with --cache where it is, "
-            "or evaluate on --text or --tasks"
+            f"the cache of {request.directory} is gone ({' and '.join(paths)}); say with --cache where it "
+            "is, or evaluate on --text or --tasks"
         ) from error
 
 
@@ -60,9 +89,9 @@ def _check_student(directory: Path, reader: CacheReader) -> None:
     check_positions(config, int(reader.lengths.max()), str(directory))
 
 
-def _indices(request: EvalRequest, summary: dict[str, Any], reader: CacheReader) -> Sequence[int]:
+def _indices(request: EvalRequest, summary: dict[str, Any], stores: CacheStores) -> Sequence[int]:
     if request.cache.all_samples:
-        return range(len(reader))
+        return Without(len(stores.first), stores.missing())
     fraction = request.cache.fraction
     if fraction is None:
         fraction = summary.get("eval_fraction")
@@ -72,7 +101,7 @@ def _indices(request: EvalRequest, summary: dict[str, Any], reader: CacheReader)
             f"the training of {request.directory} {why}; name their share with --eval-fraction, or take "
             "--all-samples"
         )
-    return split_cache(reader, fraction).held_out
+    return matched(split_cache(stores.first, fraction), stores).held_out
 
 
 def _final(reader: CacheReader) -> GroupSpec | None:

@@ -56,7 +56,7 @@ def _sample(student: Any, plan: CachePlan, index: int, head: TeacherHead | None)
     batch = plan.collate([sample])
     if not bool((batch["labels"] != IGNORE).any()):
         return None
-    read = learned_states(student, batch)
+    read = learned_states(student, batch, plan)
     columns = measure_batch(student, batch, read, head)
     start = max(0, int(columns["position"][0]) + 1 - TOKENS_BEFORE)
     tokens = sample.tokens[start : start + MOST_TOKENS].tolist()

@@ -29,9 +29,12 @@ def show(record: dict[str, Any], console: Console) -> None:
 
 
 def _show_cache(cache: dict[str, Any], console: Console) -> None:
-    title = f"cache {cache['path']}: {cache['positions']:,} positions of {cache['samples']:,} samples"
+    mixed = f", mixed {cache['mixture']}" if "mixture" in cache else ""
+    title = f"cache {cache['path']}{mixed}: {cache['positions']:,} positions of {cache['samples']:,} samples"
     table = _table("", "student", "teacher")
     for label, name in _CACHE_ROWS:
+        if cache["student"][name] is None:
+            continue
         kind = cache["exactness"].get(name, "exact")
         what = label if kind == "exact" else f"{label} ({kind})"
         student = _with_error(cache["student"][name], cache["student"].get(f"{name}_se"))

@@ -166,6 +166,8 @@ class Loss:
         ranked: for head: whether it needs the student's own largest logits.
         any_width: for structure: whether student and teacher may differ in width without a projector.
         flow: for structure: whether it takes a pair of layers together with the next deeper one.
+        mixes: for head: whether value and gradient, at temperature 1, are linear in the teacher's
+            probabilities but for constants, so that a mixture of several sparse teachers serves it.
 
     Example:
         Loss(name="brier", kind="head", function=brier, needs=Need.HEAD, exactness="bound")
@@ -185,6 +187,7 @@ class Loss:
     ranked: bool = False
     any_width: bool = False
     flow: bool = False
+    mixes: bool = False
 
     def check_options(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         """All options, given or default; UserError for an unknown name or a bad value."""

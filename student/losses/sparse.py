@@ -44,8 +44,8 @@ class SparseTargets:
 
     Rows whose tail was sampled have their draws as further columns, of probability repeats * tail mass / M,
     so that the columns sum to one and nothing is left outside; entropy_N (float, nats) is the teacher's full
-    entropy there and NaN in the other rows. None: no row is sampled. draws: how many of the last columns may
-    hold draws.
+    entropy there (of several teachers, mixed, their mean) and NaN in the other rows. None: no row is sampled.
+    draws: how many of the last columns may hold draws.
 
     Where an objective needs them: label_logprob_N, float, the teacher's log-probability of the next token;
     token_scale_N, float, see `token_scale`; tempered, by temperature.
@@ -82,7 +82,8 @@ class SparseTargets:
 class Reduction:
     """What losses want of the student beside its logits at the head and the label, and its tail.
 
-    tails: other temperatures of the tail. ranked: as many of its largest logits as the head has columns.
+    tails: other temperatures of the tail. ranked: as many of its largest logits as the head has columns, but
+    one at least.
     """
 
     tails: tuple[float, ...] = ()

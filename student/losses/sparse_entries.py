@@ -36,6 +36,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         statement="value and gradient, at temperature 1 with draws; otherwise a lower bound (one bucket for "
         "what is outside the head)",
         options={"temperature": _TEMPERATURE},
+        mixes=True,
     ),
     Loss(
         name="ce",
@@ -150,6 +151,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         better=Need.DRAWS,
         exactness="unbiased",
         statement="as kl: with draws, without them a lower bound; the weights are exact",
+        mixes=True,
     ),
     Loss(
         name="soft_mse",
@@ -163,6 +165,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         statement="with draws, the gradient, and the value less Σ p² outside the head, a constant; without "
         "them the sum over the head, a lower bound",
         tails=(0.5,),
+        mixes=True,
     ),
     Loss(
         name="logit_mse",
@@ -253,5 +256,6 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         statement="value and gradient with draws; without, what is outside the head is one bucket. At the "
         "student's last layer, not at exits before it",
         options={"gamma": Option(1.0, "how much more the label weighs", low=0.0, high=10.0)},
+        mixes=True,
     ),
 )

@@ -154,7 +154,7 @@ class _SparsePass:
         real_nK = torch.isfinite(targets.logprob_NK)
         head_nK = z_nV.gather(1, ids_nK).masked_fill_(~real_nK, -math.inf)
         label_n = z_nV.gather(1, targets.label_N.unsqueeze(1)).squeeze(1)
-        width = min(targets.head_columns, z_nV.shape[1]) if self.reduction.ranked else 0
+        width = min(max(targets.head_columns, 1), z_nV.shape[1]) if self.reduction.ranked else 0
         top_nK, top_ids_nK = z_nV.topk(width) if width else (z_nV.new_empty(n, 0), ids_nK[:, :0])
         # 2. What is outside the head, as one logsumexp per temperature; its exponentials stay for stage 4.
         z_nV.scatter_(1, ids_nK, -math.inf)

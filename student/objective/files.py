@@ -14,7 +14,7 @@ from student.objective.layer_maps import MAPPERS, check_mapper
 from student.objective.weights import Weight
 from student.yamlfile import read_yaml
 
-_TERM_KEYS = ("loss", "weight", "layers", "layer_map", "mapper", "projector")
+_TERM_KEYS = ("loss", "weight", "teacher", "layers", "layer_map", "mapper", "projector")
 _SCHEDULE_KEYS = ("schedule", "from", "to", "until")
 _SCHEDULES = ("constant", "linear", "cosine")
 _BALANCES = ("none", "gradient_norm")
@@ -23,7 +23,8 @@ _BALANCES = ("none", "gradient_norm")
 @dataclass(frozen=True, kw_only=True)
 class TermRequest:
     """One term that is asked for. layers, layer_map, mapper, projector: as in the flags --hidden-layers,
-    --layer-map, --mapper and --projector; where: how error lines name the term.
+    --layer-map, --mapper and --projector; where: how error lines name the term. teacher: number or name of
+    the cache that it learns from; None for the mixture of all, and between layers for the first one.
     """
 
     loss: Loss
@@ -34,6 +35,7 @@ class TermRequest:
     layer_map: tuple[tuple[int, int], ...] | None = None
     mapper: str = "all"
     projector: str = "identity"
+    teacher: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _term(value: object, where: str) -> TermRequest:
     options = {key: given for key, given in value.items() if key not in _TERM_KEYS}
     final = Need.FULL in loss.needs
     layered = loss.kind in ("hidden", "structure", "relation") and not final
-    known = _TERM_KEYS[: (4 if loss.kind == "relation" else 6) if layered else 2]
+    known = _TERM_KEYS[: (5 if loss.kind == "relation" else 7) if layered else 3]
     for key in options:
         _check_keys({key: None}, (*known, *loss.options), where)
     if misplaced := [key for key in _TERM_KEYS if key in value and key not in known]:
@@ -115,7 +117,18 @@ def _term(value: object, where: str) -> TermRequest:
         layer_map=_layer_map(value["layer_map"], where) if "layer_map" in value else None,
         mapper=_mapper(value["mapper"], where) if "mapper" in value else "all",
         projector=projector,
+        teacher=_teacher(value["teacher"], loss, where) if "teacher" in value else None,
     )
+
+
+def _teacher(value: object, loss: Loss, where: str) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise UserError(
+            f"{where}: teacher must be the number of a STORE, 0 for the first, or its name, not {value!r}"
+        )
+    if not loss.needs:
+        raise UserError(f"{where}: teacher: this loss learns from the labels alone; leave the key out")
+    return value
 
 
 def parse_weight(value: object, where: str) -> Weight:

@@ -3,7 +3,7 @@
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,23 +25,24 @@ OUTSIDE_HEADS = ("hidden", "structure", "relation")
 class View:
     """What terms outside the fused head see of a batch.
 
-    student, teacher: layer -> hidden states [N, D] at the learned positions, both numbered like transformers'
-    `output_hidden_states`. blocks: (teacher, student) block -> both on the whole padded batch. fisher:
-    Fisher information of the teacher's final states, [N, D]. sequence_N, position_N: int64 [N], which sample
+    student: layer -> hidden states [N, D] at the learned positions, numbered like transformers'
+    `output_hidden_states`. teacher: (number of a cache, layer) -> those of its teacher. blocks: (number of a
+    cache, (teacher, student) block) -> both on the whole padded batch. fisher: number of a cache -> Fisher
+    information of its teacher's final states, [N, D]. sequence_N, position_N: int64 [N], which sample
     of the batch each of them belongs to, rising, and where in it. project: (name of a projector, states
-    [N, D]) -> states as wide as the teacher's. weight: layer -> what the loss of each position counts,
-    float32 [N], where the cache has a share of the teacher's states: its inverse where it has one, and 0
-    elsewhere; None for a layer that it has at all positions.
+    [N, D]) -> states as wide as the teacher's. weight: (number of a cache, layer) -> what the loss of each
+    position counts, float32 [N], where the cache has a share of the teacher's states: its inverse where it
+    has one, and 0 elsewhere; None for a layer that it has at all positions.
     """
 
     student: Callable[[int], Tensor]
-    teacher: Callable[[int], Tensor]
-    blocks: Callable[[tuple[int, int]], BlockPair]
-    fisher: Callable[[], Tensor]
+    teacher: Callable[[int, int], Tensor]
+    blocks: Callable[[int, tuple[int, int]], BlockPair]
+    fisher: Callable[[int], Tensor]
     sequence_N: Tensor
     position_N: Tensor
     project: Callable[[str, Tensor], Tensor]
-    weight: Callable[[int], Tensor | None]
+    weight: Callable[[int, int], Tensor | None]
 
     def lengths(self) -> list[int]:
         """How many learned positions the samples have, without those that have none."""
@@ -54,7 +55,8 @@ class Term:
     """One summand. label: its name in logs; pair: (teacher layer, student layer) of a hidden term, or blocks
     of a relation, numbered as the hidden states that go into them; (last, last) of a dense term; following
     the next deeper pair of one between layers; projector: what brings the student's states to the teacher's
-    width, None where they are taken as they are.
+    width, None where they are taken as they are; teachers: numbers of the caches that it learns from, several
+    for their mixture, none for a loss on labels.
     """
 
     loss: Loss
@@ -64,6 +66,7 @@ class Term:
     pair: tuple[int, int] | None = None
     following: tuple[int, int] | None = None
     projector: ProjectorSpec | None = None
+    teachers: tuple[int, ...] = (0,)
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -79,7 +82,7 @@ class Term:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Kinds of column groups that the cache must hold."""
+        """Kinds of column groups that each of `teachers` must hold."""
         kinds = {"logits"} if self.loss.needs & DISTRIBUTION else set()
         if self.temperature != 1.0 and self.loss.kind == "head":
             kinds.add(f"lse.T{self.temperature:g}")
@@ -104,9 +107,9 @@ class Term:
         """The unweighted loss of every learned position, [N]; for terms outside the fused head."""
         assert self.pair is not None
         if self.loss.kind == "relation":
-            return self.function(view.blocks(self.pair))[view.sequence_N, view.position_N]
-        weights = [view.weight(layer) for layer, _ in self.pairs]
-        teacher = tuple(view.teacher(layer) for layer, _ in self.pairs)
+            return self.function(view.blocks(self.teachers[0], self.pair))[view.sequence_N, view.position_N]
+        weights = [view.weight(self.teachers[0], layer) for layer, _ in self.pairs]
+        teacher = tuple(view.teacher(self.teachers[0], layer) for layer, _ in self.pairs)
         student = tuple(view.student(layer) for _, layer in self.pairs)
         if self.projector is not None:
             student = tuple(map(view.project, self.projectors, student))
@@ -115,7 +118,7 @@ class Term:
             sides = (student, teacher) if self.loss.flow else (student[0], teacher[0])
             return self.function(*sides, view.lengths())
         if Need.FULL in self.loss.needs:
-            return self.function(student[0], teacher[0], view.fisher())
+            return self.function(student[0], teacher[0], view.fisher(self.teachers[0]))
         value_N = self.function(student[0], teacher[0])
         return value_N if weights[0] is None else value_N * weights[0]
 
@@ -143,15 +146,25 @@ def term(
     )
 
 
+def reduction(terms: Iterable[Term]) -> Reduction:
+    """What head terms want of the student."""
+    wanted = tuple(terms)
+    tails = {t for term in wanted for t in (term.temperature, *term.loss.tails)} - {1.0}
+    return Reduction(tuple(sorted(tails)), any(term.loss.ranked for term in wanted))
+
+
 @dataclass(frozen=True)
 class Objective:
     """loss = sum over positions and terms of weight * term / number of learned positions.
 
-    balanced: weights are ratios of gradient norms, see `student.training.balance`.
+    balanced: weights are ratios of gradient norms, see `student.training.balance`. shares: of the caches
+    in a mixture, 1 together. measured: the caches whose teachers, mixed, held-out metrics compare with.
     """
 
     terms: tuple[Term, ...]
     balanced: bool = False
+    shares: tuple[float, ...] = (1.0,)
+    measured: tuple[int, ...] = (0,)
 
     @classmethod
     def of(cls, terms: Sequence[Term], balanced: bool = False) -> Objective:
@@ -181,20 +194,22 @@ class Objective:
         """All other terms."""
         return tuple(term for term in self.terms if term.loss.kind in OUTSIDE_HEADS)
 
-    @property
-    def needs_head(self) -> bool:
-        """Whether a term needs the teacher's LM head."""
-        return any(Need.FULL in term.loss.needs for term in self.terms)
+    def of_teacher(self, store: int) -> tuple[Term, ...]:
+        """Terms that learn from cache `store`."""
+        return tuple(term for term in self.terms if store in term.teachers)
 
-    @property
-    def relations(self) -> frozenset[tuple[int, int]]:
-        """(teacher, student) blocks that are compared."""
-        return frozenset(t.pair for t in self.others if t.loss.kind == "relation" and t.pair is not None)
+    def needs_head(self, store: int = 0) -> bool:
+        """Whether a term needs the LM head of a cache's teacher."""
+        return any(Need.FULL in term.loss.needs for term in self.of_teacher(store))
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Kinds of column groups that training reads."""
-        return frozenset().union(*(term.needs for term in self.terms))
+    def relations(self, store: int = 0) -> frozenset[tuple[int, int]]:
+        """(teacher, student) blocks that are compared with a cache's teacher."""
+        terms = (term for term in self.of_teacher(store) if term.loss.kind == "relation")
+        return frozenset(term.pair for term in terms if term.pair is not None)
+
+    def needs(self, store: int = 0) -> frozenset[str]:
+        """Kinds of column groups that training reads of a cache."""
+        return frozenset().union(*(term.needs for term in self.of_teacher(store)))
 
     @property
     def projectors(self) -> dict[str, ProjectorSpec]:
@@ -205,12 +220,6 @@ class Objective:
     def labels(self) -> list[str]:
         """Names of the terms in logs, head terms first."""
         return [term.label for term in self.terms]
-
-    @property
-    def reduction(self) -> Reduction:
-        """What the head terms want of the student."""
-        tails = {t for term in self.head for t in (term.temperature, *term.loss.tails)} - {1.0}
-        return Reduction(tuple(sorted(tails)), any(term.loss.ranked for term in self.head))
 
     @property
     def weights_move(self) -> bool:

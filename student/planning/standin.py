@@ -7,7 +7,7 @@ The stand-in has few decoder layers; what more of them add is found from two sta
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -103,16 +103,20 @@ def _moved(term: Term, full: int, depth: int) -> Term:
     return replace(term, pair=moved(term.pair), following=moved(term.following))
 
 
-def meta_teacher(prepared: PreparedTraining) -> TeacherParts:
-    """What the objective needs of the teacher's weights, on the meta device."""
-    objective, reader = prepared.objective, prepared.reader
+def meta_teachers(prepared: PreparedTraining) -> tuple[TeacherParts, ...]:
+    """What the objective needs of the weights of each cache's teacher, on the meta device."""
+    return tuple(_meta_teacher(prepared, store) for store in range(len(prepared.stores)))
+
+
+def _meta_teacher(prepared: PreparedTraining, store: int) -> TeacherParts:
+    objective, reader = prepared.objective, prepared.stores.readers[store]
     stored, parts = reader.sidecar(), TeacherParts()
-    if objective.needs_head:
+    if objective.needs_head(store):
         found = stored.head()
         weights = {name: _meta(tensor) for name, tensor in found.tensors.items()}
         transform = HeadTransform(found.spec.logit_scale, found.spec.logit_softcap)
         parts.head = TeacherHead(weights["weight"], weights.get("bias"), transform)
-    for layer in sorted({theirs for theirs, _ in objective.relations}):
+    for layer in sorted({theirs for theirs, _ in objective.relations(store)}):
         block = stored.block(layer)
         weights = {name: _meta(tensor) for name, tensor in block.tensors.items()}
         parts.blocks[layer] = TeacherBlock(block.spec, weights, reader.identity.max_position)
@@ -123,10 +127,12 @@ def _meta(tensor: sidecar.Tensor) -> Tensor:
     return torch.empty(tensor.values.shape, dtype=_DTYPES[tensor.dtype], device="meta")
 
 
-def teacher_tensors(parts: TeacherParts) -> list[Tensor]:
-    """The teacher's weights that a training holds."""
-    held = [] if parts.head is None else [parts.head.weight_VD, parts.head.bias_V]
-    held += [buffer for block in parts.blocks.values() for buffer in block.buffers()]
+def teacher_tensors(teachers: Iterable[TeacherParts]) -> list[Tensor]:
+    """The teachers' weights that a training holds."""
+    held: list[Tensor | None] = []
+    for parts in teachers:
+        held += [] if parts.head is None else [parts.head.weight_VD, parts.head.bias_V]
+        held += [buffer for block in parts.blocks.values() for buffer in block.buffers()]
     return [one for one in held if one is not None]
 
 
@@ -143,9 +149,9 @@ def trace(
     ternary weights are there before it.
     """
     args, fake = prepared.request.training, FakeTensorMode()
-    model, teacher = meta_model(prepared.plan, prepared.objective, depth), meta_teacher(prepared)
+    model, teachers = meta_model(prepared.plan, prepared.objective, depth), meta_teachers(prepared)
     with fake:
-        model.teacher = _faked_teacher(teacher)
+        model.teachers = tuple(map(_faked_teacher, teachers))
         _fake_module(model)
         if held:
             for parameter in _trained(model):
@@ -179,7 +185,7 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
 def _there_before(model: DistillationModel, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Tensors that a step does not make."""
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    teacher = teacher_tensors(model.teacher)
+    teacher = teacher_tensors(model.teachers)
     batch = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
     return [*model.parameters(), *model.buffers(), *grads, *teacher, *batch]
 
@@ -217,12 +223,22 @@ def _faked_teacher(parts: TeacherParts) -> TeacherParts:
 def _faked_batch(batch: Mapping[str, Any], fake: FakeTensorMode) -> dict[str, Any]:
     """Its hidden states, which are large, without numbers; and so its tokens, which meet the embeddings."""
     inputs = dict(batch) | {"input_ids": fake.from_tensor(batch["input_ids"])}
+    return inputs | _faked_hidden(batch, fake)
+
+
+def _faked_hidden(batch: Mapping[str, Any], fake: FakeTensorMode) -> dict[str, Any]:
+    """The hidden states in a batch, of the first cache and of the others."""
+    made: dict[str, Any] = {}
     if "coded_hidden" in batch:
-        inputs["coded_hidden"] = {
+        made["coded_hidden"] = {
             layer: {name: fake.from_tensor(tensor) for name, tensor in coded.items()}
             for layer, coded in batch["coded_hidden"].items()
         }
-    return inputs
+    if "further" in batch:
+        made["further"] = {
+            store: dict(parts) | _faked_hidden(parts, fake) for store, parts in batch["further"].items()
+        }
+    return made
 
 
 def _prepare_ternary(model: DistillationModel, prepared: PreparedTraining, tracker: FakeTracker) -> None:

@@ -13,8 +13,8 @@ from transformers import Trainer
 
 from student.bitnet import BitLinear
 from student.bitnet.int_mm import works
-from student.data.batches import Collator
 from student.data.indices import longest_places
+from student.data.matched import collator_of
 from student.errors import StudentError
 from student.planned import PlannedDevice, planning_for
 from student.planning import advice
@@ -37,7 +37,7 @@ from student.planning.standin import (
     Trace,
     alike,
     meta_model,
-    meta_teacher,
+    meta_teachers,
     teacher_tensors,
     trace,
 )
@@ -160,7 +160,7 @@ class _Planner:
         self._held = shards(self.parameters, target.processes) if target.sharded else self.parameters
         self._gathered = gathered(self.parameters) if target.sharded else None
         self._weights = sum(one.size for one in self._held) + sum(one.nbytes for one in model.buffers())
-        self._teacher = sum(one.nbytes for one in teacher_tensors(meta_teacher(prepared)))
+        self._teacher = sum(one.nbytes for one in teacher_tensors(meta_teachers(prepared)))
         self._layers = prepared.plan.config.get_text_config().num_hidden_layers
         self._depths = FEW if self._layers > FEW[-1] and alike(model) else (self._layers,)
         self.optimizer_name, self._optimizer_options = _optimizer(prepared)
@@ -277,7 +277,7 @@ def longest_batch(prepared: PreparedTraining, rows: int) -> dict[str, Any]:
     """The longest training samples: what takes most."""
     data = prepared.data
     longest = longest_places(prepared.reader.lengths, data.split.training, rows)
-    collator = Collator(data.train.groups, 0, prepared.request.options.pack_rows, drop_idle=True)
+    collator = collator_of(data.train, 0, prepared.request.options.pack_rows, drop_idle=True)
     return collator([data.train[place] for place in longest])
 
 

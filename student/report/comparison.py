@@ -8,6 +8,7 @@ from typing import Any
 from distily.html.page import Cell, Html, cards, facts, row, section, table
 from distily.units import duration, number, short, size
 from student.report.files import RunFiles, number_in, with_error
+from student.report.teachers import shares
 
 # Columns that are key figures of a run, and what they are called there.
 _CARDS = {
@@ -45,6 +46,7 @@ def comparison(runs: Sequence[RunFiles]) -> Html:
         **_RESULTS,
         **{f"--{flag}": _flag(flag) for flag in flags},
         "objective": objective,
+        "teachers": shares,
         **_RESOURCES,
     }
     known = {name: get for name, get in columns.items() if any(get(run) is not None for run in runs)}

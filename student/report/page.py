@@ -15,6 +15,7 @@ from student.report.evaluation import evaluation
 from student.report.files import RunFiles, read_run
 from student.report.samples import samples_section
 from student.report.savings import cost_section
+from student.report.teachers import stores, teachers_section
 
 REPORT = "report.html"
 
@@ -34,6 +35,7 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
         *head,
         held_out(runs),
         details(runs[0]) if alone else Html(""),
+        teachers_section(runs[0]) if alone else Html(""),
         training(runs),
         ternary(runs),
         evaluation(runs),
@@ -49,7 +51,9 @@ def _lead(run: RunFiles) -> str:
     name = teacher.get("teacher") if isinstance(teacher, dict) else None
     kind = "BitNet b1.58 student" if run.number("sizes", "ternary_parameters") else "student"
     layers = f"{run.layers}-layer " if run.layers else ""
-    said = f"A {layers}{kind} of {name or 'a teacher'}, trained from a cache of its features"
+    several = len(stores(run))
+    source = f"{several} caches of their features" if several else "a cache of its features"
+    said = f"A {layers}{kind} of {name or 'a teacher'}, trained from {source}"
     samples, steps, seconds = run.number("train_samples"), run.number("steps"), run.number("seconds")
     if samples is not None and steps is not None:
         said += f" on {samples:,.0f} samples in {steps:,.0f} steps"
@@ -61,7 +65,8 @@ def _lead(run: RunFiles) -> str:
     rest = f" {held:,.0f} samples were held out." if held else ""
     terms = objective(run)
     loss = f" It minimised {terms}." if terms else ""
-    return f"{said}.{loss}{rest} The teacher's model was not in the training process."
+    whose = "The teachers' models were" if several else "The teacher's model was"
+    return f"{said}.{loss}{rest} {whose} not in the training process."
 
 
 def _commands(runs: Sequence[RunFiles]) -> Html:

@@ -9,6 +9,7 @@ from distily.html.chart import Bar, bar_chart
 from distily.html.page import Cell, Html, facts, note, row, section
 from distily.units import duration, number, size
 from student.report.files import RunFiles
+from student.report.teachers import manifests
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ def savings(runs: Sequence[RunFiles]) -> list[Saving]:
 
 def capture_seconds(runs: Sequence[RunFiles]) -> float:
     """Of all the caches that the runs read, each once."""
-    caches = {run.summary.get("manifest"): run.number("cache_cost", "capture_seconds") for run in runs}
+    caches = {manifests(run): run.number("cache_cost", "capture_seconds") for run in runs}
     return sum(seconds for seconds in caches.values() if seconds is not None)
 
 
 def cost_section(runs: Sequence[RunFiles]) -> Html:
     """What the caches cost, and what the runs saved."""
-    caches = {str(run.summary.get("manifest")): run for run in runs}
+    caches = {manifests(run): run for run in runs}
     tables = [facts(_cost(run), f"Cache of {_teacher(run)}") for run in caches.values()]
     return section("What the cache cost and saved", row(*tables, _break_even(runs)), _words(runs))
 

@@ -27,9 +27,9 @@ WIDTH = 160  # of the table where it goes to a file
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """jobs: runs at once, None for as many as fit."""
+    """stores: caches that all runs learn from. jobs: runs at once, None for as many as fit."""
 
-    store: str
+    stores: tuple[str, ...]
     spec: Path
     out: Path
     jobs: int | None = None
@@ -40,7 +40,7 @@ class Sweep:
     """A sweep at work: keeps sweep.json and sweep.html up to date."""
 
     spec: SweepSpec
-    store: str
+    stores: tuple[str, ...]
     manifest: str
     home: Home
     source: RunSource
@@ -67,11 +67,11 @@ class Sweep:
     def write(self) -> None:
         """sweep.json, and the page of what it holds."""
         write_json(self.home.table, self.report())
-        write_page(self.home.page, page(self.rows(), self.spec, self.store))
+        write_page(self.home.page, page(self.rows(), self.spec, " and ".join(self.stores)))
 
     def report(self) -> dict[str, Any]:
         """The content of sweep.json."""
-        return report(self.rows(), self.spec, self.store, self.manifest)
+        return report(self.rows(), self.spec, self.stores, self.manifest)
 
     def show(self) -> None:
         """Print the table, what the cache spared, and where the page is."""
@@ -94,18 +94,18 @@ def sweep(request: SweepRequest) -> Sweep:
     if request.jobs is not None and request.jobs < 1:
         raise UserError(f"--jobs {request.jobs}: give 1 or more")
     spec, home = read(request.spec), Home(request.out)
-    manifest = manifest_of(home, request.store)
-    listed = plan(spec, request.store, manifest, home)
+    manifest = manifest_of(home, request.stores)
+    listed = plan(spec, request.stores, manifest, home)
     with home.locked():
         source = _source(spec, manifest, home, listed)
-        state = Sweep(spec, request.store, manifest, home, source)
+        state = Sweep(spec, request.stores, manifest, home, source)
         state.write()
         machine, jobs = this_machine(), request.jobs
         try:
             _watch(
                 Pool(
                     home=home,
-                    store=request.store,
+                    stores=request.stores,
                     manifest=manifest,
                     machine=machine,
                     jobs=jobs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from featurestore.errors import BAD_REQUESTS
@@ -17,42 +17,53 @@ from student.training.outputs import OVERWRITE, holds_training
 from student.training.run import prepare
 
 
-def arguments(run: SweepRun, store: str, manifest: str, directory: Path, resume: bool = False) -> list[str]:
+def arguments(
+    run: SweepRun, stores: Sequence[str], manifest: str, directory: Path, resume: bool = False
+) -> list[str]:
     """The words of a run after `distily-train from-cache`. Without a checkpoint to resume it begins anew."""
-    words = [store, "--output-dir", str(directory), *run.words()]
+    words = [*stores, "--output-dir", str(directory), *run.words()]
     words += [] if "manifest" in run.flags else ["--manifest", manifest]
     if resume:
         return [*words, "--resume-from-checkpoint", "True"]
     return [*words, OVERWRITE] if holds_training(directory) else words
 
 
-def manifest_of(home: Home, store: str) -> str:
-    """What all runs read: what those before them read, however the cache has grown since."""
+def manifest_of(home: Home, stores: Sequence[str]) -> str:
+    """What all runs read: what those before them read, however the caches have grown since; several with
+    commas between.
+    """
     before = read_json(home.table)
     if before is None:
-        return CacheReader.open(store).manifest_digest
+        return ",".join(CacheReader.open(store).manifest_digest for store in stores)
+    digests = before["manifest"].split(",")
+    other = (
+        f"--out {home.path} has a sweep over {before['store']} at manifest {before['manifest']}, which "
+        f"{' and '.join(stores)} does not have; choose another --out"
+    )
+    if len(digests) != len(stores):
+        raise UserError(other)
     try:
-        return CacheReader.open(store, before["manifest"]).manifest_digest
+        readers = [CacheReader.open(store, digest) for store, digest in zip(stores, digests, strict=True)]
     except BAD_REQUESTS as error:
-        raise UserError(
-            f"--out {home.path} has a sweep over {before['store']} at manifest {before['manifest']}, which "
-            f"{store} does not have; choose another --out"
-        ) from error
+        raise UserError(other) from error
+    return ",".join(reader.manifest_digest for reader in readers)
 
 
-def plan(spec: SweepSpec, store: str, manifest: str, home: Home) -> list[SweepRun]:
+def plan(spec: SweepSpec, stores: Sequence[str], manifest: str, home: Home) -> list[SweepRun]:
     """The runs of a grid, or none yet of a search. UserError for a flag of any run that cannot be served; of
     a search each choice is tried by itself.
     """
     runs = expand(spec) if spec.search is None else []
-    _check(runs or corners(spec), spec, store, manifest, home)
+    _check(runs or corners(spec), spec, stores, manifest, home)
     return runs
 
 
-def _check(runs: Iterable[SweepRun], spec: SweepSpec, store: str, manifest: str, home: Home) -> None:
+def _check(
+    runs: Iterable[SweepRun], spec: SweepSpec, stores: Sequence[str], manifest: str, home: Home
+) -> None:
     for run in runs:
         try:
-            request = parse(arguments(run, store, manifest, home.directory(run)))
+            request = parse(arguments(run, stores, manifest, home.directory(run)))
             held_out = prepare(request).data.held_out
         except (UserError, *BAD_REQUESTS) as error:
             raise UserError(f"run {run.name}: {error}") from error

@@ -108,12 +108,12 @@ def ranked(rows: Iterable[Row], spec: SweepSpec) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def report(rows: Sequence[Row], spec: SweepSpec, store: str, manifest: str) -> dict[str, Any]:
-    """The content of sweep.json."""
+def report(rows: Sequence[Row], spec: SweepSpec, stores: Sequence[str], manifest: str) -> dict[str, Any]:
+    """The content of sweep.json; several caches are a list, their manifests have commas between."""
     return {
         "version": 1,
         "spec": for_record(spec.content),
-        "store": store,
+        "store": stores[0] if len(stores) == 1 else list(stores),
         "manifest": manifest,
         "metric": spec.metric,
         "direction": spec.direction,

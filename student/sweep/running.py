@@ -53,10 +53,10 @@ class Listed:
 
 @dataclass
 class Pool:
-    """Runs of one store, `jobs` at once or as many as fit. needed: what a finished run took."""
+    """Runs on the same caches, `jobs` at once or as many as fit. needed: what a finished run took."""
 
     home: Home
-    store: str
+    stores: tuple[str, ...]
     manifest: str
     machine: Machine
     jobs: int | None
@@ -109,7 +109,7 @@ class Pool:
         directory, resume = self.home.directory(run), self.home.checkpointed(run)
         directory.mkdir(parents=True, exist_ok=True)
         self.home.log(run).parent.mkdir(exist_ok=True)
-        words = arguments(run, self.store, self.manifest, directory, resume)
+        words = arguments(run, self.stores, self.manifest, directory, resume)
         threads = max(1, self.machine.cores // self._slots())
         visible = None if gpu is None else capacity.visible(gpu)
         return RunJob(

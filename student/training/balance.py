@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor
 from distily.safety.parsing import read_json
 from distily.system.files import write_json
 from student.errors import StudentError
-from student.objective.terms import Objective
 from student.training.model import DistillationModel
 
 EVERY = 25  # steps between measurements; each costs a forward and backward pass per term
@@ -79,7 +79,7 @@ def gradient_norms(model: DistillationModel, batch: Mapping[str, Any]) -> Tensor
     norms = []
     try:
         for term in objective.terms:
-            model.objective, model.weights = Objective((term,)), [1.0]
+            model.objective, model.weights = replace(objective, terms=(term,)), [1.0]
             loss = model(**batch)["loss"]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             squares = [g.float().square().sum() for g in gradients if g is not None]

@@ -18,7 +18,7 @@ from student.errors import UserError
 from student.modeling.adapters import add_adapters, has_adapters
 from student.modeling.tokenizer import load_tokenizer
 from student.training.outputs import check_output
-from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
+from student.training.resume import check_kind, check_order, check_stores, find_checkpoint, manifests_to_read
 from student.training.run import assemble, check_writable, prepare
 from student.training.trainer import CacheTrainer
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+Cache = CacheReader | str | Path
 
 
 class DistillationTrainer(CacheTrainer):
@@ -39,7 +41,8 @@ class DistillationTrainer(CacheTrainer):
             for a student made of the teacher's configuration, changed by `args.student_model_config`, which
             starts from the teacher's weights.
         args: a `DistillationConfig`; None for one that writes into "trainer_output".
-        train_dataset: a cache: an open one, or where it is.
+        train_dataset: a cache: an open one, or where it is; or a list of several, whose teachers teach
+            together (`args.teacher_weights`).
         eval_dataset: a cache of other samples by the same teacher, all of which are held out; None for a
             share `args.eval_fraction` of the documents of `train_dataset`.
         processing_class: the tokenizer, only to be checked: token ids in a cache are those of the teacher's
@@ -67,8 +70,8 @@ class DistillationTrainer(CacheTrainer):
         self,
         model: PreTrainedModel | str | Path | None = None,
         args: DistillationConfig | None = None,
-        train_dataset: CacheReader | str | Path | None = None,
-        eval_dataset: CacheReader | str | Path | None = None,
+        train_dataset: Cache | Sequence[Cache] | None = None,
+        eval_dataset: Cache | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
@@ -89,10 +92,21 @@ class DistillationTrainer(CacheTrainer):
                 raise UserError("model: args.student names a checkpoint already; leave one of them out")
             args.student, model = str(model), None
             args.check()
-        if isinstance(train_dataset, CacheReader):
-            args.manifest, train_dataset = train_dataset.manifest_digest, train_dataset.path
+        caches = (
+            [train_dataset] if isinstance(train_dataset, (CacheReader, str, Path)) else list(train_dataset)
+        )
+        if any(isinstance(cache, CacheReader) for cache in caches):
+            args.manifest = ",".join(
+                cache.manifest_digest if isinstance(cache, CacheReader) else "" for cache in caches
+            )
+        if eval_dataset is not None and len(caches) > 1:
+            raise UserError(
+                "eval_dataset: samples that all caches of train_dataset hold are held out by "
+                "args.eval_fraction; leave it out"
+            )
+        places = (str(cache.path if isinstance(cache, CacheReader) else cache) for cache in caches)
         # The request that `distily-train from-cache` would make of these arguments.
-        request = Request(store=str(train_dataset), options=args, training=args, notes=args.notes)
+        request = Request(stores=tuple(places), options=args, training=args, notes=args.notes)
         check_writable(Path(args.output_dir))
         evaluated = _open_held_out(eval_dataset)
         if evaluated is not None:
@@ -110,7 +124,7 @@ class DistillationTrainer(CacheTrainer):
                 raise UserError("peft_config: a BitNet student trains its own weights; leave one of them out")
             assembled.model.student = add_adapters(assembled.model.student, peft_config)
         _check_types(assembled.model.student, prepared.plan.masters)
-        self._request, self._plan = request, prepared.plan
+        self._request, self._plan, self._stores = request, prepared.plan, prepared.stores
         super().__init__(
             **assembled.for_trainer(),
             processing_class=processing_class,
@@ -146,16 +160,20 @@ class DistillationTrainer(CacheTrainer):
         """UserError where a checkpoint is of another student, or of another cache or order of it."""
         if not has_adapters(self.model.student):
             check_kind(checkpoint, self._plan)
-        digest, here = manifest_to_read(None, checkpoint), self.train_dataset.manifest_digest
-        if digest not in (None, here):
-            raise UserError(
-                f"resume_from_checkpoint: {checkpoint} was trained on manifest {digest} of the cache, "
-                f"and this is {here}; give train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
-            )
+        stores = self._stores
+        digests = manifests_to_read(None, checkpoint, len(stores))
+        for digest, here in zip(digests, stores.manifests, strict=True):
+            if digest not in (None, here):
+                raise UserError(
+                    f"resume_from_checkpoint: {checkpoint} was trained on manifest {digest} of the cache, "
+                    f"and this is {here}; give "
+                    f"train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
+                )
+        check_stores(checkpoint, stores.weights)
         check_order(self.args, len(self.train_dataset), checkpoint)
 
 
-def _open_held_out(cache: CacheReader | str | Path | None) -> CacheReader | None:
+def _open_held_out(cache: Cache | None) -> CacheReader | None:
     return CacheReader.open(cache) if isinstance(cache, (str, Path)) else cache
 
 

@@ -5,7 +5,7 @@ Shape letters: B batch, T positions, N learned positions of the batch, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from student.data.batches import IGNORE
 from student.data.decoding import Coded, decode_hidden, decode_labels, decode_targets
+from student.data.mixture import mixed_logs, mixture
 from student.data.teacher_weights import TeacherParts
 from student.losses.blocks import BlockPair, Rotation, StudentBlock
 from student.losses.catalogue import Need
 from student.losses.full_pass import DenseTargets, dense_head_loss, fisher_diagonal
 from student.losses.lm_head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale
-from student.losses.sparse_pass import HeadLoss, sparse_head_loss
+from student.losses.sparse_pass import HeadLoss, ReducedLoss, sparse_head_loss
 from student.objective.projectors import Projectors
-from student.objective.terms import OUTSIDE_HEADS, Objective, View
+from student.objective.terms import OUTSIDE_HEADS, Objective, View, reduction
 
+HeadRow = tuple[ReducedLoss, float, tuple[int, ...]]  # a loss, its weight, the caches of its teachers
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 
 
@@ -35,12 +37,13 @@ class DistillationModel(nn.Module):
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # tells Trainer to pass num_items_in_batch and not to rescale the loss
 
-    def __init__(self, student: Any, objective: Objective, teacher: TeacherParts | None = None) -> None:
+    def __init__(self, student: Any, objective: Objective, *teachers: TeacherParts) -> None:
         super().__init__()
         self.student = student
         self.projectors = Projectors(objective.projectors)
         self.objective = objective
-        self.teacher = teacher or TeacherParts()  # what dense and relation terms need
+        # Of the teacher of each cache, what dense and relation terms need.
+        self.teachers = teachers or (TeacherParts(),) * len(objective.shares)
         self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
         self.transform = HeadTransform.from_config(student.config)
 
@@ -66,9 +69,10 @@ class DistillationModel(nn.Module):
         coded_head: Coded | None = None,
         coded_hidden: Mapping[int, Coded] | None = None,
         position_ids: Tensor | None = None,
+        further: Mapping[int, Mapping[str, Any]] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """One batch as `student.data.batches.Collator` makes it -> {"loss": scalar, ...}.
+        """One batch as `student.data.matched.collator_of` lays it out -> {"loss": scalar, ...}.
 
         While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
         [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
@@ -79,11 +83,18 @@ class DistillationModel(nn.Module):
         with self._capture() as (states, rotations):
             body = self.student.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         states[self._depth] = body.last_hidden_state
-        coded = {name: select(part, learned_N) for name, part in (coded_head or {}).items()}
+        stores = {0: {"coded_head": coded_head, "coded_hidden": coded_hidden}, **(further or {})}
+        coded = {
+            store: {name: select(part, learned_N) for name, part in (parts.get("coded_head") or {}).items()}
+            for store, parts in stores.items()
+        }
         places = _places(labels, position_ids)
-        view = self._view(states, rotations, coded_hidden or {}, learned_N, places)
-        targets = self._targets(select(labels, learned_N), coded, view.sequence_N)
-        head = self._head(select(body.last_hidden_state, learned_N), targets)
+        hidden = {store: parts.get("coded_hidden") or {} for store, parts in stores.items()}
+        view = self._view(states, rotations, hidden, learned_N, places)
+        rows = self._rows()
+        teachers = dict.fromkeys(chosen for *_, chosen in rows)
+        targets = self._targets(teachers, select(labels, learned_N), coded, view.sequence_N)
+        head = self._head(select(body.last_hidden_state, learned_N), rows, targets)
         count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
         dense_total, dense_SN = self._dense(view)
         loss, other_SN = self._others(view, head.total + dense_total)
@@ -128,99 +139,163 @@ class DistillationModel(nn.Module):
         self,
         states: Mapping[int, Tensor],
         rotations: Mapping[int, Rotation | None],
-        coded: Mapping[int, Coded],
+        coded: Mapping[int, Mapping[int, Coded]],
         learned_N: Tensor,
         places: tuple[Tensor, Tensor],
     ) -> View:
-        """The learned positions of a batch; places: sample and position of each of its positions."""
+        """The learned positions of a batch; coded: hidden states by cache and layer; places: sample and
+        position of each of its positions.
+        """
 
-        def teacher(layer: int) -> Tensor:
-            return decode_hidden({name: select(part, learned_N) for name, part in coded[layer].items()})
+        def teacher(store: int, layer: int) -> Tensor:
+            parts = coded[store][layer]
+            return decode_hidden({name: select(part, learned_N) for name, part in parts.items()})
 
         @cache
-        def blocks(pair: tuple[int, int]) -> BlockPair:
+        def blocks(store: int, pair: tuple[int, int]) -> BlockPair:
             theirs, own = pair
-            assert "weight" not in coded[theirs], "relations of positions need all of them"
-            block = self.teacher.to(states[own].device).blocks[theirs]
+            assert "weight" not in coded[store][theirs], "relations of positions need all of them"
+            block = self.teachers[store].to(states[own].device).blocks[theirs]
             student = StudentBlock(self.student.get_decoder().layers[own])
-            inputs = states[own], decode_hidden(coded[theirs])
+            inputs = states[own], decode_hidden(coded[store][theirs])
             return BlockPair((student, block), *inputs, rotations[own])
 
-        def weight(layer: int) -> Tensor | None:
-            return select(coded[layer]["weight"], learned_N) if "weight" in coded[layer] else None
+        def weight(store: int, layer: int) -> Tensor | None:
+            parts = coded[store][layer]
+            return select(parts["weight"], learned_N) if "weight" in parts else None
 
         return View(
             student=lambda layer: select(states[layer], learned_N),
             teacher=teacher,
             blocks=blocks,
-            fisher=lambda: fisher_diagonal(self._full(teacher)),
+            fisher=lambda store: fisher_diagonal(self._full(store, teacher)),
             sequence_N=select(places[0], learned_N),
             position_N=select(places[1], learned_N),
             project=lambda name, states_ND: self.projectors[name](states_ND),
             weight=weight,
         )
 
-    def _targets(self, label_N: Tensor, coded: Coded, sequence_N: Tensor) -> SparseTargets:
-        """The learned positions' targets; heads of zero columns where the batch carries none."""
-        if not coded:
-            empty = label_N.new_empty(len(label_N), 0)
-            return SparseTargets(
-                ids_NK=empty,
-                logprob_NK=empty.float(),
-                tail_N=torch.zeros_like(label_N, dtype=torch.float),
-                label_N=label_N,
-            )
-        targets = decode_targets(coded, label_N)
-        if not any(Need.LABEL in term.loss.needs for term in self.objective.head):
-            return targets
-        known_N = decode_labels(coded["label_logprob"])
-        return replace(targets, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
-
-    def _head(self, hidden_ND: Tensor, targets: SparseTargets) -> HeadLoss:
-        """The objective's head terms; in eval mode KL and CE follow as terms of weight zero."""
-        terms = [(term.function, w) for term, w in self.objective.weighted(("head",), self.weights)]
+    def _rows(self) -> list[HeadRow]:
+        """What the head computes: the objective's head terms; in eval mode KL and CE follow with weight zero.
+        A loss on labels alone goes with another's teachers.
+        """
+        terms, measured = self.objective.weighted(("head",), self.weights), self.objective.measured
+        rows: list[HeadRow] = [(term.function, weight, term.teachers) for term, weight in terms]
         if not self.training:
-            terms += [(forward_kl, 0.0), (cross_entropy, 0.0)]
-        if not terms:  # other terms alone: the head is not even multiplied
+            rows += [(forward_kl, 0.0, measured), (cross_entropy, 0.0, measured)]
+        anyone = next((teachers for *_, teachers in rows if teachers), measured)
+        return [(function, weight, teachers or anyone) for function, weight, teachers in rows]
+
+    def _targets(
+        self,
+        wanted: Iterable[tuple[int, ...]],
+        label_N: Tensor,
+        coded: Mapping[int, Coded],
+        sequence_N: Tensor,
+    ) -> dict[tuple[int, ...], SparseTargets]:
+        """The learned positions' targets by the caches of their teachers, mixed where they are several; heads
+        of zero columns where the batch carries none.
+        """
+        labelled = any(Need.LABEL in term.loss.needs for term in self.objective.head)
+
+        def targets(teachers: tuple[int, ...]) -> SparseTargets:
+            parts = [decode_targets(coded[store], label_N) for store in teachers if coded[store]]
+            if not parts:
+                empty = label_N.new_empty(len(label_N), 0)
+                return SparseTargets(
+                    ids_NK=empty,
+                    logprob_NK=empty.float(),
+                    tail_N=torch.zeros_like(label_N, dtype=torch.float),
+                    label_N=label_N,
+                )
+            made = parts[0] if len(parts) == 1 else mixture(parts, self.objective.shares)
+            if not labelled:
+                return made
+            known_N = self._label_logprobs(coded, teachers)
+            return replace(made, label_logprob_N=known_N, token_scale_N=token_scale(known_N, sequence_N))
+
+        return {teachers: targets(teachers) for teachers in wanted}
+
+    def _label_logprobs(self, coded: Mapping[int, Coded], teachers: tuple[int, ...]) -> Tensor:
+        """log p(label) of the teachers of some caches, mixed where they are several, [N]; NaN where one does
+        not know it.
+        """
+        known = [decode_labels(coded[store]["label_logprob"]) for store in teachers]
+        return known[0] if len(known) == 1 else mixed_logs(known, self.objective.shares)
+
+    def _head(
+        self,
+        hidden_ND: Tensor,
+        rows: Sequence[HeadRow],
+        targets: Mapping[tuple[int, ...], SparseTargets],
+    ) -> HeadLoss:
+        """The terms of `_rows`; the head is multiplied once for all that learn from the same teachers."""
+        if not rows:  # other terms alone: the head is not even multiplied
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
+        terms = self.objective.head
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, (*_, teachers) in enumerate(rows):
+            places.setdefault(teachers, []).append(place)
         output = self.student.get_output_embeddings()
-        return sparse_head_loss(
-            hidden_ND=hidden_ND,
-            weight_VD=output.weight,
-            bias_V=output.bias,
-            targets=targets,
-            terms=terms,
-            transform=self.transform,
-            reduction=self.objective.reduction,
+        passes = {
+            teachers: sparse_head_loss(
+                hidden_ND=hidden_ND,
+                weight_VD=output.weight,
+                bias_V=output.bias,
+                targets=targets[teachers],
+                terms=[rows[place][:2] for place in chosen],
+                transform=self.transform,
+                reduction=reduction(terms[place] for place in chosen if place < len(terms)),
+            )
+            for teachers, chosen in places.items()
+        }
+        if len(passes) == 1:
+            return next(iter(passes.values()))
+        values = {
+            place: value_N
+            for teachers, chosen in places.items()
+            for place, value_N in zip(chosen, passes[teachers].terms_SN, strict=True)
+        }
+        return HeadLoss(
+            total=torch.stack([one.total for one in passes.values()]).sum(),
+            terms_SN=torch.stack([values[place] for place in range(len(rows))]),
+            agree_N=passes.get(self.objective.measured, next(iter(passes.values()))).agree_N,
         )
 
     def _dense(self, view: View) -> tuple[Tensor, Tensor]:
         """(weighted sum of the dense terms, their detached values [S', N]); float32."""
         weighted = self.objective.weighted(("dense",), self.weights)
-        terms: list[tuple[Any, float]] = [(term.function, weight) for term, weight in weighted]
         student_ND = view.student(self._depth)
-        if not terms:
+        if not weighted:
             zero = student_ND.new_zeros((), dtype=torch.float32)
             return zero, zero.new_zeros(0, len(student_ND))
-        output = self.student.get_output_embeddings()
-        targets = self._full(view.teacher)
-        return dense_head_loss(
-            hidden_ND=student_ND,
-            weight_VD=output.weight,
-            bias_V=output.bias,
-            targets=targets,
-            terms=terms,
-            transform=self.transform,
-        )
+        output, total = self.student.get_output_embeddings(), None
+        values: dict[int, Tensor] = {}
+        for store in dict.fromkeys(term.teachers[0] for term, _ in weighted):
+            chosen = [place for place, (term, _) in enumerate(weighted) if term.teachers[0] == store]
+            part, values_SN = dense_head_loss(
+                hidden_ND=student_ND,
+                weight_VD=output.weight,
+                bias_V=output.bias,
+                targets=self._full(store, view.teacher),
+                terms=[(weighted[place][0].function, weighted[place][1]) for place in chosen],
+                transform=self.transform,
+            )
+            total = part if total is None else total + part
+            values |= dict(zip(chosen, values_SN, strict=True))
+        assert total is not None
+        return total, torch.stack([values[place] for place in range(len(weighted))])
 
-    def _full(self, teacher: Callable[[int], Tensor]) -> DenseTargets:
-        """The teacher's full distributions at the learned positions."""
+    def _full(self, store: int, teacher: Callable[[int, int], Tensor]) -> DenseTargets:
+        """The full distributions of a cache's teacher at the learned positions."""
         layer = next(
-            term.pair[0] for term in self.objective.terms if Need.FULL in term.loss.needs and term.pair
+            term.pair[0]
+            for term in self.objective.of_teacher(store)
+            if Need.FULL in term.loss.needs and term.pair
         )
-        hidden_ND = teacher(layer).float()
-        head = self.teacher.to(hidden_ND.device).head
+        hidden_ND = teacher(store, layer).float()
+        head = self.teachers[store].to(hidden_ND.device).head
         assert head is not None, "the objective needs the teacher's head"
         return DenseTargets(head, hidden_ND)
 
@@ -234,20 +309,26 @@ class DistillationModel(nn.Module):
         return loss, torch.cat(values)
 
     def _sums(
-        self, head: HeadLoss, other_SN: Tensor, coded: Coded, sequence_N: Tensor, sequences: int
+        self,
+        head: HeadLoss,
+        other_SN: Tensor,
+        coded: Mapping[int, Coded],
+        sequence_N: Tensor,
+        sequences: int,
     ) -> Tensor:
         """Per-sequence sums of what evaluation reports, float32 [B, 7]."""
         kl_N, ce_N = head.terms_SN[-2:]
         objective_SN = torch.cat([head.terms_SN[:-2], other_SN])
         weights_S = objective_SN.new_tensor(self.weights)
-        ones_N = torch.ones_like(ce_N)
-        known_N = ones_N if coded else torch.zeros_like(ones_N)
+        ones_N, measured = torch.ones_like(ce_N), self.objective.measured
+        has_head = all(coded[store] for store in measured)
+        known_N = ones_N if has_head else torch.zeros_like(ones_N)
         columns = [
             (weights_S.unsqueeze(1) * objective_SN).sum(0),
-            kl_N if coded else known_N,
+            kl_N if has_head else known_N,
             ce_N,
             head.agree_N,
-            -decode_labels(coded["label_logprob"]) if coded else known_N,
+            -self._label_logprobs(coded, measured) if has_head else known_N,
             ones_N,
             known_N,
         ]

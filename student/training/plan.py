@@ -16,6 +16,8 @@ from featurestore.format.sidecar import block_part
 from featurestore.reader import CacheReader
 from student.data.batches import CachedDataset
 from student.data.held_out import Split, split_between, split_cache
+from student.data.matched import MatchedDataset
+from student.data.stores import CacheStores, matched
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
 from student.losses.blocks import check_student_blocks
@@ -25,34 +27,41 @@ from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.layer_maps import Pairs, check_pairs, depth_map, map_layers
 from student.objective.projectors import IDENTITY, ProjectorSpec
 from student.objective.terms import Objective, Term, term
+from student.training.teachers import measured, teachers_of
 
 CONFIDENCE_SAMPLES = 256
 
 
 def plan_objective(
-    request: ObjectiveRequest, reader: CacheReader, config: Any, training: Sequence[int]
+    request: ObjectiveRequest, stores: CacheStores, config: Any, training: Sequence[int]
 ) -> Objective:
-    """The terms that are asked for; UserError when student and cache cannot give them.
+    """The terms that are asked for; UserError when student and caches cannot give them.
 
     training: the samples that are trained on, from which options come that were left to us.
     """
     terms: list[Term] = []
     for requested in request.terms:
-        resolved = _with_confidence(requested, reader, training)
+        teachers = teachers_of(requested, stores)
+        resolved = _with_confidence(requested, stores, teachers, training)
+        reader = stores.readers[teachers[0]] if teachers else stores.first
         if Need.LABEL in resolved.loss.needs and "confidence" not in resolved.options:
-            _check_labels(resolved, reader)
+            for store in teachers:
+                _check_labels(resolved, stores.readers[store])
         if resolved.loss.kind == "head":
-            terms.append(term(resolved.loss.name, resolved.weight, **resolved.options))
+            made = [term(resolved.loss.name, resolved.weight, **resolved.options)]
         elif Need.FULL not in resolved.loss.needs and resolved.loss.kind in ("hidden", "structure"):
-            terms += _hidden_terms(resolved, reader, config)
+            made = _hidden_terms(resolved, reader, config)
         else:
             find = _final_pair if Need.FULL in resolved.loss.needs else _block_pairs
             pairs = find(resolved, reader, config)
             weight = resolved.weight.scaled(1 / len(pairs))
-            terms += [term(resolved.loss.name, weight, pair, **resolved.options) for pair in pairs]
+            made = [term(resolved.loss.name, weight, pair, **resolved.options) for pair in pairs]
+        named = f"_teacher{teachers[0]}" if len(stores) > 1 and resolved.teacher is not None else ""
+        terms += [replace(one, teachers=teachers, label=one.label + named) for one in made]
     if request.balanced:
         _check_balance(terms)
-    return Objective.of(terms, request.balanced)
+    objective = Objective.of(terms, request.balanced)
+    return replace(objective, shares=stores.weights, measured=measured(stores))
 
 
 def _check_balance(terms: list[Term]) -> None:
@@ -76,17 +85,21 @@ def _check_labels(request: TermRequest, reader: CacheReader) -> None:
         )
 
 
-def _with_confidence(request: TermRequest, reader: CacheReader, training: Sequence[int]) -> TermRequest:
+def _with_confidence(
+    request: TermRequest, stores: CacheStores, teachers: tuple[int, ...], training: Sequence[int]
+) -> TermRequest:
     """A `confidence` that was not given is the teacher's mean probability of the learned tokens, over up to
     CONFIDENCE_SAMPLES of the training samples: those of the smallest ids, which are hashes, so that the
     order of the cache does not matter.
     """
     if request.options.get("confidence", 0.0) is not None:
         return request
+    (store,) = teachers  # a loss with confidence is none of a mixture
+    reader = stores.readers[store]
     group = reader.find("logits")
     known = []
-    for index in reader.catalogue.smallest(CONFIDENCE_SAMPLES, training):
-        sample = reader.read(index, [group])
+    for index in stores.first.catalogue.smallest(CONFIDENCE_SAMPLES, training):
+        sample = reader.read(stores.index(store, index), [group])
         features = sample.features[group]
         assert isinstance(features, LogitsFeatures)
         learned = features.label_logprob[:-1][sample.loss_mask[1:]]
@@ -233,21 +246,27 @@ class DataPlan:
     split: Split
 
 
-def load_teacher(objective: Objective, reader: CacheReader) -> TeacherParts:
-    """What the objective needs of the teacher's own weights."""
-    blocks = sorted({theirs for theirs, _ in objective.relations})
-    return load_parts(reader, objective.needs_head, blocks)
+def load_teacher(objective: Objective, reader: CacheReader, store: int = 0) -> TeacherParts:
+    """What the objective needs of the own weights of a cache's teacher; store: the number of the cache."""
+    blocks = sorted({theirs for theirs, _ in objective.relations(store)})
+    return load_parts(reader, objective.needs_head(store), blocks)
 
 
 def plan_split(
-    reader: CacheReader, fraction: float, samples: int | None = None, evaluated: CacheReader | None = None
+    reader: CacheReader,
+    fraction: float,
+    samples: int | None = None,
+    evaluated: CacheReader | None = None,
+    stores: CacheStores | None = None,
 ) -> Split:
     """The samples that are trained on, and those that are held out.
 
     samples: how many are trained on, the first ones; None for all. UserError where there are not as many.
-    evaluated: the cache of the held-out samples; None for a fraction of the one that is trained on.
+    evaluated: the cache of the held-out samples; None for a fraction of the one that is trained on. stores:
+    where it is one of several, only samples that all have are on a side.
     """
     split = split_cache(reader, fraction) if evaluated is None else split_between(reader, evaluated)
+    split = split if stores is None else matched(split, stores)
     if samples is not None and samples > len(split.training):
         raise UserError(
             f"--train-samples {samples}: the cache has {len(split.training)} that are not held out"
@@ -269,22 +288,41 @@ def plan_data(
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers.
     """
-    groups = [reader.find(kind) for kind in sorted(objective.needs)]
+    groups = [reader.find(kind) for kind in sorted(objective.needs())]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
     train, held_out = split.training, split.held_out
     if not held_out:
         return DataPlan(CachedDataset(reader, train, trained), None, split)
     source = reader
     if evaluated is not None:
-        source, groups = evaluated, [evaluated.find(kind) for kind in sorted(objective.needs)]
+        source, groups = evaluated, [evaluated.find(kind) for kind in sorted(objective.needs())]
     measured = CachedDataset(source, held_out, _with_logits(groups, source))
     return DataPlan(CachedDataset(reader, train, trained), measured, split)
 
 
+def plan_matched(
+    objective: Objective, stores: CacheStores, split: Split, learned: Sequence[LogitsSpec | None]
+) -> DataPlan:
+    """As `plan_data`, of several caches; learned: for each."""
+    trained, held_out = [], []
+    for store, (reader, spec) in enumerate(zip(stores.readers, learned, strict=True)):
+        groups = [reader.find(kind) for kind in sorted(objective.needs(store))]
+        trained.append([spec if spec and isinstance(group, LogitsSpec) else group for group in groups])
+        held_out.append(_with_logits(groups, reader) if store in objective.measured else groups)
+    evaluated = MatchedDataset(stores, split.held_out, held_out) if split.held_out else None
+    return DataPlan(MatchedDataset(stores, split.training, trained), evaluated, split)
+
+
 def plan_distribution(
-    objective: Objective, reader: CacheReader, top_k: int | None, top_p: float | None, tail: int | None
+    objective: Objective,
+    reader: CacheReader,
+    top_k: int | None,
+    top_p: float | None,
+    tail: int | None,
+    store: int = 0,
 ) -> LogitsSpec | None:
-    """What --top-k, --top-p and --tail leave of the cache's distribution; None where none is given.
+    """What --top-k, --top-p and --tail leave of a cache's distribution; None where none is given, or the
+    objective reads that of other caches only. store: the number of the cache.
 
     UserError when nothing that is learned reads it, MissingFeatureError where the cache does not cover it.
     """
@@ -292,11 +330,11 @@ def plan_distribution(
     flags = [name for name, value in given.items() if value is not None]
     if not flags:
         return None
-    if "logits" not in objective.needs:
+    if not any("logits" in objective.needs(number) for number in range(len(objective.shares))):
         raise UserError(
             f"{flags[0]} has no effect: no loss of this objective reads the stored distribution; leave it out"
         )
-    return reader.find_logits(top_k, top_p, tail)
+    return reader.find_logits(top_k, top_p, tail) if "logits" in objective.needs(store) else None
 
 
 def _with_logits(groups: list[GroupSpec], reader: CacheReader) -> list[GroupSpec]:

@@ -7,6 +7,7 @@ step. The number of processes plays no part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +108,55 @@ def _whole(checkpoint: Path) -> bool:
     return True
 
 
-def manifest_to_read(manifest: str | None, checkpoint: Path | None) -> str | None:
-    """The manifest to read: that of the checkpoint, however the cache has grown since, else `manifest`.
-
-    Raises:
-        UserError: `manifest`, which is a digest or the start of one, is not that of the checkpoint.
-    """
-    digest = _record(checkpoint).get("manifest")
-    if digest is None:
-        return manifest
+def _check_manifest(manifest: str | None, digest: str, checkpoint: Path | None) -> None:
     if manifest and not digest.startswith(manifest):
         raise UserError(
             f"--manifest {manifest}: {checkpoint} was trained on manifest {digest}; leave the flag out to go "
             "on with it"
         )
-    return str(digest)
+
+
+def manifests_to_read(manifest: str | None, checkpoint: Path | None, count: int) -> list[str | None]:
+    """The manifest to read of each of `count` caches: that of the checkpoint, however the cache has grown
+    since, else that of `manifest`; None for the fullest.
+
+    manifest: a digest or the start of one for each cache, with commas between; nothing for the fullest.
+
+    Raises:
+        UserError: `manifest` is not of so many caches, or the checkpoint is of other manifests or of another
+            number of caches.
+    """
+    given = [None] * count if manifest is None else [part or None for part in manifest.split(",")]
+    if len(given) != count:
+        raise UserError(
+            f"--manifest {manifest}: give one for each of the {count} STOREs, with commas between"
+        )
+    record = _record(checkpoint)
+    if "manifest" not in record:
+        return list(given)
+    digests = [record["manifest"], *record.get("further_manifests", ())]
+    if len(digests) != count:
+        raise UserError(
+            f"--resume-from-checkpoint: {checkpoint} was trained on {len(digests)} STOREs, and these are "
+            f"{count}; give those of that run"
+        )
+    for one, digest in zip(given, digests, strict=True):
+        _check_manifest(one, digest, checkpoint)
+    return digests
+
+
+def check_stores(checkpoint: Path | None, weights: Sequence[float]) -> None:
+    """UserError where a checkpoint is of a mixture with other weights."""
+    was = _record(checkpoint).get("teacher_weights")
+    if was is not None and list(weights) != was:
+        raise UserError(
+            f"--teacher-weights: {checkpoint} was trained with {_shares(was)}, and these are "
+            f"{_shares(weights)}; give those of that run"
+        )
+
+
+def _shares(weights: Sequence[float]) -> str:
+    return ",".join(f"{weight:g}" for weight in weights)
 
 
 def order_seed(args: TrainingArguments) -> int:

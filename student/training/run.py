@@ -22,7 +22,9 @@ from featurestore.reader import CacheReader
 from student.bitnet import Drift
 from student.config.parser import Request
 from student.data.batches import calibration_samples
+from student.data.held_out import Split
 from student.data.packing import check_packing
+from student.data.stores import CacheStores, open_stores
 from student.errors import UserError
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
 from student.objective.terms import Objective
@@ -34,12 +36,14 @@ from student.training.plan import (
     load_teacher,
     plan_data,
     plan_distribution,
+    plan_matched,
     plan_objective,
     plan_split,
 )
 from student.training.provenance import environment, typed
-from student.training.resume import check_kind, check_order, find_checkpoint, manifest_to_read
+from student.training.resume import check_kind, check_order, check_stores, find_checkpoint, manifests_to_read
 from student.training.summary import TrainingRun, summarise
+from student.training.teachers import check_mixture, measured_words
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
@@ -48,17 +52,22 @@ _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedTraining:
-    """A request that was checked, and what follows from it and the cache.
+    """A request that was checked, and what follows from it and the caches.
 
     checkpoint: where it resumes; None: at the start.
     """
 
     request: Request
-    reader: CacheReader
+    stores: CacheStores
     checkpoint: Path | None
     plan: StudentPlan
     objective: Objective
     data: DataPlan
+
+    @property
+    def reader(self) -> CacheReader:
+        """The first cache, whose teacher gives the student its shape and its tokenizer."""
+        return self.stores.first
 
 
 @dataclass(frozen=True)
@@ -120,19 +129,19 @@ def prepare(
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
-    reader = CacheReader.open(request.store, manifest_to_read(options.manifest, checkpoint))
+    stores = _open(request, checkpoint)
+    reader = stores.first
     if given is not None:
         plan = plan_given(options, reader, given)
     else:
         plan = plan_student(options, reader) if before is None else plan_following(options, before)
     if checkpoint is not None:
         check_kind(checkpoint, plan)
-    split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated)
-    objective = plan_objective(wanted, reader, plan.config, split.training)
-    if options.pack_rows and objective.relations:
+    split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated, stores)
+    objective = plan_objective(wanted, stores, plan.config, split.training)
+    if options.pack_rows and any(term.loss.kind == "relation" for term in objective.terms):
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    learned = plan_distribution(objective, reader, options.top_k, options.top_p, options.tail)
-    data = plan_data(objective, reader, split, learned, evaluated)
+    data = _plan_data(request, objective, stores, split, evaluated)
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         _check_needs_evaluation(args)
@@ -145,8 +154,35 @@ def prepare(
     if objective.balanced:
         _check_checkpointing(args)
     return PreparedTraining(
-        request=request, reader=reader, checkpoint=checkpoint, plan=plan, objective=objective, data=data
+        request=request, stores=stores, checkpoint=checkpoint, plan=plan, objective=objective, data=data
     )
+
+
+def _open(request: Request, checkpoint: Path | None) -> CacheStores:
+    """The caches, as a checkpoint has read them."""
+    manifests = manifests_to_read(request.options.manifest, checkpoint, len(request.stores))
+    stores = open_stores(request.stores, manifests, request.options.shares())
+    check_stores(checkpoint, stores.weights)
+    return stores
+
+
+def _plan_data(
+    request: Request,
+    objective: Objective,
+    stores: CacheStores,
+    split: Split,
+    evaluated: CacheReader | None,
+) -> DataPlan:
+    """What is read of the caches, or of the only one."""
+    options = request.options
+    learned = [
+        plan_distribution(objective, reader, options.top_k, options.top_p, options.tail, store)
+        for store, reader in enumerate(stores.readers)
+    ]
+    check_mixture(objective, stores, learned)
+    if len(stores) > 1:
+        return plan_matched(objective, stores, split, learned)
+    return plan_data(objective, stores.first, split, learned[0], evaluated)
 
 
 def build(prepared: PreparedTraining) -> Built:
@@ -163,6 +199,9 @@ def assemble(prepared: PreparedTraining) -> Assembled:
     if args.process_index == 0:
         for note in prepared.request.notes:
             LOG.info(note)
+        if len(prepared.stores) > 1:
+            LOG.info(prepared.stores)
+            LOG.info(measured_words(prepared.objective, prepared.stores))
     samples = calibration_samples(prepared.data.train)
     plan, chosen = best_copy(prepared.plan, samples, args.device)
     if chosen is not None and args.process_index == 0:
@@ -172,8 +211,11 @@ def assemble(prepared: PreparedTraining) -> Assembled:
     student, drift = plan.build(samples, args.device)
     if options.pack_rows:
         check_packing(student)
-    teacher = load_teacher(prepared.objective, prepared.reader)
-    return Assembled(prepared, DistillationModel(student, prepared.objective, teacher), drift)
+    teachers = [
+        load_teacher(prepared.objective, reader, store)
+        for store, reader in enumerate(prepared.stores.readers)
+    ]
+    return Assembled(prepared, DistillationModel(student, prepared.objective, *teachers), drift)
 
 
 def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -182,7 +224,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     command: the words that ask for this training, those of this process when left out.
     """
     trainer, prepared = built.trainer, built.assembled.prepared
-    reader, data = prepared.reader, prepared.data
+    data = prepared.data
     if str(data.split) and trainer.is_world_process_zero():
         LOG.warning(data.split)
     start, started = time.perf_counter(), datetime.now(UTC)
@@ -195,7 +237,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
     if not trainer.is_world_process_zero():
         return {}
     run = TrainingRun(
-        reader=reader,
+        stores=prepared.stores,
         model=built.assembled.model,
         state=trainer.state,
         output_dir=Path(trainer.args.output_dir),
@@ -304,8 +346,8 @@ def _check_hub(args: TrainingArguments) -> None:
 
 def _check_sharded(objective: Objective) -> None:
     """UserError for losses that need a layer's weights outside its own forward and backward pass."""
-    if objective.relations:
-        term = next(term for term in objective.terms if term.loss.kind == "relation")
+    term = next((term for term in objective.terms if term.loss.kind == "relation"), None)
+    if term is not None:
         raise UserError(
             f"--fsdp: {term.loss.name} computes queries, keys and values from weights of the student that "
             "are not gathered at that time; leave one of them out"

@@ -67,7 +67,7 @@ def train_stages(stages: Sequence[StageRequest]) -> dict[str, Any]:
             _go_on(stage, record)
             prepared = prepare(stage.request, before)
             check_writable(_folder(stage))
-        before, manifest = prepared.plan, prepared.reader.manifest_digest
+        before, manifest = prepared.plan, ",".join(prepared.stores.manifests)
         stage.request.options.manifest = manifest
     # 3. Train them.
     summary: dict[str, Any] = {}

@@ -20,9 +20,11 @@ from featurestore.maintenance.info import StoreInfo, store_info
 from featurestore.reader import CacheReader
 from student.bitnet import Drift, bit_linears, conversion_of
 from student.data.held_out import Split
+from student.data.stores import CacheStores
 from student.metrics import kl_exactness
 from student.training.model import DistillationModel
 from student.training.provenance import captures
+from student.training.teachers import measured_words
 from student.training.uniform import worse_than_uniform
 
 TEACHER_SIZES = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -34,7 +36,7 @@ class TrainingRun:
     that asked for it; environment: see `student.training.provenance`.
     """
 
-    reader: CacheReader
+    stores: CacheStores
     model: DistillationModel
     state: Any
     output_dir: Path
@@ -47,6 +49,11 @@ class TrainingRun:
     drift: Drift | None = None  # of the student when it was converted
     split: Split | None = None
     copied: str | None = None  # teacher layers that the student started as a copy of
+
+    @property
+    def reader(self) -> CacheReader:
+        """The first cache."""
+        return self.stores.first
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
@@ -98,8 +105,60 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "command": redact_words(run.command),
         "environment": dict(run.environment),
     }
+    if len(run.stores) > 1:
+        summary |= _several(run)
     write_json(run.output_dir / "summary.json", summary)
     return summary
+
+
+def _several(run: TrainingRun) -> dict[str, Any]:
+    """What there is to say of several caches. The fields of one are the first's, but for what all cost."""
+    stores, infos = run.stores, [store_info(reader.path) for reader in run.stores.readers]
+    costs = [cache_cost(reader, info) for reader, info in zip(stores.readers, infos, strict=True)]
+    exactness = {_exactness(stores.readers[store]) for store in run.model.objective.measured}
+    return {
+        "stores": [
+            {
+                "name": name,
+                "cache": str(reader.path),
+                "manifest": reader.manifest_digest,
+                "weight": weight,
+                "samples": len(reader),
+                "teacher": reader.identity.to_json(),
+                "cache_cost": cost,
+                "captures": captures(info.provenance),
+            }
+            for name, reader, weight, cost, info in zip(
+                stores.names, stores.readers, stores.weights, costs, infos, strict=True
+            )
+        ],
+        "matched_samples": len(stores.first) - len(stores.missing()),
+        "held_out_against": measured_words(run.model.objective, stores),
+        # Of a mixture it is exact or unbiased, and unbiased where it is both.
+        "held_out_kl": exactness.pop() if len(exactness) == 1 else "unbiased",
+        "cache_cost": _joint_cost(stores.names, costs),
+    }
+
+
+def _joint_cost(names: Sequence[str], costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the caches cost together; samples and tokens are those of the first, which each teacher read."""
+    seconds = [cost["capture_seconds"] for cost in costs]
+    rates = [cost["capture_tokens_per_second"] for cost in costs]
+    return {
+        "teacher": " and ".join(dict.fromkeys(str(cost["teacher"]) for cost in costs)),
+        "engine": " and ".join(dict.fromkeys(str(cost["engine"]) for cost in costs)),
+        "samples": costs[0]["samples"],
+        "tokens": costs[0]["tokens"],
+        "bytes": sum(cost["bytes"] for cost in costs),
+        "bytes_per_token": round(sum(cost["bytes_per_token"] for cost in costs), 2),
+        "capture_seconds": round(sum(seconds), 3) if None not in seconds else None,
+        "capture_tokens_per_second": round(1 / sum(1 / rate for rate in rates), 1) if all(rates) else None,
+        "groups": {
+            f"{name}: {kind}": group
+            for name, cost in zip(names, costs, strict=True)
+            for kind, group in cost["groups"].items()
+        },
+    }
 
 
 def peak_rss_bytes() -> int:

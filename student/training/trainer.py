@@ -25,6 +25,7 @@ from distily.system.files import write_json
 from featurestore.order import ORDER_VERSION
 from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
 from student.data.batches import CachedDataset, CacheOrder, Collator
+from student.data.matched import collator_of
 from student.metrics import cluster_error, perplexity
 from student.modeling.adapters import has_adapters, load_adapters, save_adapters
 from student.modeling.saving import MANIFEST_FILE, load_weights, save_student
@@ -97,7 +98,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         return arguments | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def _collator(self, dataset: CachedDataset, pack: bool, drop_idle: bool) -> Collator:
-        return Collator(dataset.groups, self._pad_token, pack, drop_idle)
+        return collator_of(dataset, self._pad_token, pack, drop_idle)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Trainer's own; accelerate shards nothing, see `student.training.sharding`."""
@@ -290,7 +291,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
                 self._balance.save(directory)
         torch.save(without_secrets(self.args), directory / "training_args.bin")
         record = {
-            "manifest": self.train_dataset.manifest_digest,
+            **self.train_dataset.record(),
             "order": ORDER_VERSION,
             "seed": order_seed(self.args),
             "samples": len(self.train_dataset),

@@ -30,6 +30,8 @@ from featurestore.format.sidecar import HeadSpec
 from featurestore.store import FeatureStore
 from tests.teachers import word_tokenizer
 
+TOKENIZER = "cd" * 16  # digest
+
 
 def save_teacher(directory: Path, layers: int = 3) -> Path:
     """A random Llama (V=199, D=64, tied) whose layers matter: its distributions are neither flat nor
@@ -94,6 +96,27 @@ def write_cache(
     )
 
 
+def write_given_cache(
+    path: Path,
+    teacher: Path,
+    samples: list[Sample],
+    features: Callable[[Sample], dict[GroupSpec, GroupFeatures]],
+    digest: str = "ab" * 16,
+    tokenizer: str = TOKENIZER,
+) -> Path:
+    """A store with the shape of a teacher, and the numbers that `features` makes of a sample."""
+    return _write(
+        path=path,
+        teacher=teacher,
+        config=AutoConfig.from_pretrained(teacher),
+        samples=samples,
+        features=features,
+        shard_tokens=200,
+        digest=digest,
+        tokenizer=tokenizer,
+    )
+
+
 def write_unreal_cache(path: Path, teacher: Path, samples: list[Sample]) -> Path:
     """A store of the default spec that holds nothing a teacher has said, so that of one of any size a
     configuration and a tokenizer are enough.
@@ -119,12 +142,13 @@ def _write(
     features: Callable[[Sample], dict[GroupSpec, GroupFeatures]],
     shard_tokens: int,
     digest: str,
+    tokenizer: str = TOKENIZER,
 ) -> Path:
     identity = TeacherIdentity(
         name=str(teacher),
         architecture=config.architectures[0],
         digest=digest,
-        tokenizer_digest="cd" * 16,
+        tokenizer_digest=tokenizer,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,

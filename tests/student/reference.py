@@ -32,11 +32,16 @@ def rows_of(features: LogitsFeatures) -> list[tuple[dict[int, float], float, flo
 
 
 def targets_of(features: LogitsFeatures, labels: Tensor) -> SparseTargets:
-    """The same as padded columns, float64."""
-    rows = rows_of(features)
-    width = max(len(p) for p, _, _ in rows)
-    ids = [[*p, *[next(iter(p))] * (width - len(p))] for p, _, _ in rows]
-    columns = [[*p.values(), *[0.0] * (width - len(p))] for p, _, _ in rows]
+    """The same as padded columns, heads before draws, float64."""
+    rows, counts = rows_of(features), features.counts.tolist()
+    heads = [list(p)[:count] for (p, _, _), count in zip(rows, counts, strict=True)]
+    draws = [list(p)[count:] for (p, _, _), count in zip(rows, counts, strict=True)]
+    widths = max(map(len, heads)), max(map(len, draws))
+    ids, columns = [], []
+    for (p, _, _), *parts in zip(rows, heads, draws, strict=True):
+        padded = [token for part, width in zip(parts, widths, strict=True) for token in _padded(part, width)]
+        ids.append([parts[0][0] if token is None else token for token in padded])
+        columns.append([0.0 if token is None else p[token] for token in padded])
     outside = torch.tensor([rest for _, rest, _ in rows], dtype=torch.float64)
     entropy = torch.tensor([h for _, _, h in rows], dtype=torch.float64)
     return SparseTargets(
@@ -45,4 +50,9 @@ def targets_of(features: LogitsFeatures, labels: Tensor) -> SparseTargets:
         tail_N=outside.log(),
         label_N=labels,
         entropy_N=None if features.tail_ids is None else entropy,
+        draws=widths[1],
     )
+
+
+def _padded(tokens: list[int], width: int) -> list[int | None]:
+    return [*tokens, *[None] * (width - len(tokens))]

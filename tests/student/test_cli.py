@@ -61,7 +61,7 @@ def test_flags_in_any_order_and_both_spellings(tmp_path: Path) -> None:
     ]
     for argv in spellings:
         request = parse(argv)
-        assert request.store == "STORE"
+        assert request.stores == ("STORE",)
         assert request.training.output_dir == str(tmp_path)
         assert request.options.student_model_as_bitnet is True
         assert request.training.bf16 is True
@@ -165,7 +165,7 @@ def test_all_of_help_teaches_our_flags_first(distily_train: Run) -> None:
         (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
         (["--init", "magic"], ["--init", "random"]),
         (["--eval_strategy", "often"], ["often"]),
-        (["another"], ["another", "one STORE"]),
+        (["another"], ["another", "one place"]),
         (["--student-model-config", "{num_hidden_layers: 2}"], ["--student-model-config", "JSON"]),
         (["--student-model-config", "[2]"], ["--student-model-config", "object"]),
         (["--student-model-config", '{"num_hiden_layers": 2}'], ["num_hiden_layers", "num_hidden_layers"]),

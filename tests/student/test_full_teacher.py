@@ -208,7 +208,7 @@ def test_a_student_of_other_widths_and_heads(store: Path, teacher: Path) -> None
 def test_the_teacher_is_no_part_of_the_student(store: Path, teacher: Path) -> None:
     student = student_of(teacher)
     model = model_of(student, store, "full_kl", "key_relation")
-    assert model.teacher.head is not None
+    assert model.teachers[0].head is not None
     assert {name for name, _ in model.named_parameters()} == {
         f"student.{name}" for name, _ in student.named_parameters()
     }

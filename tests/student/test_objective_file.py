@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from featurestore.format.schema import LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
 from student.config.flags import OBJECTIVE_FLAGS
+from student.data.stores import CacheStores
 from student.errors import UserError
 from student.losses.catalogue import catalogue
 from student.objective.files import parse_objective, read_objective
@@ -176,7 +177,7 @@ def test_confidence_is_the_mean_probability_of_what_is_trained_on(cache: Path) -
     wanted = parse_objective({"terms": [{"loss": "cakld"}]}, "file")
     split = plan_split(reader, 0.25, None)
     training, held_out = split.training, split.held_out
-    (one,) = plan_objective(wanted, reader, None, training).terms
+    (one,) = plan_objective(wanted, CacheStores(readers=(reader,)), None, training).terms
     found = {}
     for name, indices in (("training", training), ("all", [*training, *held_out])):
         logprobs, learned = [], []
@@ -192,7 +193,9 @@ def test_confidence_is_the_mean_probability_of_what_is_trained_on(cache: Path) -
     assert one.options["confidence"] == pytest.approx(means.pop("training"), rel=1e-6)
     assert all(one.options["confidence"] != pytest.approx(mean, rel=1e-3) for mean in means.values()), means
     given_one = parse_objective(yaml.safe_load("terms: [{loss: cakld, confidence: 0.25}]"), "file")
-    assert plan_objective(given_one, reader, None, training).terms[0].options == {"confidence": 0.25}
+    assert plan_objective(given_one, CacheStores(readers=(reader,)), None, training).terms[0].options == {
+        "confidence": 0.25
+    }
 
 
 def test_confidence_does_not_depend_on_the_order_of_a_large_cache(
@@ -204,7 +207,7 @@ def test_confidence_does_not_depend_on_the_order_of_a_large_cache(
     wanted = parse_objective({"terms": [{"loss": "cakld"}]}, "file")
     smallest = sorted(range(len(reader)), key=lambda index: reader.sample_ids[index])[:5]
     every, few = (
-        plan_objective(wanted, reader, None, indices).terms[0].options
+        plan_objective(wanted, CacheStores(readers=(reader,)), None, indices).terms[0].options
         for indices in (range(len(reader)), smallest)
     )
     assert every == few

@@ -205,7 +205,7 @@ def test_flags_of_file_stage_and_command_line(tmp_path: Path) -> None:
     stages = requests(path, rest)
     assert isinstance(stages, list)
     (one, two) = (stage.request for stage in stages)
-    assert [one.store, one.training.output_dir, two.training.output_dir] == ["STORE", "out/a", "out"]
+    assert [one.stores, one.training.output_dir, two.training.output_dir] == [("STORE",), "out/a", "out"]
     assert [request.training.num_train_epochs for request in (one, two)] == [1, 3]
     assert [request.training.weight_decay for request in (one, two)] == [0.2, 0.1]
     assert [request.training.seed for request in (one, two)] == [3, 3]

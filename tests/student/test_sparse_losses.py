@@ -21,7 +21,7 @@ from student.losses.divergences import coarse
 from student.losses.lm_head import HeadTransform
 from student.losses.sparse import ReducedLogits, Reduction, SparseTargets, Tempered, token_scale
 from student.losses.sparse_pass import sparse_head_loss
-from student.objective.terms import Objective, Term, term
+from student.objective.terms import Term, reduction, term
 
 TEMPERATURE = 2.0
 
@@ -221,7 +221,7 @@ class Problem:
 
 def run(one: Term, inputs: list[Tensor], targets: SparseTargets, chunk: int = 2, **options: Any) -> Any:
     """(differentiable total, values [N])."""
-    reduction = Objective.of([one]).reduction
+    wanted = reduction([one])
     transform = options.get("transform", HeadTransform())
     bias = inputs[2] if len(inputs) > 2 else None
     terms = [(one.function, 1.0)]
@@ -233,7 +233,7 @@ def run(one: Term, inputs: list[Tensor], targets: SparseTargets, chunk: int = 2,
         terms=terms,
         transform=transform,
         chunk=chunk,
-        reduction=reduction,
+        reduction=wanted,
     )
     return result.total, result.terms_SN[0]
 
@@ -463,10 +463,8 @@ def test_a_sure_teacher_and_a_sure_student_stay_finite(name: str, options: dict[
 
 
 def test_a_reduction_asks_for_nothing_that_no_term_wants() -> None:
-    assert Objective.of([term("kl"), term("ce")]).reduction == Reduction()
-    wanted = Objective.of(
-        [term("kl", temperature=2.0), term("jsd", temperature=2.0), term("soft_mse")]
-    ).reduction
+    assert reduction([term("kl"), term("ce")]) == Reduction()
+    wanted = reduction([term("kl", temperature=2.0), term("jsd", temperature=2.0), term("soft_mse")])
     assert wanted == Reduction((0.5, 2.0), False)
 
 

@@ -1,0 +1,107 @@
+"""Samples that several caches hold, and batches with the features of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from featurestore.format.schema import GroupSpec
+from featurestore.order import EpochOrder
+from featurestore.reader import CodedSample
+from student.data.batches import CachedDataset, Collator
+from student.data.stores import CacheStores, order_digest
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MatchedSample(CodedSample):
+    """A sample as the first cache has it. further: the same sample with the features of each other cache."""
+
+    further: tuple[CodedSample, ...]
+
+
+class MatchedDataset(CachedDataset):
+    """Samples `indices` of the first cache, which all hold, with the features of `groups`, for each cache."""
+
+    def __init__(
+        self, stores: CacheStores, indices: Sequence[int], groups: Sequence[Sequence[GroupSpec]]
+    ) -> None:
+        super().__init__(stores.first, indices, groups[0])
+        self._stores = stores
+        self.further_groups = tuple(map(tuple, groups[1:]))
+
+    def record(self) -> dict[str, Any]:
+        """What is read, for checkpoints."""
+        further = {"further_manifests": list(self._stores.manifests[1:])}
+        return super().record() | further | {"teacher_weights": list(self._stores.weights)}
+
+    def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
+        """The positions in this data set in the order of one epoch, a function of all manifests."""
+        digest, reader = order_digest(self._stores.manifests), self._stores.first
+        return EpochOrder(digest, seed, epoch, len(self), -(-len(reader) // reader.shards))
+
+    def shard(self, index: int) -> int:
+        """A number for the shards that hold a sample, one of each cache."""
+        number = 0
+        for store, reader in enumerate(self._stores.readers):
+            number = number * reader.shards + reader.shard(self._place(store, index))
+        return number
+
+    def warm(self, index: int) -> None:
+        """Have the shards of a sample at hand and verified."""
+        for store, groups in enumerate((self.groups, *self.further_groups)):
+            self._stores.readers[store].warm(self._place(store, index), groups)
+
+    def __getitem__(self, index: int) -> MatchedSample:
+        """Sample `index`; for ~index the same one with nothing to learn."""
+        first = super().__getitem__(index)
+        further = [
+            self._stores.readers[store].read_codes(self._place(store, max(index, ~index)), groups)
+            for store, groups in enumerate(self.further_groups, 1)
+        ]
+        if index < 0:
+            further = [replace(one, loss_mask=np.zeros_like(one.loss_mask)) for one in further]
+        known = {field.name: getattr(first, field.name) for field in fields(first)}
+        return MatchedSample(**known, further=tuple(further))
+
+    def _place(self, store: int, index: int) -> int:
+        return self._stores.index(store, self._indices[index])
+
+
+_CODED = ("coded_head", "coded_hidden")
+
+
+class MatchedCollator(Collator):
+    """Lays out the first cache's part of samples as Collator does, and in `further` {number of a cache, from
+    1 on: its coded_head and coded_hidden}, in the same rows.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[GroupSpec]],
+        pad_token: int,
+        pack: bool = False,
+        drop_idle: bool = False,
+    ) -> None:
+        super().__init__(groups[0], pad_token, pack, drop_idle)
+        self._others = [Collator(one, pad_token, pack, drop_idle) for one in groups[1:]]
+
+    def __call__(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
+        further = {}
+        for place, collate in enumerate(self._others):
+            parts = [sample.further[place] for sample in samples if isinstance(sample, MatchedSample)]
+            batch = collate(parts)
+            further[place + 1] = {name: batch[name] for name in _CODED if name in batch}
+        return super().__call__(samples) | {"further": further}
+
+
+def collator_of(
+    dataset: CachedDataset, pad_token: int, pack: bool = False, drop_idle: bool = False
+) -> Collator:
+    """What lays out the samples of a data set."""
+    if isinstance(dataset, MatchedDataset):
+        groups = (dataset.groups, *dataset.further_groups)
+        return MatchedCollator(groups, pad_token, pack, drop_idle)
+    return Collator(dataset.groups, pad_token, pack, drop_idle)
