@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def batch_of(cache: Path, spec: HiddenSpec, pack: bool = False) -> dict[str, Any
     return Collator([spec], 2, pack)([reader.read_codes(index, [spec]) for index in range(SAMPLES)])
 
 
-def model_of(teacher: Path, name: str) -> DistillationModel:
+def model_of(teacher: Path, name: str, store: int = 0) -> DistillationModel:
     config = LlamaConfig.from_pretrained(teacher)
     config.num_hidden_layers = 2
     torch.manual_seed(1)
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    objective = Objective.of([term(name, 1.0, (3, 2), projector=ProjectorSpec("linear", 64, 64))])
-    return DistillationModel(student, objective).train()
+    one = replace(term(name, 1.0, (3, 2), projector=ProjectorSpec("linear", 64, 64)), teachers=(store,))
+    return DistillationModel(student, Objective.of([one])).train()
 
 
 def learned(model: DistillationModel, batch: dict[str, Any], name: str) -> torch.Tensor:
@@ -91,6 +92,10 @@ def test_a_batch_counts_what_is_kept_by_the_inverse_of_its_share(teacher: Path, 
     expected = float(values_N[kept_N].sum()) / SHARE / len(values_N)
     for pack in (False, True):
         assert model(**batch_of(cache, share, pack))["loss"].item() == pytest.approx(expected, rel=1e-4)
+    # The same of a second cache, whose first one has the states at all positions.
+    further = {"further": {1: {"coded_hidden": batch["coded_hidden"]}}}
+    second = model_of(teacher, "hidden_mse", store=1)(**batch_of(cache, FULL), **further)
+    assert second["loss"].item() == pytest.approx(expected, rel=1e-4)
     nothing = model(**batch_of(cache, HiddenSpec(3, "f32", 1e-9)))["loss"]
     nothing.backward()
     assert nothing.item() == 0.0
