@@ -34,11 +34,11 @@ def main() -> None:
     (part,) = plan_sidecar(teacher, True, ())
     head = torch.from_numpy(part.read()["weight"].to_float32())
     rows = []
-    for dtype in ("f32", "bf16", "int8", "fp8"):
+    for dtype in ("f32", "bf16", "int8", "fp8", "int4"):
         stored = encode_hidden(states, dtype)
         values = stored.values.view(BITS.get(dtype, stored.values.dtype)).numpy()
         scale = None if stored.scale is None else stored.scale.reshape(-1).numpy()
-        again = torch.from_numpy(decode_hidden(values, scale, dtype))
+        again = torch.from_numpy(decode_hidden(values, scale, dtype, states.shape[1]))
         size = values.dtype.itemsize * values.shape[1] + (0 if scale is None else 4)
         rows.append([dtype, f"{size:,}", *measure(exact, again, head)])
     write_result(

@@ -101,8 +101,8 @@ class Bundle:
             with self._root.naming():
                 codes = self._read(record, position)
         assert record.spec is not None
-        tokens = self.samples()[position].tokens
-        return kind_of(want).cut(codes, record.spec, want, tokens, self._identity)
+        sample = self.samples()[position]
+        return kind_of(want).cut(codes, record.spec, want, sample, self._identity)
 
     def _record(self, want: GroupSpec) -> CommitRecord:
         if want not in self._serving:

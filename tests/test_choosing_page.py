@@ -40,6 +40,14 @@ ROWS = {
     "top-50, one bucket": ("kd_quality.md", "top-50, one bucket", [(1, 2, 3)]),
     "top-12, one bucket": ("kd_quality.md", "top-12, one bucket", [(1, 2, 3)]),
     "top-12, nothing for the rest": ("kd_quality.md", "top-12 and nothing", [(1, 2, 3)]),
+    **{
+        f"`--hidden-dtype {dtype}`": (
+            "hidden_bytes.md",
+            f"{dtype} |",
+            [(3, 2, None), (4, 3, None), (5, 7, None), (6, 8, None)],
+        )
+        for dtype in ("bf16", "int8", "fp8", "int4")
+    },
     "labels alone": ("kd_quality.md", "labels alone", [(1, 2, 3)]),
 }
 

@@ -22,6 +22,7 @@ PARTS: dict[str, GroupSpec] = {
     "one of `--temperatures`": LseSpec(2.0),
     "one hidden layer, bf16": HiddenSpec(1, "bf16"),
     "one hidden layer, int8 or fp8": HiddenSpec(1, "int8"),
+    "one hidden layer, int4": HiddenSpec(1, "int4"),
     "one hidden layer, f32": HiddenSpec(1, "f32"),
 }
 # What is stored; whether the LM head lies beside it once, in bf16.
@@ -29,6 +30,7 @@ CACHES: dict[str, tuple[list[GroupSpec], bool]] = {
     "default": ([DEFAULT], False),
     "default, temperatures 2 and 4": ([DEFAULT, LseSpec(2.0), LseSpec(4.0)], False),
     "default, 1 hidden layer int8": ([DEFAULT, HiddenSpec(1, "int8")], False),
+    "default, 1 hidden layer int4": ([DEFAULT, HiddenSpec(1, "int4")], False),
     "default, 3 hidden layers int8": ([DEFAULT, *(HiddenSpec(i, "int8") for i in (1, 2, 3))], False),
     "default, `--final` bf16": ([DEFAULT, HiddenSpec(1, "bf16")], True),
     "default, `--final` int8": ([DEFAULT, HiddenSpec(1, "int8")], True),

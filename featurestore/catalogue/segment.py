@@ -30,7 +30,7 @@ _AT_ONCE, _TASKS_AT_ONCE = 2**14, 2**8
 
 def stat_names(spec: GroupSpec | None) -> list[str]:
     """The stats of a record, in the order in which a segment holds them."""
-    return sorted(kind_of(spec).stats) if spec else []
+    return kind_of(spec).stat_names(spec) if spec else []
 
 
 class Segment:
@@ -282,10 +282,10 @@ def _check_records(
     of = [None if name == SAMPLES else specs[name] for name in segment.groups]
     files = np.array([len(files_of(s, g)) for s, g in zip(of, segment.groups, strict=True)])
     stats = np.array([len(stat_names(spec)) for spec in of])
-    optional = np.array([spec is not None and kind_of(spec).stats_optional for spec in of])
+    least = np.array([kind_of(spec).least_stats(spec) if spec else 0 for spec in of])
     given = np.diff(c["stat_start"])
     need((np.diff(c["file_start"]) == files[group]).all(), "other files than the group has")
-    sound = (given == stats[group]) | (optional[group] & (given == 0))
+    sound = (given == stats[group]) | (given == least[group])
     need(sound.all(), "other stats than the group has")
     row = np.repeat(np.arange(segment.tasks), np.diff(c["record_start"]))
     need(_distinct(row * count + group), "a group of a task twice")

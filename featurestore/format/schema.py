@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featurestore.errors import StoreFormatError
-from featurestore.format.codec import HIDDEN_DTYPES, decode_hidden
+from featurestore.format.codec import HIDDEN_DTYPES, decode_hidden, hidden_width
 from featurestore.identity import canonical_json, check_int, digest
 
 Array = npt.NDArray[Any]
@@ -142,10 +142,14 @@ class HiddenSpec:
 
     Args:
         layer: 0 is the embeddings, i the stream after block i, as in transformers' `output_hidden_states`.
-        dtype: as stored: "f32", "bf16", "int8" or "fp8", the last two with a scale for each position.
+        dtype: as stored: "f32", "bf16", "int8" or "fp8", these two with a scale for each position, or "int4",
+            about 0.55 bytes a number.
+        positions: the share of the positions that are stored, in (0, 1]; which, featurestore.format.positions
+            says.
+        seed: of their choice.
 
     Raises:
-        StoreFormatError: the layer is out of its range, or the type is unknown.
+        StoreFormatError: the layer, the share or the seed is out of its range, or the type is unknown.
 
     Example:
         HiddenSpec(20, "int8")
@@ -153,6 +157,8 @@ class HiddenSpec:
 
     layer: int
     dtype: str = "bf16"
+    positions: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if type(self.layer) is not int or not 0 <= self.layer <= MAX_LAYER:
@@ -161,15 +167,26 @@ class HiddenSpec:
             raise StoreFormatError(
                 f"hidden dtype must be one of {', '.join(HIDDEN_DTYPES)}, not {self.dtype!r}"
             )
+        if type(self.positions) not in (int, float) or not 0 < self.positions <= 1:
+            raise StoreFormatError(f"a share of positions must be in (0, 1], not {self.positions!r}")
+        object.__setattr__(self, "positions", float(self.positions))
+        check_int(self.seed, 0, 0 if self.whole else MAX_SEED, "seed of the share of positions")
 
     @property
     def kind(self) -> str:
         """The name that `CacheReader.find` takes: "hidden.L20" for layer 20."""
         return f"hidden.L{self.layer}"
 
+    @property
+    def whole(self) -> bool:
+        """Whether all positions are stored."""
+        return self.positions == 1
+
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; `group_spec_from_json` reads it."""
-        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype}
+        """Optional fields are left out when unset, as those of `LogitsSpec`."""
+        share = {} if self.whole else {"positions": self.positions}
+        seed = {"seed": self.seed} if self.seed else {}
+        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype, **share, **seed}
 
 
 @dataclass(frozen=True)
@@ -297,10 +314,13 @@ class LogitsFeatures:
 class HiddenFeatures:
     """One layer's hidden states of one sample, as stored.
 
-    values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says.
+    values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says; for int4
+    uint8 [T, W], rows of bytes (featurestore.format.int4), of which hidden_size says what D is.
     scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None. squared_error, squared_norm:
     float32 [T], per row the sums over D of (stored - exact)^2 and exact^2, known to the capture alone: only
     their sums over a task are kept, and what a reader gives has None.
+    positions: int32 [n], ascending, of a share of the positions: where in the sample the n rows of the other
+    fields, of T positions otherwise, stand. None: at all positions.
     """
 
     values: Array
@@ -308,17 +328,33 @@ class HiddenFeatures:
     dtype: str
     squared_error: Array | None = None
     squared_norm: Array | None = None
+    hidden_size: int | None = None
+    positions: Array | None = None
+
+    def at(self, positions: Array) -> HiddenFeatures:
+        """The rows of these positions, which are there."""
+        rows = positions if self.positions is None else np.searchsorted(self.positions, positions)
+        arrays = {name: getattr(self, name) for name in ("values", "scale", *HIDDEN_STATS)}
+        cut: dict[str, Any] = {n: None if array is None else array[rows] for n, array in arrays.items()}
+        return dataclasses.replace(self, positions=positions, **cut)
 
     def to_float32(self) -> npt.NDArray[np.float32]:
-        """The hidden states as float32 [T, D]."""
-        return decode_hidden(self.values, self.scale, self.dtype)
+        """The hidden states as float32 [T, D], or [n, D] at `positions`."""
+        return decode_hidden(self.values, self.scale, self.dtype, self.hidden_size)
 
     def check(self, length: int, hidden_size: int) -> None:
         """ValueError unless shapes and dtypes are as documented for `length` positions."""
         if self.dtype not in HIDDEN_DTYPES:
             raise ValueError(f"unknown hidden dtype {self.dtype!r}")
+        if self.positions is not None:
+            _check("positions", self.positions, np.int32, (len(self.positions),))
+            if not are_positions(self.positions, length):
+                raise ValueError(f"positions must ascend, from 0 to at most {length - 1}")
+            length = len(self.positions)
         stored, scaled = HIDDEN_DTYPES[self.dtype]
-        _check("values", self.values, stored, (length, hidden_size))
+        _check("values", self.values, stored, (length, hidden_width(self.dtype, hidden_size)))
+        if self.hidden_size != (hidden_size if self.dtype == "int4" else None):
+            raise ValueError(f"hidden_size must be {hidden_size} for int4, and None for other types")
         if scaled != (self.scale is not None):
             raise ValueError(f"hidden states of dtype {self.dtype} {'need' if scaled else 'have no'} scale")
         if self.scale is not None:
@@ -344,6 +380,12 @@ class LseFeatures:
 
 
 GroupFeatures = LogitsFeatures | HiddenFeatures | LseFeatures
+
+
+def are_positions(positions: Array, length: int) -> bool:
+    """Whether these ascend and are positions of a sample of `length`."""
+    ascending = bool((positions[1:] > positions[:-1]).all())
+    return ascending and (not len(positions) or (positions[0] >= 0 and positions[-1] < length))
 
 
 def _check(name: str, array: Array, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:

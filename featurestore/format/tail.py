@@ -29,6 +29,11 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 def row_shifts(tokens: Array, start: int, stop: int, seed: int) -> npt.NDArray[np.float64]:
     """float64 [stop - start]: U of positions start..stop of the sample `tokens` (int [T]), in [0, 1)."""
     key = blake3(_DOMAIN + seed.to_bytes(8, "little") + tokens.astype("<i4").tobytes()).digest(8)
+    return uniforms(key, start, stop)
+
+
+def uniforms(key: bytes, start: int, stop: int) -> npt.NDArray[np.float64]:
+    """float64 [stop - start]: numbers start..stop of the splitmix64 generator of 8 bytes, in [0, 1)."""
     with np.errstate(over="ignore"):
         z = np.frombuffer(key, "<u8") + np.arange(start + 1, stop + 1, dtype=np.uint64) * _GOLDEN
         z = (z ^ (z >> np.uint64(30))) * _MIX[0]

@@ -69,7 +69,7 @@ def to_batch(samples: Sequence[CachedSample], groups: Sequence[GroupSpec], schem
     if "documents" in schema.names:
         columns["documents"] = pa.array([list(sample.documents) for sample in samples], pa.list_(pa.string()))
     for spec in groups:
-        rows = kind_of(spec).export_columns(spec, [sample.features[spec] for sample in samples])
+        rows = kind_of(spec).export_columns(spec, [sample.features[spec] for sample in samples], lengths)
         columns |= {name: lists(lengths, values) for name, values in rows.items()}
     return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 

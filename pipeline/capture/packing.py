@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from featurestore.format.codec import HIDDEN_DTYPES
+from featurestore.format.codec import HIDDEN_DTYPES, hidden_width
 from featurestore.format.schema import (
     HIDDEN_STATS,
     GroupFeatures,
@@ -45,10 +45,11 @@ class Field:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where each field of a position lies in its row of `size` bytes."""
+    """Where each field of a position lies in its row of `size` bytes; hidden_size: D of the teacher."""
 
     fields: tuple[Field, ...]
     size: int
+    hidden_size: int
 
     @classmethod
     def of(cls, spec: CaptureSpec, hidden_size: int) -> RowLayout:
@@ -62,7 +63,7 @@ class RowLayout:
         columns += [(lse_field(temperature), np.dtype(np.float32), 1) for temperature in spec.temperatures]
         for layer, dtype in zip(spec.layers, spec.hidden_dtypes, strict=True):
             stored, scaled = HIDDEN_DTYPES[dtype]
-            columns.append((f"hidden.{layer}", np.dtype(stored), hidden_size))
+            columns.append((f"hidden.{layer}", np.dtype(stored), hidden_width(dtype, hidden_size)))
             if scaled:
                 columns.append((f"scale.{layer}", np.dtype(np.float32), 1))
             columns += [(f"{name}.{layer}", np.dtype(np.float32), 1) for name in HIDDEN_STATS]
@@ -70,7 +71,7 @@ class RowLayout:
         for name, numpy_dtype, width in columns:
             fields.append(Field(name, numpy_dtype, width, start))
             start += numpy_dtype.itemsize * width
-        return cls(tuple(fields), start)
+        return cls(tuple(fields), start, hidden_size)
 
     def pack(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """uint8 [N, size] on the device of the tensors, each [N] or [N, width]."""
@@ -108,7 +109,7 @@ class PackedFeatures(Mapping[GroupSpec, GroupFeatures]):
 
     @cached_property
     def _features(self) -> dict[GroupSpec, GroupFeatures]:
-        return to_features(self._layout.unpack(self._rows), self._groups)
+        return to_features(self._layout.unpack(self._rows), self._groups, self._layout.hidden_size)
 
 
 def distribution_fields(
@@ -201,9 +202,12 @@ def hidden_fields(layer: int, stream_ND: torch.Tensor, dtype: str) -> dict[str, 
 
 
 def to_features(
-    fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...]
+    fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...], hidden_size: int | None = None
 ) -> dict[GroupSpec, GroupFeatures]:
-    """The unpacked fields of one sample as the store's features, ragged heads in CSR form."""
+    """The unpacked fields of one sample as the store's features, ragged heads in CSR form.
+
+    hidden_size: D of the teacher, for hidden states.
+    """
     out: dict[GroupSpec, GroupFeatures] = {}
     for group in groups:
         if isinstance(group, LogitsSpec):
@@ -227,6 +231,7 @@ def to_features(
                 values=values.reshape(len(values), -1),
                 scale=fields.get(f"scale.{group.layer}"),
                 dtype=group.dtype,
+                hidden_size=hidden_size if group.dtype == "int4" else None,
                 **{name: fields[f"{name}.{group.layer}"] for name in HIDDEN_STATS},
             )
     return out

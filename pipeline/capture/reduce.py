@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from featurestore.format.codec import HIDDEN_DTYPES
 from featurestore.format.tail import van_der_corput
+from pipeline.capture.int4 import encode_int4
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
@@ -247,8 +249,9 @@ def head_counts(head_logits_NK: torch.Tensor, lse_N: torch.Tensor, top_p: float 
 class HiddenRows:
     """Encoded hidden states of N rows, and what the encoding cost.
 
-    values [N, D] in the stored type; scale float32 [N] for int8 and fp8, else None. squared_error and
-    squared_norm float32 [N]: sums over D of (stored - given)^2 and of given^2, both in float32.
+    values [N, D] in the stored type, or rows of bytes [N, W] for int4; scale float32 [N] for int8 and
+    fp8, else None. squared_error and squared_norm float32 [N]: sums over D of (stored - given)^2 and of
+    given^2, both in float32.
     """
 
     values: torch.Tensor
@@ -262,14 +265,17 @@ def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> HiddenRows:
 
     `bf16` and `f32` are plain casts. `int8` and `fp8` (e4m3fn) divide each row by its absolute maximum over
     the type's range: int8 is then within scale/2 per element, fp8 within 1/16 relative (or within
-    scale * 2**-10 near 0).
+    scale * 2**-10 near 0). `int4` makes rows of bytes of them, see `pipeline.capture.int4`.
 
     Raises:
         ValueError: unknown dtype.
     """
-    if dtype not in ("bf16", "f32", "int8", "fp8"):
+    if dtype not in HIDDEN_DTYPES:
         raise ValueError(f"unknown hidden dtype {dtype!r}")
     exact = hidden_ND.float()
+    if dtype == "int4":
+        rows, error = encode_int4(exact)
+        return HiddenRows(rows, None, error, exact.square().sum(-1))
     scale = None
     if dtype == "bf16":
         values = hidden_ND.to(torch.bfloat16)

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from distily.system.stopping import advise
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.plan import Task
 from featurestore.format.records import CommitRecord, RunCost
 from featurestore.format.schema import GroupSpec, Sample
@@ -135,7 +136,13 @@ def _encode(
     captured: Sequence[Captured],
     cost: RunCost,
 ) -> list[CommitRecord]:
-    features = {group: [one[group] for one in captured] for group in groups}
+    features = {
+        group: [
+            kind_of(group).keep(group, one[group], sample)
+            for one, sample in zip(captured, samples, strict=True)
+        ]
+        for group in groups
+    }
     return store.prepare_bundle(task, samples, features, cost)
 
 

@@ -68,6 +68,7 @@ def render_info(console: Console, info: StoreInfo) -> None:
             "entropy": group.mean_entropy,
             "teacher perplexity": group.perplexity,
             "relative error": group.relative_error,
+            "share of positions": (group.spec or {}).get("positions"),
         }
         groups.add_row(
             name,

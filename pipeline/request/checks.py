@@ -28,6 +28,13 @@ def check_request(request: GenerateRequest) -> None:
         raise RequestError(f"--gpu-memory-utilization {share}: a share in (0, 1] is needed")
     if share is not None and request.engine != "vllm":
         raise RequestError("--gpu-memory-utilization: only for --engine vllm; leave it out")
+    if not 0.0 < request.hidden_positions <= 1.0:
+        raise RequestError(f"--hidden-positions {request.hidden_positions:g}: a share in (0, 1] is needed")
+    if request.hidden_positions < 1 and not request.hidden_layers:
+        raise RequestError(
+            f"--hidden-positions {request.hidden_positions:g}: has no effect without --hidden-layers; add "
+            "layers, or leave this out"
+        )
     _check_ray(request)
     hidden = request.hidden_layers or request.relation_layers or request.final
     if not (request.top_k or hidden or request.temperatures):

@@ -202,9 +202,18 @@ class GenerateRequest:
     hidden_dtype: str = field(
         default="bf16",
         metadata=flag(
-            "Stored type of hidden states: bf16, f32, or int8 / fp8 with a scale per position.",
+            "Stored type of hidden states: bf16, f32, int8 or fp8 with a scale per position, or int4: 0.55 "
+            "bytes a number, in rotated blocks with a scale each.",
             _HIDDEN,
-            choices=("bf16", "int8", "fp8", "f32"),
+            choices=("bf16", "int8", "fp8", "int4", "f32"),
+        ),
+    )
+    hidden_positions: float = field(
+        default=1.0,
+        metadata=flag(
+            "Share F of the positions, drawn at random, at which --hidden-layers are kept. Each counts 1/F "
+            "in losses of single positions, which stay unbiased. --final and --relation-layers keep all.",
+            _HIDDEN,
         ),
     )
     final: bool = field(
@@ -312,7 +321,11 @@ class GenerateRequest:
     )
     seed: int = field(
         default=0,
-        metadata=flag("Seed of the tail's draws, of written texts and of the engine.", _ENGINE, least=0),
+        metadata=flag(
+            "Seed of the tail's draws, of --hidden-positions, of written texts and of the engine.",
+            _ENGINE,
+            least=0,
+        ),
     )
     trust_remote_code: bool = field(
         default=False, metadata=flag("Allow the teacher's own Python code to run.", _ENGINE)
@@ -343,8 +356,13 @@ class GenerateRequest:
         logits = (LogitsSpec(self.top_k, self.top_p, self.draws, seed),) if self.top_k else ()
         lse = (LseSpec(temperature) for temperature in sorted(self.temperatures))
         final = {teacher.num_layers} if self.final else set()
-        layers = final.union(self.hidden_layers, self.relation_layers)
-        hidden = (HiddenSpec(layer, self.hidden_dtype) for layer in sorted(layers))
+        whole = final.union(self.relation_layers, self.hidden_layers if self.hidden_positions == 1 else ())
+        hidden = (
+            HiddenSpec(layer, self.hidden_dtype)
+            if layer in whole
+            else HiddenSpec(layer, self.hidden_dtype, self.hidden_positions, self.seed)
+            for layer in sorted(whole.union(self.hidden_layers))
+        )
         return (*logits, *lse, *hidden)
 
     def sequence_length(self, teacher: Teacher) -> int:

@@ -22,6 +22,7 @@ from featurestore.format.schema import GroupSpec, HiddenFeatures, HiddenSpec, Lo
 from featurestore.order import EpochOrder
 from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
+from student.data.decoding import INT4
 from student.data.packing import pack, position_ids
 
 Array = npt.NDArray[Any]
@@ -115,10 +116,11 @@ class Collator:
 
     The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
     t (already shifted), IGNORE where nothing is learned; with a `logits` group coded_head, see `pad_logits`;
-    with hidden groups coded_hidden {teacher layer: see `pad_hidden`}. Features stay coded as in the store:
-    `student.data.decoding` decodes them on the model's device. With `pack` a row holds several samples and
-    position_ids int64 [B, T] begin anew with each of them, see `student.data.packing`. With `drop_idle`
-    samples of which nothing is learned are left out, but for one where there is no other.
+    with hidden groups coded_hidden {teacher layer: see `pad_hidden`}, and for a share of the positions with
+    weight float32 [B, T], the inverse of the share where there is a state and 0 elsewhere. Features stay
+    coded as in the store: `student.data.decoding` decodes them on the model's device. With `pack` a row holds
+    several samples and position_ids int64 [B, T] begin anew with each of them, see `student.data.packing`.
+    With `drop_idle` samples of which nothing is learned are left out, but for one where there is no other.
     """
 
     def __init__(
@@ -159,8 +161,7 @@ class Collator:
                 batch["coded_head"][group.kind] = pad(rows, length, np.float32)
         if self._hidden:
             batch["coded_hidden"] = {
-                group.layer: pad_hidden([_hidden_codes(s, group) for s in samples], length)
-                for group in self._hidden
+                group.layer: _coded_hidden(group, samples, length) for group in self._hidden
             }
         return batch
 
@@ -218,15 +219,40 @@ def pad_logits(codes: Sequence[LogitsCodes], length: int) -> dict[str, Tensor]:
 
 def pad_hidden(features: Sequence[HiddenFeatures], length: int) -> dict[str, Tensor]:
     """Hidden states of a batch as stored: values [B, T, D] in bfloat16, float32, int8 or uint8 (the bits of
-    fp8), and for the last two scale float32 [B, T].
+    fp8), and for the last two scale float32 [B, T]. Rows of int4 are named by their D: int4.576, uint8
+    [B, T, W].
     """
     # torch has no arithmetic for uint16, which holds the bits of bfloat16.
     bf16 = features[0].dtype == "bf16"
     rows = [f.values.view(np.int16) if bf16 else f.values for f in features]
     values = pad(rows, length, rows[0].dtype)
-    coded = {"values": values.view(torch.bfloat16) if bf16 else values}
+    size = features[0].hidden_size
+    coded = {f"{INT4}{size}" if size else "values": values.view(torch.bfloat16) if bf16 else values}
     scales = [f.scale for f in features if f.scale is not None]
     return coded | {"scale": pad(scales, length, np.float32)} if scales else coded
+
+
+def _coded_hidden(group: HiddenSpec, samples: Sequence[CodedSample], length: int) -> dict[str, Tensor]:
+    codes = [_hidden_codes(sample, group) for sample in samples]
+    if group.whole:
+        return pad_hidden(codes, length)
+    lengths = [len(sample.tokens) for sample in samples]
+    coded = pad_hidden([_filled(one, size) for one, size in zip(codes, lengths, strict=True)], length)
+    weights = [np.zeros(size, np.float32) for size in lengths]
+    for weight, one in zip(weights, codes, strict=True):
+        weight[one.positions] = 1 / group.positions
+    return coded | {"weight": pad(weights, length, np.float32)}
+
+
+def _filled(share: HiddenFeatures, length: int) -> HiddenFeatures:
+    """States at all positions: where there is none, the one before, of which any loss makes a number."""
+    positions = share.positions
+    assert positions is not None
+    if not len(positions):
+        share = replace(share, values=np.zeros((1, *share.values.shape[1:]), share.values.dtype))
+        share = share if share.scale is None else replace(share, scale=np.zeros(1, np.float32))
+    rows = np.searchsorted(positions, np.arange(length), side="right") - 1
+    return replace(share, positions=None).at(np.maximum(rows, 0))
 
 
 def _logits_codes(sample: CodedSample, group: LogitsSpec) -> LogitsCodes:

@@ -36,7 +36,10 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
       teacher's mean of f. teacher_rest float32 [T]: the logarithm of the mass that no column stands for;
       teacher_label_logprob float32 [T]: the teacher's log-probability of the next token, whether it is in the
       columns or not, NaN where the cache does not know it;
-    - teacher_hidden_L float32 or bfloat16 [T, D] for each cached layer L.
+    - teacher_hidden_L float32 or bfloat16 [T, D] for each cached layer L;
+    - with a layer L that is cached at a share of the positions, teacher_hidden_L_weight float32 [T]: the
+      inverse of the share where the state is stored, and 0 where it is not (the state there is that of
+      another position). A loss of each position times this weight is on average the loss itself.
 
     Args:
         cache: an open cache, or where it is.
@@ -81,6 +84,8 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         for layer, coded_layer in batch.get("coded_hidden", {}).items():
             states = decode_hidden({name: part[0] for name, part in coded_layer.items()})
             item[f"teacher_hidden_{layer}"] = states
+            if "weight" in coded_layer:
+                item[f"teacher_hidden_{layer}_weight"] = coded_layer["weight"][0]
         return item
 
     def order(self, epoch: int, seed: int = 0) -> EpochOrder:

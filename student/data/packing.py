@@ -58,18 +58,24 @@ def _joined(samples: Sequence[CodedSample]) -> CodedSample:
     masks = [sample.loss_mask.copy() for sample in samples]
     for mask in masks:
         mask[0] = False
+    starts = [0, *np.cumsum([len(sample.tokens) for sample in samples])[:-1].tolist()]
     return CodedSample(
         id="+".join(sample.id for sample in samples),
         tokens=np.concatenate([sample.tokens for sample in samples]),
         loss_mask=np.concatenate(masks),
-        features={spec: _join_codes([s.features[spec] for s in samples]) for spec in samples[0].features},
+        features={
+            spec: _join_codes([s.features[spec] for s in samples], starts) for spec in samples[0].features
+        },
     )
 
 
-def _join_codes(codes: Sequence[Any]) -> Any:
-    """The rows of all, one sample's after the other's."""
+def _join_codes(codes: Sequence[Any], starts: Sequence[int]) -> Any:
+    """The rows of all, one sample's after the other's; starts: where each sample begins in the row."""
     parts = {field.name: [getattr(one, field.name) for one in codes] for field in fields(codes[0])}
     arrays = {n: np.concatenate(part) for n, part in parts.items() if isinstance(part[0], np.ndarray)}
+    if "positions" in arrays:
+        moved = [start + positions for start, positions in zip(starts, parts["positions"], strict=True)]
+        arrays["positions"] = np.concatenate(moved)
     return replace(codes[0], **arrays)
 
 

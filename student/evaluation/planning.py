@@ -9,7 +9,7 @@ from typing import Any
 from distily.checkpoint.configs import json_object
 from featurestore.catalogue.views import Without
 from featurestore.errors import StoreNotFoundError
-from featurestore.format.schema import GroupSpec, LogitsSpec
+from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
 from student.data.held_out import split_cache
 from student.data.stores import CacheStores, matched, open_stores
@@ -105,8 +105,9 @@ def _indices(request: EvalRequest, summary: dict[str, Any], stores: CacheStores)
 
 
 def _final(reader: CacheReader) -> GroupSpec | None:
-    """The teacher's final states, where the cache has them and its LM head."""
+    """The teacher's final states, where the cache has them at all positions, and its LM head."""
     kind = f"hidden.L{reader.identity.num_layers}"
     if "head" not in reader.sidecar().parts or all(g.kind != kind for g in reader.complete_groups()):
         return None
-    return reader.find(kind)
+    group = reader.find(kind)
+    return group if isinstance(group, HiddenSpec) and group.whole else None

@@ -30,7 +30,9 @@ class View:
     cache, (teacher, student) block) -> both on the whole padded batch. fisher: number of a cache -> Fisher
     information of its teacher's final states, [N, D]. sequence_N, position_N: int64 [N], which sample
     of the batch each of them belongs to, rising, and where in it. project: (name of a projector, states
-    [N, D]) -> states as wide as the teacher's.
+    [N, D]) -> states as wide as the teacher's. weight: (number of a cache, layer) -> what the loss of each
+    position counts, float32 [N], where the cache has a share of the teacher's states: its inverse where it
+    has one, and 0 elsewhere; None for a layer that it has at all positions.
     """
 
     student: Callable[[int], Tensor]
@@ -40,6 +42,7 @@ class View:
     sequence_N: Tensor
     position_N: Tensor
     project: Callable[[str, Tensor], Tensor]
+    weight: Callable[[int, int], Tensor | None]
 
     def lengths(self) -> list[int]:
         """How many learned positions the samples have, without those that have none."""
@@ -105,16 +108,19 @@ class Term:
         assert self.pair is not None
         if self.loss.kind == "relation":
             return self.function(view.blocks(self.teachers[0], self.pair))[view.sequence_N, view.position_N]
+        weights = [view.weight(self.teachers[0], layer) for layer, _ in self.pairs]
         teacher = tuple(view.teacher(self.teachers[0], layer) for layer, _ in self.pairs)
         student = tuple(view.student(layer) for _, layer in self.pairs)
         if self.projector is not None:
             student = tuple(map(view.project, self.projectors, student))
         if self.loss.kind == "structure":
+            assert weights.count(None) == len(weights), "relations of positions need all of them"
             sides = (student, teacher) if self.loss.flow else (student[0], teacher[0])
             return self.function(*sides, view.lengths())
         if Need.FULL in self.loss.needs:
             return self.function(student[0], teacher[0], view.fisher(self.teachers[0]))
-        return self.function(student[0], teacher[0])
+        value_N = self.function(student[0], teacher[0])
+        return value_N if weights[0] is None else value_N * weights[0]
 
 
 def term(

@@ -154,10 +154,15 @@ class DistillationModel(nn.Module):
         @cache
         def blocks(store: int, pair: tuple[int, int]) -> BlockPair:
             theirs, own = pair
+            assert "weight" not in coded[store][theirs], "relations of positions need all of them"
             block = self.teachers[store].to(states[own].device).blocks[theirs]
             student = StudentBlock(self.student.get_decoder().layers[own])
             inputs = states[own], decode_hidden(coded[store][theirs])
             return BlockPair((student, block), *inputs, rotations[own])
+
+        def weight(store: int, layer: int) -> Tensor | None:
+            parts = coded[store][layer]
+            return select(parts["weight"], learned_N) if "weight" in parts else None
 
         return View(
             student=lambda layer: select(states[layer], learned_N),
@@ -167,6 +172,7 @@ class DistillationModel(nn.Module):
             sequence_N=select(places[0], learned_N),
             position_N=select(places[1], learned_N),
             project=lambda name, states_ND: self.projectors[name](states_ND),
+            weight=weight,
         )
 
     def _rows(self) -> list[HeadRow]:

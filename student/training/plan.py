@@ -122,6 +122,8 @@ def _hidden_terms(request: TermRequest, reader: CacheReader, config: Any) -> lis
                 f"{request.where}: {request.loss.name} needs at least two pairs of layers, has one"
             )
         ends = list(pairs[1:])
+    if request.loss.kind == "structure":
+        _check_whole(request, reader, [theirs for theirs, _ in pairs], "--hidden-layers")
     projector = _projector(request, reader.identity.hidden_size, config.get_text_config().hidden_size)
     weight = request.weight.scaled(1 / len(ends))
     return [
@@ -179,6 +181,7 @@ def _final_pair(request: TermRequest, reader: CacheReader, config: Any) -> list[
             f"{request.where}: the cache cannot give the full distribution; add it with "
             "`distily-cache generate ... --final`"
         )
+    _check_whole(request, reader, [depth], "--final")
     return [(depth, config.get_text_config().num_hidden_layers)]
 
 
@@ -207,11 +210,25 @@ def _block_pairs(request: TermRequest, reader: CacheReader, config: Any) -> list
             f"{request.where}: the cache lacks projections and input of the teacher's block {layer}; add "
             f"them with `distily-cache generate ... --relation-layers {layer}`"
         )
+    _check_whole(request, reader, [theirs for theirs, _ in pairs], "--relation-layers")
     check_student_blocks(config, request.where)
     for theirs, _ in pairs:
         spec = reader.sidecar().block(theirs).spec
         check_sizes(request.loss, request.options, config.get_text_config(), spec, request.where)
     return pairs
+
+
+def _check_whole(request: TermRequest, reader: CacheReader, layers: Sequence[int], flag: str) -> None:
+    """UserError where the cache has one of the layers at a share of the positions only."""
+    for layer in layers:
+        group = reader.find(f"hidden.L{layer}")
+        if isinstance(group, HiddenSpec) and not group.whole:
+            value = "" if flag == "--final" else f" {layer}"
+            raise UserError(
+                f"{request.where}: needs layer {layer} at all positions, and the cache has it at "
+                f"{group.positions:.3g} of them; store all with `distily-cache generate ... {flag}{value}` "
+                "without --hidden-positions, or take a loss of single positions, e.g. hidden_mse"
+            )
 
 
 def _hidden_layers(reader: CacheReader) -> list[int]:

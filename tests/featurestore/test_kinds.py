@@ -87,7 +87,7 @@ class RankKind(GroupKind[RankSpec, np.ndarray, np.ndarray]):
     def decode(self, codes: np.ndarray) -> np.ndarray:
         return codes.astype(np.int64)
 
-    def cut(self, codes: Any, have: Any, want: Any, tokens: Any, identity: Any) -> np.ndarray:
+    def cut(self, codes: Any, have: Any, want: Any, sample: Any, identity: Any) -> np.ndarray:
         return np.minimum(codes, want.most)
 
     def measures(self, spec: RankSpec, stats: Stats, rows: int) -> dict[str, float | None]:
@@ -102,7 +102,9 @@ class RankKind(GroupKind[RankSpec, np.ndarray, np.ndarray]):
     def export_fields(self, spec: RankSpec) -> list[tuple[str, Any]]:
         return [("rank", IDS)]
 
-    def export_columns(self, spec: RankSpec, features: Sequence[np.ndarray]) -> dict[str, Any]:
+    def export_columns(
+        self, spec: RankSpec, features: Sequence[np.ndarray], lengths: Sequence[int]
+    ) -> dict[str, Any]:
         return {"rank": pa.array(np.concatenate(features).astype(np.int32))}
 
 

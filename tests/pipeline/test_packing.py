@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featurestore.format.int4 import decode_int4
 from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.reduce import encode_hidden, lse_at, reduce_logits
@@ -24,7 +25,7 @@ VOCAB, WIDTH = 53, 6
     tail=st.integers(0, 5),
     temperatures=st.lists(st.sampled_from([0.05, 0.5, 2.0, 99.999]), unique=True, max_size=3),
     layers=st.lists(st.integers(0, 9), unique=True, max_size=3),
-    dtype=st.sampled_from(["bf16", "f32", "int8", "fp8"]),
+    dtype=st.sampled_from(["bf16", "f32", "int8", "fp8", "int4"]),
 )
 def test_round_trip(
     rows: int,
@@ -53,7 +54,7 @@ def test_round_trip(
     packed = layout.pack(fields)
     assert packed.dtype == torch.uint8
     assert packed.shape == (rows, layout.size)
-    features = to_features(layout.unpack(packed.numpy()), groups)
+    features = to_features(layout.unpack(packed.numpy()), groups, WIDTH)
 
     assert set(features) == set(groups)
     exact = lse_at(logits, spec.temperatures)
@@ -82,7 +83,8 @@ def test_round_trip(
         want = coded.values.float()
         want = want if coded.scale is None else want * coded.scale[:, None]
         found = features[group].to_float32()
-        np.testing.assert_array_equal(found, want.numpy())
+        stored = decode_int4(coded.values.numpy(), WIDTH) if dtype == "int4" else want.numpy()
+        np.testing.assert_array_equal(found, stored)
         error = np.square(found.astype(np.float64) - streams[group.layer].numpy()).sum(-1)
         np.testing.assert_allclose(features[group].squared_error, error, rtol=1e-5)
 

@@ -192,8 +192,8 @@ def test_the_error_of_an_encoding_is_measured(dtype: str) -> None:
 
 
 def test_unknown_hidden_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="int4"):
-        encode_hidden(torch.zeros(1, 1), "int4")
+    with pytest.raises(ValueError, match="int3"):
+        encode_hidden(torch.zeros(1, 1), "int3")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ SPECS: list[GroupSpec] = [
     HiddenSpec(2, "int8"),
     HiddenSpec(3, "fp8"),
     HiddenSpec(4, "f32"),
+    HiddenSpec(0, "int4"),
 ]
 
 

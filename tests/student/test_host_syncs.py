@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
+from featurestore.format.int4 import Int4Layout
+from student.data.decoding import INT4, decode_hidden
 from student.training.trainer import CacheTrainer
 
 # Operations whose result decides what runs next, or how large it is: `.item()`, bool(), shapes.
@@ -71,6 +73,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if state.global_step == 2:
             for mode in reversed(self._modes):
                 mode.__exit__(None, None, None)
+
+
+def test_rows_of_int4_are_decoded_without_waiting() -> None:
+    found: list[str] = []
+    rows = torch.zeros(5, Int4Layout(577).row_bytes, dtype=torch.uint8)
+    with Functions(found), Operations(found):
+        decode_hidden({f"{INT4}577": rows})
+    assert not found
 
 
 TERNARY = ("--student-model-as-bitnet", "--bitnet-conversion", "subln")

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.columns import ArrayLayout, Extent, Stats
-from featurestore.format.schema import TeacherIdentity
+from featurestore.format.schema import Sample, TeacherIdentity
 
 Array = npt.NDArray[Any]
 
@@ -38,14 +37,20 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         ids: a regular expression for the `kind` of its specs, with which the ids of its groups begin.
         spec: the class of its specs.
         stats: what a commit record adds up over the rows (see docs/FORMAT.md).
-        stats_optional: whether a commit record may have none of them.
     """
 
     name: ClassVar[str]
     ids: ClassVar[str]
     spec: type[Spec]
     stats: ClassVar[tuple[str, ...]] = ()
-    stats_optional: ClassVar[bool] = False
+
+    def stat_names(self, spec: Spec) -> list[str]:
+        """What the commit record of a group has in `stats`, in order of names."""
+        return sorted(self.stats)
+
+    def least_stats(self, spec: Spec) -> int:
+        """How many of `stat_names`, the first ones, a commit record has that does not have all."""
+        return len(self.stat_names(spec))
 
     # Requests: which group serves which, and how a user asks for one.
 
@@ -62,6 +67,10 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         """The flag of `distily-cache generate` that adds a group called `kind`; None if it is not ours."""
 
     # Writing.
+
+    def keep(self, spec: Spec, features: Features, sample: Sample) -> Features:
+        """What a group stores of the features of a sample, as they are captured at all its positions."""
+        return features
 
     def check_teacher(self, spec: Spec, identity: TeacherIdentity) -> None:
         """ValueError if this teacher cannot have such features."""
@@ -106,12 +115,10 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         codes: Codes,
         have: Spec,
         want: Spec,
-        tokens: npt.NDArray[np.int32],
+        sample: Sample,
         identity: TeacherIdentity,
     ) -> Codes:
-        """What serves `want`, made of a sample's codes in a group of `have`, which covers it; `tokens`: int32
-        [T] of the sample.
-        """
+        """What serves `want`, made of the codes of `sample` in a group of `have`, which covers it."""
         return codes
 
     # What is told and exported.
@@ -133,5 +140,9 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         """Name and Arrow type of each column of an export; a row is a sample, so that each is a list."""
 
     @abstractmethod
-    def export_columns(self, spec: Spec, features: Sequence[Features]) -> dict[str, Any]:
-        """Arrow arrays by column, of all positions of these samples one after the other: [R] each."""
+    def export_columns(
+        self, spec: Spec, features: Sequence[Features], lengths: Sequence[int]
+    ) -> dict[str, Any]:
+        """Arrow arrays by column, of all positions of these samples one after the other: [R] each; lengths:
+        positions of each sample.
+        """

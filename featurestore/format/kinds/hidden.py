@@ -1,80 +1,135 @@
-"""Hidden states of one layer: a vector of each position, for some dtypes with a scale.
+"""Hidden states of one layer: a vector of each position, or of a share of them, for some dtypes with a scale.
 
-R rows (positions of all samples of a task), D hidden size.
+R rows (positions of all samples of a task), S samples, D hidden size, W bytes of a row of int4.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from featurestore.errors import StoreFormatError
+from featurestore.errors import CorruptionError, StoreFormatError
 from featurestore.format.arrays import ChunkCache, ShardArray
-from featurestore.format.codec import HIDDEN_DTYPES
+from featurestore.format.codec import HIDDEN_DTYPES, hidden_width, row_starts
 from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
+from featurestore.format.int4 import MAX_SIZE, outlier_columns
 from featurestore.format.kinds.arrow import NUMBERS, column_name, lists
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
-from featurestore.format.schema import HIDDEN_STATS, HiddenFeatures, HiddenSpec, TeacherIdentity
+from featurestore.format.positions import kept_positions
+from featurestore.format.schema import (
+    HIDDEN_STATS,
+    HiddenFeatures,
+    HiddenSpec,
+    Sample,
+    TeacherIdentity,
+    are_positions,
+)
+from featurestore.identity import check_int
 
 _ROWS_PER_CHUNK = 256
-_LOGICAL_DTYPES = {"bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "f32": "float32"}
-_BY_PRECISION = ("fp8", "int8", "bf16", "f32")
+_LOGICAL_DTYPES = {
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "int4": "int4 rows",
+    "f32": "float32",
+}
+_BY_PRECISION = ("int4", "fp8", "int8", "bf16", "f32")
+# Of a position in a share: its number, compressed (measured in tests/featurestore/test_positions.py).
+_NUMBER_BYTES = 1
 
 
 class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
-    """The arrays `values` [R, D], uncompressed, and with int8 and fp8 `scale`, float32 [R]."""
+    """The arrays `values` [R, D] (int4: [R, W]), uncompressed, and with int8 and fp8 `scale`, float32 [R].
+
+    Of a share of the positions these have a row for each that is kept, or one row of zeros where none is;
+    `positions` says where in their samples they are, int32 [rows], and `sample_offsets` where the rows of
+    each sample begin, int64 [S + 1].
+    """
 
     name = "hidden"
     ids = r"hidden\.L(0|[1-9][0-9]{0,3})"
     spec = HiddenSpec
     stats = HIDDEN_STATS
-    # Groups of before, and those whose capture could not measure its error, have none.
-    stats_optional = True
+
+    def stat_names(self, spec: HiddenSpec) -> list[str]:
+        return [*HIDDEN_STATS] if spec.whole else ["entries", *HIDDEN_STATS]
+
+    def least_stats(self, spec: HiddenSpec) -> int:
+        """Groups of before, and those whose capture could not measure its error, have no HIDDEN_STATS."""
+        return 0 if spec.whole else 1
+
+    def covers(self, have: HiddenSpec, want: HiddenSpec) -> bool:
+        same = (have.layer, have.dtype) == (want.layer, want.dtype)
+        return same and (have.whole or (have.positions >= want.positions and have.seed == want.seed))
 
     def width(self, spec: HiddenSpec) -> tuple[float, ...]:
-        return (_BY_PRECISION.index(spec.dtype),)
+        return spec.positions, _BY_PRECISION.index(spec.dtype)
 
     def flag(self, kind: str) -> str | None:
         found = re.fullmatch(r"hidden\.L([0-9]+)", kind)
         return f"--hidden-layers {found[1]}" if found else None
 
+    def keep(self, spec: HiddenSpec, features: HiddenFeatures, sample: Sample) -> HiddenFeatures:
+        return features if spec.whole else features.at(_kept(spec, sample))
+
     def check_teacher(self, spec: HiddenSpec, identity: TeacherIdentity) -> None:
         if spec.layer > identity.num_layers:
             raise ValueError(f"the teacher has {identity.num_layers} layers, no layer {spec.layer}")
+        if spec.dtype == "int4" and identity.hidden_size > MAX_SIZE:
+            raise ValueError(
+                f"int4 is for states of at most {MAX_SIZE:,} numbers, not {identity.hidden_size:,}"
+            )
 
     def check(self, spec: HiddenSpec, one: Any, length: int, identity: TeacherIdentity) -> None:
         if not isinstance(one, HiddenFeatures) or one.dtype != spec.dtype:
             raise ValueError(f"expected HiddenFeatures of dtype {spec.dtype}")
+        if spec.whole != (one.positions is None):
+            raise ValueError("positions are needed for a share of them, and for nothing else")
         one.check(length, identity.hidden_size)
 
     def layouts(self, spec: HiddenSpec, extent: Extent) -> dict[str, ArrayLayout]:
         stored, scaled = HIDDEN_DTYPES[spec.dtype]
+        rows = extent.rows if spec.whole else max(1, extent.entries)
         values = ArrayLayout(
-            shape=(extent.rows, extent.hidden_size),
+            shape=(rows, hidden_width(spec.dtype, extent.hidden_size)),
             dtype=np.dtype(stored),
             chunk_rows=_ROWS_PER_CHUNK,
             compressed=False,
             attributes={"logical_dtype": _LOGICAL_DTYPES[spec.dtype]},
         )
-        scale = {"scale": compressed((extent.rows,), np.float32)} if scaled else {}
-        return {"values": values, **scale}
+        arrays = {"values": values}
+        if scaled:
+            arrays["scale"] = compressed((rows,), np.float32)
+        if not spec.whole:
+            arrays["positions"] = compressed((rows,), np.int32)
+            arrays["sample_offsets"] = compressed((extent.samples + 1,), np.int64)
+        return arrays
 
     def pack(
         self, spec: HiddenSpec, features: Sequence[HiddenFeatures], identity: TeacherIdentity
     ) -> tuple[dict[str, Array], Stats]:
-        arrays = {"values": np.concatenate([one.values for one in features])}
-        scales = [one.scale for one in features if one.scale is not None]
-        if scales:
-            arrays["scale"] = np.concatenate(scales)
-        return arrays, _stats(features)
+        names = ("values", "scale", "positions")
+        parts = {name: [getattr(one, name) for one in features] for name in names}
+        arrays = {name: np.concatenate(part) for name, part in parts.items() if part[0] is not None}
+        if spec.whole:
+            return arrays, _stats(features)
+        offsets = row_starts(np.array([len(one.values) for one in features]))
+        if not offsets[-1]:
+            arrays = {name: np.zeros((1, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+        entries: Stats = {"entries": int(offsets[-1])}
+        return arrays | {"sample_offsets": offsets}, entries | _stats(features)
 
     def check_stats(self, spec: HiddenSpec, stats: Stats, rows: int, where: str) -> None:
+        if not spec.whole:
+            check_int(stats["entries"], 0, rows, f"{where}: entries")
         if min(stats.values()) < 0:
             raise StoreFormatError(f"{where}: a sum of squares is negative")
 
@@ -83,16 +138,29 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     ) -> ReadSample[HiddenFeatures]:
         shapes = self.layouts(spec, extent)
         arrays = {name: ShardArray(directory / name, layout, cache) for name, layout in shapes.items()}
-        values, scale = arrays["values"], arrays.get("scale")
-
-        def read(_: int, start: int, stop: int) -> HiddenFeatures:
-            scales = None if scale is None else scale.read(start, stop)
-            return HiddenFeatures(values.read(start, stop), scales, spec.dtype)
-
-        return read
+        size = extent.hidden_size if spec.dtype == "int4" else None
+        if spec.whole:
+            opened = _Opened(arrays, spec.dtype, size)
+            return lambda _, start, stop: opened.read(start, stop)
+        offsets = arrays.pop("sample_offsets").read(0, extent.samples + 1).tolist()
+        if offsets[0] or offsets[-1] != extent.entries or offsets != sorted(offsets):
+            raise CorruptionError(
+                f"{directory / 'sample_offsets'}: these are no offsets of {extent.entries} rows"
+            )
+        return _OpenedShare(arrays, spec.dtype, size, offsets).read_sample
 
     def decode(self, codes: HiddenFeatures) -> HiddenFeatures:
         return codes
+
+    def cut(
+        self,
+        codes: HiddenFeatures,
+        have: HiddenSpec,
+        want: HiddenSpec,
+        sample: Sample,
+        identity: TeacherIdentity,
+    ) -> HiddenFeatures:
+        return codes if have.positions == want.positions else codes.at(_kept(want, sample))
 
     def measures(self, spec: HiddenSpec, stats: Stats, rows: int) -> dict[str, float | None]:
         norm = stats.get("squared_norm", 0.0)
@@ -100,7 +168,8 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
 
     def row_bytes(self, spec: HiddenSpec, hidden_size: int) -> float:
         stored, scaled = HIDDEN_DTYPES[spec.dtype]
-        return hidden_size * np.dtype(stored).itemsize + (4 if scaled else 0)
+        row = hidden_width(spec.dtype, hidden_size) * np.dtype(stored).itemsize + (4 if scaled else 0)
+        return row if spec.whole else spec.positions * (row + _NUMBER_BYTES)
 
     def export_row_bytes(self, spec: HiddenSpec, hidden_size: int) -> int:
         return 4 * hidden_size
@@ -108,10 +177,67 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     def export_fields(self, spec: HiddenSpec) -> list[tuple[str, Any]]:
         return [(column_name(spec.kind), pa.list_(NUMBERS))]
 
-    def export_columns(self, spec: HiddenSpec, features: Sequence[HiddenFeatures]) -> dict[str, Any]:
+    def export_columns(
+        self, spec: HiddenSpec, features: Sequence[HiddenFeatures], lengths: Sequence[int]
+    ) -> dict[str, Any]:
+        """A position that is not kept has an empty list."""
         values = np.concatenate([one.to_float32() for one in features])
-        rows = lists(np.full(len(values), values.shape[1]), pa.array(values.ravel()))
-        return {column_name(spec.kind): rows}
+        starts = row_starts(np.asarray(lengths))
+        places = [
+            start + one.positions for start, one in zip(starts, features, strict=False) if not spec.whole
+        ]
+        counts = np.full(starts[-1], values.shape[1] if spec.whole else 0)
+        counts[np.concatenate(places, dtype=np.int64) if places else []] = values.shape[1]
+        return {column_name(spec.kind): lists(counts, pa.array(values.ravel()))}
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """The open arrays of a group but for `sample_offsets`; size: D, of int4."""
+
+    arrays: Mapping[str, ShardArray]
+    dtype: str
+    size: int | None
+
+    def read(self, start: int, stop: int) -> HiddenFeatures:
+        """Rows [start, stop) of the arrays."""
+        found = {name: _rows(array, start, stop) for name, array in self.arrays.items()}
+        if self.size is not None and (outlier_columns(found["values"], self.size) >= self.size).any():
+            path = self.arrays["values"].path
+            raise CorruptionError(f"{path}: an outlier beyond the hidden size {self.size:,}")
+        return HiddenFeatures(
+            values=found["values"],
+            scale=found.get("scale"),
+            dtype=self.dtype,
+            hidden_size=self.size,
+            positions=found.get("positions"),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _OpenedShare(_Opened):
+    """offsets: where the rows of each sample begin, and the end."""
+
+    offsets: Sequence[int]
+
+    def read_sample(self, position: int, start: int, stop: int) -> HiddenFeatures:
+        """What is kept of the sample at `position` of the task, which has the positions [start, stop)."""
+        found = self.read(self.offsets[position], self.offsets[position + 1])
+        assert found.positions is not None
+        if not are_positions(found.positions, stop - start):
+            raise CorruptionError(f"{self.arrays['positions'].path}: these are no positions of the sample")
+        return found
+
+
+def _rows(array: ShardArray, start: int, stop: int) -> Array:
+    """Rows [start, stop), of which there may be none."""
+    if start == stop:
+        return np.zeros((0, *array.layout.shape[1:]), array.layout.dtype)
+    return array.read(start, stop)
+
+
+def _kept(spec: HiddenSpec, sample: Sample) -> Array:
+    return kept_positions(sample.id, len(sample), spec.positions, spec.seed)
 
 
 def _stats(features: Sequence[HiddenFeatures]) -> Stats:

@@ -33,7 +33,7 @@ from featurestore.format.codes import LogitsCodes, count_repeats
 from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
 from featurestore.format.kinds.arrow import IDS, NUMBERS, lists
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
-from featurestore.format.schema import NO_DRAW, LogitsFeatures, LogitsSpec, TeacherIdentity
+from featurestore.format.schema import NO_DRAW, LogitsFeatures, LogitsSpec, Sample, TeacherIdentity
 from featurestore.identity import check_int
 
 _ENTRIES_PER_CHUNK = 16_384
@@ -168,12 +168,12 @@ class LogitsKind(GroupKind[LogitsSpec, LogitsFeatures, LogitsCodes]):
         codes: LogitsCodes,
         have: LogitsSpec,
         want: LogitsSpec,
-        tokens: npt.NDArray[np.int32],
+        sample: Sample,
         identity: TeacherIdentity,
     ) -> LogitsCodes:
         """What is stored, but for `LogitsCodes.closed`; narrowed where a smaller distribution is wanted."""
         codes = codes.closed(identity.vocab_size)
-        return codes if want == have else codes.narrow(want, tokens)
+        return codes if want == have else codes.narrow(want, sample.tokens)
 
     def measures(self, spec: LogitsSpec, stats: Stats, rows: int) -> dict[str, float | None]:
         # Of partial groups no entropy is known, and the known labels are the likely ones.
@@ -196,7 +196,9 @@ class LogitsKind(GroupKind[LogitsSpec, LogitsFeatures, LogitsCodes]):
         rows = [("lse", NUMBERS), ("label_logprob", NUMBERS), ("entropy", NUMBERS)]
         return [*heads, *rows, *([("tail_ids", pa.list_(IDS))] if spec.tail else [])]
 
-    def export_columns(self, spec: LogitsSpec, features: Sequence[LogitsFeatures]) -> dict[str, Any]:
+    def export_columns(
+        self, spec: LogitsSpec, features: Sequence[LogitsFeatures], lengths: Sequence[int]
+    ) -> dict[str, Any]:
         """Heads and draws as lists, numbers of a row flat."""
         counts, ids, logits, lse, label, entropy = (
             np.concatenate([getattr(f, name) for f in features])

@@ -64,5 +64,7 @@ class LseKind(GroupKind[LseSpec, LseFeatures, LseFeatures]):
     def export_fields(self, spec: LseSpec) -> list[tuple[str, Any]]:
         return [(column_name(spec.kind), NUMBERS)]
 
-    def export_columns(self, spec: LseSpec, features: Sequence[LseFeatures]) -> dict[str, Any]:
+    def export_columns(
+        self, spec: LseSpec, features: Sequence[LseFeatures], lengths: Sequence[int]
+    ) -> dict[str, Any]:
         return {column_name(spec.kind): pa.array(np.concatenate([one.lse for one in features]))}
