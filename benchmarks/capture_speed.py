@@ -2,7 +2,8 @@
 
 Every path runs the same samples of the demo text in a process of its own, one after the other, after a
 warm-up; engine start is not counted. All compute in what `--dtype auto` chooses: the model's own bfloat16, or
-float32 where that is faster, as on processors without AVX-512, whose results have a file of their own. (b) is
+float32 where that is faster. Processors without AVX-512, and those with it on which float32 is faster, have
+results of their own. (b) is
 (a) plus the LM head alone, the matrix product over all positions: no logits can be had for less. Ours ends
 with everything encoded, hashed, synced and committed in a store on disk. (f) ends with numpy arrays. (g) is
 (f) plus DistillKit's compression, at the rate of one thread measured with its own code (2,300 tokens/s,
@@ -143,11 +144,12 @@ def write(best: dict[str, float], rounds: int) -> None:
     seconds = positions / rate["i"]
     note += f"All in {request.dtype}; a step of (i) has {positions:,} positions and takes {seconds:.1f} s."
     body = table(["", "tokens/s", "of (a)", "of (b)"], lines)
-    without = "" if "avx512f" in Path("/proc/cpuinfo").read_text() and not GUISE else "_avx2"
+    slow = "" if request.dtype == "bfloat16" else "_float32"
+    kind = slow if "avx512f" in Path("/proc/cpuinfo").read_text() and not GUISE else "_avx2"
     settings = "".join(f"{name}={os.environ[name]} " for name in ("ONLY", "ROUNDS") if name in os.environ)
     command = f"{settings}python benchmarks/capture_speed.py"
     text = f"{intro}\n\n{note}\n\n{body}"
-    write_result(f"capture_speed{without}", "Capture beside prefill", text, command)
+    write_result(f"capture_speed{kind}", "Capture beside prefill", text, command)
 
 
 if __name__ == "__main__":
