@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -38,6 +39,8 @@ class RemoteRoot:
         self.url = url.rstrip("/")
         self._objects = Objects(self.url)
         self._mirror = mirror
+        # Name -> the download of it that a thread is at.
+        self._under_way: dict[str, threading.Event] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.url, self.mirror))
@@ -222,6 +225,20 @@ class RemoteRoot:
             if not path.exists():
                 raise CorruptionError(f"{self.where(name)}: the file is missing, or more than {limit} bytes")
             return True
+        done = threading.Event()
+        if (other := self._under_way.setdefault(name, done)) is not done:
+            other.wait()
+            return self._download(name, limit)
+        try:
+            if path.exists():
+                return False
+            self._download_here(name, path, limit)
+        finally:
+            del self._under_way[name]
+            done.set()
+        return True
+
+    def _download_here(self, name: str, path: Path, limit: int) -> None:
         temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +255,6 @@ class RemoteRoot:
         finally:
             with suppress(OSError):
                 temporary.unlink()
-        return True
 
     def _download_elsewhere(self, limits: Mapping[str, int]) -> None:
         """In a new process, because this one was forked from one that had used obstore."""

@@ -11,6 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,26 @@ def test_a_name_is_taken_once(bucket: Bucket) -> None:
     assert objects.create("a", b"first") and not objects.create("a", b"second")
     assert objects.create("a", b"first"), "equal bytes are our own, of a request whose reply was lost"
     assert bucket.read("store", "a") == b"first"
+
+
+def test_threads_that_want_the_same_file_download_it_once(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training and the thread that fetches ahead of it do."""
+    for name in ("SPEC.json", "file"):
+        bucket.write("store", name, b"content")
+    root, blocks = root_of(bucket.url("store")), Objects.blocks
+    asked: list[str] = []
+
+    def slowly(self: Objects, name: str, limit: int) -> Iterator[bytes]:
+        asked.append(name)
+        time.sleep(0.3)
+        yield from blocks(self, name, limit)
+
+    monkeypatch.setattr(Objects, "blocks", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: root.load("file", lambda data, _: data), range(4)))
+    assert loaded == [b"content"] * 4 and asked == ["file"]
 
 
 def test_lost_replies_lose_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
