@@ -97,7 +97,8 @@ class BitLinear(nn.Linear):
             x = self.rms_norm(x) if norms == 1 else torch.lerp(x.float(), self.rms_norm(x), norms)
         if weights == activations == 1:
             return self._quantised(x, dtype)
-        weight_OI, bias_O = self.weight, self.bias
+        weight_OI: Tensor = self.weight
+        bias_O: Tensor | None = self.bias
         if weights > 0:
             blend = chains(weight_OI).blend_weight
             weight_OI, bias_O = blend(weight_OI, *self.quantized(), bias_O, weights, dtype)
