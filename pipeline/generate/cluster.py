@@ -12,7 +12,9 @@ same. Only the store, the teacher's path or name, and this package have to be th
 from __future__ import annotations
 
 import logging
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -49,6 +51,11 @@ SHARDS_AT_ONCE = 2
 _MOST_PORTIONS_AHEAD = 32
 # A column of objects, which Ray moves as they are.
 _SHARD, _DONE = "shard", "done"
+_TOKEN = (
+    "where the cluster has a token, as Ray's own commands give it one, copy ~/.ray/auth_token from its first "
+    "machine and set RAY_AUTH_MODE=token"
+)
+_ANSWER_SECONDS = 10.0
 
 
 # Addresses that `connect` has connected to; a program of the user's may be connected itself.
@@ -67,6 +74,7 @@ def connect(address: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise RequestError("--ray: Ray is not installed; install the extra [ray]") from error
     if not ray.is_initialized():
+        _check_answers(address)
         _began_here.append(address)
         ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -77,12 +85,28 @@ def connect(address: str) -> ModuleType:
                 logging_level="ERROR",
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RequestError(f"--ray {address}: {' '.join(str(error).split())}") from error
+            fix = f"; {_TOKEN}" if isinstance(error, ConnectionError) else ""
+            raise RequestError(f"--ray {address}: {' '.join(str(error).split())}{fix}") from error
         if threading.current_thread() is threading.main_thread():
             for number, handler in ours.items():  # Ray has put its own in their place
                 signal.signal(number, handler)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     return cast(ModuleType, ray)
+
+
+def _check_answers(address: str) -> None:
+    """RequestError where nothing listens at host:port, for which Ray itself waits eight minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:([0-9]{1,5})", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(
+            f"--ray {address}: nothing answers there ({reason}); give the address of a cluster's first machine, "
+            "which `ray start --head` prints"
+        ) from error
 
 
 def on_a_worker(request: GenerateRequest, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from tests.pipeline.test_streaming import FLAGS
 from tests.stores import contents
 from tests.teachers import text_of
 
+ROOT = Path(__file__).parents[2]
 SAMPLES = 60
 
 
@@ -40,6 +43,30 @@ def test_two_engines_make_the_store_of_one_though_one_is_killed(
     assert contents(one) == contents(many)
     assert made["samples"] == SAMPLES
     assert generate(tiny_teacher, data, many)["tokens"] == 0
+
+
+@pytest.mark.ray
+def test_the_example_of_two_nodes_runs(tiny_teacher: Path, tmp_path: Path) -> None:
+    """As docs/clusters.md has it, with the token that Ray gives a cluster."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    data, one, two = tmp_path / "data.jsonl", tmp_path / "one", tmp_path / "two"
+    data.write_text("".join(json.dumps({"text": text_of(60, seed)}) + "\n" for seed in range(8)))
+    generate(tiny_teacher, data, one)
+    script = ROOT / "examples" / "ray_on_loopback.sh"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", script, tiny_teacher, data, two, *FLAGS]
+    subprocess.run(list(map(str, command)), check=True, timeout=300, cwd=ROOT, env=environment)
+    assert contents(one) == contents(two)
+
+
+@pytest.mark.ray
+def test_a_cluster_that_does_not_answer(tiny_teacher: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": text_of(60)}))
+    store = ("--out", tmp_path / "store")
+    code, _, err = cli("generate", tiny_teacher, data, *store, *FLAGS, "--ray", "127.0.0.1:9")
+    assert code == 2 and "--ray 127.0.0.1:9: nothing answers there" in err.splitlines()[-1]
 
 
 def kill_an_engine(store: Path, killed: list[int]) -> None:
