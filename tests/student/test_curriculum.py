@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +28,11 @@ from student.data.stores import open_stores
 from student.errors import UserError
 from student.objective.terms import Objective, term
 from student.training.model import DistillationModel
+from tests.student import fed
 from tests.student.caches import features_of, random_samples, write_cache, write_given_cache
 from tests.student.conftest import SPECS
 from tests.student.test_model import OBJECTIVE, other_student, plain_terms
+from tests.student.test_ranks import LAUNCH, ROOT
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--student-model-config", '{"num_hidden_layers": 1}', "--init", "random")
@@ -166,6 +171,23 @@ def test_a_step_is_the_same_however_it_is_cut(train: Callable[..., dict[str, Any
         assert found[out]["last_eval"]["eval_kl"] == pytest.approx(
             found[first]["last_eval"]["eval_kl"], rel=1e-3
         )
+
+
+def test_two_processes_take_the_steps_of_one(cache: Path, tmp_path: Path) -> None:
+    """Losses of packed rows, of which the processes have more or less to learn."""
+    flags = ["--select", "surprise<6", "--weight", "surprise", "--learning-rate", 0.01, "--pack-rows", *SMALL]
+    flags += ["--max-steps", 5, "--logging-steps", 1, "--report-to", "none", "--eval-strategy", "no"]
+
+    def words(name: str, batch: int) -> list[str]:
+        run = [cache, "--output-dir", tmp_path / name, *flags, "--per-device-train-batch-size", batch]
+        return list(map(str, run))
+
+    fed.run(words("one", 8))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *LAUNCH, "-m", "tests.student.fed", json.dumps([words("two", 4)])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-4)
 
 
 def test_held_out_metrics_are_over_all_positions(
