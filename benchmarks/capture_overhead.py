@@ -7,6 +7,8 @@ one and zarr-python's. Stores lie in memory (/dev/shm): the fsyncs of a disk are
 
 `vllm`: real vLLM on the CPU, one layer of 64 channels and a vocabulary of 151,936, all in one process. The
 driver is the main thread without the model's steps, which are timed apart; vLLM's scheduler is in it.
+
+"By arithmetic": as if threads waited neither for Python's lock nor for one another, which they do.
 """
 
 from __future__ import annotations

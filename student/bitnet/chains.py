@@ -51,10 +51,16 @@ def blend_rows(
 
 
 def blend_weight(
-    weight_OI: Tensor, ternary_OI: Tensor, scale: Tensor, strength: float, dtype: torch.dtype
-) -> Tensor:
-    """The same of a weight."""
-    return _blend(weight_OI, ternary_OI * scale, strength).to(dtype)
+    weight_OI: Tensor,
+    ternary_OI: Tensor,
+    scale: Tensor,
+    bias_O: Tensor | None,
+    strength: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The same of a weight, and the bias that goes with it in `dtype`."""
+    blended_OI = _blend(weight_OI, ternary_OI * scale, strength).to(dtype)
+    return blended_OI, None if bias_O is None else bias_O.to(dtype)
 
 
 def _blend(full: Tensor, quantised: Tensor, strength: float) -> Tensor:
@@ -107,7 +113,9 @@ class Chains(NamedTuple):
     quantize_weight: Callable[[Tensor], tuple[Tensor, Tensor]]
     rescale: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
     blend_rows: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
-    blend_weight: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
+    blend_weight: Callable[
+        [Tensor, Tensor, Tensor, Tensor | None, float, torch.dtype], tuple[Tensor, Tensor | None]
+    ]
     scale_product: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     scale_rows: Callable[[Tensor, Tensor], Tensor]
     gradient_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -175,8 +183,9 @@ def _sample(chain: Chains, device: torch.device, dtype: torch.dtype) -> list[Ten
 
     ints_NI, inverse_N1, factor_NI = chain.quantize_rows(x_NI, dtype)
     ternary_OI, scale = chain.quantize_weight(weight_OI)
+    blended_OI, low_O = chain.blend_weight(weight_OI, ternary_OI, scale, bias_O, 0.3, torch.bfloat16)
     grad_ints_NO, grad_scale_N1 = chain.gradient_rows(grad_NO)
-    assert factor_NI is not None
+    assert factor_NI is not None and low_O is not None
     return [
         ints_NI,
         inverse_N1,
@@ -186,7 +195,8 @@ def _sample(chain: Chains, device: torch.device, dtype: torch.dtype) -> list[Ten
         chain.rescale(sums_NO, inverse_N1, scale, None, dtype),
         chain.rescale(sums_NO.float(), inverse_N1, scale, bias_O, dtype),
         chain.blend_rows(x_NI, ints_NI, inverse_N1, 0.3, torch.bfloat16),
-        chain.blend_weight(weight_OI, ternary_OI, scale, 0.3, torch.bfloat16),
+        blended_OI,
+        low_O,
         # A number that is one in bfloat16, too, to which torch rounds it on a GPU, and not on a CPU.
         chain.scale_product(x_NI.clone(), torch.tensor(0.375, device=device), torch.float32),
         chain.scale_rows(grad_NO, inverse_N1),

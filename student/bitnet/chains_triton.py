@@ -118,9 +118,22 @@ def rescale_kernel(
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 @no_type_check
 def blend_kernel(
-    full, ints, scales, blended, strength, row_stride, columns, COLUMNS: tl.constexpr, INVERSE: tl.constexpr
+    full,
+    ints,
+    scales,
+    blended,
+    bias,
+    low_bias,
+    strength,
+    row_stride,
+    columns,
+    COLUMNS: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    """One program per row and COLUMNS of its values. scales: INVERSE ones of rows, or the one of a weight."""
+    """One program per row and COLUMNS of its values. scales: INVERSE ones of rows, or the one of a weight,
+    whose bias, a number for each row, is converted with it.
+    """
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     own = tl.load(full + row * row_stride + column, mask=inside, other=0.0)
@@ -129,6 +142,8 @@ def blend_kernel(
     step = (strength * (quantized - own.to(tl.float32))).to(own.dtype)
     value = (own.to(tl.float32) + step.to(tl.float32)).to(own.dtype)
     tl.store(blended + row * columns + column, value.to(tl.float32), mask=inside)
+    if BIAS:
+        tl.store(low_bias + row, tl.load(bias + row).to(tl.float32), mask=tl.program_id(1) == 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -311,36 +326,47 @@ class _Blend(torch.autograd.Function):
         full: Tensor,
         ints: Tensor,
         scales: Tensor,
+        bias: Tensor | None,
         inverse: bool,
         strength: float,
         dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.dtype = full.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.dtypes = full.dtype, None if bias is None else bias.dtype
         full = _in_rows(full)
         rows, columns = full.shape
         blended = _empty(full, rows, columns, dtype=dtype)
+        low_bias = None if bias is None else _empty(full, rows, dtype=dtype)
         grid, sizes = _cut(rows, columns)
-        operands = (full, ints, scales, blended, strength, full.stride(0), columns)
-        launch(blend_kernel, grid, *operands, INVERSE=inverse, **sizes)
-        return blended
+        biases = (scales, scales) if bias is None else (bias, low_bias)
+        operands = (full, ints, scales, blended, *biases, strength, full.stride(0), columns)
+        launch(blend_kernel, grid, *operands, INVERSE=inverse, BIAS=bias is not None, **sizes)
+        return blended, low_bias
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.to(ctx.dtype), None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        dtype, bias_dtype = ctx.dtypes
+        own_bias = None if bias_dtype is None or grad_bias is None else grad_bias.to(bias_dtype)
+        return grad.to(dtype), None, None, own_bias, None, None, None
 
 
 def _blend_rows(
     x_NI: Tensor, ints_NI: Tensor, inverse_N1: Tensor, strength: float, dtype: torch.dtype
 ) -> Tensor:
-    blended_NI: Tensor = _Blend.apply(x_NI, ints_NI, inverse_N1, True, strength, dtype)  # type: ignore[no-untyped-call]
+    blended_NI: Tensor = _Blend.apply(x_NI, ints_NI, inverse_N1, None, True, strength, dtype)[0]  # type: ignore[no-untyped-call]
     return blended_NI
 
 
 def _blend_weight(
-    weight_OI: Tensor, ternary_OI: Tensor, scale: Tensor, strength: float, dtype: torch.dtype
-) -> Tensor:
-    blended_OI: Tensor = _Blend.apply(weight_OI, ternary_OI, scale, False, strength, dtype)  # type: ignore[no-untyped-call]
-    return blended_OI
+    weight_OI: Tensor,
+    ternary_OI: Tensor,
+    scale: Tensor,
+    bias_O: Tensor | None,
+    strength: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    converted_O = None if bias_O is None or bias_O.dtype == dtype else bias_O
+    blended_OI, low_O = _Blend.apply(weight_OI, ternary_OI, scale, converted_O, False, strength, dtype)  # type: ignore[no-untyped-call]
+    return blended_OI, bias_O if converted_O is None else low_O
 
 
 def _scale_product(product_NI: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -97,16 +97,16 @@ class BitLinear(nn.Linear):
             x = self.rms_norm(x) if norms == 1 else torch.lerp(x.float(), self.rms_norm(x), norms)
         if weights == activations == 1:
             return self._quantised(x, dtype)
+        weight_OI: Tensor = self.weight
+        bias_O: Tensor | None = self.bias
         if weights > 0:
-            ternary_OI, scale = self.quantized()
-            weight_OI = chains(self.weight).blend_weight(self.weight, ternary_OI, scale, weights, dtype)
-        else:
-            weight_OI = self.weight
+            blend = chains(weight_OI).blend_weight
+            weight_OI, bias_O = blend(weight_OI, *self.quantized(), bias_O, weights, dtype)
         if activations > 0:
             acts, x_NI = _inputs.quantised(x, self), x.reshape(-1, x.shape[-1])
             blended_NI = chains(x).blend_rows(x_NI, acts.ints_NI, acts.inverse_N1, activations, dtype)
             x = blended_NI.view(x.shape)
-        bias_O = None if self.bias is None else self.bias.to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
         return nn.functional.linear(x.to(dtype), weight_OI.to(dtype), bias_O)
 
     def _quantised(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -158,8 +158,8 @@ def test_weights_whose_sum_is_exact_get_the_bits_of_the_plain_ones(
     same(KERNELS.quantize_weight(weight_OI), (ternary_OI, scale))
     same(KERNELS.quantize_weight(weight_OI.t()), PLAIN.quantize_weight(weight_OI.t()))
     for output in (torch.float32, torch.bfloat16):
-        arguments = (weight_OI, ternary_OI, scale, 0.37, output)
-        same([KERNELS.blend_weight(*arguments)], [PLAIN.blend_weight(*arguments)])
+        arguments = (weight_OI, ternary_OI, scale, values(3, shape[0])[0].to(dtype), 0.37, output)
+        same(KERNELS.blend_weight(*arguments), PLAIN.blend_weight(*arguments))
 
 
 def test_half_a_scale_rounds_to_the_even_zero() -> None:
