@@ -139,10 +139,15 @@ def _say(asked: Curriculum, stores: CacheStores, training: Sequence[int]) -> str
             weights += float(weight_T[:-1][learned[1:]].sum(dtype=np.float64))
     number = "the" if len(looked_at) == len(training) else f"{len(looked_at)} of the"
     seen = f"{before:,} positions of {number} {len(training):,} training samples"
-    if not after or (asked.weight and not weights):
+    if not after:
         fix = "leave the flag out" if unknown == before else "choose a wider bound"
         what = f"are not known at any of {seen}" if unknown == before else f"leave nothing to learn of {seen}"
         raise UserError(f"{_flags(asked)}: the measures {what}; {fix}")
+    if asked.weight and not weights:
+        raise UserError(
+            f"{_flags(asked, asked.weight)}: the {asked.weight} is 0 at all that are learned of {seen}; leave "
+            "--weight out, or choose another measure"
+        )
     parts = [f"{after / before:.1%} of {seen} are learned"]
     parts += [
         f"{one.percent:g}% of the positions have a {one.measure} of at most {one.bound:.4g} nats"

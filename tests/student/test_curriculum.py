@@ -277,6 +277,24 @@ def test_caches_that_do_not_know_a_measure_are_refused(
     assert "the measures are not known at any of" in line and "leave the flag out" in line
 
 
+def test_weights_that_are_all_zero_are_refused(
+    teacher: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, spec = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), LogitsSpec(8)
+
+    def certain(sample: Any) -> Any:
+        known = features_of(model, sample, [spec])[spec]
+        return {spec: replace(known, entropy=np.zeros(len(sample), np.float32))}
+
+    store = write_given_cache(tmp_path / "certain", teacher, random_samples(8, 199), certain)
+    line = refused("from-cache", store, "--output-dir", tmp_path / "out", "--weight", "entropy")
+    assert (
+        "--weight entropy: the entropy is 0 at all that are learned" in line and "leave --weight out" in line
+    )
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> tuple[Path, Path]:
     """Caches of 20 samples each, 16 in both, by teachers of other weights."""
