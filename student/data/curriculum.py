@@ -145,8 +145,8 @@ def _say(asked: Curriculum, stores: CacheStores, training: Sequence[int]) -> str
         raise UserError(f"{_flags(asked)}: the measures {what}; {fix}")
     if asked.weight and not weights:
         raise UserError(
-            f"{_flags(asked, asked.weight)}: the {asked.weight} is 0 at all that are learned of {seen}; leave "
-            "--weight out, or choose another measure"
+            f"{_flags(asked, asked.weight)}: the {asked.weight} is 0 at all that are learned of {seen}; "
+            "leave --weight out, or choose another measure"
         )
     parts = [f"{after / before:.1%} of {seen} are learned"]
     parts += [
