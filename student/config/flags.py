@@ -14,6 +14,7 @@ from student.objective.weights import Weight
 
 if TYPE_CHECKING:
     from student.bitnet import TernaryPlan
+    from student.data.measures import Curriculum
 
 # What --objective takes the place of.
 OBJECTIVE_FLAGS = (
@@ -156,6 +157,21 @@ class StudentOptions:
     tail: int | None = _flag(
         None, "Learn from the first M of the cached draws from outside the head; 0 leaves them out."
     )
+    select: str | None = _flag(
+        None,
+        "Learn only the positions at which all of these conditions hold: MEASURE<X or MEASURE>X, with "
+        "commas between, e.g. 'surprise<8,entropy>0.5'. Measures are entropy, of the first STORE's teacher; "
+        "surprise, -log of its probability of the actual next token; and disagreement, how far the surprises "
+        "of several teachers are apart. X is in nats, or with a percent sign a quantile of the training "
+        "positions, which takes a pass over the cache before training. Held-out metrics keep all positions, "
+        "so that runs compare.",
+    )
+    weight: str | None = _flag(
+        None,
+        "Let the losses of each learned position count in proportion to a measure of --select: entropy, "
+        "surprise or disagreement. Weights have mean one over each optimizer step. Held-out metrics stay "
+        "unweighted.",
+    )
     pack_rows: bool = _flag(
         False,
         "Put several short samples of a training batch into one row, whole and without seeing each other, "
@@ -211,6 +227,7 @@ class StudentOptions:
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}: give {least} or more")
         self.shares()
+        self.curriculum()
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p:g}: give a share of the mass above 0, at most 1")
         if not 0 <= self.eval_fraction < 1:
@@ -303,6 +320,17 @@ class StudentOptions:
                 "commas between, e.g. 0.5,0.5; leave a STORE out that is to have no share"
             )
         return weights
+
+    def curriculum(self) -> Curriculum:
+        """What --select and --weight ask for, before the caches are looked at; UserError where one cannot be
+        read.
+        """
+        from student.data.measures import Curriculum, parse_select, parse_weight
+
+        return Curriculum(
+            conditions=() if self.select is None else parse_select(self.select),
+            weight=None if self.weight is None else parse_weight(self.weight),
+        )
 
     def _logits_loss(self) -> Loss:
         known = catalogue().values()

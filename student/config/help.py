@@ -70,6 +70,8 @@ _OURS = {
         "top_k",
         "top_p",
         "tail",
+        "select",
+        "weight",
         "pack_rows",
         "train_samples",
         "eval_fraction",

@@ -28,6 +28,7 @@ _AS_TEXT = (
     "layer_map",
     "copy_layers",
     "teacher_weights",
+    "select",
 )
 
 

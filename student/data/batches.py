@@ -7,7 +7,7 @@ tail draws, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -23,6 +23,7 @@ from featurestore.order import EpochOrder
 from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
 from student.data.decoding import INT4
+from student.data.measures import Curriculum, WeighedSample
 from student.data.packing import pack, position_ids
 
 Array = npt.NDArray[Any]
@@ -32,10 +33,21 @@ CALIBRATION_SAMPLES, CALIBRATION_LENGTH = 8, 256  # at most
 
 
 class CachedDataset(torch.utils.data.Dataset[CodedSample]):
-    """Samples `indices` of the cache with the features of `groups`; opened lazily in each loader process."""
+    """Samples `indices` of the cache with the features of `groups`; opened lazily in each loader process.
 
-    def __init__(self, reader: CacheReader, indices: Sequence[int], groups: Sequence[GroupSpec]) -> None:
+    curriculum: which of their positions are learned; what its measures are read from is read beside `groups`.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        indices: Sequence[int],
+        groups: Sequence[GroupSpec],
+        curriculum: Curriculum | None = None,
+    ) -> None:
         self._reader, self._indices, self.groups = reader, indices, tuple(groups)
+        self.curriculum = curriculum
+        self._measured, self._read = self._reading(0, self.groups)
 
     @property
     def manifest_digest(self) -> str:
@@ -44,7 +56,8 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
 
     def record(self) -> dict[str, Any]:
         """What is read, for checkpoints."""
-        return {"manifest": self.manifest_digest}
+        asked = {} if self.curriculum is None else self.curriculum.record()
+        return {"manifest": self.manifest_digest, **asked}
 
     def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """The positions in this data set in the order of one epoch."""
@@ -57,15 +70,42 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
 
     def warm(self, index: int) -> None:
         """Have the shard of a sample at hand and verified; see CacheReader.warm."""
-        self._reader.warm(self._indices[index], self.groups)
+        self._reader.warm(self._indices[index], self._read)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> CodedSample:
         """Sample `index`; for ~index the same one with nothing to learn."""
-        sample = self._reader.read_codes(self._indices[max(index, ~index)], self.groups)
-        return sample if index >= 0 else replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+        sample = self._sample(max(index, ~index))
+        return sample if index >= 0 else self._masked(sample, np.zeros_like(sample.loss_mask))
+
+    def _sample(self, index: int) -> CodedSample:
+        sample = self._reader.read_codes(self._indices[index], self._read)
+        return sample if self.curriculum is None else self._taught(sample, [codes_of(sample, self._measured)])
+
+    def _taught(self, sample: CodedSample, codes: Sequence[LogitsCodes | None]) -> CodedSample:
+        """A sample as the curriculum has it learned; codes: what measures are read from, of each cache."""
+        assert self.curriculum is not None
+        learned, weight = self.curriculum.apply(codes, sample.loss_mask)
+        known = {field.name: getattr(sample, field.name) for field in fields(CodedSample)}
+        weighed = sample if isinstance(sample, WeighedSample) else WeighedSample(**known)
+        return self._masked(replace(weighed, weight=weight), learned)
+
+    def _masked(self, sample: CodedSample, learned: Array) -> CodedSample:
+        return replace(sample, loss_mask=learned)
+
+    def _reading(
+        self, store: int, groups: tuple[GroupSpec, ...]
+    ) -> tuple[LogitsSpec | None, tuple[GroupSpec, ...]]:
+        """(the distribution of a cache that measures are read from, all that is read of it). Any part of a
+        cache's distribution knows the same of a position, so that of `groups` does where there is one.
+        """
+        spec = None if self.curriculum is None else self.curriculum.specs[store]
+        if spec is None:
+            return None, groups
+        there = next((group for group in groups if isinstance(group, LogitsSpec)), None)
+        return (spec, (*groups, spec)) if there is None else (there, groups)
 
 
 def calibration_samples(dataset: CachedDataset) -> list[Tensor]:
@@ -117,7 +157,8 @@ class Collator:
     The batch: input_ids int64 [B, T]; attention_mask int64 [B, T]; labels int64 [B, T], the label OF position
     t (already shifted), IGNORE where nothing is learned; with a `logits` group coded_head, see `pad_logits`;
     with hidden groups coded_hidden {teacher layer: see `pad_hidden`}, and for a share of the positions with
-    weight float32 [B, T], the inverse of the share where there is a state and 0 elsewhere. Features stay
+    weight float32 [B, T], the inverse of the share where there is a state and 0 elsewhere; of samples with
+    weights weight float32 [B, T], 0 where nothing is learned. Features stay
     coded as in the store: `student.data.decoding` decodes them on the model's device. With `pack` a row holds
     several samples and position_ids int64 [B, T] begin anew with each of them, see `student.data.packing`.
     With `drop_idle` samples of which nothing is learned are left out, but for one where there is no other.
@@ -151,6 +192,11 @@ class Collator:
             "attention_mask": torch.from_numpy((np.arange(length) < lengths[:, None]).astype(np.int64)),
             "labels": next_labels(input_ids, learned),
         }
+        weights = [sample.weight for sample in samples if isinstance(sample, WeighedSample)]
+        known = [weight for weight in weights if weight is not None]
+        if known:
+            idle_BT = batch["labels"] == IGNORE
+            batch["weight"] = pad(known, length, np.float32).masked_fill_(idle_BT, 0.0)
         if self._logits is not None:
             codes = [_logits_codes(sample, self._logits) for sample in samples]
             batch["coded_head"] = pad_logits(codes, length)
@@ -253,6 +299,11 @@ def _filled(share: HiddenFeatures, length: int) -> HiddenFeatures:
         share = share if share.scale is None else replace(share, scale=np.zeros(1, np.float32))
     rows = np.searchsorted(positions, np.arange(length), side="right") - 1
     return replace(share, positions=None).at(np.maximum(rows, 0))
+
+
+def codes_of(sample: CodedSample, spec: LogitsSpec | None) -> LogitsCodes | None:
+    """The coded distribution of a sample; None where none is asked for."""
+    return None if spec is None else _logits_codes(sample, spec)
 
 
 def _logits_codes(sample: CodedSample, group: LogitsSpec) -> LogitsCodes:

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
-
 from featurestore.format.schema import GroupSpec
 from featurestore.order import EpochOrder
 from featurestore.reader import CodedSample
-from student.data.batches import CachedDataset, Collator
+from student.data.batches import Array, CachedDataset, Collator, codes_of
+from student.data.measures import Curriculum, WeighedSample
 from student.data.stores import CacheStores, order_digest
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MatchedSample(CodedSample):
+class MatchedSample(WeighedSample):
     """A sample as the first cache has it. further: the same sample with the features of each other cache."""
 
     further: tuple[CodedSample, ...]
@@ -26,11 +25,16 @@ class MatchedDataset(CachedDataset):
     """Samples `indices` of the first cache, which all hold, with the features of `groups`, for each cache."""
 
     def __init__(
-        self, stores: CacheStores, indices: Sequence[int], groups: Sequence[Sequence[GroupSpec]]
+        self,
+        stores: CacheStores,
+        indices: Sequence[int],
+        groups: Sequence[Sequence[GroupSpec]],
+        curriculum: Curriculum | None = None,
     ) -> None:
-        super().__init__(stores.first, indices, groups[0])
+        super().__init__(stores.first, indices, groups[0], curriculum)
         self._stores = stores
         self.further_groups = tuple(map(tuple, groups[1:]))
+        self._further = [self._reading(store, one) for store, one in enumerate(self.further_groups, 1)]
 
     def record(self) -> dict[str, Any]:
         """What is read, for checkpoints."""
@@ -51,20 +55,35 @@ class MatchedDataset(CachedDataset):
 
     def warm(self, index: int) -> None:
         """Have the shards of a sample at hand and verified."""
-        for store, groups in enumerate((self.groups, *self.further_groups)):
+        for store, groups in enumerate((self._read, *(read for _, read in self._further))):
             self._stores.readers[store].warm(self._place(store, index), groups)
 
     def __getitem__(self, index: int) -> MatchedSample:
         """Sample `index`; for ~index the same one with nothing to learn."""
-        first = super().__getitem__(index)
+        sample = super().__getitem__(index)
+        assert isinstance(sample, MatchedSample)
+        return sample
+
+    def _sample(self, index: int) -> MatchedSample:
+        first = self._reader.read_codes(self._indices[index], self._read)
         further = [
-            self._stores.readers[store].read_codes(self._place(store, max(index, ~index)), groups)
-            for store, groups in enumerate(self.further_groups, 1)
+            self._stores.readers[store].read_codes(self._place(store, index), groups)
+            for store, (_, groups) in enumerate(self._further, 1)
         ]
-        if index < 0:
-            further = [replace(one, loss_mask=np.zeros_like(one.loss_mask)) for one in further]
         known = {field.name: getattr(first, field.name) for field in fields(first)}
-        return MatchedSample(**known, further=tuple(further))
+        sample = MatchedSample(**known, further=tuple(further))
+        if self.curriculum is None:
+            return sample
+        others = [codes_of(one, spec) for one, (spec, _) in zip(further, self._further, strict=True)]
+        taught = self._taught(sample, [codes_of(sample, self._measured), *others])
+        assert isinstance(taught, MatchedSample)
+        return taught
+
+    def _masked(self, sample: CodedSample, learned: Array) -> CodedSample:
+        """The same positions of a sample are learned from each cache."""
+        assert isinstance(sample, MatchedSample)
+        further = tuple(replace(one, loss_mask=learned) for one in sample.further)
+        return replace(sample, loss_mask=learned, further=further)
 
     def _place(self, store: int, index: int) -> int:
         return self._stores.index(store, self._indices[index])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from featurestore.reader import CodedSample
+from student.data.measures import WeighedSample
 from student.errors import UserError
 
 
@@ -59,13 +60,16 @@ def _joined(samples: Sequence[CodedSample]) -> CodedSample:
     for mask in masks:
         mask[0] = False
     starts = [0, *np.cumsum([len(sample.tokens) for sample in samples])[:-1].tolist()]
-    return CodedSample(
+    weights = [sample.weight for sample in samples if isinstance(sample, WeighedSample)]
+    known = [weight for weight in weights if weight is not None]
+    return WeighedSample(
         id="+".join(sample.id for sample in samples),
         tokens=np.concatenate([sample.tokens for sample in samples]),
         loss_mask=np.concatenate(masks),
         features={
             spec: _join_codes([s.features[spec] for s in samples], starts) for spec in samples[0].features
         },
+        weight=np.concatenate(known) if known else None,
     )
 
 

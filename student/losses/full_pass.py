@@ -86,14 +86,15 @@ def dense_head_loss(
     terms: Sequence[tuple[DenseLoss, float]],
     transform: HeadTransform,
     chunk: int | None = None,
+    scale_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum over positions and terms of weight * loss, detached values of every term [S, N]).
 
     The sum is differentiable in the student's hidden, weight and bias; gradients are computed during this
     call and only scaled in the backward pass. A student whose head has more rows than the teacher's (padding)
     is compared over the teacher's vocabulary. `chunk` is the number of positions held at a time (default:
-    CHUNK_ELEMENTS / V, more on GPUs that have room). ValueError when the teacher's vocabulary is the larger
-    one.
+    CHUNK_ELEMENTS / V, more on GPUs that have room). scale_N: float, what the losses of each position are
+    multiplied by; None: by nothing. ValueError when the teacher's vocabulary is the larger one.
     """
     v = len(targets.head.weight_VD)
     if len(weight_VD) < v:
@@ -102,7 +103,7 @@ def dense_head_loss(
         weight_VD, bias_V = weight_VD[:v], None if bias_V is None else bias_V[:v]
     chunk = chunk or _rows(hidden_ND, weight_VD)
     out: tuple[Tensor, Tensor] = _DenseHead.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, bias_V, targets, tuple(terms), transform, chunk
+        hidden_ND, weight_VD, bias_V, targets, tuple(terms), transform, chunk, scale_N
     )
     return out
 
@@ -128,6 +129,7 @@ class _DenseHead(torch.autograd.Function):
         terms: tuple[tuple[DenseLoss, float], ...],
         transform: HeadTransform,
         chunk: int,
+        scale_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(
             hidden_ND=hidden_ND,
@@ -151,8 +153,12 @@ class _DenseHead(torch.autograd.Function):
             )
             for index, (loss, weight) in enumerate(terms):
                 terms_SN[index, positions] = loss(rows, weight)
+                if scale_N is not None:
+                    terms_SN[index, positions] *= scale_N[positions]
                 total += weight * terms_SN[index, positions].sum()
             if rows.gradient_nV is not None:
+                if scale_N is not None:
+                    rows.gradient_nV.mul_(scale_N[positions].unsqueeze(1))
                 head.add_gradient(positions, rows.gradient_nV)
         head.save_gradients(ctx)
         ctx.mark_non_differentiable(terms_SN)
@@ -161,7 +167,7 @@ class _DenseHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _terms: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled_gradients(ctx, grad_total), None, None, None, None)
+        return (*scaled_gradients(ctx, grad_total), None, None, None, None, None)
 
 
 @torch.no_grad()

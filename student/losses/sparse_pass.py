@@ -68,9 +68,12 @@ def sparse_head_loss(
     transform: HeadTransform,
     chunk: int | None = None,
     reduction: Reduction | None = None,
+    scale_N: Tensor | None = None,
 ) -> HeadLoss:
     """Sum over positions and terms of weight * loss(student, teacher), differentiable in hidden, weight and
     bias.
+
+    scale_N: float, what the losses of each position are multiplied by; None: by nothing.
 
     Gradients are computed during this call, for the inputs that require them, and only scaled in the backward
     pass. `chunk` is the number of positions held at a time (default: CHUNK_ELEMENTS / V, less for further
@@ -86,7 +89,7 @@ def sparse_head_loss(
         buffers=temperatures + 1,  # and the slope of soft-capping
         free=free_bytes(hidden_ND.device),
     )
-    plan = (tuple(terms), transform, reduction, chunk)
+    plan = (tuple(terms), transform, reduction, chunk, scale_N)
     out = _FusedHead.apply(hidden_ND, weight_VD, bias_V, targets, plan)  # type: ignore[no-untyped-call]
     return HeadLoss(*out)
 
@@ -99,9 +102,9 @@ class _FusedHead(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets: SparseTargets,
-        plan: tuple[Terms, HeadTransform, Reduction, int],
+        plan: tuple[Terms, HeadTransform, Reduction, int, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        terms, transform, reduction, chunk = plan
+        terms, transform, reduction, chunk, scale_N = plan
         head = ChunkedHead(
             hidden_ND=hidden_ND,
             weight_VD=weight_VD,
@@ -110,7 +113,7 @@ class _FusedHead(torch.autograd.Function):
             chunk=chunk,
             needs=ctx.needs_input_grad[:3],
         )
-        run = _SparsePass(head, terms, reduction)
+        run = _SparsePass(head, terms, reduction, scale_N)
         for rows in head.chunks():
             run.step(rows, targets.slice(rows.start, rows.stop))
         head.save_gradients(ctx)
@@ -128,8 +131,8 @@ class _SparsePass:
     vocabulary.
     """
 
-    def __init__(self, head: ChunkedHead, terms: Terms, reduction: Reduction) -> None:
-        self.head, self.terms, self.reduction = head, terms, reduction
+    def __init__(self, head: ChunkedHead, terms: Terms, reduction: Reduction, scale_N: Tensor | None) -> None:
+        self.head, self.terms, self.reduction, self.scale_N = head, terms, reduction, scale_N
         n = len(head.h_ND)
         new = head.h_ND.new_empty
         shape = (head.chunk, len(head.w_VD))
@@ -199,6 +202,8 @@ class _SparsePass:
             total = tail_n.new_zeros(())
             for index, (loss, weight) in enumerate(self.terms):
                 value_n = loss(student, targets)
+                if self.scale_N is not None:
+                    value_n = value_n * self.scale_N[rows]
                 self.terms_SN[index, rows] = value_n.detach()
                 if weight:
                     total = total + weight * value_n.sum()

@@ -18,7 +18,14 @@ from student.errors import UserError
 from student.modeling.adapters import add_adapters, has_adapters
 from student.modeling.tokenizer import load_tokenizer
 from student.training.outputs import check_output
-from student.training.resume import check_kind, check_order, check_stores, find_checkpoint, manifests_to_read
+from student.training.resume import (
+    check_curriculum,
+    check_kind,
+    check_order,
+    check_stores,
+    find_checkpoint,
+    manifests_to_read,
+)
 from student.training.run import assemble, check_writable, prepare
 from student.training.trainer import CacheTrainer
 
@@ -170,6 +177,7 @@ class DistillationTrainer(CacheTrainer):
                     f"train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
                 )
         check_stores(checkpoint, stores.weights)
+        check_curriculum(checkpoint, self._request.options.curriculum().record())
         check_order(self.args, len(self.train_dataset), checkpoint)
 
 

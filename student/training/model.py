@@ -70,6 +70,7 @@ class DistillationModel(nn.Module):
         coded_hidden: Mapping[int, Coded] | None = None,
         position_ids: Tensor | None = None,
         further: Mapping[int, Mapping[str, Any]] | None = None,
+        weight: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """One batch as `student.data.matched.collator_of` lays it out -> {"loss": scalar, ...}.
@@ -77,7 +78,9 @@ class DistillationModel(nn.Module):
         While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
         [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
         causal attention keeps padding out of every learned position and no mask is passed to the body. Rows
-        that hold several samples come with position_ids, of which transformers makes a mask.
+        that hold several samples come with position_ids, of which transformers makes a mask. With weight
+        [B, T] the losses of each position, and "terms", are multiplied by its own, and num_items_in_batch is
+        the sum of the weights: so losses are means in which a position counts in proportion.
         """
         learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         with self._capture() as (states, rotations):
@@ -94,12 +97,12 @@ class DistillationModel(nn.Module):
         rows = self._rows()
         teachers = dict.fromkeys(chosen for *_, chosen in rows)
         targets = self._targets(teachers, select(labels, learned_N), coded, view.sequence_N)
-        head = self._head(select(body.last_hidden_state, learned_N), rows, targets)
-        count = len(learned_N) if num_items_in_batch is None else num_items_in_batch
-        dense_total, dense_SN = self._dense(view)
-        loss, other_SN = self._others(view, head.total + dense_total)
+        weight_N = None if weight is None else select(weight, learned_N)
+        head = self._head(select(body.last_hidden_state, learned_N), rows, targets, weight_N)
+        dense_total, dense_SN = self._dense(view, weight_N)
+        loss, other_SN = self._others(view, head.total + dense_total, weight_N)
         other_SN = torch.cat([dense_SN, other_SN])
-        scale = 1.0 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        scale = _inverse_count(len(learned_N), weight_N, num_items_in_batch)
         if not self.training:
             sums = self._sums(head, other_SN, coded, view.sequence_N, len(labels))
             return {"loss": loss * scale, "sums": sums}
@@ -228,6 +231,7 @@ class DistillationModel(nn.Module):
         hidden_ND: Tensor,
         rows: Sequence[HeadRow],
         targets: Mapping[tuple[int, ...], SparseTargets],
+        weight_N: Tensor | None,
     ) -> HeadLoss:
         """The terms of `_rows`; the head is multiplied once for all that learn from the same teachers."""
         if not rows:  # other terms alone: the head is not even multiplied
@@ -247,6 +251,7 @@ class DistillationModel(nn.Module):
                 terms=[rows[place][:2] for place in chosen],
                 transform=self.transform,
                 reduction=reduction(terms[place] for place in chosen if place < len(terms)),
+                scale_N=weight_N,
             )
             for teachers, chosen in places.items()
         }
@@ -263,7 +268,7 @@ class DistillationModel(nn.Module):
             agree_N=passes.get(self.objective.measured, next(iter(passes.values()))).agree_N,
         )
 
-    def _dense(self, view: View) -> tuple[Tensor, Tensor]:
+    def _dense(self, view: View, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """(weighted sum of the dense terms, their detached values [S', N]); float32."""
         weighted = self.objective.weighted(("dense",), self.weights)
         student_ND = view.student(self._depth)
@@ -281,6 +286,7 @@ class DistillationModel(nn.Module):
                 targets=self._full(store, view.teacher),
                 terms=[(weighted[place][0].function, weighted[place][1]) for place in chosen],
                 transform=self.transform,
+                scale_N=weight_N,
             )
             total = part if total is None else total + part
             values |= dict(zip(chosen, values_SN, strict=True))
@@ -299,11 +305,11 @@ class DistillationModel(nn.Module):
         assert head is not None, "the objective needs the teacher's head"
         return DenseTargets(head, hidden_ND)
 
-    def _others(self, view: View, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def _others(self, view: View, loss: Tensor, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """(`loss` and the weighted sum of the terms outside any head, their detached values [S', N])."""
         values = [loss.new_zeros(0, len(view.sequence_N))]
         for term, weight in self.objective.weighted(OUTSIDE_HEADS, self.weights):
-            value_N = term.values(view)
+            value_N = term.values(view) if weight_N is None else term.values(view) * weight_N
             loss = loss + weight * value_N.sum()
             values.append(value_N.detach().unsqueeze(0))
         return loss, torch.cat(values)
@@ -335,6 +341,17 @@ class DistillationModel(nn.Module):
         values_N7 = torch.stack([column.to(ce_N.dtype) for column in columns], dim=-1)
         sums = values_N7.new_zeros(sequences, len(EVAL_COLUMNS))
         return sums.index_add_(0, sequence_N, values_N7)
+
+
+def _inverse_count(learned: int, weight_N: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
+    """What sums are multiplied by to be means: 1 / learned positions, or 1 / sum of their weights. num_items:
+    that of the whole accumulated batch, if it is known.
+    """
+    if weight_N is not None:
+        total = weight_N.sum() if num_items is None else torch.as_tensor(num_items, device=weight_N.device)
+        return 1.0 / torch.where(total > 0, total, 1.0)
+    count = learned if num_items is None else num_items
+    return 1.0 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def select(tensor_BT: Tensor, positions_N: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from featurestore.reader import CacheReader
 from student.data.batches import CachedDataset
 from student.data.held_out import Split, split_between, split_cache
 from student.data.matched import MatchedDataset
+from student.data.measures import Curriculum
 from student.data.stores import CacheStores, matched
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
@@ -280,28 +281,34 @@ def plan_data(
     split: Split,
     learned: LogitsSpec | None = None,
     evaluated: CacheReader | None = None,
+    curriculum: Curriculum | None = None,
 ) -> DataPlan:
     """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
 
     evaluated: the cache of the held-out samples; None for the one that is trained on.
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
-    have the widest in any case, so that students that learned from less are measured by the same numbers.
+    have the widest in any case, so that students that learned from less are measured by the same numbers; for
+    the same reason curriculum, which of the positions are trained on, is none of theirs.
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs())]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
     train, held_out = split.training, split.held_out
     if not held_out:
-        return DataPlan(CachedDataset(reader, train, trained), None, split)
+        return DataPlan(CachedDataset(reader, train, trained, curriculum), None, split)
     source = reader
     if evaluated is not None:
         source, groups = evaluated, [evaluated.find(kind) for kind in sorted(objective.needs())]
     measured = CachedDataset(source, held_out, _with_logits(groups, source))
-    return DataPlan(CachedDataset(reader, train, trained), measured, split)
+    return DataPlan(CachedDataset(reader, train, trained, curriculum), measured, split)
 
 
 def plan_matched(
-    objective: Objective, stores: CacheStores, split: Split, learned: Sequence[LogitsSpec | None]
+    objective: Objective,
+    stores: CacheStores,
+    split: Split,
+    learned: Sequence[LogitsSpec | None],
+    curriculum: Curriculum | None = None,
 ) -> DataPlan:
     """As `plan_data`, of several caches; learned: for each."""
     trained, held_out = [], []
@@ -310,7 +317,7 @@ def plan_matched(
         trained.append([spec if spec and isinstance(group, LogitsSpec) else group for group in groups])
         held_out.append(_with_logits(groups, reader) if store in objective.measured else groups)
     evaluated = MatchedDataset(stores, split.held_out, held_out) if split.held_out else None
-    return DataPlan(MatchedDataset(stores, split.training, trained), evaluated, split)
+    return DataPlan(MatchedDataset(stores, split.training, trained, curriculum), evaluated, split)
 
 
 def plan_distribution(

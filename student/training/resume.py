@@ -7,7 +7,7 @@ step. The number of processes plays no part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,22 @@ def check_stores(checkpoint: Path | None, weights: Sequence[float]) -> None:
             f"--teacher-weights: {checkpoint} was trained with {_shares(was)}, and these are "
             f"{_shares(weights)}; give those of that run"
         )
+
+
+def check_curriculum(checkpoint: Path | None, asked: Mapping[str, str]) -> None:
+    """UserError where a checkpoint is of a run that learned from other positions, or weighed them otherwise.
+
+    asked: --select and --weight as `Curriculum.record` has them.
+    """
+    if checkpoint is None:
+        return
+    record = _record(checkpoint)
+    for name in ("select", "weight"):
+        was, now = record.get(name), asked.get(name)
+        if was != now:
+            given = f"--{name} {now}" if now else f"--{name}"
+            trained, fix = (f"with --{name} {was}", "give that") if was else ("without it", "leave it out")
+            raise UserError(f"{given}: {checkpoint} was trained {trained}; {fix}")
 
 
 def _shares(weights: Sequence[float]) -> str:

@@ -22,6 +22,7 @@ from featurestore.reader import CacheReader
 from student.bitnet import Drift
 from student.config.parser import Request
 from student.data.batches import calibration_samples
+from student.data.curriculum import plan_curriculum
 from student.data.held_out import Split
 from student.data.packing import check_packing
 from student.data.stores import CacheStores, open_stores
@@ -41,7 +42,14 @@ from student.training.plan import (
     plan_split,
 )
 from student.training.provenance import environment, typed
-from student.training.resume import check_kind, check_order, check_stores, find_checkpoint, manifests_to_read
+from student.training.resume import (
+    check_curriculum,
+    check_kind,
+    check_order,
+    check_stores,
+    find_checkpoint,
+    manifests_to_read,
+)
 from student.training.summary import TrainingRun, summarise
 from student.training.teachers import check_mixture, measured_words
 from student.training.trainer import CacheTrainer
@@ -163,6 +171,7 @@ def _open(request: Request, checkpoint: Path | None) -> CacheStores:
     manifests = manifests_to_read(request.options.manifest, checkpoint, len(request.stores))
     stores = open_stores(request.stores, manifests, request.options.shares())
     check_stores(checkpoint, stores.weights)
+    check_curriculum(checkpoint, request.options.curriculum().record())
     return stores
 
 
@@ -180,9 +189,10 @@ def _plan_data(
         for store, reader in enumerate(stores.readers)
     ]
     check_mixture(objective, stores, learned)
+    curriculum = plan_curriculum(options.curriculum(), stores, split.training)
     if len(stores) > 1:
-        return plan_matched(objective, stores, split, learned)
-    return plan_data(objective, stores.first, split, learned[0], evaluated)
+        return plan_matched(objective, stores, split, learned, curriculum)
+    return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum)
 
 
 def build(prepared: PreparedTraining) -> Built:
@@ -202,6 +212,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         if len(prepared.stores) > 1:
             LOG.info(prepared.stores)
             LOG.info(measured_words(prepared.objective, prepared.stores))
+        if prepared.data.train.curriculum is not None:
+            LOG.info(prepared.data.train.curriculum.said)
     samples = calibration_samples(prepared.data.train)
     plan, chosen = best_copy(prepared.plan, samples, args.device)
     if chosen is not None and args.process_index == 0:
@@ -250,6 +262,7 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         drift=built.assembled.drift,
         split=data.split,
         copied=prepared.plan.copied,
+        curriculum=data.train.curriculum,
     )
     summary = summarise(run)
     write_report(run.output_dir)

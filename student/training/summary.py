@@ -20,6 +20,7 @@ from featurestore.maintenance.info import StoreInfo, store_info
 from featurestore.reader import CacheReader
 from student.bitnet import Drift, bit_linears, conversion_of
 from student.data.held_out import Split
+from student.data.measures import Curriculum
 from student.data.stores import CacheStores
 from student.metrics import kl_exactness
 from student.training.model import DistillationModel
@@ -49,6 +50,7 @@ class TrainingRun:
     drift: Drift | None = None  # of the student when it was converted
     split: Split | None = None
     copied: str | None = None  # teacher layers that the student started as a copy of
+    curriculum: Curriculum | None = None
 
     @property
     def reader(self) -> CacheReader:
@@ -105,6 +107,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "command": redact_words(run.command),
         "environment": dict(run.environment),
     }
+    if run.curriculum is not None:
+        summary["curriculum"] = {**run.curriculum.record(), "said": run.curriculum.said}
     if len(run.stores) > 1:
         summary |= _several(run)
     write_json(run.output_dir / "summary.json", summary)

@@ -170,6 +170,23 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             self._term_start = self.state.global_step if self._term_start is None else self._term_start
         return (loss, outputs) if return_outputs else loss
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor | int | None:
+        """Trainer's own: the learned positions of a step, of all its parts and processes; where positions
+        have weights, the sum of these, so that however a step is cut its loss is the same weighted mean.
+        """
+        if not batch_samples or "weight" not in batch_samples[0]:
+            count: Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+            return count
+        # In float64: weights are multiples of 1/64, so that this sum is exact.
+        total = torch.stack([batch["weight"].double().sum() for batch in batch_samples]).sum()
+        total = total.float().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        weights: Tensor = total
+        return weights
+
     def _set_weights(self, inputs: dict[str, Any]) -> None:
         """Weights move between optimizer steps, not between parts of an accumulated batch; gradient norms are
         measured on the first part.
