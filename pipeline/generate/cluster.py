@@ -104,8 +104,8 @@ def _check_answers(address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RequestError(
-            f"--ray {address}: nothing answers there ({reason}); give the address of a cluster's first machine, "
-            "which `ray start --head` prints"
+            f"--ray {address}: nothing answers there ({reason}); give the address of a cluster's first "
+            "machine, which `ray start --head` prints"
         ) from error
 
 
