@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from featurestore.format.schema import HiddenSpec
 from featurestore.reader import CacheReader
 from tests.command import call, spawn
+
+HIDDEN = ("--hidden-layers", "15", "--hidden-dtype", "int4", "--hidden-positions", "0.5")
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,10 @@ def texts(demo: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(demo: Path, texts: Path) -> Path:
-    """A cache of them, one sample each."""
+    """A cache of them, one sample each, with hidden states of four bits at half the positions."""
     store = demo / "cache"
     arguments = [demo / "teacher", texts, "--out", store, "--max-seq-len", 256]
-    arguments += ["--shard-tokens", 512, "--top-k", 32, "--hidden-layers", "15"]
+    arguments += ["--shard-tokens", 512, "--top-k", 32, *HIDDEN]
     made = json.loads(spawn("distily-cache", "generate", *arguments, "--json", timeout=900).stdout)
     assert made["tokens"] == int(sum(CacheReader.open(store).lengths))
     return store
@@ -35,7 +38,13 @@ def cache(demo: Path, texts: Path) -> Path:
 
 @pytest.mark.vllm
 def test_the_cache_is_whole_and_asks_for_nothing_more(demo: Path, texts: Path, cache: Path) -> None:
-    assert len(CacheReader.open(cache)) == 24
+    reader = CacheReader.open(cache)
+    assert len(reader) == 24
+    assert reader.find("hidden.L15") == HiddenSpec(15, "int4", 0.5)
+    groups = json.loads(call("distily-cache", "info", cache, "--json").stdout)["groups"]
+    (error,) = [group["relative_error"] for group in groups.values() if group["kind"] == "hidden.L15"]
+    # Sixteen levels for a Gaussian leave a tenth of it (Max 1960); that outliers are kept apart leaves less.
+    assert 0 < error < 0.1
     assert json.loads(call("distily-cache", "verify", cache, "--deep", "--json").stdout)["problems"] == []
     arguments = [demo / "teacher", texts, "--out", cache, "--max-seq-len", 256]
     again = call("distily-cache", "generate", *arguments, "--top-k", 32)
