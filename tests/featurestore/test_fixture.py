@@ -16,18 +16,23 @@ import numpy as np
 import pytest
 
 from featurestore.format.codec import head_mass
+from featurestore.format.kinds.table import kind_of
 from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests.featurestore.conftest import fill
-from tests.featurestore.helpers import features, sample, task_of
+from tests.featurestore.helpers import features, identity, sample, task_of
 
 FIXTURES = {number: Path(__file__).parent / "fixtures" / f"version-{number}" for number in (1, 2)}
 # Of all that is read, as it was when each was written; the same samples lie in both.
 FINGERPRINT = "059555c9657a11882be59b36b830e3b1"
 LOGITS = LogitsSpec(6, 0.8, tail=4, seed=2)
 HIDDEN = [HiddenSpec(0, "f32"), HiddenSpec(1, "bf16"), HiddenSpec(2, "int8"), HiddenSpec(4, "fp8")]
+# Types and shares of hidden states that came later, in a store of their own.
+LATER = Path(__file__).parent / "fixtures" / "hidden-shares"
+SHARES = [HiddenSpec(1, "int4"), HiddenSpec(2, "int8", 0.5, 3), HiddenSpec(4, "int4", 0.25)]
+LATER_FINGERPRINT = "2f94f5e0d00dd08ad338e0362ca000f5"
 
 
 def fingerprint(reader: CacheReader) -> str:
@@ -61,6 +66,24 @@ def test_every_version_reads_as_it_was_written(number: int) -> None:
         "logits-9dc71049",
     ]
     assert verify_store(FIXTURES[number], deep=True).sound
+
+
+def fingerprint_of_shares(reader: CacheReader) -> str:
+    """A hash of all hidden states that are read, and of where they are."""
+    hasher = hashlib.sha256()
+    for index in range(len(reader)):
+        for found in reader.read(index, SHARES).features.values():
+            assert isinstance(found, HiddenFeatures)
+            hasher.update(found.to_float32().tobytes())
+            hasher.update(b"" if found.positions is None else found.positions.astype(np.int64).tobytes())
+    return hasher.hexdigest()[:32]
+
+
+def test_shares_and_four_bits_read_as_they_were_written() -> None:
+    reader = CacheReader.open(LATER)
+    assert fingerprint_of_shares(reader) == LATER_FINGERPRINT
+    assert len(reader) == 3 and set(reader.groups.values()) == set(SHARES)
+    assert verify_store(LATER, deep=True).sound
 
 
 @pytest.mark.parametrize("number", FIXTURES)
@@ -120,5 +143,20 @@ def test_the_example_reads_it_with_zarr_and_pyarrow_alone() -> None:
     np.testing.assert_allclose(outside, 1 - mass, atol=1e-4)
 
 
+def write_shares(path: Path) -> None:
+    """The store of SHARES."""
+    members = [sample(number, 9 + number) for number in range(3)]
+    made = features(members, [*SHARES])
+    kept = {
+        spec: [kind_of(spec).keep(spec, one, member) for one, member in zip(of, members, strict=True)]
+        for spec, of in made.items()
+    }
+    store = FeatureStore.create(path, identity())
+    store.add_plan([task_of(members)])
+    store.write_bundle(task_of(members), members, kept)
+    store.publish_manifest()
+
+
 if __name__ == "__main__":
     fill(FIXTURES[2], [LOGITS, *HIDDEN], count=5)
+    write_shares(LATER)
