@@ -54,6 +54,11 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
         """Digest of the manifest that the samples are read from."""
         return self._reader.manifest_digest
 
+    @property
+    def order_digest(self) -> str:
+        """What the order of samples follows from, 32 hex digits."""
+        return self.manifest_digest
+
     def record(self) -> dict[str, Any]:
         """What is read, for checkpoints."""
         asked = {} if self.curriculum is None else self.curriculum.record()
@@ -62,7 +67,7 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
     def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
         """The positions in this data set in the order of one epoch."""
         block = -(-len(self._reader) // self._reader.shards)
-        return EpochOrder(self._reader.manifest_digest, seed, epoch, len(self), block)
+        return EpochOrder(self.order_digest, seed, epoch, len(self), block)
 
     def shard(self, index: int) -> int:
         """The number of the shard that holds a sample."""
@@ -88,9 +93,11 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
         """A sample as the curriculum has it learned; codes: what measures are read from, of each cache."""
         assert self.curriculum is not None
         learned, weight = self.curriculum.apply(codes, sample.loss_mask)
-        known = {field.name: getattr(sample, field.name) for field in fields(CodedSample)}
-        weighed = sample if isinstance(sample, WeighedSample) else WeighedSample(**known)
-        return self._masked(replace(weighed, weight=weight), learned)
+        if not isinstance(sample, WeighedSample):
+            sample = WeighedSample(
+                **{field.name: getattr(sample, field.name) for field in fields(CodedSample)}
+            )
+        return self._masked(replace(sample, weight=weight), learned)
 
     def _masked(self, sample: CodedSample, learned: Array) -> CodedSample:
         return replace(sample, loss_mask=learned)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from featurestore.format.schema import GroupSpec
-from featurestore.order import EpochOrder
 from featurestore.reader import CodedSample
 from student.data.batches import Array, CachedDataset, Collator, codes_of
 from student.data.measures import Curriculum, WeighedSample
@@ -41,10 +40,10 @@ class MatchedDataset(CachedDataset):
         further = {"further_manifests": list(self._stores.manifests[1:])}
         return super().record() | further | {"teacher_weights": list(self._stores.weights)}
 
-    def epoch_order(self, seed: int, epoch: int) -> EpochOrder:
-        """The positions in this data set in the order of one epoch, a function of all manifests."""
-        digest, reader = order_digest(self._stores.manifests), self._stores.first
-        return EpochOrder(digest, seed, epoch, len(self), -(-len(reader) // reader.shards))
+    @property
+    def order_digest(self) -> str:
+        """What the order of samples follows from: all manifests."""
+        return order_digest(self._stores.manifests)
 
     def shard(self, index: int) -> int:
         """A number for the shards that hold a sample, one of each cache."""
