@@ -81,7 +81,7 @@ def run(key: str, seed: int) -> dict[str, Any]:
     summary = train(
         output,
         *("--student-model-config", json.dumps({"num_hidden_layers": LAYERS}), "--freeze-embeddings"),
-        *("--bf16", "--per-device-train-batch-size", "1", "--max-steps", str(STEPS), "--seed", str(seed)),
+        *("--no-bf16", "--per-device-train-batch-size", "1", "--max-steps", str(STEPS), "--seed", str(seed)),
         *("--learning-rate", "2e-3", "--save-strategy", "no", "--report-to", "none"),
         *("--eval-fraction", str(HELD_OUT), "--eval-steps", "0.125", "--disable-tqdm", "True"),
         *ROWS[key][1],
@@ -108,7 +108,10 @@ def measure(directory: Path) -> dict[str, float]:
     assert head is not None
     weight_VD = head.weight_VD.float()
     kl = ce = count = 0.0
-    for index in split_cache(reader, HELD_OUT).held_out:
+    learned = set(split_cache(reader, HELD_OUT).training)
+    for index in range(len(reader)):
+        if index in learned:
+            continue
         sample = reader.read(index, [group])
         ids_T = torch.from_numpy(sample.tokens).long()
         states_TD = torch.from_numpy(sample.features[group].values.copy()).view(torch.bfloat16).float()
@@ -123,7 +126,7 @@ def measure(directory: Path) -> dict[str, float]:
 def settings() -> dict[str, Any]:
     """What makes results comparable."""
     manifest = CacheReader.open(WORK / "cache").manifest_digest
-    return {"manifest": manifest, "steps": STEPS, "layers": LAYERS, "held_out": HELD_OUT}
+    return {"manifest": manifest, "steps": STEPS, "layers": LAYERS, "held_out": HELD_OUT, "precision": "fp32"}
 
 
 def prepare() -> None:

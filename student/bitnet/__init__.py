@@ -25,7 +25,7 @@ from student.bitnet.linear import (
 from student.bitnet.master_weights import MASTERS, RoundingAdamW, halve_masters
 from student.bitnet.meter import FlipMeter
 from student.bitnet.quantizers import EPSILON, LEVELS, quantize_activation, quantize_weight, to_int8
-from student.bitnet.training import TernaryCallback, TernaryPlan, staged
+from student.bitnet.training import TernaryCallback, TernaryPlan, separate_rates, staged
 from student.bitnet.warmup import Warmup
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "quantize_in_passes",
     "quantize_once",
     "quantize_weight",
+    "separate_rates",
     "set_strengths",
     "staged",
     "to_int8",

@@ -55,6 +55,7 @@ from student.training.teachers import check_mixture, measured_words
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
+_OWN_GROUPS = {"params", "model", "optimizer_dict"}  # options of optimizers that take no groups
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -154,7 +155,7 @@ def prepare(
     if data.held_out is None:
         _check_needs_evaluation(args)
         args.eval_strategy, args.eval_on_start = "no", False
-    _check_optimizer(args, plan.masters)
+    _check_optimizer(args, plan.masters, options.separate_flag())
     _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
     if args.fsdp:
@@ -286,8 +287,11 @@ def _check_needs_evaluation(args: TrainingArguments) -> None:
             raise UserError(f"{flag} needs held-out samples; give an --eval-fraction above 0")
 
 
-def _check_optimizer(args: TrainingArguments, masters: str) -> None:
-    """Trainer finds a missing library, and values that its optimizers refuse, only when training begins."""
+def _check_optimizer(args: TrainingArguments, masters: str, separate: str | None) -> None:
+    """Trainer finds a missing library, and values that its optimizers refuse, only when training begins.
+
+    separate: the flag that gives ternary weights a rate or decay of their own, if one does.
+    """
     name = str(args.optim.value)
     if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(
@@ -307,12 +311,25 @@ def _check_optimizer(args: TrainingArguments, masters: str) -> None:
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         if "pass a model" in str(error):  # which there is not yet
+            _check_groups(name, separate)
             return
         raise UserError(
             f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, "
             f"--adam-beta2 and --adam-epsilon: {one_line(error, None)}"
         ) from error
+    plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if not plain or _OWN_GROUPS & set(options):
+        _check_groups(name, separate)
     _check_scheduler(args, optimizer or torch.optim.SGD([_tensor()]))
+
+
+def _check_groups(name: str, separate: str | None) -> None:
+    """UserError for rates of their own with an optimizer that makes its groups of weights itself."""
+    if separate is not None:
+        raise UserError(
+            f"{separate}: --optim {name} sorts the weights into groups itself; use adamw_torch, or leave "
+            "the flag out"
+        )
 
 
 def _check_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:

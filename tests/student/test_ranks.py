@@ -49,7 +49,7 @@ ACCUMULATED = ("--train-samples", "15")  # three batches of the four that a step
 TERNARY = ("--student-model-as-bitnet", "--bitnet-conversion", "subln")
 COMPARED = {
     "fp": ("--hidden-loss", "mse", "--projector", "linear", "--gradient-checkpointing", *BEST, *ACCUMULATED),
-    "full": (*TERNARY, "--bitnet-warmup-weights", "0.4"),
+    "full": (*TERNARY, "--bitnet-warmup-weights", "0.4", "--bitnet-learning-rate", "0.02"),
     "int8": (*TERNARY, "--bitnet-backward", "int8", "--bitnet-masters", "bf16"),
     "clipped": ("--max-grad-norm", "0.05", "--max-steps", "1", *SGD),
 }
