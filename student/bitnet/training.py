@@ -10,6 +10,7 @@ import torch
 from torch import distributed, nn
 from transformers import TrainerCallback
 
+from student.bitnet.annealing import Annealing
 from student.bitnet.backward import EVERY, Gate, Gates
 from student.bitnet.linear import (
     bit_linears,
@@ -17,6 +18,7 @@ from student.bitnet.linear import (
     quantize_in_passes,
     quantize_once,
     set_strengths,
+    set_temperature,
 )
 from student.bitnet.meter import FlipMeter
 from student.bitnet.warmup import Warmup
@@ -39,7 +41,8 @@ class TernaryPlan:
 
     two_stage: in the second half of the steps weight decay is 0 and the learning rate LATE_RATE of what the
     schedule says, as BitNet b1.58 (arXiv:2402.17764) was trained. backward: full or int8, see
-    `bitnet.backward`. learning_rate, weight_decay: of the latent weights, see `separate_rates`.
+    `bitnet.backward`. learning_rate, weight_decay: of the latent weights, see `separate_rates`. annealing:
+    how their softened form hardens.
     """
 
     warmup: Warmup = field(default_factory=Warmup)
@@ -48,6 +51,7 @@ class TernaryPlan:
     backward: str = "full"
     learning_rate: float | None = None
     weight_decay: float | None = None
+    annealing: Annealing = field(default_factory=Annealing)
 
 
 class TernaryCallback(TrainerCallback):  # type: ignore[misc]
@@ -71,7 +75,9 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Strengths and weight decay are functions of the step, so that a resumed run has the right ones."""
-        set_strengths(self._student, self._plan.warmup.at(state.global_step, state.max_steps))
+        step, max_steps = state.global_step, state.max_steps
+        set_strengths(self._student, self._plan.warmup.at(step, max_steps))
+        set_temperature(self._student, self._plan.annealing.at(step, max_steps))
         if self._plan.two_stage and late(state.global_step, state.max_steps):
             for group in kwargs["optimizer"].param_groups:
                 group["weight_decay"] = 0.0

@@ -69,6 +69,12 @@ class StudentOptions:
     bitnet_warmup_norms: float = _flag(
         0.0, "Share of the steps in which the norms of --bitnet-conversion go from none to full."
     )
+    bitnet_anneal: float = _flag(
+        0.0,
+        "Share of the steps in which ternary weights are soft (Hestia): a weight counts as the mean of -1, 0 "
+        "and 1 under a softmax that hardens to rounding by the end of that share, so those in the dead zone "
+        "have true gradients. It must be longer than --bitnet-warmup-weights; 0 rounds from the first step.",
+    )
     bitnet_masters: Literal["fp32", "bf16"] = _flag(
         "fp32",
         "What latent weights are kept in. bf16 takes 4 bytes less per weight, gradients included, and comes "
@@ -77,8 +83,8 @@ class StudentOptions:
     bitnet_learning_rate: float | None = _flag(
         None,
         "Peak learning rate of the latent weights behind ternary matrices; all other weights keep "
-        "--learning-rate. Ternary matrices stand larger steps, since most of a step is rounded away. Default: "
-        "--learning-rate.",
+        "--learning-rate. Ternary matrices stand larger steps, since most of a step is rounded away. "
+        "Default: --learning-rate.",
     )
     bitnet_weight_decay: float | None = _flag(
         None,
@@ -255,12 +261,18 @@ class StudentOptions:
         for flag in _WARMUPS:
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag.replace('_', '-')} is a share of the steps, 0 to 1")
+        if not (self.bitnet_anneal == 0 or self.bitnet_warmup_weights < self.bitnet_anneal <= 1):
+            raise UserError(
+                f"--bitnet-anneal {self.bitnet_anneal:g}: give a share of the steps above that of "
+                f"--bitnet-warmup-weights ({self.bitnet_warmup_weights:g}), at most 1, or 0"
+            )
 
     def check_ternary(self, conversion: str | None) -> None:
         """UserError for a flag that has no effect on a student of this conversion; None: full precision."""
         flags = (
             "bitnet_conversion",
             *_WARMUPS,
+            "bitnet_anneal",
             "bitnet_masters",
             "bitnet_learning_rate",
             "bitnet_weight_decay",
@@ -286,7 +298,7 @@ class StudentOptions:
 
     def ternary(self) -> TernaryPlan:
         """How a BitNet student is trained."""
-        from student.bitnet import TernaryPlan, Warmup
+        from student.bitnet import Annealing, TernaryPlan, Warmup
 
         warmup = Warmup(self.bitnet_warmup_weights, self.bitnet_warmup_activations, self.bitnet_warmup_norms)
         return TernaryPlan(
@@ -296,6 +308,7 @@ class StudentOptions:
             self.bitnet_backward,
             self.bitnet_learning_rate,
             self.bitnet_weight_decay,
+            Annealing(self.bitnet_warmup_weights, self.bitnet_anneal),
         )
 
     def wanted(self) -> ObjectiveRequest:

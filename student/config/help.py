@@ -82,6 +82,7 @@ _OURS = {
         "bitnet_warmup_weights",
         "bitnet_warmup_activations",
         "bitnet_warmup_norms",
+        "bitnet_anneal",
         "bitnet_learning_rate",
         "bitnet_weight_decay",
         "bitnet_two_stage",

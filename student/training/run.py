@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from distily.logs import LOG
 from distily.text import one_line
 from featurestore.reader import CacheReader
-from student.bitnet import Drift
+from student.bitnet import Drift, set_relative_temperatures
 from student.config.parser import Request
 from student.data.batches import calibration_samples
 from student.data.curriculum import plan_curriculum
@@ -222,6 +222,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
     prepared = replace(prepared, plan=plan)
     set_seed(args.seed)
     student, drift = plan.build(samples, args.device)
+    if options.bitnet_anneal:
+        set_relative_temperatures(student, samples)
     if options.pack_rows:
         check_packing(student)
     teachers = [
