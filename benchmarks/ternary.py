@@ -50,6 +50,8 @@ SUBLN = [*TERNARY, "--bitnet-conversion", "subln"]
 LABELS = ["--logits-loss", "none", "--ce-weight", "1"]
 WARM = ["--bitnet-warmup-weights", "0.5", "--bitnet-warmup-activations", "0.5"]
 RELATION = ["--objective", str(WORK / "relation.yaml")]
+HIDDEN = ["--hidden-loss", "nmse", "--layer-map", f"{DEPTH}:{LAYERS}"]
+SOFT = ["--bitnet-warmup-weights", "0.2", "--bitnet-anneal", "0.7", "--bitnet-warmup-activations", "0.5"]
 OBJECTIVE = {
     "balance": "gradient_norm",
     "terms": [{"loss": "kl", "weight": 1.0}, {"loss": "qkv_relation", "weight": 0.3}],
@@ -57,6 +59,8 @@ OBJECTIVE = {
 ROWS: dict[str, tuple[str, list[str]]] = {
     "fp": ("full precision, KL", []),
     "fp-rel": ("full precision, KL + relation", RELATION),
+    "fp-hidden": ("full precision, KL + final states", HIDDEN),
+    "fp-fast": ("full precision, KL, rate 4e-3", ["--learning-rate", "4e-3"]),
     "none-ce": ("ternary `none`, labels alone (CE)", [*TERNARY, *LABELS]),
     "none": ("ternary `none`, KL", TERNARY),
     "none-warm": ("ternary `none`, KL, λ", [*TERNARY, *WARM]),
@@ -64,6 +68,12 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "none-rel-warm": ("ternary `none`, KL + relation, λ", [*TERNARY, *RELATION, *WARM]),
     "subln": ("ternary `subln`, KL", SUBLN),
     "subln-warm": ("ternary `subln`, KL, λ", [*SUBLN, *WARM]),
+    "subln-warm-fast": ("ternary `subln`, KL, λ, rate 4e-3", [*SUBLN, *WARM, "--learning-rate", "4e-3"]),
+    "subln-warm-hidden": (
+        "ternary `subln`, KL + final states, λ, rate 4e-3",
+        [*SUBLN, *WARM, *HIDDEN, "--learning-rate", "4e-3"],
+    ),
+    "subln-soft": ("ternary `subln`, KL, annealed, rate 4e-3", [*SUBLN, *SOFT, "--learning-rate", "4e-3"]),
     "subln-rel": ("ternary `subln`, KL + relation", [*SUBLN, *RELATION]),
     "subln-rel-warm": ("ternary `subln`, KL + relation, λ", [*SUBLN, *RELATION, *WARM]),
 }
