@@ -94,6 +94,11 @@ class DistillationTrainer(CacheTrainer):
                 "optimizers: this one is of weights that are not sharded yet; leave it out and choose with "
                 "args.optim, or leave args.fsdp out"
             )
+        if optimizers[0] is not None and args.separate_flag() is not None:
+            raise UserError(
+                f"optimizers: this one has its groups of weights already, and {args.separate_flag()} makes "
+                "others; give these groups their rates yourself, or leave one of them out"
+            )
         if isinstance(model, (str, Path)):
             if args.student is not None:
                 raise UserError("model: args.student names a checkpoint already; leave one of them out")
