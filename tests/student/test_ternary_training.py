@@ -15,6 +15,8 @@ from torch import Tensor
 from student import bitnet
 from student.bitnet import chains
 from student.bitnet.master_weights import RoundingAdamW, round_stochastically
+from student.errors import UserError
+from student.training.run import _check_groups
 from tests.student.test_training import BITNET, logs, weights
 
 Train = Callable[..., dict[str, Any]]
@@ -98,6 +100,12 @@ def test_separate_rates_move_latent_weights_only() -> None:
     found = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert found == [(1, 1.0, 2), (2, 1.0, 1), (1, 3.0, 2)]
     assert optimizer.param_groups[-1]["params"][0] is model[0].weight
+
+
+def test_optimizers_with_groups_of_their_own_have_no_place_for_separate_rates() -> None:
+    _check_groups("galore_adamw", None)
+    with pytest.raises(UserError, match="--bitnet-learning-rate: --optim galore_adamw sorts the weights"):
+        _check_groups("galore_adamw", "--bitnet-learning-rate")
 
 
 @pytest.fixture
