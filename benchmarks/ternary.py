@@ -225,9 +225,10 @@ def body(found: dict[str, list[dict[str, Any]]]) -> str:
             "labels alone (0) to the student in full precision (1), within a seed. Seconds of one thread "
             "beside another training, evaluations included: not a comparison of speed.",
             f"The best ternary recipe, {ROWS[best][0]}, closes {value(kl, 3)} of the gap in KL and "
-            f"{value(ce, 3)} in cross-entropy. The goal, {GOALS[0]} and {GOALS[1]} with {len(SEEDS)} seeds, is "
+            f"{value(ce, 3)} in cross-entropy. The goal, {GOALS[0]} and {GOALS[1]} in each of {len(SEEDS)} "
+            + "seeds, is "
             + ("" if reached else "**not** ")
-            + f"reached with the {len(kl)} that have run.",
+            + f"reached in all that have run ({len(kl)}).",
             f"Not run: {'; '.join(missing) or 'nothing'}.",
             f"![Held-out KL over tokens]({PLOT})",
             table(["held-out KL after tokens", *tokens], course),
