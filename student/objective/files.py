@@ -41,8 +41,8 @@ class TermRequest:
 @dataclass(frozen=True)
 class ObjectiveRequest:
     """All terms that are asked for; balanced: with weights that are ratios of gradient norms. teachers: the
-    weights of several caches' teachers in their mixture, of which one moves at least; None where the file does
-    not say. where: how error lines name them.
+    weights of several caches' teachers in their mixture, of which one moves at least; None where the file
+    does not say. where: how error lines name them.
     """
 
     terms: tuple[TermRequest, ...]
@@ -102,8 +102,8 @@ def _teachers(value: object, where: str) -> tuple[Weight, ...]:
     weights = tuple(parse_weight(one, f"{where}[{number}]") for number, one in enumerate(value))
     if all(weight.schedule == "constant" for weight in weights):
         raise UserError(
-            f"{where}: none of these weights moves; give a schedule, e.g. {example}, or constant weights with "
-            "--teacher-weights"
+            f"{where}: none of these weights moves; give a schedule, e.g. {example}, or constant weights "
+            "with --teacher-weights"
         )
     for number, weight in enumerate(weights):
         if not max(weight.start, weight.end):

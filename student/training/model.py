@@ -78,11 +78,12 @@ class DistillationModel(nn.Module):
 
         While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
         [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS, and a mixture of teachers is that of
-        the end of the training, so that all evaluations of a training measure the same. Samples are padded on the right, so
-        causal attention keeps padding out of every learned position and no mask is passed to the body. Rows
-        that hold several samples come with position_ids, of which transformers makes a mask. With weight
-        [B, T] the losses of each position, and "terms", are multiplied by its own, and num_items_in_batch is
-        the sum of the weights: so losses are means in which a position counts in proportion.
+        the end of the training, so that all evaluations of a training measure the same. Samples are padded on
+        the right, so causal attention keeps padding out of every learned position and no mask is passed to
+        the body. Rows that hold several samples come with position_ids, of which transformers makes a mask.
+        With weight [B, T] the losses of each position, and "terms", are multiplied by its own, and
+        num_items_in_batch is the sum of the weights: so losses are means in which a position counts in
+        proportion.
         """
         learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         with self._capture() as (states, rotations):

@@ -63,8 +63,8 @@ def plan_objective(
         _check_balance(terms)
     if request.teachers is not None and all(len(one.teachers) < 2 for one in terms):
         raise UserError(
-            f"{request.where} has no effect: no term learns from the mixture of the teachers; leave it out, or "
-            "give terms that name a teacher a schedule of their own"
+            f"{request.where} has no effect: no term learns from the mixture of the teachers; leave it out, "
+            "or give terms that name a teacher a schedule of their own"
         )
     objective = Objective.of(terms, request.balanced)
     return replace(objective, teachers=weights_of(request, stores), measured=measured(stores))

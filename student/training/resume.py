@@ -152,7 +152,7 @@ def check_stores(checkpoint: Path | None, weights: Sequence[Weight]) -> None:
     if was is not None and now != was:
         raise UserError(
             f"--teacher-weights: {checkpoint} was trained with {_shares(was)}, and these are "
-            f"{_shares(now)}; give those of that run (weights that move are the `teachers` of its --objective)"
+            f"{_shares(now)}; give those of that run (weights that move are the `teachers` of an --objective)"
         )
 
 

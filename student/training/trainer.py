@@ -219,8 +219,8 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         self._tokens.zero_()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the unweighted terms, the weights and the teachers' shares that move, and the movement of the ternary weights to
-        Trainer's training log.
+        """Adds the unweighted terms, the weights and the teachers' shares that move, and the movement of the
+        ternary weights to Trainer's training log.
         """
         if "loss" in logs and self._term_start is not None:
             steps = self.state.global_step - self._term_start
