@@ -142,8 +142,8 @@ def main() -> None:
         f"{__doc__.strip() if __doc__ else ''}\n\n"
         f"{tokens.numel()} positions, V = {first.shape[1]:,}. {SEEDS} sets of draws. Angles are in degrees "
         "to the live gradient, of the first teacher alone and of the mixture (captures with one seed for "
-        "both teachers, and with two). Errors are relative to the live gradient, of mixtures with two seeds.\n\n"
-        + "\n\n".join(parts),
+        "both teachers, and with two). Errors are relative to the live gradient, of mixtures with two "
+        "seeds.\n\n" + "\n\n".join(parts),
     )
 
 

@@ -188,11 +188,18 @@ def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
         "bytes_per_token": round(info.bytes / max(info.rows, 1), 2),
         "capture_seconds": round(seconds, 3) if runs else None,
         "capture_tokens_per_second": round(computed / seconds, 1) if seconds else None,
-        "groups": {
-            group.kind: {"bytes": group.bytes, "bytes_per_token": round(group.bytes_per_row, 2)}
-            for group in info.groups.values()
-        },
+        "groups": _by_kind(info),
     }
+
+
+def _by_kind(info: StoreInfo) -> dict[str, dict[str, float]]:
+    """Bytes of the column groups of each kind, of which a store may have several."""
+    found: dict[str, dict[str, float]] = {}
+    for group in info.groups.values():
+        known = found.setdefault(group.kind, {"bytes": 0, "bytes_per_token": 0.0})
+        known["bytes"] += group.bytes
+        known["bytes_per_token"] = round(known["bytes_per_token"] + group.bytes_per_row, 2)
+    return found
 
 
 def teacher_config(directory: Path) -> dict[str, Any]:
