@@ -37,6 +37,7 @@ from student.losses.sparse_pass import sparse_head_loss
 from student.objective.terms import Objective, Term, term
 
 BATCH, STEPS, ROUNDS = 2, 6, int(os.environ.get("ROUNDS", "3"))
+PRECISION = os.environ.get("PRECISION", "bf16")  # or float32
 CACHE, LENGTH = RUN / "speed-cache", 512
 DEPTH, STUDENT_DEPTH, LAYER = 30, 12, 15  # the demo teacher's layers, the student's, and the one to compare
 POSITIONS, VOCAB, WIDTH = 2048, 262_144, 256
@@ -98,7 +99,7 @@ def measure_step(name: str) -> dict[str, float]:
     for number in range(STEPS + 1):
         began = time.perf_counter()
         batch = collate([data[BATCH * number + i] for i in range(BATCH)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16"):
             loss = step(batch)
         loss.backward()
         optimizer.step()

@@ -139,8 +139,8 @@ class Loss:
 
     - head: `(ReducedLogits, SparseTargets, **options) -> [N]`. It runs inside the fused LM head and sees
       nothing of the student but what `ReducedLogits` holds.
-    - dense: `(Rows, weight, **options) -> [N]`, which adds weight times its gradient with respect to the
-      student's logits to the rows'; see `student.losses.full`.
+    - dense: `(Rows, **options) -> (values [n], gradient [n, V])`, with respect to the student's logits; see
+      `student.losses.full`.
     - hidden: `(student [N, D], teacher [N, D], **options) -> [N]`, called for each pair of layers.
     - structure: `(student, teacher, lengths, **options) -> [N]`, where `lengths` says how many of the N rows
       belong to each sequence. Student and teacher are `[N, D]` of a pair of layers, or with `flow` two such

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.losses import full
+from student.losses import full, full_pass
 from student.losses.full import DenseLoss
 from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss, fisher_diagonal, fisher_mse
 from student.losses.lm_head import HeadTransform
@@ -166,9 +166,9 @@ def leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def test_float64_matches_to_rounding(
     name: str, shape: tuple[int, int, int, int], transform: HeadTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In several blocks of columns, of which the last is narrower."""
+    """In several chunks, and a row or two at a time."""
     loss, plain = SMALL[name]
-    monkeypatch.setitem(full.BLOCK_ELEMENTS, "cpu", 5 * max(1, shape[0] // 3))
+    monkeypatch.setitem(full_pass.BLOCK_ELEMENTS, "cpu", shape[1])
     parts, own = problem(*shape), HeadTransform(1.5, 7.0)
     inputs = leaves([parts["hidden"], parts["weight"], parts["bias"]], torch.float64)
     goal = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, transform)
@@ -400,10 +400,10 @@ def test_no_chunk_holds_more_than_it_may() -> None:
     """The losses see `chunk` rows at a time, and all rows once."""
     parts, seen = problem(23, 19, 3, 5), []
 
-    def spy(rows: full.Rows, weight: float) -> Tensor:
+    def spy(rows: full.Rows) -> full.ValueAndGradient:
         seen.append(tuple(rows.student_nV.shape))
         assert rows.student_nV.shape == rows.teacher_nV.shape
-        return full.logit_mse(rows, weight)
+        return full.logit_mse(rows)
 
     targets = targets_of(parts, torch.float64, HeadTransform())
     dense_head_loss(
