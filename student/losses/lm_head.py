@@ -8,11 +8,11 @@ forward pass is the idea of apple/ml-cross-entropy and the Liger kernels; soft-c
 Shape letters: N positions, n positions of a chunk, V vocabulary, D hidden size.
 """
 
+# ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -129,8 +129,8 @@ class ChunkedHead:
     `needs` says whether hidden, weight and bias want a gradient. One matrix product's worth of logits is held
     in the compute dtype, and for `logits` one in the exact dtype where the two differ.
 
-    A loss either takes all logits of a chunk (`logits`, then `add_gradient`), or reads some rows at a time and
-    puts its gradient in their place (`products`, `put_gradient` for every row, `add_products`).
+    A loss either takes all logits of a chunk (`logits`, then `add_gradient`), or reads some rows at a time
+    and puts its gradient in their place (`products`, `put_gradient` for every row, `add_products`).
     """
 
     def __init__(
@@ -152,18 +152,12 @@ class ChunkedHead:
         self.chunk = max(1, min(chunk, n))
         new = self.h_ND.new_empty
         self._z_nV = new(self.chunk, v)
+        self._exact_nV = self._z_nV if dtype == self.exact else None  # made by the first `logits`
         # Zeros, since a pass in which all weights are zero adds nothing.
         self._dh_ND = self.h_ND.new_zeros(n, d) if needs[0] else None
         self._dw_VD = self.h_ND.new_zeros(v, d, dtype=self.exact) if needs[1] else None
         self._part_VD = new(v, d) if needs[1] and dtype != self.exact else None
         self._db_V = self.h_ND.new_zeros(v, dtype=self.exact) if needs[2] else None
-
-    @cached_property
-    def _exact_nV(self) -> Tensor:
-        """What `logits` fills: the product itself where that is exact."""
-        return (
-            self._z_nV if self._z_nV.dtype == self.exact else torch.empty_like(self._z_nV, dtype=self.exact)
-        )
 
     def chunks(self) -> Iterator[slice]:
         """Positions of each chunk."""
@@ -190,6 +184,8 @@ class ChunkedHead:
         They are a buffer that the next chunk overwrites; whoever asks may write into it.
         """
         raw_nV = self.products(rows).raw_nV
+        if self._exact_nV is None:
+            self._exact_nV = torch.empty_like(self._z_nV, dtype=self.exact)
         z_nV = self._exact_nV[: len(raw_nV)]
         if z_nV.dtype != raw_nV.dtype:
             z_nV.copy_(raw_nV)
