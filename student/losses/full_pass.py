@@ -32,8 +32,8 @@ from student.losses.lm_head import (
 
 # Logits per side and chunk, more on GPUs that have room.
 CHUNK_ELEMENTS = 2**24
-# Logits per side that a loss sees at a time: on a CPU, for each of its threads, what it makes of them fits the
-# caches; a GPU wants fewer launches.
+# Logits per side that a loss sees at a time: on a CPU, for each of its threads, what it makes of them fits a
+# cache; a GPU wants fewer launches.
 BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
 # Weights of the teacher that are cast at a time: what fits the caches of a CPU.
 CAST_ELEMENTS = 2**20
