@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from distily.plugins import load_plugins
 from student.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Kind = Literal["head", "dense", "hidden", "structure", "relation"]
 Exactness = Literal["exact", "unbiased", "bound", "coarse"]
@@ -175,7 +172,7 @@ class Loss:
 
     name: str
     kind: Kind
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     needs: Need
     formula: str = ""
     paper: Paper | None = None

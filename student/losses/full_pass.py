@@ -192,14 +192,14 @@ def _step(rows: Rows, terms: Sequence[tuple[DenseLoss, float]], values_Sn: Tenso
     """Write the values of every term; the weighted sum of their gradients, None where all weights are
     zero.
     """
-    total = None
+    total: Tensor | None = None
     for value_n, (loss, weight) in zip(values_Sn, terms, strict=True):
         found_n, gradient = loss(rows)
         value_n.copy_(found_n)
-        if weight and total is None:
-            total = gradient if weight == 1.0 else gradient.mul_(weight)
-        elif weight:
+        if weight and total is not None:
             total.add_(gradient, alpha=weight)
+        elif weight:
+            total = gradient if weight == 1.0 else gradient.mul_(weight)
     return total
 
 
