@@ -29,6 +29,7 @@ from student.losses.lm_head import (
     free_bytes,
     scaled_gradients,
 )
+from student.planned import planned_device
 
 # Logits per side and chunk, more on GPUs that have room.
 CHUNK_ELEMENTS = 2**24
@@ -178,10 +179,10 @@ class _DenseHead(torch.autograd.Function):
 
 def _blocks(raw_nV: Tensor) -> Iterator[slice]:
     """Rows that the losses see at a time."""
-    n, v = raw_nV.shape
-    kind, threads = raw_nV.device.type, torch.get_num_threads()
-    if kind == "cpu":
-        step = max(1, BLOCK_ELEMENTS[kind] // v) * threads
+    (n, v), planned = raw_nV.shape, planned_device()
+    on_cpu = raw_nV.device.type == "cpu" if planned is None else not planned.free
+    if on_cpu:
+        step = max(1, BLOCK_ELEMENTS["cpu"] // v) * torch.get_num_threads()
     else:
         step = max(1, BLOCK_ELEMENTS["cuda"] // v)
     for start in range(0, n, step):
