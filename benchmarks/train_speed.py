@@ -70,7 +70,8 @@ def prepare() -> None:
 
 def live(model: Any) -> Step:
     """Full-distribution KL against a teacher in the loop."""
-    teacher = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.bfloat16).eval()
+    dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=dtype).eval()
 
     def step(batch: dict[str, Any]) -> Tensor:
         with torch.no_grad():
@@ -215,9 +216,8 @@ def main() -> None:
     kind = "" if PRECISION == "bf16" else f"_{PRECISION}"
     if GUISE or "avx512f" not in Path("/proc/cpuinfo").read_text():
         kind += "_avx2"
-    settings = [
-        f"{name}={os.environ[name]}" for name in ("PRECISION", "ATEN_CPU_CAPABILITY") if name in os.environ
-    ]
+    names = ("PRECISION", "ATEN_CPU_CAPABILITY", "STEPS", "ROUNDS")
+    settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     command = " ".join([*settings, "python benchmarks/train_speed.py"])
     write_result(f"train_speed{kind}", "What a training step costs", body, command)
 
