@@ -122,7 +122,7 @@ class Retokeniser:
         learned_S = _learned(found, learned_U)
         learned_S[: len(self.student.prefix)] = False
         student = Reading(ends=found.ends, barred=found.barred)
-        alignment = meet(reading(widths_T, spaces), student, len(learned_U))
+        alignment = meet(reading(widths_T, spaces), student)
         specials_T, mapped_T, as_text_T = (
             table_V[ids_T[front:]] for table_V in (self.teacher.special_V, self._mapped_V, self._as_text_V)
         )
