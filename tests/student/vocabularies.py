@@ -210,3 +210,11 @@ LOSSY: dict[str, Callable[[], Any]] = {
 def made(kind: str) -> Any:
     """The tokenizer of a kind; made once."""
     return (EXACT | LOSSY)[kind]()
+
+
+def with_specials(tokenizer: Any, special: list[str], **roles: str) -> Any:
+    """The tokenizer with more special tokens, and with these roles."""
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    for role, token in roles.items():
+        setattr(tokenizer, role, token)
+    return tokenizer
