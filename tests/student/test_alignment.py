@@ -314,12 +314,13 @@ def _reads(case: Case, text: bytes, ids: list[int]) -> bool:
         return b"".join(own) == bytes(byte for byte in text if vocabulary.byte_ids[byte] >= 0)
     if text and not is_whole(text):
         return False
+    words = case.own.unk_token == "[UNK]"
     normal = text.decode()
-    if case.student.space != "never":
+    if case.student.space != "never" and not words:
         normal = normal.replace("\u2581", " ")
     if backend.normalizer is not None:
         normal = backend.normalizer.normalize_str(normal)
-    if case.own.unk_token == "[UNK]":
+    if words:
         normal, own = "".join(normal.split()), [part.strip() for part in own]
     unknown = case.own.unk_token_id
     parts = [b".+" if index == unknown else re.escape(part) for index, part in zip(ids, own, strict=True)]
