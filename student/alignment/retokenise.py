@@ -84,8 +84,8 @@ class Retokeniser:
     Bytes that are no whole character, where a sample was cut within one, become tokens of single bytes, which
     are not learned, or nothing.
 
-    On samples of 256 tokens it takes two to four times the CPU time of the tokenizer alone: one core makes 1.2
-    MB of text a second into a BPE of 8,192, and 1.5 MB into bytes.
+    On samples of 256 tokens it takes two to four times the CPU time of the tokenizer alone: one core
+    makes 1.2 MB of text a second into a BPE of 8,192, and 1.5 MB into bytes.
 
     Example:
         >>> teacher, student = (AutoTokenizer.from_pretrained(name) for name in ("teacher", "student"))
