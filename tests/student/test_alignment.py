@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -195,7 +195,10 @@ def is_whole(part: bytes) -> bool:
 
 
 def special_ids(case: Case) -> list[int]:
-    return [index for index, roles in case.teacher.roles.items() if roles[-1] != "unk"]
+    """Those that the student has as well, and two that it may lack."""
+    known = [index for index, roles in case.teacher.roles.items() if roles[-1] != "unk"]
+    mapped = [index for index in known if index in case.retokenise.specials]
+    return mapped + [index for index in known if index not in mapped][:2]
 
 
 PAIRS = [("demo", kind) for kind in EXACT] + [
@@ -290,6 +293,7 @@ def test_what_changes_is_counted(
 @pytest.mark.parametrize("student", [*LOSSY, "bpe_first", "unigram_always"])
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(text=hard_texts, marks=st.booleans())
+@example(text="e\u0301\u0323", marks=False)  # marks that a normaliser puts in another order
 def test_a_tokenizer_that_loses_something_is_never_taken_for_further_than_it_is(
     case: Any, student: str, text: str, marks: bool
 ) -> None:
