@@ -239,6 +239,15 @@ def test_hard_texts_cut_anywhere(case: Any, student: str) -> None:
                 check(chosen.retokenise(ids[start:end], mask), ids[start:end], mask, chosen)
 
 
+def test_a_space_that_no_text_has_is_no_context_of_the_others(case: Any) -> None:
+    """Behind </s> the student goes on with "▁hello", which is not the teacher's "hello"."""
+    chosen = case("demo", "bpe_prepend")
+    (hello,), end = chosen.tokenizer.encode("hello"), 0
+    found = chosen.retokenise([hello, end, hello], [True] * 3)
+    assert chosen.own.convert_ids_to_tokens(found.ids_S.tolist()) == ["<s>", "▁hello", "</s>", "▁hello"]
+    assert found.alignment.boundaries_A2.tolist() == [[0, 1], [2, 3]]
+
+
 def spans_of(
     case: Case, text: str, learned: str = ""
 ) -> tuple[list[tuple[str, list[str]]], list[str], Counts]:
@@ -312,7 +321,8 @@ def _reads(case: Case, text: bytes, ids: list[int]) -> bool:
     """Whether these are tokens of a text, as the tokenizer changes it; unknown ones are of any text."""
     backend, vocabulary = case.own.backend_tokenizer, case.student
     own = [vocabulary.texts[index] for index in ids]
-    if b"".join(own) in (text, b" " + text):
+    spaced = text if vocabulary.space == "never" else text.replace("\u2581".encode(), b" ")
+    if b"".join(own) in (text, b" " + text, spaced, b" " + spaced):
         return True
     if min(vocabulary.byte_ids) < 0 and case.own.unk_token_id is None:  # it drops bytes
         return b"".join(own) == bytes(byte for byte in text if vocabulary.byte_ids[byte] >= 0)
