@@ -2,13 +2,14 @@
 
 The teachers are the demo teacher and a copy of it that was fine-tuned on the first half of the demo text by
 plain transformers. A student of 3 layers and a third of their width, of the demo teacher's weights narrowed,
-learns from their mixture (each step a sample of 128 tokens; float32, AdamW, cosine). For one seed all rows
-see the same batches in the same order, from the same initial weights; the seed chooses the order. The cached
-rows are the product's own commands, `distily-cache generate` for each teacher and `distily-train from-cache`
-on the stores. The live row is the same request, planned and trained by the same code, with the loss swapped
-for the KL over the whole vocabulary from the exact mixture. Both teachers are in memory for it: their final
-states of each sample, run once by transformers in float32 before the training, and their LM heads, which are
-multiplied in every step.
+learns from their mixture (each step a sample of 128 tokens; float32, AdamW, cosine): once with its
+embeddings, which are also its LM head, as they are, and once with all weights trained. For one seed the rows
+of either see the same batches in the same order, from the same initial weights; the seed chooses the order.
+The cached rows are the product's own commands, `distily-cache generate` for each teacher and `distily-train
+from-cache` on the stores. The live row is the same request, planned and trained by the same code, with the
+loss swapped for the KL over the whole vocabulary from the exact mixture. Both teachers are in memory for it:
+their final states of each sample, run once by transformers in float32 before the training, and their LM
+heads, which are multiplied in every step.
 
 What is compared is no loss of any row: KL(mixture‖student) in nats over the whole vocabulary, in float32, on
 samples that no student has learned from.

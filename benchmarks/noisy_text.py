@@ -134,8 +134,8 @@ def main() -> None:
         f"{intro}\n\nOf all words {noise:.0%} are unreadable, which are {share:.0%} of the tokens. The "
         "teacher's surprise does not tell them apart for certain, since it is less sure of what follows "
         f"them, too: `--select` keeps {kept_bad:.0%} of them and {kept_other:.0%} of the others.\n\nThree "
-        "seeds; means ± standard deviations, in the last columns of pairs with the same seed (below zero is better)."
-        f"\n\n{table(header, rows)}"
+        "seeds; means ± standard deviations, in the last columns of pairs with the same seed (below zero is "
+        f"better).\n\n{table(header, rows)}"
     )
     write_result("noisy_text", "Positions selected where a part of the text is noise", body)
 
