@@ -14,7 +14,7 @@ Shape letters: N positions, K head columns (padded), M columns of draws, V vocab
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,6 +49,10 @@ class SparseTargets:
 
     Where an objective needs them: label_logprob_N, float, the teacher's log-probability of the next token;
     token_scale_N, float, see `token_scale`; tempered, by temperature.
+
+    Of a teacher with another tokenizer (`student.data.token_map`): known_N, bool, False where it has no
+    distribution and the row is the label alone; ranked_NK, float, log-probabilities of its head in descending
+    order, whatever tokens of the student they are of.
     """
 
     ids_NK: Tensor
@@ -60,6 +64,8 @@ class SparseTargets:
     label_logprob_N: Tensor | None = None
     token_scale_N: Tensor | None = None
     tempered: Mapping[float, Tempered] = field(default_factory=dict)
+    known_N: Tensor | None = None
+    ranked_NK: Tensor | None = None
 
     @property
     def head_columns(self) -> int:
@@ -68,7 +74,10 @@ class SparseTargets:
 
     def slice(self, start: int, stop: int) -> SparseTargets:
         """The same targets for positions start..stop."""
-        names = ("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N", "label_logprob_N", "token_scale_N")
+        names = (
+            *("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N", "label_logprob_N", "token_scale_N"),
+            *("known_N", "ranked_NK"),
+        )
         parts = {name: getattr(self, name) for name in names}
         sliced = {name: part[start:stop] for name, part in parts.items() if part is not None}
         tempered = {
@@ -151,6 +160,16 @@ def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
 def cross_entropy(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     """-log q(label) in nats per position, [N]; uses the labels only, not the teacher."""
     return student.lse() - student.label_N
+
+
+def where_known(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss where the teacher has a distribution, and the cross-entropy with the label elsewhere."""
+
+    def either(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+        assert teacher.known_N is not None
+        return torch.where(teacher.known_N, loss(student, teacher), cross_entropy(student, teacher))
+
+    return either
 
 
 def token_scaled_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:

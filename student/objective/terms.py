@@ -56,7 +56,8 @@ class Term:
     of a relation, numbered as the hidden states that go into them; (last, last) of a dense term; following
     the next deeper pair of one between layers; projector: what brings the student's states to the teacher's
     width, None where they are taken as they are; teachers: numbers of the caches that it learns from, several
-    for their mixture, none for a loss on labels.
+    for their mixture, none for a loss on labels; shared: from a teacher with another tokenizer it learns the
+    tokens that both have.
     """
 
     loss: Loss
@@ -67,6 +68,7 @@ class Term:
     following: tuple[int, int] | None = None
     projector: ProjectorSpec | None = None
     teachers: tuple[int, ...] = (0,)
+    shared: bool = False
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -158,13 +160,15 @@ class Objective:
     """loss = sum over positions and terms of weight * term / number of learned positions.
 
     balanced: weights are ratios of gradient norms, see `student.training.balance`. shares: of the caches
-    in a mixture, 1 together. measured: the caches whose teachers, mixed, held-out metrics compare with.
+    in a mixture, 1 together. measured: the caches whose teachers, mixed, held-out metrics compare with;
+    measures_shared: of a teacher with another tokenizer, on the tokens that both have.
     """
 
     terms: tuple[Term, ...]
     balanced: bool = False
     shares: tuple[float, ...] = (1.0,)
     measured: tuple[int, ...] = (0,)
+    measures_shared: bool = False
 
     @classmethod
     def of(cls, terms: Sequence[Term], balanced: bool = False) -> Objective:

@@ -25,9 +25,14 @@ from student.data.batches import calibration_samples
 from student.data.curriculum import plan_curriculum
 from student.data.held_out import Split
 from student.data.packing import check_packing
+from student.data.retokenised import RetokenisedDataset
 from student.data.stores import CacheStores, open_stores
+from student.data.token_map import DeviceMap
+from student.data.token_statistics import TokenStatistics, token_statistics
 from student.errors import UserError
+from student.modeling.other_tokenizer import other_tokens
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
+from student.objective.other_tokenizer import WHY, across_tokenizers
 from student.objective.terms import Objective
 from student.report import write_report
 from student.training.model import DistillationModel
@@ -47,11 +52,12 @@ from student.training.resume import (
     check_kind,
     check_order,
     check_stores,
+    check_tokenizer,
     find_checkpoint,
     manifests_to_read,
 )
 from student.training.summary import TrainingRun, summarise
-from student.training.teachers import check_mixture, measured_words
+from student.training.teachers import check_mixture, measured_words, widest_of
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
@@ -62,7 +68,8 @@ _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 class PreparedTraining:
     """A request that was checked, and what follows from it and the caches.
 
-    checkpoint: where it resumes; None: at the start.
+    checkpoint: where it resumes; None: at the start. tokens: what is aligned, where the student has a tokenizer
+    of its own.
     """
 
     request: Request
@@ -71,11 +78,18 @@ class PreparedTraining:
     plan: StudentPlan
     objective: Objective
     data: DataPlan
+    tokens: TokenStatistics | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The first cache, whose teacher gives the student its shape and its tokenizer."""
         return self.stores.first
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the student tells apart."""
+        own = int(self.plan.config.get_text_config().vocab_size)
+        return self.reader.identity.vocab_size if self.plan.tokenizer is None else own
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,8 @@ class Assembled:
             "args": request.training,
             "train_dataset": data.train,
             "eval_dataset": data.held_out,
-            "vocab_size": reader.identity.vocab_size,
-            "tokenizer_dir": reader.teacher_dir,
+            "vocab_size": self.prepared.vocab_size,
+            "tokenizer_dir": self.prepared.plan.tokenizer or reader.teacher_dir,
             "pack_rows": request.options.pack_rows,
             "ternary": request.options.ternary(),
             "drift": self.drift,
@@ -147,9 +161,15 @@ def prepare(
         check_kind(checkpoint, plan)
     split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated, stores)
     objective = plan_objective(wanted, stores, plan.config, split.training)
+    if plan.tokenizer is not None:
+        objective = _across_tokenizers(request, objective, stores)
+    elif options.token_map is not None:
+        raise UserError("--token-map has no effect on a student with the teacher's tokenizer; leave it out")
     if options.pack_rows and any(term.loss.kind == "relation" for term in objective.terms):
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    data = _plan_data(request, objective, stores, split, evaluated)
+    data = _plan_data(request, objective, stores, split, evaluated, plan)
+    tokens = _look_at_tokens(data, stores)
+    check_tokenizer(checkpoint, data.train.record())
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         _check_needs_evaluation(args)
@@ -162,8 +182,36 @@ def prepare(
     if objective.balanced:
         _check_checkpointing(args)
     return PreparedTraining(
-        request=request, stores=stores, checkpoint=checkpoint, plan=plan, objective=objective, data=data
+        request=request,
+        stores=stores,
+        checkpoint=checkpoint,
+        plan=plan,
+        objective=objective,
+        data=data,
+        tokens=tokens,
     )
+
+
+def _across_tokenizers(request: Request, objective: Objective, stores: CacheStores) -> Objective:
+    """The objective of a student with another tokenizer; UserError for what does not go with that."""
+    options = request.options
+    if len(stores) > 1:
+        raise UserError(f"several STOREs: not supported where {WHY}; give one of them")
+    for flag, given in {"--pack-rows": options.pack_rows, "--weight": options.weight is not None}.items():
+        if given:
+            raise UserError(f"{flag}: not supported where {WHY}; leave it out")
+    learned = plan_distribution(objective, stores.first, options.top_k, options.top_p, options.tail)
+    whole = widest_of(stores.first)
+    return across_tokenizers(
+        objective, learned or whole, whole, stores.first.identity.vocab_size, options.token_map
+    )
+
+
+def _look_at_tokens(data: DataPlan, stores: CacheStores) -> TokenStatistics | None:
+    if not isinstance(data.train, RetokenisedDataset):
+        return None
+    reader = stores.first
+    return token_statistics(reader, data.split.training, data.train.other, widest_of(reader))
 
 
 def _open(request: Request, checkpoint: Path | None) -> CacheStores:
@@ -181,6 +229,7 @@ def _plan_data(
     stores: CacheStores,
     split: Split,
     evaluated: CacheReader | None,
+    plan: StudentPlan,
 ) -> DataPlan:
     """What is read of the caches, or of the only one."""
     options = request.options
@@ -192,7 +241,11 @@ def _plan_data(
     curriculum = plan_curriculum(options.curriculum(), stores, split.training)
     if len(stores) > 1:
         return plan_matched(objective, stores, split, learned, curriculum)
-    return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum)
+    other = None
+    if plan.tokenizer is not None:
+        longest = getattr(plan.config.get_text_config(), "max_position_embeddings", None)
+        other = other_tokens(stores.first.teacher_dir, plan.tokenizer, longest)
+    return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum, other)
 
 
 def build(prepared: PreparedTraining) -> Built:
@@ -212,6 +265,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         if len(prepared.stores) > 1:
             LOG.info(prepared.stores)
             LOG.info(measured_words(prepared.objective, prepared.stores))
+        if prepared.tokens is not None:
+            LOG.info(prepared.tokens)
         if prepared.data.train.curriculum is not None:
             LOG.info(prepared.data.train.curriculum.said)
     samples = calibration_samples(prepared.data.train)
@@ -227,7 +282,10 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         load_teacher(prepared.objective, reader, store)
         for store, reader in enumerate(prepared.stores.readers)
     ]
-    return Assembled(prepared, DistillationModel(student, prepared.objective, *teachers), drift)
+    train = prepared.data.train
+    tokens = DeviceMap.of(train.other.tokens) if isinstance(train, RetokenisedDataset) else None
+    model = DistillationModel(student, prepared.objective, *teachers, tokens=tokens)
+    return Assembled(prepared, model, drift)
 
 
 def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -263,6 +321,8 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         split=data.split,
         copied=prepared.plan.copied,
         curriculum=data.train.curriculum,
+        vocab_size=prepared.vocab_size,
+        tokens=prepared.tokens,
     )
     summary = summarise(run)
     write_report(run.output_dir)
