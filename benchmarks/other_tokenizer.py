@@ -1,5 +1,6 @@
-"""The same small student, text, steps and seeds with two tokenizers that are not the teacher's, a BPE of 8,192
-tokens trained on the text and single bytes: from the labels alone, and from the teacher's cached distributions.
+"""The same small student, text, steps and seeds with two tokenizers that are not the teacher's, a BPE of
+8,192 tokens trained on the text and single bytes: from the labels alone, and from the teacher's cached
+distributions.
 
 Each run's figures are kept in `run/other_tokenizer/`, so the same command resumes after an interruption.
 """
@@ -118,7 +119,9 @@ def main() -> None:
         bits = [one["last_eval"]["eval_bits_per_byte"] for one in summaries]
         base = [one["last_eval"]["eval_bits_per_byte"] for one in found[tokens, "labels alone"]]
         # Of one seed against the same seed, which have the start and the order of samples in common.
-        gained = "–" if objective == "labels alone" else spread([a - b for a, b in zip(bits, base, strict=True)])
+        gained = (
+            "–" if objective == "labels alone" else spread([a - b for a, b in zip(bits, base, strict=True)])
+        )
         seconds = statistics.mean(one["seconds"] for one in summaries)
         rows.append([tokens, objective, spread(bits), gained, f"{seconds:.0f}"])
     header = ["student's tokenizer", "learned from", "held-out bits per byte", "against labels", "seconds"]
@@ -126,11 +129,11 @@ def main() -> None:
     teacher = first["bytes"]["last_eval"]["eval_teacher_bits_per_byte"]
     said = "\n".join(f"- {tokens}: {one['tokens_of_both']['said']}." for tokens, one in first.items())
     body = (
-        f"A student of random weights, 2 layers of 96, {STEPS} steps of 4 samples of 256 of the teacher's tokens, "
-        f"{len(SEEDS)} seeds; means ± standard deviations. The fourth column is of pairs with the same seed; "
-        f"below zero is better. {first['bytes']['held_out_samples']} held-out samples; the teacher has "
-        f"{teacher:.3f} bits per byte on them. Where a position has no distribution, its label is learned.\n\n"
-        f"{table(header, rows)}\n\nWhat is aligned:\n\n{said}"
+        f"A student of random weights, 2 layers of 96, {STEPS} steps of 4 samples of 256 of the teacher's "
+        f"tokens, {len(SEEDS)} seeds; means ± standard deviations. The fourth column is of pairs with the "
+        f"same seed; below zero is better. {first['bytes']['held_out_samples']} held-out samples; the "
+        f"teacher has {teacher:.3f} bits per byte on them. Where a position has no distribution, its "
+        f"label is learned.\n\n{table(header, rows)}\n\nWhat is aligned:\n\n{said}"
     )
     write_result("other_tokenizer", "Students with another tokenizer", body)
 

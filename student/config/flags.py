@@ -57,9 +57,10 @@ class StudentOptions:
     )
     token_map: Literal["first", "shared"] | None = _flag(
         None,
-        "What a token of the teacher is to a student with another tokenizer. first: the student's first token "
-        "of its text, also inside the teacher's tokens; for --logits-loss kl and caches with draws. shared: "
-        "itself where both have it, and all others are one outcome. Default: first where it can be, else "
+        "What a token of the teacher is to a student with another tokenizer. first: the student's first "
+        "token of its text, also inside the teacher's tokens; for --logits-loss kl and caches with "
+        "draws. shared: itself where both have it, and all others are one outcome. Default: first where "
+        "it can be, else "
         "shared.",
     )
     student_model_as_bitnet: bool | None = _flag(

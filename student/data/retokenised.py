@@ -175,8 +175,8 @@ class RetokenisedDataset(CachedDataset):
 
 
 class RetokenisedCollator(Collator):
-    """Lays out samples in the student's tokens: input_ids, attention_mask and labels are the student's [B, S],
-    the features the teacher's [B, T].
+    """Lays out samples in the student's tokens: input_ids, attention_mask and labels are the student's [B,
+    S], the features the teacher's [B, T].
 
     aligned: row, depth, actual int32 [B, S] as of `RetokenisedSample`, and label_bytes int32 [B, S], 0 where
     nothing is learned; for distributions also teacher float32 [B, 2]: minus the log-probability that the

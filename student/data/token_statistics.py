@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader, CodedSample
 from student.alignment.retokenise import Counts
-from student.data.batches import Collator
+from student.data.batches import Array, Collator
 from student.data.decoding import decode_targets
 from student.data.retokenised import OtherTokens
 
-SAMPLES = 64
+SAMPLES, CHOICE_SAMPLES = 64, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,9 @@ class TokenStatistics:
 
     learned: the student's learned tokens. boundary, inside, labels: shares of the positions that predict them
     at which the same text was read, that lie inside the teacher's next token, and that have no distribution.
-    shared_tokens: the teacher's tokens that the student has as well, and written_tokens those whose text it can
-    write; shared_mass, written_mass: the shares of the stored probability on these, None where there is none.
+    shared_tokens: the teacher's tokens that the student has as well, and written_tokens those whose text it
+    can write; shared_mass, written_mass: the shares of the stored probability on these, None where there is
+    none.
     """
 
     samples: int
@@ -59,13 +60,29 @@ class TokenStatistics:
             f"{self.written_mass:.2%} on tokens whose text the student can write"
         )
         return (
-            f"the student has a tokenizer of its own: on {self.samples} samples {counts.teacher_tokens:,} tokens "
-            f"of the teacher are {counts.student_tokens:,} of the student; of {self.learned:,} learned tokens "
-            f"{self.boundary:.1%} follow a boundary of both, {self.inside:.1%} lie inside the teacher's next "
-            f"token, {self.labels:.1%} have their label alone{mass}; bytes lost: {lost:,} of "
+            f"the student has a tokenizer of its own: on {self.samples} samples {counts.teacher_tokens:,} "
+            f"tokens of the teacher are {counts.student_tokens:,} of the student; of {self.learned:,} "
+            f"learned tokens {self.boundary:.1%} follow a boundary of both, {self.inside:.1%} lie inside the "
+            f"teacher's next token, {self.labels:.1%} have their label alone{mass}; bytes lost: {lost:,} of "
             f"{counts.text_bytes:,}; special tokens: {counts.specials_mapped:,} mapped, "
             f"{counts.specials_as_text:,} as text, {counts.specials_dropped:,} dropped"
         )
+
+
+def with_choices(reader: CacheReader, training: Sequence[int], other: OtherTokens) -> OtherTokens:
+    """With the student's tokens that were read where a token of the teacher's began, in CHOICE_SAMPLES of the
+    training samples: those of the smallest ids.
+    """
+    teacher: list[Array] = [np.zeros(0, np.int64)]
+    student: list[Array] = [np.zeros(0, np.int64)]
+    for index in reader.catalogue.smallest(CHOICE_SAMPLES, training):
+        sample = other(reader.read_codes(index, []))
+        begins_S = (sample.row_S[:-1] >= 0) & (sample.depth_S[:-1] == 0)
+        begins_S &= sample.loss_mask[1:]
+        teacher.append(sample.actual_S[:-1][begins_S])
+        student.append(sample.tokens[1:][begins_S])
+    tokens = other.tokens.with_choices(np.concatenate(teacher), np.concatenate(student))
+    return replace(other, tokens=tokens)
 
 
 def token_statistics(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distily.text import one_line
 from featurestore.identity import digest
+from featurestore.reader import CacheReader
 from student.alignment.encoding import TextEncoder
 from student.alignment.retokenise import Retokeniser
 from student.alignment.vocabulary import Vocabulary, read_vocabulary
@@ -40,19 +41,24 @@ def vocabulary_of(directory: Path, flag: str) -> tuple[Any, Vocabulary]:
         raise UserError(f"{flag}: {error}") from error
 
 
-def other_tokens(teacher_dir: Path, student_dir: Path, longest: int | None) -> OtherTokens:
-    """How the samples of a teacher become those of a student with another tokenizer.
+def other_tokens(reader: CacheReader, student_dir: Path, longest: int | None) -> OtherTokens:
+    """How the samples of a cache become those of a student with another tokenizer.
 
     longest: tokens of a sample that the student takes; None for any.
     """
-    theirs, teacher = vocabulary_of(teacher_dir, "the cache's teacher")
-    own, student = vocabulary_of(student_dir, str(student_dir))
-    written = own.backend_tokenizer.to_str()
+    theirs, own = load_tokenizer(reader.teacher_dir), load_tokenizer(student_dir)
+    try:
+        retokenise = Retokeniser(theirs, own)
+    except UserError as error:
+        raise UserError(f"the tokenizer of the cache's teacher or of {student_dir}: {error}") from error
+    written, student = own.backend_tokenizer.to_str(), retokenise.student
     return OtherTokens(
-        teacher=teacher,
+        teacher=retokenise.teacher,
         student=student,
-        retokenise=Retokeniser(theirs, own),
-        tokens=token_map(teacher, student, TextEncoder(written, student)),
+        retokenise=retokenise,
+        tokens=token_map(
+            retokenise.teacher, student, TextEncoder(written, student), reader.identity.vocab_size
+        ),
         digest=digest(written.encode()),
         longest=longest,
     )

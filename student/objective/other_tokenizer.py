@@ -22,8 +22,8 @@ def across_tokenizers(
 ) -> Objective:
     """The objective with `shared` of each term and of held-out metrics settled.
 
-    learned, widest: the distribution that is trained on and the one that is measured with, None where there is
-    none. vocab_size: the teacher's. wanted: --token-map.
+    learned, widest: the distribution that is trained on and the one that is measured with, None where there
+    is none. vocab_size: the teacher's. wanted: --token-map.
 
     Raises:
         UserError: a loss cannot be computed, or --token-map first cannot be had.
@@ -35,14 +35,14 @@ def across_tokenizers(
     for term in objective.head:
         if wanted == "first" and term.loss.needs and not _pushes(term):
             raise UserError(
-                f"--token-map first: {term.label} is not linear in the teacher's probabilities, so it learns from "
-                "shared tokens; leave the flag out, or take kl at temperature 1"
+                f"--token-map first: {term.label} is not linear in the teacher's probabilities, so it "
+                "learns from shared tokens; leave the flag out, or take kl at temperature 1"
             )
     if wanted == "first" and learned is not None and not _complete(learned, vocab_size):
         raise UserError(
-            "--token-map first: without draws nothing is known of the tokens outside the heads, of which each "
-            "begins with some token of the student; add draws with `distily-cache generate ... --tail 16` (and "
-            "leave --top-k, --top-p and --tail 0 out), or take --token-map shared"
+            "--token-map first: without draws nothing is known of the tokens outside the heads, of which "
+            "each begins with some token of the student; add draws with `distily-cache generate ... --tail "
+            "16` (and leave --top-k, --top-p and --tail 0 out), or take --token-map shared"
         )
     terms = tuple(
         replace(term, shared=wanted == "shared" or not _pushes(term) or not _complete(learned, vocab_size))
@@ -67,8 +67,8 @@ def _check(term: Term) -> None:
         reason = "needs the teacher's probability of the student's next token"
     if reason is not None:
         raise UserError(
-            f"{term.label}: {loss.name} {reason}, and {WHY}; take a loss on the stored distribution (kl, jsd, "
-            "uld, ...), span_likelihood, or one of hidden states at single positions, e.g. hidden_mse"
+            f"{term.label}: {loss.name} {reason}, and {WHY}; take a loss on the stored distribution (kl, "
+            "jsd, uld, ...), span_likelihood, or one of hidden states at single positions, e.g. hidden_mse"
         )
 
 

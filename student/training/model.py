@@ -95,8 +95,8 @@ class DistillationModel(nn.Module):
         """One batch as `student.data.matched.collator_of` lays it out -> {"loss": scalar, ...}.
 
         While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
-        [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS, with `aligned` of `RetokenisedCollator`
-        also of BYTE_COLUMNS. Samples are padded on the right, so
+        [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS, with `aligned` of
+        `RetokenisedCollator` also of BYTE_COLUMNS. Samples are padded on the right, so
         causal attention keeps padding out of every learned position and no mask is passed to the body. Rows
         that hold several samples come with position_ids, of which transformers makes a mask. With weight
         [B, T] the losses of each position, and "terms", are multiplied by its own, and num_items_in_batch is

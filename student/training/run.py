@@ -28,7 +28,7 @@ from student.data.packing import check_packing
 from student.data.retokenised import RetokenisedDataset
 from student.data.stores import CacheStores, open_stores
 from student.data.token_map import DeviceMap
-from student.data.token_statistics import TokenStatistics, token_statistics
+from student.data.token_statistics import TokenStatistics, token_statistics, with_choices
 from student.errors import UserError
 from student.modeling.other_tokenizer import other_tokens
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
@@ -68,8 +68,8 @@ _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 class PreparedTraining:
     """A request that was checked, and what follows from it and the caches.
 
-    checkpoint: where it resumes; None: at the start. tokens: what is aligned, where the student has a tokenizer
-    of its own.
+    checkpoint: where it resumes; None: at the start. tokens: what is aligned, where the student has a
+    tokenizer of its own.
     """
 
     request: Request
@@ -84,6 +84,12 @@ class PreparedTraining:
     def reader(self) -> CacheReader:
         """The first cache, whose teacher gives the student its shape and its tokenizer."""
         return self.stores.first
+
+    @property
+    def token_tables(self) -> DeviceMap | None:
+        """What the teacher's tokens are to a student with another tokenizer."""
+        train = self.data.train
+        return DeviceMap.of(train.other.tokens) if isinstance(train, RetokenisedDataset) else None
 
     @property
     def vocab_size(self) -> int:
@@ -244,7 +250,8 @@ def _plan_data(
     other = None
     if plan.tokenizer is not None:
         longest = getattr(plan.config.get_text_config(), "max_position_embeddings", None)
-        other = other_tokens(stores.first.teacher_dir, plan.tokenizer, longest)
+        other = other_tokens(stores.first, plan.tokenizer, longest)
+        other = with_choices(stores.first, split.training, other)
     return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum, other)
 
 
@@ -282,9 +289,7 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         load_teacher(prepared.objective, reader, store)
         for store, reader in enumerate(prepared.stores.readers)
     ]
-    train = prepared.data.train
-    tokens = DeviceMap.of(train.other.tokens) if isinstance(train, RetokenisedDataset) else None
-    model = DistillationModel(student, prepared.objective, *teachers, tokens=tokens)
+    model = DistillationModel(student, prepared.objective, *teachers, tokens=prepared.token_tables)
     return Assembled(prepared, model, drift)
 
 

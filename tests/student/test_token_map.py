@@ -15,7 +15,15 @@ from torch import Tensor
 
 from student.alignment.vocabulary import Vocabulary
 from student.data.retokenised import rows
-from student.data.token_map import DeviceMap, NextTokens, TokenMap, first_tokens, merged, shared_tokens, token_map
+from student.data.token_map import (
+    DeviceMap,
+    NextTokens,
+    TokenMap,
+    first_tokens,
+    merged,
+    shared_tokens,
+    token_map,
+)
 from student.losses.lm_head import HeadTransform
 from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, where_known
 from student.losses.sparse_pass import sparse_head_loss
@@ -36,8 +44,8 @@ BYTES = vocabulary([b"", *(bytes([byte]) for byte in reversed(range(256)))], {0:
 
 
 def teacher_of(size: int) -> Vocabulary:
-    """Texts of 1 to 5 letters out of few, all different, which begin alike; token 0 ends a text, 1 is special and
-    nothing that a student has.
+    """Texts of 1 to 5 letters out of few, all different, which begin alike; token 0 ends a text, 1 is
+    special and nothing that a student has.
     """
     rng = np.random.default_rng(0)
     texts: dict[bytes, None] = dict.fromkeys([b"", b"#"])
@@ -175,7 +183,12 @@ def shared_map(size: int) -> tuple[TokenMap, list[int]]:
     shared = np.array([(size - index) // 3 if index % 3 == 0 else -1 for index in range(size)], np.int32)
     pieces = shared[:, None]
     made = TokenMap(
-        shared_V=shared, pieces_VL=pieces, counts_V=(shared >= 0).astype(np.int32), prefix_VL=pieces * 0
+        shared_V=shared,
+        pieces_VL=pieces,
+        counts_V=(shared >= 0).astype(np.int32),
+        prefix_VL=pieces * 0,
+        choices_VR=pieces,
+        shares_VR=(pieces >= 0).astype(np.float32),
     )
     return made, shared.tolist()
 
@@ -209,7 +222,9 @@ def test_shared_tokens_keep_their_probability_and_all_else_is_outside(size: int,
 
 
 def test_the_loss_is_the_dense_one_where_there_is_a_row_and_that_of_the_label_elsewhere() -> None:
-    """Value and gradient of the KL through the fused head, with 257 outputs and a teacher of 49,152 tokens."""
+    """Value and gradient of the KL through the fused head, with 257 outputs and a teacher of 49,152
+    tokens.
+    """
     size = 49_152
     teacher, tokens = byte_map(size)
     generator = torch.Generator().manual_seed(5)
@@ -307,3 +322,36 @@ def test_of_rows_at_one_position_the_last_counts() -> None:
     student = np.array([256 - byte for byte in b"xabc"])
     row, depth, actual = rows(np.array([[0, 0], [1, 0], [2, 3]]), np.arange(3), student, tokens)
     assert (row.tolist(), depth.tolist(), actual.tolist()) == ([1, 1, 1, -1], [0, 1, 2, 0], [2, 2, 2, 0])
+
+
+def test_a_token_counts_for_what_was_read_in_its_places() -> None:
+    """Of three places and the text's own first piece: a dense sum over what the student read there."""
+    teacher, tokens = byte_map(31)
+    seen = tokens.with_choices(np.array([5, 5, 5, 9]), np.array([7, 7, 300, 300]))
+    piece = {token: 256 - teacher.texts[token][0] for token in (5, 9)}
+    shares = {5: {7: 2 / 4, 300: 1 / 4, piece[5]: 1 / 4}, 9: {300: 1 / 2, piece[9]: 1 / 2}}
+    for token, wanted in shares.items():
+        found = zip(seen.choices_VR[token].tolist(), seen.shares_VR[token].tolist(), strict=True)
+        assert {choice: share for choice, share in found if share} == pytest.approx(wanted)
+    logits = torch.randn(1, 31, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p = logits.softmax(-1)[0].tolist()
+    sums: dict[int, float] = defaultdict(float)
+    for token, mass in enumerate(p):
+        if token == 1:
+            continue
+        if token == 11:  # what comes next counts for the label
+            sums[400] += mass
+            continue
+        first = 256 - teacher.texts[token][0] if token else 0
+        for choice, share in shares.get(token, {first: 1.0}).items():
+            sums[choice] += share * mass
+    ahead = following([11], [0], [True], logits.log_softmax(-1)[0, [11]])
+    made = first_tokens(whole(logits, torch.tensor([400])), ahead, DeviceMap.of(seen))
+    total = math.fsum(sums.values())
+    assert dense(made, 0) == pytest.approx({token: mass / total for token, mass in sums.items()}, rel=1e-6)
+    # Inside a token its own text counts.
+    long = next(index for index, text in enumerate(teacher.texts) if len(text) >= 3)
+    ahead = following([long], [1], [True], logits.log_softmax(-1)[0, [long]])
+    label = torch.tensor([256 - teacher.texts[long][1]])
+    made = first_tokens(whole(logits, label), ahead, DeviceMap.of(seen))
+    assert dense(made, 0) == pytest.approx(pushed(teacher, p, long, 1))
