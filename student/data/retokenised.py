@@ -40,7 +40,7 @@ class RetokenisedSample(CodedSample):
     """A sample in the student's tokens. given: as the cache has it, with the teacher's features. At position
     s, row_S: int32, the teacher's position that knows what comes next, -1 where none does; depth_S: int32,
     how many of the student's tokens have been read since; actual_S: int32, the teacher's next token. bytes_S:
-    int32, of each token. counts: what was aligned, and lost.
+    int32, of each token. counts: what was aligned, and lost. boundaries_A2: see `student.alignment.spans`.
     """
 
     given: CodedSample
@@ -49,6 +49,7 @@ class RetokenisedSample(CodedSample):
     actual_S: Array
     bytes_S: Array
     counts: Counts
+    boundaries_A2: Array
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,6 +88,7 @@ class OtherTokens:
             actual_S=actual_S,
             bytes_S=self.student_bytes[made.ids_S].astype(np.int32),
             counts=made.counts,
+            boundaries_A2=made.alignment.boundaries_A2,
         )
 
     @cached_property
@@ -98,6 +100,14 @@ class OtherTokens:
     def teacher_bytes(self) -> Array:
         """int64 [V]: of the teacher's."""
         return _sizes(self.teacher)
+
+    @cached_property
+    def unwritten(self) -> Array:
+        """bool [V]: special tokens of the teacher that the student has none for."""
+        found = np.zeros(len(self.teacher.texts), bool)
+        found[list(self.teacher.roles)] = True
+        found[list(self.retokenise.specials)] = False
+        return found
 
 
 def _sizes(vocabulary: Vocabulary) -> Array:
@@ -146,6 +156,39 @@ def rows(
     return row_S, depth_S, actual_S
 
 
+def span_likelihoods(sample: RetokenisedSample, logprob_T: Array, unwritten_V: Array) -> tuple[Array, Array]:
+    """(number of the span that the token behind each position lies in, int32 [S], -1 for none; the teacher's
+    log-likelihood of it, float32 [S], at the first position of a span, NaN elsewhere).
+
+    A span is what lies between two neighbouring boundaries, where both have learned all of it, and each token
+    of the teacher in it means something to the student.
+
+    logprob_T: float [T], the teacher's of the token behind each position.
+    """
+    given, size = sample.given, len(sample.tokens)
+    span_S, logprob_S = np.full(size, -1, np.int32), np.full(size, np.nan, np.float32)
+    pairs_A2 = sample.boundaries_A2
+    if len(pairs_A2) < 2:
+        return span_S, logprob_S
+    known_T = given.loss_mask & ~unwritten_V[given.tokens]
+    # Sums over the tokens in front of each: known ones, what the teacher gave them, what the student learns.
+    known_T1 = np.concatenate([[0], np.cumsum(known_T)])
+    spent_T = np.where(known_T[1:], logprob_T[:-1], 0.0).astype(np.float64)
+    nats_T1 = np.concatenate([[0.0, 0.0], np.cumsum(np.nan_to_num(spent_T))])
+    lost_T1 = np.concatenate([[0, 0], np.cumsum(np.isnan(spent_T))])
+    learned_S1 = np.concatenate([[0], np.cumsum(sample.loss_mask)])
+    begin_A, start_A = pairs_A2[:-1].T + 1
+    end_A, stop_A = pairs_A2[1:].T + 1
+    whole_A = (known_T1[end_A] - known_T1[begin_A] == end_A - begin_A) & (end_A > begin_A)
+    whole_A &= (learned_S1[stop_A] - learned_S1[start_A] == stop_A - start_A) & (stop_A > start_A)
+    whole_A &= lost_T1[end_A] == lost_T1[begin_A]
+    # The spans follow each other without a gap.
+    number_S = np.repeat(np.where(whole_A, np.arange(len(begin_A)), -1), stop_A - start_A)
+    span_S[start_A[0] - 1 : stop_A[-1] - 1] = number_S
+    logprob_S[start_A[whole_A] - 1] = (nats_T1[end_A] - nats_T1[begin_A])[whole_A]
+    return span_S, logprob_S
+
+
 class RetokenisedDataset(CachedDataset):
     """Samples of a cache in the student's tokens, which are made as they are read."""
 
@@ -179,7 +222,8 @@ class RetokenisedCollator(Collator):
     S], the features the teacher's [B, T].
 
     aligned: row, depth, actual int32 [B, S] as of `RetokenisedSample`, and label_bytes int32 [B, S], 0 where
-    nothing is learned; for distributions also teacher float32 [B, 2]: minus the log-probability that the
+    nothing is learned; for distributions also span and span_logprob as of `span_likelihoods`, and teacher
+    float32 [B, 2]: minus the log-probability that the
     teacher gives the learned tokens of the sample together, in nats (NaN where it is not known), and their
     bytes.
     """
@@ -189,7 +233,7 @@ class RetokenisedCollator(Collator):
     ) -> None:
         super().__init__(groups, pad_token, drop_idle=drop_idle)
         self._distribution = next((group for group in groups if isinstance(group, LogitsSpec)), None)
-        self._teacher_bytes = other.teacher_bytes
+        self._teacher_bytes, self._unwritten = other.teacher_bytes, other.unwritten
 
     def _padded(self, samples: Sequence[CodedSample]) -> dict[str, Any]:
         made = [sample for sample in samples if isinstance(sample, RetokenisedSample)]
@@ -210,6 +254,9 @@ class RetokenisedCollator(Collator):
         if self._distribution is not None:
             spent = [self._spent(sample.given, self._distribution) for sample in made]
             aligned["teacher"] = pad(spent, 2, np.float32)
+            spans, nats = zip(*(self._spans(sample, self._distribution) for sample in made), strict=True)
+            aligned["span"] = pad(spans, length, np.int32, -1)
+            aligned["span_logprob"] = pad(nats, length, np.float32)
         coded = {name: features[name] for name in ("coded_head", "coded_hidden") if name in features}
         return {
             "input_ids": input_ids,
@@ -218,6 +265,11 @@ class RetokenisedCollator(Collator):
             **coded,
             "aligned": aligned,
         }
+
+    def _spans(self, sample: RetokenisedSample, group: LogitsSpec) -> tuple[Array, Array]:
+        codes = codes_of(sample.given, group)
+        assert codes is not None
+        return span_likelihoods(sample, decode_labels(codes.label_logprob), self._unwritten)
 
     def _spent(self, given: CodedSample, group: LogitsSpec) -> Array:
         codes = codes_of(given, group)

@@ -62,8 +62,7 @@ class TokenMap:
     choices_VR: Array
     shares_VR: Array
 
-    @property
-    def kept_V(self) -> Array:
+    def kept(self) -> Array:
         """float32 [V]: how often the student's token where it began was the shared one, as a share."""
         return (self.shares_VR * (self.choices_VR == self.shared_V[:, None])).sum(1).astype(np.float32)
 
@@ -183,8 +182,8 @@ class DeviceMap:
     @classmethod
     def of(cls, made: TokenMap) -> DeviceMap:
         """On the CPU."""
-        tables = {field.name: np.ascontiguousarray(getattr(made, field.name)) for field in fields(cls)}
-        return cls(**{name: torch.from_numpy(table) for name, table in tables.items()})
+        tables = {field.name: getattr(made, field.name) for field in fields(made)} | {"kept_V": made.kept()}
+        return cls(**{name: torch.from_numpy(np.ascontiguousarray(table)) for name, table in tables.items()})
 
     def to(self, device: torch.device) -> DeviceMap:
         """Move there, once; self."""

@@ -63,7 +63,7 @@ def _check(term: Term) -> None:
     }.get(loss.kind)
     if Need.FULL in loss.needs:
         reason = "needs the teacher's whole vocabulary"
-    elif Need.LABEL in loss.needs:
+    elif Need.LABEL in loss.needs and not loss.spans:
         reason = "needs the teacher's probability of the student's next token"
     if reason is not None:
         raise UserError(

@@ -23,10 +23,18 @@ from student.losses.blocks import BlockPair, Rotation, StudentBlock
 from student.losses.catalogue import Need
 from student.losses.full_pass import DenseTargets, dense_head_loss, fisher_diagonal
 from student.losses.lm_head import HeadTransform
-from student.losses.sparse import SparseTargets, cross_entropy, forward_kl, token_scale, where_known
+from student.losses.sparse import (
+    SparseTargets,
+    along_spans,
+    cross_entropy,
+    forward_kl,
+    outcome_kl,
+    token_scale,
+    where_known,
+)
 from student.losses.sparse_pass import HeadLoss, ReducedLoss, sparse_head_loss
 from student.objective.projectors import Projectors
-from student.objective.terms import OUTSIDE_HEADS, Objective, View, reduction
+from student.objective.terms import OUTSIDE_HEADS, Objective, Term, View, reduction
 
 EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions", "kl_positions")
 # Behind them for a student with another tokenizer: bytes of its learned tokens and of the teacher's.
@@ -118,6 +126,9 @@ class DistillationModel(nn.Module):
         rows = self._rows()
         sources = dict.fromkeys(source for *_, source in rows)
         targets = self._targets(sources, select(labels, learned_N), coded, view.sequence_N, features)
+        if features.aligned is not None and any(term.loss.spans for term in self.objective.head):
+            spans_N2 = self._spans(select(body.last_hidden_state, learned_N), targets, features)
+            targets = {source: replace(one, spans_N2=spans_N2) for source, one in targets.items()}
         weight_N = None if weight is None else select(weight, learned_N)
         head = self._head(select(body.last_hidden_state, learned_N), rows, targets, weight_N)
         dense_total, dense_SN = self._dense(view, weight_N)
@@ -209,20 +220,38 @@ class DistillationModel(nn.Module):
         """
         terms, measured = self.objective.weighted(("head",), self.weights), self._measured
         asked = [
-            (term.function, weight, Source(term.teachers, term.shared), bool(term.loss.needs))
+            (self._translated_loss(term), weight, Source(term.teachers, term.shared), bool(term.loss.needs))
             for term, weight in terms
         ]
         if not self.training:
             asked += [(forward_kl, 0.0, measured, True), (cross_entropy, 0.0, measured, False)]
         anyone = next((source for *_, source, taught in asked if taught), measured)
         return [
-            (
-                where_known(function) if taught and self.tokens is not None else function,
-                weight,
-                source if taught else anyone,
-            )
-            for function, weight, source, taught in asked
+            (function, weight, source if taught else anyone) for function, weight, source, taught in asked
         ]
+
+    def _translated_loss(self, term: Term) -> ReducedLoss:
+        """A head term's loss; of a student with another tokenizer, that with the label where there is
+        none.
+        """
+        if self.tokens is None or not term.loss.needs:
+            return term.function
+        return along_spans if term.loss.spans else where_known(term.function)
+
+    def _spans(
+        self, hidden_ND: Tensor, targets: Mapping[Source, SparseTargets], features: _Features
+    ) -> Tensor:
+        """What `along_spans` reads, float32 [N, 2]; where there is no span, of the cross-entropy itself."""
+        output = self.student.get_output_embeddings()
+        ce_N = sparse_head_loss(
+            hidden_ND=hidden_ND.detach(),
+            weight_VD=output.weight.detach(),
+            bias_V=None if output.bias is None else output.bias.detach(),
+            targets=next(iter(targets.values())),
+            terms=[(cross_entropy, 0.0)],
+            transform=self.transform,
+        ).terms_SN[0]
+        return features.span_losses(ce_N)
 
     @property
     def _measured(self) -> Source:
@@ -424,6 +453,27 @@ class _Features:
         assert self.boundary_N is not None
         boundary_N = self.boundary_N.float()
         return boundary_N if weight_N is None else boundary_N * weight_N
+
+    def span_losses(self, ce_N: Tensor) -> Tensor:
+        """(value, derivative with respect to the cross-entropy) at each position, float32 [N, 2]."""
+        assert self.aligned is not None
+        length = self.aligned["span"].shape[1]
+        span_N, nats_N = (select(self.aligned[name], self.learned_N) for name in ("span", "span_logprob"))
+        inside_N, first_N = span_N >= 0, ~torch.isnan(nats_N) & (span_N >= 0)
+        place_N = self._sample_N * length + span_N.clamp_min(0)
+        sums_G = ce_N.new_zeros(len(self.aligned["span"]) * length)
+        with torch.enable_grad():
+            leaf_N = ce_N.detach().requires_grad_()
+            log_q_G = sums_G.index_add(0, place_N, -leaf_N * inside_N)
+            log_p_G = sums_G.index_add(0, place_N, torch.where(first_N, nats_N, 0.0).to(ce_N.dtype))
+            value_N = torch.where(first_N, outcome_kl(log_q_G, log_p_G)[place_N], 0.0)
+            (slope_N,) = torch.autograd.grad(value_N.sum(), leaf_N)
+        # A label that is in no span is learned as such.
+        return torch.where(
+            inside_N.unsqueeze(-1),
+            torch.stack([value_N.detach(), slope_N], -1),
+            torch.stack([ce_N, torch.ones_like(ce_N)], -1),
+        )
 
     def following(self, logprob_N: Tensor) -> NextTokens:
         """What comes next; logprob_N: of the teacher's next token in the rows that are read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from featurestore.format.codec import ROW_ERROR
-from featurestore.format.schema import HiddenSpec, LogitsSpec, Sample
+from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec, Sample
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE
 from student.modeling.saving import load_student
@@ -273,6 +274,51 @@ def test_states_are_compared_where_both_have_read_the_same(
     assert float(total) > 0
 
 
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_spans_are_as_likely_as_the_teacher_says(
+    store: Path, tokens: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Value and gradient, against a loop over the spans and autograd through all logits."""
+    from student.config.parser import parse
+    from student.training.run import build, prepare
+
+    out = ["--output-dir", tmp_path / "student", "--student-tokenizer", tokens[name]]
+    words = [store, *out, *SHAPE, *QUICK, "--logits-loss", "span_likelihood"]
+    built = build(prepare(parse([str(word) for word in words])))
+    model, data = built.assembled.model.train(), built.assembled.prepared.data.train
+    samples = [data[place] for place in range(4)]
+    found = model(**built.trainer.data_collator(samples))
+    embeddings = model.student.get_input_embeddings().weight
+    (gradient,) = torch.autograd.grad(found["loss"], embeddings)
+    reader, total, count, covered = CacheReader.open(store), torch.zeros(()).double(), 0, 0
+    for sample in samples:
+        log_q = model.student(torch.tensor(sample.tokens[None].astype(np.int64))).logits[0].double()
+        log_q = log_q.log_softmax(-1)
+        index = list(reader.sample_ids).index(sample.id)
+        features = reader.read(index, [WHOLE]).features[WHOLE]
+        assert isinstance(features, LogitsFeatures)
+        ends = sample.boundaries_A2.tolist()
+        inside: set[int] = set()
+        for (t, s), (t_end, s_end) in itertools.pairwise(ends):
+            own, theirs = list(range(s + 1, s_end + 1)), list(range(t + 1, t_end + 1))
+            if not (sample.loss_mask[own].all() and sample.given.loss_mask[theirs].all()):
+                continue
+            log_p = sum(float(features.label_logprob[place - 1]) for place in theirs)
+            q = torch.stack([log_q[place - 1, sample.tokens[place]] for place in own]).sum().exp()
+            p = torch.tensor(log_p).double().clamp(max=-1e-4).exp()
+            total = total + p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            inside |= set(own)
+        learned = np.flatnonzero(sample.loss_mask[1:]) + 1
+        count += len(learned)
+        covered += len(inside)
+        for place in set(learned.tolist()) - inside:
+            total = total - log_q[place - 1, sample.tokens[place]]
+    (wanted,) = torch.autograd.grad(total / count, embeddings)
+    assert float(found["loss"]) == pytest.approx(float(total / count), rel=1e-4)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
+    assert covered > 0.8 * count
+
+
 def test_plan_and_sweep(
     distily: Run, store: Path, tokens: dict[str, Path], tmp_path: Path, learn: Callable[..., dict[str, Any]]
 ) -> None:
@@ -338,7 +384,9 @@ def test_several_stores_and_idle_flags_are_refused(
     assert "several STOREs: not supported" in refused("from-cache", store, second, *own, *quick)
 
 
-@pytest.mark.parametrize("loss", ["kl", "jsd", "reverse_kl", "tvd", "uld", "soft_mse", "top1", "sinkhorn"])
+@pytest.mark.parametrize(
+    "loss", ["kl", "jsd", "reverse_kl", "tvd", "uld", "soft_mse", "top1", "sinkhorn", "span_likelihood"]
+)
 def test_losses_on_shared_tokens_fall(
     learn: Callable[..., dict[str, Any]], tmp_path: Path, loss: str
 ) -> None:
