@@ -2,7 +2,7 @@
 
 from student.alignment.retokenise import Counts, Retokenised, Retokeniser
 from student.alignment.roles import match_specials, shared_ids
-from student.alignment.spans import Alignment, align
+from student.alignment.spans import Alignment
 from student.alignment.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Retokenised",
     "Retokeniser",
     "Vocabulary",
-    "align",
     "match_specials",
     "read_vocabulary",
     "shared_ids",

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import combining
 
 import numpy as np
 import numpy.typing as npt
@@ -99,11 +100,18 @@ class TextEncoder:
             return join([self.encode(text[:cut], place), self.encode(text[cut:], "inner")])
         offsets_C = _byte_offsets(text)
         ids, chars_S2 = np.asarray(found.ids, np.int64), np.asarray(found.offsets, np.int64).reshape(-1, 2)
-        reached_S = np.maximum.accumulate(chars_S2[:, 1])
+        # Normalisers put combining marks in order, join them with the character in front, or drop them.
+        marks_C = np.array([*(combining(char) > 0 for char in text), False])
+        behind_C = np.minimum.accumulate(np.where(marks_C, len(text), np.arange(len(text) + 1))[::-1])[::-1]
+        reached_S = behind_C[np.maximum.accumulate(chars_S2[:, 1])]
         next_S = np.append(np.minimum.accumulate(chars_S2[::-1, 0])[::-1], len(text))
-        # Characters that no token reports may belong to the one in front or behind, white space aside.
+        # Characters that no token reports may belong to the one in front or behind, white space aside; and
+        # normalisers put combining marks in order.
         solid_C = np.cumsum([0, *(not char.isspace() for char in text)])
-        clear_S = (reached_S <= next_S[1:]) & (solid_C[next_S[1:]] == solid_C[reached_S])
+        marks_C = np.array([*(combining(char) > 0 for char in text), False])
+        clear_S = (
+            (reached_S <= next_S[1:]) & (solid_C[next_S[1:]] == solid_C[reached_S]) & ~marks_C[reached_S]
+        )
         ends_S = offsets_C[reached_S]
         spelled = [self._vocabulary.texts[index] for index in ids.tolist()]
         barred = np.setdiff1d(ends_S, ends_S[clear_S])

@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from student.alignment.chat import Item, turns_between
 from student.alignment.encoding import Encoded, TextEncoder, join
 from student.alignment.roles import match_specials, written_out
 from student.alignment.spans import Alignment, Bools, Ints, Reading, dummy_spaces, front_tokens, meet, reading
 from student.alignment.vocabulary import read_vocabulary
 
+# The units of a special token: more than one, so that several of the student's tokens can stand for it, of
+# which only the last ends where it does.
+_SPECIAL = 2
 # How Python spells bytes that are no UTF-8, one by one.
 _UNDECODABLE = re.compile("([\udc80-\udcff]+)")
 
@@ -33,6 +37,7 @@ class Counts:
         text_bytes: bytes of text.
         undecodable_bytes: those at the ends of a sample, or within, that are no whole character.
         changed_bytes: those that the student's tokenizer writes in another form or not at all.
+        turns: turns that are opened as the student's chat template does.
         specials_mapped: special tokens for which the student has a token of the same text or role.
         specials_as_text: special tokens that became text.
         specials_dropped: special tokens of which nothing is left; BOS in front is none.
@@ -44,6 +49,7 @@ class Counts:
     text_bytes: int = 0
     undecodable_bytes: int = 0
     changed_bytes: int = 0
+    turns: int = 0
     specials_mapped: int = 0
     specials_as_text: int = 0
     specials_dropped: int = 0
@@ -73,7 +79,8 @@ class Retokeniser:
     """Writes samples of a teacher as tokens of a student.
 
     The bytes of the teacher's text are tokenised anew, behind what the student's tokenizer puts in front of a
-    text. Special tokens become those of the same text or role, else their text or nothing (`written_out`).
+    text. Special tokens become those of the same text or role, else their text or nothing (`written_out`);
+    what opens and closes a turn in a known chat template becomes that of the student's (`turns_between`).
     Bytes that are no whole character, where a sample was cut within one, become tokens of single bytes, which
     are not learned, or nothing.
 
@@ -93,15 +100,18 @@ class Retokeniser:
         self.teacher, self.student = read_vocabulary(teacher), read_vocabulary(student)
         self._encoder = TextEncoder(student.backend_tokenizer.to_str(), self.student)
         self.specials = match_specials(self.teacher, self.student)
+        self._turns = turns_between(
+            self.teacher, self.student, lambda text: self._encoder.encode(text, "later").ids.tolist()
+        )
         self._texts = list(self.teacher.texts)
         for index, roles in self.teacher.roles.items():
             self._texts[index] = b"" if index in self.specials else written_out(roles)
         self._as_text_V = np.fromiter(map(len, self._texts), np.bool_) & self.teacher.special_V
         self._mapped_V = np.zeros(len(self._texts), np.bool_)
         self._mapped_V[list(self.specials)] = True
-        # Between these tokens lies text.
-        self._breaks_V = self.teacher.special_V & ~self._as_text_V
-        self._widths_V = np.fromiter(map(len, self._texts), np.int64) + self._mapped_V
+        # Between these tokens lies text. What a turn is opened with may be several tokens of either side.
+        self._breaks_V = self.teacher.special_V & (~self._as_text_V | (self._turns is not None))
+        self._widths_V = np.fromiter(map(len, self._texts), np.int64) + _SPECIAL * self._mapped_V
 
     def __call__(self, ids: npt.ArrayLike, loss_mask: npt.ArrayLike) -> Retokenised:
         """The student's tokens of a sample; ids: int [T], loss_mask: bool [T]."""
@@ -113,7 +123,8 @@ class Retokeniser:
         texts = [self._texts[index] for index in ids_T.tolist()]
         for place in spaces:
             texts[place] = texts[place][1:]
-        pieces = [_units(self.student.prefix, width=0), *self._pieces(ids_T, texts, front)]
+        items = self._items(ids_T, texts, front)
+        pieces = [_units(self.student.prefix, width=0), *self._pieces(items)]
         found = join(pieces)
         learned_U = np.repeat(mask_T, widths_T)
         ends = np.cumsum([piece.length for piece in pieces])
@@ -122,7 +133,7 @@ class Retokeniser:
         learned_S = _learned(found, learned_U)
         learned_S[: len(self.student.prefix)] = False
         student = Reading(ends=found.ends, barred=found.barred)
-        alignment = meet(reading(widths_T, spaces), student, len(learned_U))
+        alignment = meet(reading(widths_T, spaces), student)
         specials_T, mapped_T, as_text_T = (
             table_V[ids_T[front:]] for table_V in (self.teacher.special_V, self._mapped_V, self._as_text_V)
         )
@@ -131,26 +142,39 @@ class Retokeniser:
             teacher_tokens=len(ids_T),
             student_tokens=len(found.ids),
             aligned=len(alignment.boundaries_A2),
-            text_bytes=len(learned_U) - mapped,
+            text_bytes=len(learned_U) - _SPECIAL * mapped,
             undecodable_bytes=sum(piece.length for piece in pieces if piece.undecodable),
             changed_bytes=found.changed,
+            turns=sum(item.opens for item in items),
             specials_mapped=mapped,
             specials_as_text=as_text,
             specials_dropped=int(specials_T.sum()) - mapped - as_text,
         )
         return Retokenised(ids_S=found.ids, loss_mask_S=learned_S, alignment=alignment, counts=counts)
 
-    def _pieces(self, ids_T: Ints, texts: list[bytes], front: int) -> Iterator[Encoded]:
-        """The student's tokens of each stretch of text and of each special token, behind those in front."""
-        place = "first"
+    def _items(self, ids_T: Ints, texts: list[bytes], front: int) -> list[Item]:
+        """The stretches of text and the special tokens of a sample, behind those in front."""
+        items = []
         for start, end in _stretches(self._breaks_V[ids_T], front):
             index = int(ids_T[start])
-            if not self._breaks_V[index]:
-                for text, raw in _characters(b"".join(texts[start:end])):
-                    yield self._bytes(raw) if raw else self._encoder.encode(text, place)
+            if self._breaks_V[index]:
+                items.append(Item(special=index, length=int(self._widths_V[index])))
+            elif text := b"".join(texts[start:end]):
+                items.append(Item(text=text, length=len(text)))
+        return items if self._turns is None else self._turns.rewritten(items)
+
+    def _pieces(self, items: list[Item]) -> Iterator[Encoded]:
+        """The student's tokens of each item."""
+        place = "first"
+        for item in items:
+            if item.ids is not None:
+                yield _marker(item)
+            elif item.special in self.specials:
+                yield _units([self.specials[item.special]], _SPECIAL)
+            else:
+                for part, raw in _characters(item.text or self._texts[item.special]):
+                    yield self._bytes(raw) if raw else self._encoder.encode(part, place)
                     place = "inner"
-            elif index in self.specials:
-                yield _units([self.specials[index]])
             place = "later"
 
     def _bytes(self, raw: bytes) -> Encoded:
@@ -179,8 +203,18 @@ def _characters(body: bytes) -> Iterator[tuple[str, bytes]]:
             yield ("", part.encode(errors="surrogateescape")) if index % 2 else (part, b"")
 
 
+def _marker(item: Item) -> Encoded:
+    """Tokens of which only the last ends where the teacher's do; without any, nothing goes on there."""
+    ids = item.ids or ()
+    ends = np.full(len(ids), min(1, item.length))
+    ends[-1:] = item.length
+    starts = np.append(0, ends)[: len(ids)]
+    barred = np.zeros(0 if ids else 1, np.int64)
+    return replace(_units(ids), starts=starts, ends=ends, barred=barred, length=item.length)
+
+
 def _units(ids: Sequence[int], width: int = 1) -> Encoded:
-    """Tokens of one unit each, or of none."""
+    """Tokens of so many units each."""
     ends = width * np.arange(1, len(ids) + 1)
     return Encoded(
         ids=np.asarray(ids, np.int64),

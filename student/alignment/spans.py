@@ -1,25 +1,21 @@
 """Where two tokenizers have read the same: pairs of positions between which lie spans.
 
-Shape letters: T teacher tokens, S student tokens, A aligned pairs, U units (bytes and special tokens).
+Shape letters: T teacher tokens, S student tokens, A aligned pairs.
 """
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from student.alignment.roles import BOS, match_specials, written_out
+from student.alignment.roles import BOS
 from student.alignment.vocabulary import FIRST, NEVER, SPACE, Vocabulary
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-
-_FIRST_SPECIAL = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,45 +41,6 @@ class Reading:
 
     ends: Ints
     barred: Ints
-
-
-def align(
-    teacher_ids: npt.ArrayLike, student_ids: npt.ArrayLike, teacher: Vocabulary, student: Vocabulary
-) -> Alignment:
-    """Align two sequences of ids (int [T] and [S]) by their bytes alone, as far as these are the same.
-
-    Special tokens count as one unit where the other side has one of the same role; the teacher's others as
-    their text or as nothing (`written_out`). BOS in front counts as nothing, and so does the space that a
-    tokenizer puts in front of text; a position is left out where one side goes on with such a space and the
-    other does not. Behind the first difference nothing is aligned.
-    """
-    mapped = match_specials(teacher, student)
-    of_teacher = {
-        index: [_FIRST_SPECIAL + mapped[index]] if index in mapped else list(written_out(roles))
-        for index, roles in teacher.roles.items()
-    }
-    of_student = {index: [_FIRST_SPECIAL + index] for index in mapped.values()}
-    units_T, teacher_side = _read(teacher_ids, teacher, of_teacher)
-    units_S, student_side = _read(student_ids, student, of_student)
-    common = min(len(units_T), len(units_S))
-    differing = np.flatnonzero(units_T[:common] != units_S[:common])
-    return meet(teacher_side, student_side, int(differing[0]) if len(differing) else common)
-
-
-def _read(ids: npt.ArrayLike, vocabulary: Vocabulary, units: Mapping[int, list[int]]) -> tuple[Ints, Reading]:
-    """The units of ids, int64 [U], and how far each token reads; units: those of special tokens."""
-    ids_T = np.asarray(ids, np.int64)
-    pieces = [
-        units.get(index, []) if index in vocabulary.roles else list(vocabulary.texts[index])
-        for index in ids_T.tolist()
-    ]
-    front = front_tokens(ids_T, vocabulary)
-    pieces[:front] = [[]] * front
-    spaces = dummy_spaces(ids_T, vocabulary)
-    for place in spaces:
-        pieces[place] = pieces[place][1:]
-    stream = np.fromiter(chain.from_iterable(pieces), np.int64)
-    return stream, reading(np.fromiter(map(len, pieces), np.int64, len(pieces)), spaces)
 
 
 def reading(widths_T: Ints, spaces: list[int]) -> Reading:
@@ -115,16 +72,15 @@ def dummy_spaces(ids_T: Ints, vocabulary: Vocabulary) -> list[int]:
     return [place for place in begins.tolist() if vocabulary.texts[ids_T[place]][:1] == SPACE]
 
 
-def meet(teacher: Reading, student: Reading, limit: int) -> Alignment:
-    """The pairs of positions at which both have read equally many units, at most `limit`.
-
-    Of several tokens in a row that add nothing, the last counts.
+def meet(teacher: Reading, student: Reading) -> Alignment:
+    """The pairs of positions at which both have read equally many units; of several tokens in a row that add
+    nothing, the last counts.
     """
     last_T, last_S = _lasts(teacher.ends), _lasts(student.ends)
     ends, at_T, at_S = np.intersect1d(
         teacher.ends[last_T], student.ends[last_S], assume_unique=True, return_indices=True
     )
-    kept = (ends <= limit) & ~np.isin(ends, np.setxor1d(teacher.barred, student.barred))
+    kept = ~np.isin(ends, np.setxor1d(teacher.barred, student.barred))
     return Alignment(boundaries_A2=np.stack([last_T[at_T[kept]], last_S[at_S[kept]]], axis=1))
 
 

@@ -140,7 +140,7 @@ def _spelling(config: Mapping[str, Any]) -> Callable[[str, bool], bytes]:
     ]
     replaced += [(part["replacement"], " ") for part in decoders if part["type"] == "Metaspace"]
     if not decoders or kinds - _READ or any(pattern is None for pattern, _ in replaced):
-        names = ", ".join(sorted(kinds - _READ)) or "no decoder"
+        names = ", ".join(sorted(kinds - _READ)) or ("a pattern" if decoders else "none")
         raise UserError(
             f"the tokenizer's decoder ({names}) does not say which bytes a token stands for; what is read "
             "are byte-level, SentencePiece-like and WordPiece tokenizers"
