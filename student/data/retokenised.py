@@ -257,7 +257,7 @@ class RetokenisedCollator(Collator):
             spans, nats = zip(*(self._spans(sample, self._distribution) for sample in made), strict=True)
             aligned["span"] = pad(spans, length, np.int32, -1)
             aligned["span_logprob"] = pad(nats, length, np.float32)
-        coded = {name: features[name] for name in ("coded_head", "coded_hidden") if name in features}
+        coded: dict[str, Any] = {name: part for name, part in features.items() if name.startswith("coded_")}
         return {
             "input_ids": input_ids,
             "attention_mask": pad([np.ones(size, np.int64) for size in lengths], length, np.int64),

@@ -64,7 +64,9 @@ class TokenMap:
 
     def kept(self) -> Array:
         """float32 [V]: how often the student's token where it began was the shared one, as a share."""
-        return (self.shares_VR * (self.choices_VR == self.shared_V[:, None])).sum(1).astype(np.float32)
+        kept_VR = self.shares_VR * (self.choices_VR == self.shared_V[:, None])
+        kept_V: Array = kept_VR.sum(1).astype(np.float32)
+        return kept_V
 
     def with_choices(self, teacher_P: Array, student_P: Array) -> TokenMap:
         """The map with the choices that were made at P places: the student's token where the teacher's began.

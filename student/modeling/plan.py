@@ -115,9 +115,8 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     flag = "--student-model-config"
     teacher_config = text_config(load_config(str(reader.teacher_dir), "the cache's teacher/"))
     own = _own_tokenizer(options, reader)
-    config, layers = changed_config(
-        teacher_config, options.config_changes(), options.copy_layers, own and own.settings
-    )
+    settings = None if own is None else own.settings
+    config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers, settings)
     if own is None:
         check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
         check_positions(config, longest, flag)
@@ -141,8 +140,7 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     if options.copy_layers != "auto":
         return plan
     others = (
-        changed_config(teacher_config, options.config_changes(), spec, own and own.settings)
-        for spec in ("first", "last")
+        changed_config(teacher_config, options.config_changes(), spec, settings) for spec in ("first", "last")
     )
     alternatives = (
         replace(plan, config=other, layers=chosen) for other, chosen in others if chosen != layers

@@ -190,7 +190,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, teacher_dir: Pat
     if tokenizer is not None and tokenizer.get_vocab() != load_tokenizer(teacher_dir).get_vocab():
         raise UserError(
             "processing_class: its vocabulary is not that of the cache's teacher, so cached token ids mean "
-            "other text to it; leave it out, the teacher's is saved with the student"
+            "other text to it; leave it out, the teacher's is saved with the student, or give the student's "
+            "own with args.student_tokenizer"
         )
 
 

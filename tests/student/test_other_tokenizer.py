@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from featurestore.format.codec import ROW_ERROR
 from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec, Sample
@@ -22,7 +21,7 @@ from student.data.batches import IGNORE
 from student.modeling.saving import load_student
 from tests.student.caches import write_cache
 from tests.student.splits import split_samples
-from tests.tokenizers import byte_level
+from tests.tokenizers import byte_level, own_bpe
 
 Refused = Callable[..., str]
 Run = Callable[..., tuple[int, str, str]]
@@ -72,30 +71,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, writer: Path) -> Path:
     return write_cache(path, writer, samples, [WHOLE, HiddenSpec(1, "f32")])
 
 
-def make_tokenizer(directory: Path, size: int, text: str = "") -> Path:
-    """A byte-level BPE; with 257 ids it has the bytes and an end token only."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([text] * 4, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(
-        directory
-    )
-    return directory
-
-
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tokenizers")
     return {
-        "bytes": make_tokenizer(folder / "bytes", 257),
-        "bpe": make_tokenizer(
-            folder / "bpe", 285, "what students read, teachers learn; the cache reads 3456."
-        ),
+        "bytes": own_bpe(folder / "bytes", 257),
+        "bpe": own_bpe(folder / "bpe", 285, "what students read, teachers learn; the cache reads 3456."),
     }
 
 

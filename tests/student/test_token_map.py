@@ -221,6 +221,24 @@ def test_shared_tokens_keep_their_probability_and_all_else_is_outside(size: int,
         assert float(made.tail_N[row].exp()) == pytest.approx(outside, rel=size * EPS, abs=size * EPS)
 
 
+def test_shared_tokens_keep_the_share_with_which_they_are_written() -> None:
+    """Token 3 is written as itself in 1 of 4 places, and what comes next all or nothing of it."""
+    tokens, shared = shared_map(31)
+    seen = tokens.with_choices(np.array([3, 3, 3, 6]), np.array([30, 30, 30, shared[6]]))
+    logits = torch.randn(2, 31, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p = logits.softmax(-1)
+    label = torch.tensor([30, shared[6]])  # token 6 comes next: merged with others, and as it is
+    ahead = following([6, 6], [0, 0], [True, True], p.log()[:, 6])
+    made = shared_tokens(whole(logits, label), ahead, DeviceMap.of(seen))
+    for row in range(2):
+        share = dict.fromkeys(range(0, 31, 3), 1.0) | {3: 0.25, 6: float(row)}
+        wanted = {shared[token]: float(p[row, token]) * part for token, part in share.items() if part}
+        assert dense(made, row) == pytest.approx(wanted, rel=1e-6)
+        assert float(made.tail_N[row].exp()) == pytest.approx(1 - sum(wanted.values()), rel=1e-6)
+        assert made.logprob_NK[row].isfinite().sum() == len(wanted)
+        assert bool((made.logprob_NK[row, : len(wanted)].diff() <= 0).all())
+
+
 def test_the_loss_is_the_dense_one_where_there_is_a_row_and_that_of_the_label_elsewhere() -> None:
     """Value and gradient of the KL through the fused head, with 257 outputs and a teacher of 49,152
     tokens.
