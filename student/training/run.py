@@ -180,6 +180,7 @@ def prepare(
     if data.held_out is None:
         _check_needs_evaluation(args)
         args.eval_strategy, args.eval_on_start = "no", False
+    _check_metric(args, plan)
     _check_optimizer(args, plan.masters)
     _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
@@ -349,6 +350,18 @@ def _check_needs_evaluation(args: TrainingArguments) -> None:
     for flag, given in follows.items():
         if given:
             raise UserError(f"{flag} needs held-out samples; give an --eval-fraction above 0")
+
+
+def _check_metric(args: TrainingArguments, plan: StudentPlan) -> None:
+    """UserError for a metric that only students with the teacher's tokenizer have, or only others."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    lacking = "bits_per_byte" if plan.tokenizer is None else "teacher_perplexity"
+    if metric == lacking:
+        whose = "the teacher's" if plan.tokenizer is None else "one of its own"
+        raise UserError(
+            f"--metric-for-best-model {metric}: not measured of a student whose tokenizer is {whose}; "
+            "take kl or ce"
+        )
 
 
 def _check_optimizer(args: TrainingArguments, masters: str) -> None:

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from featurestore.format.codec import ROW_ERROR
 from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec, Sample
 from featurestore.reader import CacheReader
+from student.config.training_config import DistillationConfig
 from student.data.batches import IGNORE
 from student.modeling.saving import load_student
+from student.training.distillation import DistillationTrainer
 from tests.student.caches import write_cache
 from tests.student.splits import split_samples
 from tests.tokenizers import byte_level, own_bpe
@@ -340,6 +342,7 @@ def test_plan_and_sweep(
             ["--objective", '{"balance": "gradient_norm", "terms": [{"loss": "kl"}, {"loss": "ce"}]}'],
             "balance: gradient_norm: not supported where",
         ),
+        (["--metric-for-best-model", "teacher_perplexity"], "teacher_perplexity: not measured of a student"),
         (["--student", "x"], "--student and --student-tokenizer exclude each other"),
         (["--student-tokenizer", "/nowhere"], "--student-tokenizer /nowhere: transformers cannot load it"),
     ],
@@ -357,12 +360,35 @@ def test_several_stores_and_idle_flags_are_refused(
 ) -> None:
     quick = ["--output-dir", tmp_path / "out", *SHAPE, *QUICK]
     assert "--token-map has no effect" in refused("from-cache", store, *quick, "--token-map", "shared")
+    best = ["--metric-for-best-model", "bits_per_byte"]
+    assert "bits_per_byte: not measured" in refused("from-cache", store, *quick, *best)
     reader = CacheReader.open(store)
     samples = [reader.read(index, []) for index in range(len(reader))]
     again = [Sample(tokens=one.tokens, loss_mask=one.loss_mask) for one in samples]
     second = write_cache(tmp_path / "second", writer, again, [HEAD], digest="ef" * 16)
     own = ["--student-tokenizer", tokens["bytes"]]
     assert "several STOREs: not supported" in refused("from-cache", store, second, *own, *quick)
+
+
+def test_loader_processes_and_the_library(
+    learn: Callable[..., dict[str, Any]], tmp_path: Path, store: Path, tokens: dict[str, Path], capfd: Any
+) -> None:
+    alone = learn(tmp_path / "alone", "bpe")
+    beside = learn(tmp_path / "beside", "bpe", "--dataloader-num-workers", 2)
+    assert beside["last_eval"]["eval_loss"] == alone["last_eval"]["eval_loss"]
+    assert "just got forked" not in capfd.readouterr().err
+    args = DistillationConfig(
+        output_dir=str(tmp_path / "library"),
+        student_tokenizer=str(tokens["bpe"]),
+        student_model_config={"num_hidden_layers": 1},
+        report_to="none",
+        max_steps=1,
+    )
+    own = AutoTokenizer.from_pretrained(tokens["bpe"])
+    trainer = DistillationTrainer(args=args, train_dataset=str(store), processing_class=own)
+    trainer.train()
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path / "library").get_vocab() == own.get_vocab()
 
 
 @pytest.mark.parametrize(
