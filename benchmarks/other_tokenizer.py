@@ -30,12 +30,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "labels alone": LABELS,
     "`kl`, first tokens": {"logits_loss": "kl", "token_map": "first"},
     "`kl`, shared tokens": {"logits_loss": "kl", "token_map": "shared"},
+    "`kl`, first tokens, and the state of layer 20 at boundaries": {
+        "logits_loss": "kl",
+        "token_map": "first",
+        "hidden_loss": "cosine",
+        "hidden_layers": "20",
+        "projector": "linear",
+    },
 }
 SIZES = {"BPE, 8,192 tokens": 8192, "bytes": 257}
 RUNS = [
-    ("bytes", "labels alone"),
-    ("bytes", "`kl`, first tokens"),
-    *[("BPE, 8,192 tokens", name) for name in OBJECTIVES],
+    *[("BPE, 8,192 tokens", name) for name in list(OBJECTIVES)[:3]],
+    *[("bytes", name) for name in OBJECTIVES if "shared" not in name],
 ]
 SHAPE = {
     "num_hidden_layers": 2,
@@ -124,8 +130,15 @@ def main() -> None:
             "–" if objective == "labels alone" else spread([a - b for a, b in zip(bits, base, strict=True)])
         )
         seconds = statistics.mean(one["seconds"] for one in summaries)
-        rows.append([tokens, objective, spread(bits), gained, f"{seconds:.0f}"])
-    header = ["student's tokenizer", "learned from", "held-out bits per byte", "against labels", "seconds"]
+        rows.append([tokens, objective, f"{len(bits)}", spread(bits), gained, f"{seconds:.0f}"])
+    header = [
+        "student's tokenizer",
+        "learned from",
+        "seeds",
+        "held-out bits per byte",
+        "against labels",
+        "seconds",
+    ]
     first = {tokens: found[tokens, "labels alone"][0] for tokens in SIZES}
     teacher = first["bytes"]["last_eval"]["eval_teacher_bits_per_byte"]
     said = "\n".join(f"- {tokens}: {one['tokens_of_both']['said']}." for tokens, one in first.items())

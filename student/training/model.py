@@ -41,7 +41,7 @@ EVAL_COLUMNS = ("loss", "kl", "ce", "top1_agreement", "teacher_nll", "positions"
 BYTE_COLUMNS = ("bytes", "teacher_bytes")
 
 
-class Source(NamedTuple):
+class TargetSource(NamedTuple):
     """What a loss learns from: the caches of its teachers; shared: of a teacher with another tokenizer, only
     the tokens that both have.
     """
@@ -50,7 +50,7 @@ class Source(NamedTuple):
     shared: bool = False
 
 
-HeadRow = tuple[ReducedLoss, float, Source]  # a loss, its weight, what it learns from
+HeadRow = tuple[ReducedLoss, float, TargetSource]  # a loss, its weight, what it learns from
 
 
 class DistillationModel(nn.Module):
@@ -220,7 +220,12 @@ class DistillationModel(nn.Module):
         """
         terms, measured = self.objective.weighted(("head",), self.weights), self._measured
         asked = [
-            (self._translated_loss(term), weight, Source(term.teachers, term.shared), bool(term.loss.needs))
+            (
+                self._translated_loss(term),
+                weight,
+                TargetSource(term.teachers, term.shared),
+                bool(term.loss.needs),
+            )
             for term, weight in terms
         ]
         if not self.training:
@@ -239,7 +244,7 @@ class DistillationModel(nn.Module):
         return along_spans if term.loss.spans else where_known(term.function)
 
     def _spans(
-        self, hidden_ND: Tensor, targets: Mapping[Source, SparseTargets], features: _Features
+        self, hidden_ND: Tensor, targets: Mapping[TargetSource, SparseTargets], features: _Features
     ) -> Tensor:
         """What `along_spans` reads, float32 [N, 2]; where there is no span, of the cross-entropy itself."""
         output = self.student.get_output_embeddings()
@@ -254,24 +259,24 @@ class DistillationModel(nn.Module):
         return features.span_losses(ce_N)
 
     @property
-    def _measured(self) -> Source:
+    def _measured(self) -> TargetSource:
         """What held-out metrics compare with."""
-        return Source(self.objective.measured, self.objective.measures_shared)
+        return TargetSource(self.objective.measured, self.objective.measures_shared)
 
     def _targets(
         self,
-        wanted: Iterable[Source],
+        wanted: Iterable[TargetSource],
         label_N: Tensor,
         coded: Mapping[int, Coded],
         sequence_N: Tensor,
         features: _Features,
-    ) -> dict[Source, SparseTargets]:
+    ) -> dict[TargetSource, SparseTargets]:
         """The learned positions' targets by the caches of their teachers, mixed where they are several; heads
         of zero columns where the batch carries none.
         """
         labelled = any(Need.LABEL in term.loss.needs for term in self.objective.head)
 
-        def targets(source: Source) -> SparseTargets:
+        def targets(source: TargetSource) -> SparseTargets:
             teachers = source.teachers
             if features.aligned is not None and coded[teachers[0]]:
                 assert self.tokens is not None
@@ -304,7 +309,7 @@ class DistillationModel(nn.Module):
         self,
         hidden_ND: Tensor,
         rows: Sequence[HeadRow],
-        targets: Mapping[Source, SparseTargets],
+        targets: Mapping[TargetSource, SparseTargets],
         weight_N: Tensor | None,
     ) -> HeadLoss:
         """The terms of `_rows`; the head is multiplied once for all that learn from the same teachers."""
@@ -312,7 +317,7 @@ class DistillationModel(nn.Module):
             zero = hidden_ND.new_zeros((), dtype=torch.float32)
             return HeadLoss(zero, zero.new_zeros(0, len(hidden_ND)), zero.new_zeros(len(hidden_ND)).bool())
         terms = self.objective.head
-        places: dict[Source, list[int]] = {}
+        places: dict[TargetSource, list[int]] = {}
         for place, (*_, source) in enumerate(rows):
             places.setdefault(source, []).append(place)
         output = self.student.get_output_embeddings()
