@@ -105,13 +105,9 @@ class TextEncoder:
         behind_C = np.minimum.accumulate(np.where(marks_C, len(text), np.arange(len(text) + 1))[::-1])[::-1]
         reached_S = behind_C[np.maximum.accumulate(chars_S2[:, 1])]
         next_S = np.append(np.minimum.accumulate(chars_S2[::-1, 0])[::-1], len(text))
-        # Characters that no token reports may belong to the one in front or behind, white space aside; and
-        # normalisers put combining marks in order.
+        # Characters that no token reports may belong to the one in front or behind, white space aside.
         solid_C = np.cumsum([0, *(not char.isspace() for char in text)])
-        marks_C = np.array([*(combining(char) > 0 for char in text), False])
-        clear_S = (
-            (reached_S <= next_S[1:]) & (solid_C[next_S[1:]] == solid_C[reached_S]) & ~marks_C[reached_S]
-        )
+        clear_S = (reached_S <= next_S[1:]) & (solid_C[next_S[1:]] == solid_C[reached_S])
         ends_S = offsets_C[reached_S]
         spelled = [self._vocabulary.texts[index] for index in ids.tolist()]
         barred = np.setdiff1d(ends_S, ends_S[clear_S])
