@@ -121,13 +121,18 @@ def main() -> None:
             found.setdefault(key, []).append(run(*key, seed))
             last = found[key][-1]
             print(seed, *key, last["last_eval"], f"{last['seconds']:.0f} s", flush=True)
+    report(found)
+
+
+def report(found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """Write the result; found: summaries of each run, by seed."""
     rows = []
     for (tokens, objective), summaries in found.items():
         bits = [one["last_eval"]["eval_bits_per_byte"] for one in summaries]
         base = [one["last_eval"]["eval_bits_per_byte"] for one in found[tokens, "labels alone"]]
         # Of one seed against the same seed, which have the start and the order of samples in common.
         gained = (
-            "–" if objective == "labels alone" else spread([a - b for a, b in zip(bits, base, strict=True)])
+            "–" if objective == "labels alone" else spread([a - b for a, b in zip(bits, base, strict=False)])
         )
         seconds = statistics.mean(one["seconds"] for one in summaries)
         rows.append([tokens, objective, f"{len(bits)}", spread(bits), gained, f"{seconds:.0f}"])
@@ -144,7 +149,7 @@ def main() -> None:
     said = "\n".join(f"- {tokens}: {one['tokens_of_both']['said']}." for tokens, one in first.items())
     body = (
         f"A student of random weights, 2 layers of 96, {STEPS} steps of one sample of 256 of the teacher's "
-        f"tokens, {len(SEEDS)} seeds; means ± standard deviations. The fourth column is of pairs with the "
+        f"tokens; means ± standard deviations. The fifth column is of pairs with the "
         f"same seed; below zero is better. {first['bytes']['held_out_samples']} held-out samples; the "
         f"teacher has {teacher:.3f} bits per byte on them. Where a position has no distribution, its "
         f"label is learned.\n\n{table(header, rows)}\n\nWhat is aligned:\n\n{said}"

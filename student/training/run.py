@@ -24,6 +24,7 @@ from student.config.parser import Request
 from student.data.batches import calibration_samples
 from student.data.curriculum import plan_curriculum
 from student.data.held_out import Split
+from student.data.indices import longest_places
 from student.data.packing import check_packing
 from student.data.retokenised import RetokenisedDataset
 from student.data.stores import CacheStores, open_stores
@@ -61,6 +62,7 @@ from student.training.teachers import check_mixture, measured_words, widest_of
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
+LONGEST = 8  # samples that are checked to fit a student with another tokenizer
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -252,6 +254,8 @@ def _plan_data(
     if plan.tokenizer is not None:
         longest = getattr(plan.config.get_text_config(), "max_position_embeddings", None)
         other = other_tokens(stores.first, plan.tokenizer, longest)
+        for place in longest_places(stores.first.lengths, split.training, LONGEST):
+            other(stores.first.read_codes(split.training[place], []))  # refuses a sample that is too long
         other = with_choices(stores.first, split.training, other)
     return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum, other)
 
