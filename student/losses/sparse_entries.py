@@ -269,6 +269,7 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         statement="the KL of two outcomes, the text or any other, at most that over all texts. Spans are "
         "what both tokenizers cut alike; with the teacher's own they are tokens. GOLD itself compares sorted "
         "probabilities of merged spans",
+        mixes=True,
         spans=True,
     ),
 )
