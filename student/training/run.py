@@ -33,6 +33,7 @@ from student.data.token_statistics import TokenStatistics, token_statistics, wit
 from student.errors import UserError
 from student.modeling.other_tokenizer import other_tokens
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
+from student.objective.files import ObjectiveRequest
 from student.objective.other_tokenizer import WHY, across_tokenizers
 from student.objective.terms import Objective
 from student.report import write_report
@@ -58,7 +59,13 @@ from student.training.resume import (
     manifests_to_read,
 )
 from student.training.summary import TrainingRun, summarise
-from student.training.teachers import check_mixture, measured_words, widest_of
+from student.training.teachers import (
+    check_mixture,
+    final_weights,
+    measured_words,
+    weights_of,
+    widest_of,
+)
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
@@ -159,7 +166,7 @@ def prepare(
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
-    stores = _open(request, checkpoint)
+    stores = _open(request, wanted, checkpoint)
     reader = stores.first
     if given is not None:
         plan = plan_given(options, reader, given)
@@ -223,11 +230,12 @@ def _look_at_tokens(data: DataPlan, stores: CacheStores) -> TokenStatistics | No
     return token_statistics(reader, data.split.training, data.train.other, widest_of(reader))
 
 
-def _open(request: Request, checkpoint: Path | None) -> CacheStores:
+def _open(request: Request, wanted: ObjectiveRequest, checkpoint: Path | None) -> CacheStores:
     """The caches, as a checkpoint has read them."""
     manifests = manifests_to_read(request.options.manifest, checkpoint, len(request.stores))
-    stores = open_stores(request.stores, manifests, request.options.shares())
-    check_stores(checkpoint, stores.weights)
+    weights = final_weights(wanted, request.options.shares(), len(request.stores))
+    stores = open_stores(request.stores, manifests, weights)
+    check_stores(checkpoint, weights_of(wanted, stores))
     check_curriculum(checkpoint, request.options.curriculum().record())
     return stores
 
