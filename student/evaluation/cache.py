@@ -24,8 +24,10 @@ from student.data.decoding import decode_hidden, decode_labels, decode_targets
 from student.data.held_out import number_documents
 from student.data.matched import MatchedDataset, collator_of
 from student.data.mixture import mixed_logs, mixture
+from student.data.retokenised import OtherTokens
 from student.data.stores import CacheStores
 from student.data.teacher_weights import load_parts
+from student.evaluation.translated import measure_translated
 from student.losses import divergences, full
 from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss
 from student.losses.lm_head import HeadTransform
@@ -50,13 +52,15 @@ ENTROPY_BUCKETS = 8
 @dataclass(frozen=True)
 class CachePlan:
     """Samples `indices` of a cache, or of several whose teachers are mixed. logits: of each. final: the
-    group of the teacher's final states, where a single cache gives the full distribution.
+    group of the teacher's final states, where a single cache gives the full distribution. other: of a student
+    with another tokenizer.
     """
 
     stores: CacheStores
     indices: Sequence[int]
     logits: tuple[LogitsSpec, ...]
     final: GroupSpec | None = None
+    other: OtherTokens | None = None
 
     @property
     def reader(self) -> CacheReader:
@@ -123,6 +127,10 @@ def teacher_head(plan: CachePlan, device: torch.device) -> TeacherHead | None:
 
 def measure(student: Any, plan: CachePlan, head: TeacherHead | None, batch_size: int) -> dict[str, Any]:
     """The `cache` section of eval.json, but for the command. Kept in memory: ten numbers per position."""
+    if plan.other is not None:
+        return measure_translated(
+            student, plan.stores.first, plan.indices, plan.logits[0], plan.other, batch_size
+        )
     parts = list(_batches(student, plan, head, batch_size))
     return summarise({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, plan)
 

@@ -165,6 +165,8 @@ class Loss:
         flow: for structure: whether it takes a pair of layers together with the next deeper one.
         mixes: for head: whether value and gradient, at temperature 1, are linear in the teacher's
             probabilities but for constants, so that a mixture of several sparse teachers serves it.
+        spans: for head: whether it compares likelihoods of spans of text, which are several tokens where the
+            student's tokenizer is not the teacher's.
 
     Example:
         Loss(name="brier", kind="head", function=brier, needs=Need.HEAD, exactness="bound")
@@ -185,6 +187,7 @@ class Loss:
     any_width: bool = False
     flow: bool = False
     mixes: bool = False
+    spans: bool = False
 
     def check_options(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         """All options, given or default; UserError for an unknown name or a bad value."""

@@ -57,7 +57,8 @@ class Term:
     of a relation, numbered as the hidden states that go into them; (last, last) of a dense term; following
     the next deeper pair of one between layers; projector: what brings the student's states to the teacher's
     width, None where they are taken as they are; teachers: numbers of the caches that it learns from, several
-    for their mixture, none for a loss on labels.
+    for their mixture, none for a loss on labels; shared: from a teacher with another tokenizer it learns the
+    tokens that both have.
     """
 
     loss: Loss
@@ -68,6 +69,7 @@ class Term:
     following: tuple[int, int] | None = None
     projector: ProjectorSpec | None = None
     teachers: tuple[int, ...] = (0,)
+    shared: bool = False
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -161,13 +163,15 @@ class Objective:
 
     balanced: weights are ratios of gradient norms, see `student.training.balance`. teachers: the weights of
     the caches' teachers in a mixture, as far as they stand to each other. measured: the caches whose
-    teachers, mixed, held-out metrics compare with.
+    teachers, mixed, held-out metrics compare with; measures_shared: of a teacher with another tokenizer, on
+    the tokens that both have.
     """
 
     terms: tuple[Term, ...]
     balanced: bool = False
     teachers: tuple[Weight, ...] = (Weight.constant(1.0),)
     measured: tuple[int, ...] = (0,)
+    measures_shared: bool = False
 
     @classmethod
     def of(cls, terms: Sequence[Term], balanced: bool = False) -> Objective:

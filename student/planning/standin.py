@@ -152,6 +152,7 @@ def trace(
     model, teachers = meta_model(prepared.plan, prepared.objective, depth), meta_teachers(prepared)
     with fake:
         model.teachers = tuple(map(_faked_teacher, teachers))
+        model.tokens = prepared.token_tables
         _fake_module(model)
         if held:
             for parameter in _trained(model):

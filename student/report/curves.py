@@ -42,13 +42,22 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
     return section(
         "Held-out samples",
         *(note(f"{_name(run, runs)}: {run.summary['start_warning']}") for run in runs if _warned(run)),
+        *(note(f"{_name(run, runs)}: {said}") for run in runs if (said := _aligned(run))),
         note(_BOUND) if any(run.summary.get("held_out_kl") == "lower bound" for run in runs) else Html(""),
         row(
             _chart(runs, "eval_kl", "KL(teacher ‖ student)", "nats per token"),
             _lines("Perplexity", [*perplexity, *_teachers(runs)], "perplexity"),
             _chart(runs, "eval_top1_agreement", "Same most likely token as the teacher", _SHARE),
+            _chart(runs, "eval_bits_per_byte", "Bits per byte", "bits"),
         ),
     )
+
+
+def _aligned(run: RunFiles) -> str | None:
+    """What is aligned with a teacher's tokens, of a student with another tokenizer."""
+    tokens = run.summary.get("tokens_of_both")
+    said = tokens.get("said") if isinstance(tokens, dict) else None
+    return said if isinstance(said, str) else None
 
 
 def _warned(run: RunFiles) -> bool:

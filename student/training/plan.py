@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from student.data.batches import CachedDataset
 from student.data.held_out import Split, split_between, split_cache
 from student.data.matched import MatchedDataset
 from student.data.measures import Curriculum
+from student.data.retokenised import OtherTokens, RetokenisedDataset
 from student.data.stores import CacheStores, matched
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
@@ -287,6 +289,7 @@ def plan_data(
     learned: LogitsSpec | None = None,
     evaluated: CacheReader | None = None,
     curriculum: Curriculum | None = None,
+    other: OtherTokens | None = None,
 ) -> DataPlan:
     """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
 
@@ -294,18 +297,21 @@ def plan_data(
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers; for
-    the same reason curriculum, which of the positions are trained on, is none of theirs.
+    the same reason curriculum, which of the positions are trained on, is none of theirs. other: how samples
+    become those of a student with another tokenizer.
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs())]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
     train, held_out = split.training, split.held_out
+    dataset = partial(CachedDataset) if other is None else partial(RetokenisedDataset, other=other)
+    learning = dataset(reader, train, trained, curriculum=curriculum)
     if not held_out:
-        return DataPlan(CachedDataset(reader, train, trained, curriculum), None, split)
+        return DataPlan(learning, None, split)
     source = reader
     if evaluated is not None:
         source, groups = evaluated, [evaluated.find(kind) for kind in sorted(objective.needs())]
-    measured = CachedDataset(source, held_out, _with_logits(groups, source))
-    return DataPlan(CachedDataset(reader, train, trained, curriculum), measured, split)
+    measured = dataset(source, held_out, _with_logits(groups, source))
+    return DataPlan(learning, measured, split)
 
 
 def plan_matched(

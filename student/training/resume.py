@@ -172,6 +172,18 @@ def check_curriculum(checkpoint: Path | None, asked: Mapping[str, str]) -> None:
             raise UserError(f"{given}: {checkpoint} was trained {trained}; {fix}")
 
 
+def check_tokenizer(checkpoint: Path | None, reading: Mapping[str, Any]) -> None:
+    """UserError where a checkpoint is of a student with another tokenizer. reading: what the data set
+    records.
+    """
+    if checkpoint is None or _record(checkpoint).get("tokenizer") == reading.get("tokenizer"):
+        return
+    raise UserError(
+        f"--student-tokenizer: {checkpoint} was trained with another tokenizer; resume with the flags "
+        "that it was started with"
+    )
+
+
 def _shares(weights: Sequence[Any]) -> str:
     """Of `Weight.to_json`."""
     words = (

@@ -22,6 +22,7 @@ from student.bitnet import Drift, bit_linears, conversion_of
 from student.data.held_out import Split
 from student.data.measures import Curriculum
 from student.data.stores import CacheStores
+from student.data.token_statistics import TokenStatistics
 from student.metrics import kl_exactness
 from student.training.model import DistillationModel
 from student.training.provenance import captures
@@ -51,6 +52,8 @@ class TrainingRun:
     split: Split | None = None
     copied: str | None = None  # teacher layers that the student started as a copy of
     curriculum: Curriculum | None = None
+    vocab_size: int
+    tokens: TokenStatistics | None = None
 
     @property
     def reader(self) -> CacheReader:
@@ -87,9 +90,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "samples_of_unknown_documents": run.split.unknown if run.split else 0,
         "held_out_kl": _exactness(run.reader),
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
-        "start_warning": worse_than_uniform(
-            run.state.log_history, run.reader.identity.vocab_size, run.copied
-        ),
+        "start_warning": worse_than_uniform(run.state.log_history, run.vocab_size, run.copied),
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,
         "seconds": round(run.seconds, 3),
         "tokens": int(run.state.num_input_tokens_seen),
@@ -109,10 +110,17 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     }
     if run.curriculum is not None:
         summary["curriculum"] = {**run.curriculum.record(), "said": run.curriculum.said}
+    if run.tokens is not None:
+        summary["tokens_of_both"] = {**run.tokens.to_json(), "said": str(run.tokens)}
+        summary["held_out_kl"] = f"over the student's {_measured_tokens(run)}"
     if len(run.stores) > 1:
         summary |= _several(run)
     write_json(run.output_dir / "summary.json", summary)
     return summary
+
+
+def _measured_tokens(run: TrainingRun) -> str:
+    return "shared tokens" if run.model.objective.measures_shared else "first tokens"
 
 
 def _several(run: TrainingRun) -> dict[str, Any]:

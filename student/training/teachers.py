@@ -93,8 +93,8 @@ def check_mixture(objective: Objective, stores: CacheStores, learned: Sequence[L
     if term is None:
         return
     for reader, name, spec in zip(stores.readers, stores.names, learned, strict=True):
-        if not mixes(reader, spec or _widest(reader)):
-            given = spec is not None and not spec.tail and mixes(reader, _widest(reader))
+        if not mixes(reader, spec or widest_of(reader)):
+            given = spec is not None and not spec.tail and mixes(reader, widest_of(reader))
             fix = (
                 "leave --top-k, --top-p and --tail 0 out"
                 if given
@@ -118,7 +118,7 @@ def measured(stores: CacheStores) -> tuple[int, ...]:
     """The caches that held-out metrics compare with: the mixture of all, if they give one, else the first
     that holds distributions.
     """
-    widest = [_widest(reader) for reader in stores.readers]
+    widest = [widest_of(reader) for reader in stores.readers]
     if all(mixes(reader, spec) for reader, spec in zip(stores.readers, widest, strict=True)):
         return tuple(range(len(stores)))
     return (next((store for store, spec in enumerate(widest) if spec is not None), 0),)
@@ -135,7 +135,7 @@ def measured_words(objective: Objective, stores: CacheStores) -> str:
     lacking = [
         name
         for reader, name in zip(stores.readers, stores.names, strict=True)
-        if not mixes(reader, _widest(reader))
+        if not mixes(reader, widest_of(reader))
     ]
     return (
         f"held-out metrics compare with {stores.names[objective.measured[0]]} alone, since a mixture needs "
@@ -143,7 +143,7 @@ def measured_words(objective: Objective, stores: CacheStores) -> str:
     )
 
 
-def _widest(reader: CacheReader) -> LogitsSpec | None:
+def widest_of(reader: CacheReader) -> LogitsSpec | None:
     """The distribution of all samples; None where there is none."""
     try:
         spec = reader.find("logits")

@@ -33,7 +33,7 @@ from student.shards import gather, is_sharded, shard_optimizer_state, whole_stat
 from student.training.balance import EVERY, GradientBalance, gradient_norms
 from student.training.compiled import compile_layers
 from student.training.finite import check_terms, check_weights
-from student.training.model import EVAL_COLUMNS, DistillationModel
+from student.training.model import BYTE_COLUMNS, EVAL_COLUMNS, DistillationModel
 from student.training.outputs import remove_training
 from student.training.provenance import without_secrets
 from student.training.resume import KeptCallback, finished, order_seed
@@ -393,10 +393,16 @@ def held_out_metrics(document_G: Sequence[int], prediction: EvalPrediction) -> d
     teacher's columns need a cached `logits` group, its perplexity one that is not partial. kl_se: standard
     error of kl over documents, see `cluster_error`.
 
+    Of a student with another tokenizer ce is per token of its own, and kl and top1_agreement are over the
+    positions at which its teacher has a distribution. Then bits_per_byte is that of the learned text, and
+    teacher_bits_per_byte the teacher's of the same text; these compare across tokenizers.
+
     document_G: the number of each sample's document, see `split.number_documents`.
     """
     by_sample = np.asarray(prediction.predictions, np.float64)
-    sums = dict(zip(EVAL_COLUMNS, by_sample.sum(0), strict=True))
+    translated = by_sample.shape[1] > len(EVAL_COLUMNS)
+    names = (*EVAL_COLUMNS, *BYTE_COLUMNS) if translated else EVAL_COLUMNS
+    sums = dict(zip(names, by_sample.sum(0), strict=True))
     count, known = max(sums["positions"], 1.0), sums["kl_positions"]
     metrics = {
         "loss": sums["loss"] / count,
@@ -413,6 +419,14 @@ def held_out_metrics(document_G: Sequence[int], prediction: EvalPrediction) -> d
         if (error := cluster_error(kl_D, known_D)) is not None:
             metrics["kl_se"] = error
         # NaN when the cache does not know it of every label, as one that was imported.
-        if math.isfinite(sums["teacher_nll"]):
+        if math.isfinite(sums["teacher_nll"]) and not translated:
             metrics["teacher_perplexity"] = perplexity(sums["teacher_nll"] / known)
+    if translated:
+        nats = {"bits_per_byte": (sums["ce"], sums["bytes"])}
+        nats["teacher_bits_per_byte"] = (sums["teacher_nll"], sums["teacher_bytes"])
+        metrics |= {
+            name: total / math.log(2) / length
+            for name, (total, length) in nats.items()
+            if length and math.isfinite(total)
+        }
     return {name: float(value) for name, value in metrics.items()}
