@@ -26,22 +26,23 @@ SEEDS = tuple(range(int(os.environ.get("SEEDS", "3"))))
 STEPS = int(os.environ.get("STEPS", "300"))
 CACHE, KEPT = RUN / "ternary" / "cache", RUN / "other_tokenizer"
 LABELS = {"logits_loss": "none", "ce_weight": 1.0}
+FIRST = {"logits_loss": "kl", "token_map": "first"}
+STATES = {"hidden_loss": "cosine", "hidden_layers": "20", "projector": "linear"}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "labels alone": LABELS,
-    "`kl`, first tokens": {"logits_loss": "kl", "token_map": "first"},
+    "`kl`, first tokens": FIRST,
     "`kl`, shared tokens": {"logits_loss": "kl", "token_map": "shared"},
-    "`kl`, first tokens, and the state of layer 20 at boundaries": {
-        "logits_loss": "kl",
-        "token_map": "first",
-        "hidden_loss": "cosine",
-        "hidden_layers": "20",
-        "projector": "linear",
-    },
+    "`kl`, first tokens, and states": FIRST | STATES,
+    "labels and states": LABELS | STATES,
+    "`kl`, first tokens, and labels": FIRST | {"ce_weight": 1.0},
+    "`kl`, first tokens, labels and states": FIRST | STATES | {"ce_weight": 1.0},
 }
 SIZES = {"BPE, 8,192 tokens": 8192, "bytes": 257}
 RUNS = [
-    *[("BPE, 8,192 tokens", name) for name in list(OBJECTIVES)[:3]],
-    *[("bytes", name) for name in OBJECTIVES if "shared" not in name],
+    (tokens, name)
+    for tokens in SIZES
+    for name in OBJECTIVES
+    if tokens != "bytes" or name != "`kl`, shared tokens"
 ]
 SHAPE = {
     "num_hidden_layers": 2,
