@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, RUN, table, write_result
+from featurestore.format.int4 import BLOCK, levels, rotate_, unrotate_
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from featurestore.format.int4 import BLOCK, levels, rotate_, unrotate_
 from featurestore.format.kinds.table import kind_of
 from featurestore.format.positions import kept_positions
 from featurestore.format.schema import HiddenFeatures, HiddenSpec

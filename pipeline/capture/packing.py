@@ -28,6 +28,7 @@ from featurestore.format.schema import (
     LseFeatures,
     LseSpec,
 )
+from featurestore.format.states.rotated import ROTATED
 from pipeline.capture.reduce import LogitRows, encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
 from pipeline.capture.tiles import run_tiles
@@ -231,7 +232,7 @@ def to_features(
                 values=values.reshape(len(values), -1),
                 scale=fields.get(f"scale.{group.layer}"),
                 dtype=group.dtype,
-                hidden_size=hidden_size if group.dtype == "int4" else None,
+                hidden_size=hidden_size if group.dtype in ROTATED else None,
                 **{name: fields[f"{name}.{group.layer}"] for name in HIDDEN_STATS},
             )
     return out

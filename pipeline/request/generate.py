@@ -202,10 +202,11 @@ class GenerateRequest:
     hidden_dtype: str = field(
         default="bf16",
         metadata=flag(
-            "Stored type of hidden states: bf16, f32, int8 or fp8 with a scale per position, or int4: 0.55 "
-            "bytes a number, in rotated blocks with a scale each.",
+            "Stored type of hidden states: bf16, f32, int8 or fp8 with a scale per position, or int4 and "
+            "int2: 0.55 and 0.3 bytes a number, in rotated blocks with a scale each. int2 is for students "
+            "that are far from the teacher.",
             _HIDDEN,
-            choices=("bf16", "int8", "fp8", "int4", "f32"),
+            choices=("bf16", "int8", "fp8", "int4", "int2", "f32"),
         ),
     )
     hidden_positions: float = field(

@@ -16,12 +16,19 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from featurestore.format.codec import CLOSED, ODDS_STEPS, ROW_STEPS, STEPS_PER_NAT
-from featurestore.format.int4 import BLOCK, Int4Layout, levels, unrotate_
+from featurestore.format.states.rotated import (
+    BLOCK,
+    PATTERNS,
+    ROTATED,
+    RotatedLayout,
+    levels,
+    signs_of,
+    unrotate_,
+)
 from student.losses.sparse import SparseTargets, Tempered
 
 Coded = Mapping[str, Tensor]
 LSE = "lse.T"  # how the entries of other temperatures are named, e.g. lse.T2
-INT4 = "int4."  # and those of rows of int4, by the size of their states, e.g. int4.576
 MIN_TAIL = 2.0**-20
 
 
@@ -101,8 +108,9 @@ def unsigned(bits: Tensor) -> Tensor:
 def decode_hidden(coded: Coded) -> Tensor:
     """Hidden states [N, D] in float32, or in bfloat16 where they are stored so."""
     for name, rows_NW in coded.items():
-        if name.startswith(INT4):
-            return _decode_int4(rows_NW, int(name.removeprefix(INT4)))
+        dtype, _, size = name.partition(".")
+        if dtype in ROTATED:
+            return _decode_rotated(rows_NW, RotatedLayout(dtype, int(size)))
     values_ND = coded["values"]
     if "scale" not in coded:
         return values_ND
@@ -111,17 +119,19 @@ def decode_hidden(coded: Coded) -> Tensor:
     return values_ND.float() * coded["scale"].unsqueeze(-1)
 
 
-def _decode_int4(rows: Tensor, size: int) -> Tensor:
-    """float32 [..., D] of rows of bytes [..., W], as `featurestore.format.int4` has them."""
-    layout, rows_NW = Int4Layout(size), rows.flatten(0, -2)
+def _decode_rotated(rows: Tensor, layout: RotatedLayout) -> Tensor:
+    """float32 [..., D] of rows of bytes [..., W], as `featurestore.format.states.rotated` has them."""
+    rows_NW = rows.flatten(0, -2)
     codes_NC, *parts = (part.contiguous() for part in rows_NW.tensor_split(layout.ends[:-1], dim=-1))
     dtypes = (torch.bfloat16, torch.int16, torch.bfloat16)
     scale_NS, columns_NK, outliers_NK = map(Tensor.view, parts, dtypes)
-    table = levels(torch.arange(16, dtype=torch.float32, device=rows.device))
-    codes_CN = codes_NC.t().int()
-    states_PN = torch.stack([table[codes_CN & 15], table[codes_CN >> 4]], dim=1).view(layout.padded, -1)
+    table = levels(torch.arange(2**layout.bits, dtype=torch.float32, device=rows.device), layout.bits)
+    codes_CN, mask = codes_NC.t().int(), 2**layout.bits - 1
+    numbers = [table[codes_CN >> shift & mask] for shift in range(0, 8, layout.bits)]
+    states_PN = torch.stack(numbers, dim=1).view(layout.padded, -1)
     states_PN.view(layout.blocks, BLOCK, -1).mul_(scale_NS.t().float().unsqueeze(1))
-    unrotate_(states_PN, torch.arange(layout.padded, device=rows.device))
-    states_ND = states_PN[:size].t().contiguous()
+    columns = torch.arange(layout.padded + PATTERNS, device=rows.device)
+    unrotate_(states_PN, signs_of(columns, rows_NW[:, layout.ends[1] :].long(), layout))
+    states_ND = states_PN[: layout.size].t().contiguous()
     states_ND.scatter_add_(-1, unsigned(columns_NK).long(), outliers_NK.float())
-    return states_ND.view(*rows.shape[:-1], size)
+    return states_ND.view(*rows.shape[:-1], layout.size)

@@ -1,6 +1,6 @@
 """Hidden states of one layer: a vector of each position, or of a share of them, for some dtypes with a scale.
 
-R rows (positions of all samples of a task), S samples, D hidden size, W bytes of a row of int4.
+R rows (positions of all samples of a task), S samples, D hidden size, W bytes of a row of int4 or int2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from featurestore.errors import CorruptionError, StoreFormatError
 from featurestore.format.arrays import ChunkCache, ShardArray
 from featurestore.format.codec import HIDDEN_DTYPES, hidden_width, row_starts
 from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
-from featurestore.format.int4 import MAX_SIZE, outlier_columns
 from featurestore.format.kinds.arrow import NUMBERS, column_name, lists
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
 from featurestore.format.positions import kept_positions
@@ -31,6 +30,7 @@ from featurestore.format.schema import (
     TeacherIdentity,
     are_positions,
 )
+from featurestore.format.states.rotated import MAX_SIZE, ROTATED, outlier_columns
 from featurestore.identity import check_int
 
 _ROWS_PER_CHUNK = 256
@@ -39,15 +39,16 @@ _LOGICAL_DTYPES = {
     "int8": "int8",
     "fp8": "float8_e4m3fn",
     "int4": "int4 rows",
+    "int2": "int2 rows",
     "f32": "float32",
 }
-_BY_PRECISION = ("int4", "fp8", "int8", "bf16", "f32")
+_BY_PRECISION = ("int2", "int4", "fp8", "int8", "bf16", "f32")
 # Of a position in a share: its number, compressed (measured in tests/featurestore/test_positions.py).
 _NUMBER_BYTES = 1
 
 
 class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
-    """The arrays `values` [R, D] (int4: [R, W]), uncompressed, and with int8 and fp8 `scale`, float32 [R].
+    """The arrays `values` [R, D] (rotated: [R, W]), uncompressed, and with int8 and fp8 `scale`, float32 [R].
 
     Of a share of the positions these have a row for each that is kept, or one row of zeros where none is;
     `positions` says where in their samples they are, int32 [rows], and `sample_offsets` where the rows of
@@ -83,9 +84,9 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     def check_teacher(self, spec: HiddenSpec, identity: TeacherIdentity) -> None:
         if spec.layer > identity.num_layers:
             raise ValueError(f"the teacher has {identity.num_layers} layers, no layer {spec.layer}")
-        if spec.dtype == "int4" and identity.hidden_size > MAX_SIZE:
+        if spec.dtype in ROTATED and identity.hidden_size > MAX_SIZE:
             raise ValueError(
-                f"int4 is for states of at most {MAX_SIZE:,} numbers, not {identity.hidden_size:,}"
+                f"{spec.dtype} is for states of at most {MAX_SIZE:,} numbers, not {identity.hidden_size:,}"
             )
 
     def check(self, spec: HiddenSpec, one: Any, length: int, identity: TeacherIdentity) -> None:
@@ -138,7 +139,7 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     ) -> ReadSample[HiddenFeatures]:
         shapes = self.layouts(spec, extent)
         arrays = {name: ShardArray(directory / name, layout, cache) for name, layout in shapes.items()}
-        size = extent.hidden_size if spec.dtype == "int4" else None
+        size = extent.hidden_size if spec.dtype in ROTATED else None
         if spec.whole:
             opened = _Opened(arrays, spec.dtype, size)
             return lambda _, start, stop: opened.read(start, stop)
@@ -193,7 +194,7 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """The open arrays of a group but for `sample_offsets`; size: D, of int4."""
+    """The open arrays of a group but for `sample_offsets`; size: D, of int4 and int2."""
 
     arrays: Mapping[str, ShardArray]
     dtype: str
@@ -202,9 +203,10 @@ class _Opened:
     def read(self, start: int, stop: int) -> HiddenFeatures:
         """Rows [start, stop) of the arrays."""
         found = {name: _rows(array, start, stop) for name, array in self.arrays.items()}
-        if self.size is not None and (outlier_columns(found["values"], self.size) >= self.size).any():
+        size = self.size
+        if size is not None and (outlier_columns(found["values"], self.dtype, size) >= size).any():
             path = self.arrays["values"].path
-            raise CorruptionError(f"{path}: an outlier beyond the hidden size {self.size:,}")
+            raise CorruptionError(f"{path}: an outlier beyond the hidden size {size:,}")
         return HiddenFeatures(
             values=found["values"],
             scale=found.get("scale"),
