@@ -90,9 +90,9 @@ def main() -> None:
 
 
 NOTES = """Below, what the basis is made of, how many positions it is calibrated on, and other rates. What
-counts is the mean Fisher information of the logits: with all errors alike, or with the Gram matrix of the head (each
-token as likely as any other), the same bytes leave twice the KL. A basis wants about 8 positions for each
-dimension. The same layout at 2, 3 and 5 bits is not in the product."""
+counts is the mean Fisher information of the logits: with all errors alike, or with the Gram matrix of the
+head (each token as likely as any other), the same bytes leave twice the KL. A basis wants about 8 positions
+for each dimension. The same layout at 2, 3 and 5 bits is not in the product."""
 
 
 def basis_of(metric: torch.Tensor, states: torch.Tensor, dtype: str) -> Basis:

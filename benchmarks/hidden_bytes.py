@@ -76,10 +76,10 @@ a step (2,048 here). It is large for the mse of the demo, where a few positions 
 gradient.
 
 Main directions of states of single layers (a basis from other positions of the same text, not counted in
-the bytes) are not in the product. Where the student is far, 32 of them at 36 bytes bend gradients of weights less
-than a share of the positions at as many bytes does; but what they lose is lost at every position, so
-that no number of positions makes it good. int4 is closer than 256 of them in every column of the demo
-but the mse of a near student."""
+the bytes) are not in the product. Where the student is far, 32 of them at 36 bytes bend gradients of
+weights less than a share of the positions at as many bytes does; but what they lose is lost at every
+position, so that no number of positions makes it good. int4 is closer than 256 of them in every column of
+the demo but the mse of a near student."""
 # (student [N, D], teacher [N, D]) -> the loss of each position, [N]
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -234,6 +234,7 @@ def to_features(
                 scale=fields.get(f"scale.{group.layer}"),
                 dtype=captured_as(group.dtype),
                 hidden_size=hidden_size if group.dtype in ROTATED else None,
-                **{name: fields[f"{name}.{group.layer}"] for name in HIDDEN_STATS},
+                squared_error=fields[f"squared_error.{group.layer}"],
+                squared_norm=fields[f"squared_norm.{group.layer}"],
             )
     return out

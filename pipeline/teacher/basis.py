@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -121,6 +122,7 @@ def whole(matrix_Dr: Torch) -> Torch:
     return torch.ldexp(torch.ldexp(matrix_Dr, 15 - exponent_r).round(), exponent_r - 15)
 
 
+@cache
 def gaussian_levels(bits: int) -> Torch:
     """float64 [2^bits]: the levels of Lloyd and Max for a Gaussian of variance 1, by Lloyd's iteration."""
     count = 2**bits
@@ -141,6 +143,7 @@ def _cells(levels: Torch) -> tuple[Torch, Torch, Torch]:
     return bounds, torch.special.ndtr(bounds).diff(), -density.diff()
 
 
+@cache
 def _distortions() -> list[float]:
     """The mean square error of a Gaussian of variance 1 in 0 to 8 bits."""
     found: list[Any] = [1.0]

@@ -182,7 +182,9 @@ def _decode_rotated(rows: Tensor, layout: RotatedLayout) -> Tensor:
 def _decode_transformed(rows: Tensor, basis: Transform) -> Tensor:
     """float32 [..., D] of rows of bytes [..., W], as `featurestore.format.states.transform` has them."""
     rows_NW = rows.flatten(0, -2)
-    scale_N1 = rows_NW[:, :SCALE_BYTES].contiguous().view(torch.bfloat16).float()
+    scale_N1 = (
+        rows_NW[:, :SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+    )
     shifts = torch.arange(8, dtype=torch.uint8, device=rows.device)
     bits = (rows_NW[:, SCALE_BYTES:, None] >> shifts & 1).flatten(1)
     parts = []
