@@ -340,7 +340,7 @@ def load_basis(root: Root, dtype: str, identity: TeacherIdentity) -> Basis:
 
 
 @lru_cache(maxsize=4)
-def _read_basis(root: Root, name: str, stamp: Stamp, identity: TeacherIdentity) -> Basis:
+def _read_basis(root: Any, name: str, stamp: Stamp, identity: TeacherIdentity) -> Basis:
     part: Part[BasisSpec] = checked_part(root, name, stamp, identity)
     values = {key: tensor.to_float32() for key, tensor in part.tensors.items()}
     whole = digest(root.local(f"teacher/{name}").read_bytes())

@@ -22,7 +22,7 @@ from featurestore.format.states.transform import MAX_BITS, code_bits
 # Positions for each dimension with which a basis is about as good as with more (results/final_tier.md).
 ENOUGH = 8
 # Positions of which the mean Fisher information is taken, and how many at a time.
-_FISHER_ROWS, _CHUNK = 1024, 64
+_FISHER_ROWS, _CHUNK, _TOKENS = 1024, 64, 2**14
 # Directions that the distribution does not feel, or that no state has, still count this much.
 _LEAST = 1e-6
 _ROUNDS = 4
@@ -87,7 +87,7 @@ def fisher(states_ND: np.ndarray, head: Part[HeadSpec]) -> Torch:
     bias = head.tensors.get("bias")
     total_V = torch.zeros(len(weight_VD), dtype=torch.float64)
     found = torch.zeros(weight_VD.shape[1], weight_VD.shape[1], dtype=torch.float64)
-    for part_ND in chosen_ND.split(_CHUNK):
+    for part_ND in torch.split(chosen_ND, _CHUNK):
         logits_NV = part_ND @ weight_VD.T
         if bias is not None:
             logits_NV += torch.from_numpy(bias.to_float32())
@@ -98,7 +98,8 @@ def fisher(states_ND: np.ndarray, head: Part[HeadSpec]) -> Torch:
         mean_ND = (p_NV @ weight_VD).double()
         found -= mean_ND.T @ mean_ND
         total_V += p_NV.double().sum(0)
-    for rows_VD, part_V in zip(weight_VD.split(2**14), total_V.float().split(2**14), strict=True):
+    for start in range(0, len(weight_VD), _TOKENS):
+        rows_VD, part_V = weight_VD[start : start + _TOKENS], total_V[start : start + _TOKENS].float()
         found += (rows_VD.T @ (part_V[:, None] * rows_VD)).double()
     return found * (head.spec.logit_scale**2 / len(chosen_ND))
 
@@ -119,7 +120,8 @@ def water_filling(variances: list[float], bits: int) -> list[int]:
 def whole(matrix_Dr: Torch) -> Torch:
     """Each column rounded to whole numbers of 15 bits and a sign, times a power of two."""
     _, exponent_r = torch.frexp(matrix_Dr.abs().amax(0))
-    return torch.ldexp(torch.ldexp(matrix_Dr, 15 - exponent_r).round(), exponent_r - 15)
+    whole_Dr = torch.ldexp(matrix_Dr, 15 - exponent_r).round()
+    return torch.ldexp(whole_Dr, exponent_r - 15)
 
 
 @cache
