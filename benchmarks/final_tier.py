@@ -78,7 +78,7 @@ def main() -> None:
         "final_tier",
         "The full distribution from the final state",
         f"{len(exact):,} positions of the demo text, V={exact.shape[1]:,}, D={states.shape[1]}; the head "
-        f"takes {part.size / 1e6:.1f} MB once. KL(exact‖rebuilt) in nats. klt4 and klt6 are calibrated on "
+        f"takes {part.size / 1e6:.1f} MB once. KL(exact‖rebuilt) in nats.\nklt4 and klt6 are calibrated on "
         f"{len(others):,} other positions; their basis takes {2 * states.shape[1] ** 2 * 4 / 1e6:.1f} MB "
         "once.\n\n"
         + table(HEADER, rows)

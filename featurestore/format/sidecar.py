@@ -336,7 +336,8 @@ def load_basis(root: Root, dtype: str, identity: TeacherIdentity) -> Basis:
             f"{root.location}: teacher/{basis_file(dtype)} is not listed, in whose basis the final states "
             "are stored; copy the whole store again from where it comes from"
         )
-    return _read_basis(root, *files[dtype], identity)
+    place: Any = root
+    return _read_basis(place, *files[dtype], identity)
 
 
 @lru_cache(maxsize=4)

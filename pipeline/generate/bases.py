@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from threading import Lock
 
@@ -11,7 +12,6 @@ from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenFeatures,
 from featurestore.format.sidecar import checked_part, part_file
 from featurestore.format.states.transform import TRANSFORMED, Basis, decode_transformed, encode_transformed
 from featurestore.store import FeatureStore
-from pipeline.progress import Reporter
 from pipeline.teacher.basis import ENOUGH, calibrate
 
 
@@ -20,11 +20,11 @@ class Bases:
 
     Whoever is first calibrates on its shard and puts the basis into teacher/, where a name's first content
     stays; the others wait, and other processes and machines take the one that is there, as who was second
-    does.
+    does. told: what there is to report, by a thread that may.
     """
 
-    def __init__(self, store: FeatureStore, report: Reporter) -> None:
-        self._store, self._report = store, report
+    def __init__(self, store: FeatureStore) -> None:
+        self._store, self.told = store, deque[str]()
         self._lock, self._bases = Lock(), dict[str, Basis]()
 
     def encode(self, group: GroupSpec, features: Sequence[GroupFeatures]) -> Sequence[GroupFeatures]:

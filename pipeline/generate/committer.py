@@ -66,7 +66,7 @@ class Committer:
         self._kept, self._total = kept, total
         self._advise()
         self._store, self._report, self._encoders = store, report, encoders
-        self._bases = Bases(store, report)
+        self._bases = Bases(store)
         self._encode = ThreadPoolExecutor(encoders, "encode")
         self._commit = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[list[CommitRecord]]] = deque()
@@ -99,6 +99,8 @@ class Committer:
     def _take(self) -> None:
         records = self._pending[0].result()  # it stays there for `__exit__` if we are stopped while we wait
         self._pending.popleft()
+        while self._bases.told:
+            self._report.stage(self._bases.told.popleft())
         written = sum(record.size for record in records)
         self.size += written
         self._kept += records[-1].rows

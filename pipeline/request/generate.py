@@ -230,7 +230,7 @@ class GenerateRequest:
         metadata=flag(
             "Stored type of --final, if it is another than --hidden-dtype. klt4 and klt6: 4 or 6 bits a "
             "number in a basis that is calibrated on the first shard and kept in the cache, so that the "
-            "distribution changes least: KL of about 5e-3 or 4e-4 nats.",
+            "distribution changes least: KL of about 4e-3 or 3e-4 nats.",
             _HIDDEN,
             choices=("bf16", "int8", "fp8", "int4", "f32", "klt4", "klt6"),
         ),

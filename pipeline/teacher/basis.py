@@ -121,7 +121,8 @@ def whole(matrix_Dr: Torch) -> Torch:
     """Each column rounded to whole numbers of 15 bits and a sign, times a power of two."""
     _, exponent_r = torch.frexp(matrix_Dr.abs().amax(0))
     whole_Dr = torch.ldexp(matrix_Dr, 15 - exponent_r).round()
-    return torch.ldexp(whole_Dr, exponent_r - 15)
+    found: Torch = torch.ldexp(whole_Dr, exponent_r - 15)
+    return found
 
 
 @cache

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from featurestore.errors import FeatureStoreError, SpecMismatchError
@@ -26,7 +25,6 @@ from featurestore.maintenance.verify import verify_store
 from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from pipeline.generate.bases import Bases
-from pipeline.progress import ConsoleReporter
 from pipeline.teacher.basis import calibrate, fisher, gaussian_levels
 from student.data.batches import Collator
 from student.data.dataset import DistillationDataset
@@ -36,7 +34,6 @@ from tests.featurestore.helpers import identity
 from tests.teachers import text_of
 
 EPSILON = float(np.finfo(np.float32).eps)
-SILENT = ConsoleReporter(Console(quiet=True))
 BITS = {"klt4": 4, "klt6": 6}
 
 
@@ -219,7 +216,7 @@ def test_of_writers_that_calibrate_at_once_one_wins(made: Path, tmp_path: Path) 
 
     def write(number: int) -> HiddenFeatures:
         captured = HiddenFeatures(shards[number], None, "f32")
-        (found,) = Bases(stores[number], SILENT).encode(spec, [captured])
+        (found,) = Bases(stores[number]).encode(spec, [captured])
         assert isinstance(found, HiddenFeatures)
         return found
 
