@@ -44,12 +44,8 @@ class Bases:
     def _calibrated(self, dtype: str, given: Sequence[np.ndarray]) -> Basis:
         states_ND = np.concatenate(given)
         rows, size = states_ND.shape
-        few = (
-            ""
-            if rows >= ENOUGH * size
-            else f", fewer than the {ENOUGH * size:,} with which it is about as good as it gets"
-        )
-        self._report.stage(f"calibrating the basis of {dtype} on the {rows:,} positions of a shard{few}")
+        few = f" (better: {ENOUGH * size:,} or more)" if rows < ENOUGH * size else ""
+        self.told.append(f"calibrated the basis of {dtype} on the {rows:,} positions of a shard{few}")
         head = checked_part(self._store.root, *self._store.sidecar()["head"], self._store.identity)
         name, data = part_file(*calibrate(states_ND, head, dtype))
         self._store.put_teacher_files({name: data})
