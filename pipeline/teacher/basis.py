@@ -135,7 +135,8 @@ def gaussian_levels(bits: int) -> Torch:
     for _ in range(400):
         _, mass, moment = _cells(levels)
         levels = moment / mass
-    return levels
+    found: Torch = levels
+    return found
 
 
 def _cells(levels: Torch) -> tuple[Torch, Torch, Torch]:

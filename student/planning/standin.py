@@ -216,7 +216,10 @@ def _faked_teacher(parts: TeacherParts) -> TeacherParts:
             weight_VD=torch.empty(weight_VD.shape, dtype=weight_VD.dtype),
             bias_V=None if bias_V is None else torch.empty(bias_V.shape, dtype=bias_V.dtype),
         )
-    parts.bases = {digest: basis.mapped(torch.empty_like) for digest, basis in parts.bases.items()}
+    parts.bases = {
+        digest: basis.mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        for digest, basis in parts.bases.items()
+    }
     for block in parts.blocks.values():
         _fake_module(block)
     return parts

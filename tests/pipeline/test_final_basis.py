@@ -302,15 +302,12 @@ def test_halves_in_one_basis_are_merged_and_copied(
 
 
 def test_a_student_learns_from_the_final_states(store: Path, tmp_path: Path) -> None:
-    flags = (
-        "--student-model-config",
-        '{"num_hidden_layers": 1}',
-        "--logits-loss",
-        "reverse_kl",
-        "--max-steps",
-        2,
-    )
-    call("distily-train", "from-cache", store, "--output-dir", tmp_path / "out", *flags, "--no-bf16")
+    """And `plan` traces the same, and `eval` measures by it."""
+    (tmp_path / "objective.yaml").write_text("terms: [{loss: full_reverse_kl}]")
+    shape = ("--student-model-config", '{"num_hidden_layers": 1}', "--no-bf16")
+    flags = (*shape, "--objective", tmp_path / "objective.yaml", "--max-steps", 2)
+    call("distily-train", "plan", store, "--output-dir", tmp_path / "out", *flags)
+    call("distily-train", "from-cache", store, "--output-dir", tmp_path / "out", *flags)
     call("distily-train", "eval", tmp_path / "out", "--cache", store)
 
 
