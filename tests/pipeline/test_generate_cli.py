@@ -280,7 +280,7 @@ def test_the_error_of_stored_hidden_states_is_measured(
             assert sums["squared_error"] == pytest.approx(error, rel=1e-4)
             found = groups[group_id(spec)]["relative_error"]
             assert found == pytest.approx(np.sqrt(error / norm), rel=1e-4) and found >= least
-            assert found < 0.1
+            assert found < (0.4 if dtype == "int2" else 0.1)
     assert "relative error" in run("info", store).stdout
 
 
