@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from distily.plugins import load_plugins
 from student.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Kind = Literal["head", "dense", "hidden", "structure", "relation"]
 Exactness = Literal["exact", "unbiased", "bound", "coarse"]
@@ -139,8 +136,8 @@ class Loss:
 
     - head: `(ReducedLogits, SparseTargets, **options) -> [N]`. It runs inside the fused LM head and sees
       nothing of the student but what `ReducedLogits` holds.
-    - dense: `(Rows, weight, **options) -> [N]`, which adds weight times its gradient with respect to the
-      student's logits to the rows'; see `student.losses.full`.
+    - dense: `(Rows, **options) -> (values [n], gradient [n, V])`, with respect to the student's logits; see
+      `student.losses.full`.
     - hidden: `(student [N, D], teacher [N, D], **options) -> [N]`, called for each pair of layers.
     - structure: `(student, teacher, lengths, **options) -> [N]`, where `lengths` says how many of the N rows
       belong to each sequence. Student and teacher are `[N, D]` of a pair of layers, or with `flow` two such
@@ -175,7 +172,7 @@ class Loss:
 
     name: str
     kind: Kind
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     needs: Need
     formula: str = ""
     paper: Paper | None = None

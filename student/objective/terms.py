@@ -94,7 +94,7 @@ class Term:
         return float(self.options.get("temperature", 1.0))
 
     @property
-    def function(self) -> Callable[..., Tensor]:
+    def function(self) -> Callable[..., Any]:
         """The loss with its options filled in."""
         return partial(self.loss.function, **self.options) if self.options else self.loss.function
 
@@ -106,8 +106,9 @@ class Term:
     def values(self, view: View) -> Tensor:
         """The unweighted loss of every learned position, [N]; for terms outside the fused head."""
         assert self.pair is not None
+        function: Callable[..., Tensor] = self.function
         if self.loss.kind == "relation":
-            return self.function(view.blocks(self.teachers[0], self.pair))[view.sequence_N, view.position_N]
+            return function(view.blocks(self.teachers[0], self.pair))[view.sequence_N, view.position_N]
         weights = [view.weight(self.teachers[0], layer) for layer, _ in self.pairs]
         teacher = tuple(view.teacher(self.teachers[0], layer) for layer, _ in self.pairs)
         student = tuple(view.student(layer) for _, layer in self.pairs)
@@ -116,10 +117,10 @@ class Term:
         if self.loss.kind == "structure":
             assert weights.count(None) == len(weights), "relations of positions need all of them"
             sides = (student, teacher) if self.loss.flow else (student[0], teacher[0])
-            return self.function(*sides, view.lengths())
+            return function(*sides, view.lengths())
         if Need.FULL in self.loss.needs:
-            return self.function(student[0], teacher[0], view.fisher(self.teachers[0]))
-        value_N = self.function(student[0], teacher[0])
+            return function(student[0], teacher[0], view.fisher(self.teachers[0]))
+        value_N = function(student[0], teacher[0])
         return value_N if weights[0] is None else value_N * weights[0]
 
 
