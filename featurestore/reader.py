@@ -20,7 +20,7 @@ from featurestore.errors import CorruptionError, MissingFeatureError, StoreForma
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.directory import manifest_digests, read_spec, read_teacher_listing
 from featurestore.format.kinds.logits import narrowed
-from featurestore.format.kinds.table import GroupCodes, covers, flag_of, width
+from featurestore.format.kinds.table import GroupCodes, covers, flag_of, kind_of, ways, width
 from featurestore.format.schema import GroupFeatures, GroupSpec, LogitsSpec
 from featurestore.format.sidecar import Sidecar, load_basis, part_of
 from featurestore.format.states.transform import Basis
@@ -222,7 +222,7 @@ class CacheReader:
         Raises:
             MissingFeatureError: the message names what there is, and the generate flag that adds the kind.
         """
-        candidates = [spec for spec in self.groups.values() if spec.kind == kind and self._complete(spec)]
+        candidates = [spec for spec in self.complete_groups() if spec.kind == kind]
         if candidates:
             return max(candidates, key=width)
         flag = flag_of(kind)
@@ -267,9 +267,16 @@ class CacheReader:
         )
 
     def complete_groups(self) -> list[GroupSpec]:
-        """The specs that every sample has."""
+        """The specs that every sample has. What was extended by groups of further positions is one of them,
+        in the place of its parts.
+        """
         if self._default_groups is None:
-            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
+            offered = dict.fromkeys(kind_of(spec).offered(spec) for spec in self.groups.values())
+            complete = [spec for spec in offered if self._complete(spec)]
+            joined = set(complete).difference(self.groups.values())
+            self._default_groups = [
+                spec for spec in complete if not any(covers(one, spec) for one in joined - {spec})
+            ]
         return self._default_groups
 
     def read(self, index: int, groups: Sequence[GroupSpec] | None = None) -> CachedSample:
@@ -377,8 +384,10 @@ class CacheReader:
         return bundle
 
     def _complete(self, want: GroupSpec) -> bool:
-        serving = {group for group, spec in self.groups.items() if covers(spec, want)}
-        return self.catalogue.covered(serving)
+        return any(all(map(self._covered, way)) for way in ways(self.groups.values(), want))
+
+    def _covered(self, want: GroupSpec) -> bool:
+        return self.catalogue.covered({group for group, spec in self.groups.items() if covers(spec, want)})
 
 
 def _words(spec: LogitsSpec) -> str:

@@ -150,6 +150,8 @@ class HiddenSpec:
         positions: the share of the positions that are stored, in (0, 1]; which, featurestore.format.positions
             says.
         seed: of their choice.
+        above: a smaller share of the same seed whose positions are not stored, as another group has them; in
+            [0, positions).
 
     Raises:
         StoreFormatError: the layer, the share or the seed is out of its range, or the type is unknown.
@@ -162,6 +164,7 @@ class HiddenSpec:
     dtype: str = "bf16"
     positions: float = 1.0
     seed: int = 0
+    above: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.layer) is not int or not 0 <= self.layer <= MAX_LAYER:
@@ -172,7 +175,12 @@ class HiddenSpec:
             )
         if type(self.positions) not in (int, float) or not 0 < self.positions <= 1:
             raise StoreFormatError(f"a share of positions must be in (0, 1], not {self.positions!r}")
+        if type(self.above) not in (int, float) or not 0 <= self.above < self.positions:
+            raise StoreFormatError(
+                f"a share that is left out must be in [0, {self.positions}), not {self.above!r}"
+            )
         object.__setattr__(self, "positions", float(self.positions))
+        object.__setattr__(self, "above", float(self.above))
         check_int(self.seed, 0, 0 if self.whole else MAX_SEED, "seed of the share of positions")
 
     @property
@@ -183,13 +191,18 @@ class HiddenSpec:
     @property
     def whole(self) -> bool:
         """Whether all positions are stored."""
-        return self.positions == 1
+        return self.share == 1
+
+    @property
+    def share(self) -> float:
+        """Which part of the positions is stored."""
+        return self.positions - self.above
 
     def to_json(self) -> dict[str, Any]:
         """Optional fields are left out when unset, as those of `LogitsSpec`."""
         share = {} if self.whole else {"positions": self.positions}
-        seed = {"seed": self.seed} if self.seed else {}
-        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype, **share, **seed}
+        more = {name: value for name, value in (("seed", self.seed), ("above", self.above)) if value}
+        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype, **share, **more}
 
 
 @dataclass(frozen=True)

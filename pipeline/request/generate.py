@@ -213,7 +213,8 @@ class GenerateRequest:
         default=1.0,
         metadata=flag(
             "Share F of the positions, drawn at random, at which --hidden-layers are kept. Each counts 1/F "
-            "in losses of single positions, which stay unbiased. --final and --relation-layers keep all.",
+            "in losses of single positions, which stay unbiased; a larger F later adds the further ones. "
+            "--final and --relation-layers keep all.",
             _HIDDEN,
         ),
     )

@@ -144,7 +144,8 @@ class StudentOptions:
         None,
         "Shares of the teachers of several STOREs in the mixture that the student learns from, in "
         "their order, e.g. 0.7,0.3; divided by their sum. An objective file may give a term one of the "
-        "teachers instead. Default: equal shares.",
+        "teachers instead, or let the shares move in the course of the training (`teachers`). Default: "
+        "equal shares.",
     )
     top_k: int | None = _flag(
         None,

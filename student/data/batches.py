@@ -293,7 +293,7 @@ def _coded_hidden(group: HiddenSpec, samples: Sequence[CodedSample], length: int
     coded = pad_hidden([_filled(one, size) for one, size in zip(codes, lengths, strict=True)], length)
     weights = [np.zeros(size, np.float32) for size in lengths]
     for weight, one in zip(weights, codes, strict=True):
-        weight[one.positions] = 1 / group.positions
+        weight[one.positions] = 1 / group.share
     return coded | {"weight": pad(weights, length, np.float32)}
 
 

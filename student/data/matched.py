@@ -37,8 +37,7 @@ class MatchedDataset(CachedDataset):
 
     def record(self) -> dict[str, Any]:
         """What is read, for checkpoints."""
-        further = {"further_manifests": list(self._stores.manifests[1:])}
-        return super().record() | further | {"teacher_weights": list(self._stores.weights)}
+        return super().record() | {"further_manifests": list(self._stores.manifests[1:])}
 
     @property
     def order_digest(self) -> str:

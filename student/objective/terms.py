@@ -3,6 +3,7 @@
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -158,13 +159,14 @@ def reduction(terms: Iterable[Term]) -> Reduction:
 class Objective:
     """loss = sum over positions and terms of weight * term / number of learned positions.
 
-    balanced: weights are ratios of gradient norms, see `student.training.balance`. shares: of the caches
-    in a mixture, 1 together. measured: the caches whose teachers, mixed, held-out metrics compare with.
+    balanced: weights are ratios of gradient norms, see `student.training.balance`. teachers: the weights of
+    the caches' teachers in a mixture, as far as they stand to each other. measured: the caches whose
+    teachers, mixed, held-out metrics compare with.
     """
 
     terms: tuple[Term, ...]
     balanced: bool = False
-    shares: tuple[float, ...] = (1.0,)
+    teachers: tuple[Weight, ...] = (Weight.constant(1.0),)
     measured: tuple[int, ...] = (0,)
 
     @classmethod
@@ -226,6 +228,17 @@ class Objective:
     def weights_move(self) -> bool:
         """Whether the weights change in the course of the training."""
         return self.balanced or any(term.weight.schedule != "constant" for term in self.terms)
+
+    @property
+    def shares_move(self) -> bool:
+        """Whether the mixture of several teachers changes in the course of the training."""
+        return any(weight.schedule != "constant" for weight in self.teachers)
+
+    def shares_at(self, progress: float) -> list[float]:
+        """Shares of the caches' teachers in a mixture, 1 together, when `progress` (0 to 1) is done."""
+        weights = [weight.at(progress) for weight in self.teachers]
+        total = math.fsum(weights)
+        return [weight / total for weight in weights]
 
     def weighted(self, kinds: Collection[str], weights: Sequence[float]) -> list[tuple[Term, float]]:
         """The terms whose loss is of one of the kinds, each with its weight; weights: of all terms."""

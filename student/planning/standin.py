@@ -160,6 +160,7 @@ def trace(
         inputs = _faked_batch(batch, fake)
     model.train()
     model.weights = [1.0] * len(model.objective.terms)
+    model.shares = [1 / len(teachers)] * len(teachers)  # none is 0, as one that moves may be at the start
     tracker = FakeTracker(OTHERS, FORWARD, on_gpu, fake)
     _prepare_ternary(model, prepared, tracker)
     if held:

@@ -30,6 +30,7 @@ def training(runs: Sequence[RunFiles]) -> Html:
             _chart(runs, "loss", "Training loss", "nats per token"),
             *(_parts(runs, "loss_", "Terms of the loss, unweighted", "each on its own scale")),
             *(_parts(runs, "weight_", "Weights of the terms", "weight")),
+            *(_parts(runs, "share_", "Shares of the teachers in their mixture", _SHARE)),
             _chart(runs, "grad_norm", "Gradient norm", "before clipping"),
         ),
     )

@@ -176,7 +176,7 @@ class DistillationTrainer(CacheTrainer):
                     f"and this is {here}; give "
                     f"train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
                 )
-        check_stores(checkpoint, stores.weights)
+        check_stores(checkpoint, self.model.objective.teachers)
         check_curriculum(checkpoint, self._request.options.curriculum().record())
         check_order(self.args, len(self.train_dataset), checkpoint)
 

@@ -43,8 +43,9 @@ class DistillationModel(nn.Module):
         self.projectors = Projectors(objective.projectors)
         self.objective = objective
         # Of the teacher of each cache, what dense and relation terms need.
-        self.teachers = teachers or (TeacherParts(),) * len(objective.shares)
-        self.weights = objective.weights_at(0.0)  # the trainer sets them before each step
+        self.teachers = teachers or (TeacherParts(),) * len(objective.teachers)
+        # The trainer sets both before each step.
+        self.weights, self.shares = objective.weights_at(0.0), objective.shares_at(0.0)
         self.transform = HeadTransform.from_config(student.config)
 
     @property
@@ -76,11 +77,13 @@ class DistillationModel(nn.Module):
         """One batch as `student.data.matched.collator_of` lays it out -> {"loss": scalar, ...}.
 
         While training, "terms" [S] holds the unweighted terms, normalised like the loss. In eval mode "sums"
-        [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS. Samples are padded on the right, so
-        causal attention keeps padding out of every learned position and no mask is passed to the body. Rows
-        that hold several samples come with position_ids, of which transformers makes a mask. With weight
-        [B, T] the losses of each position, and "terms", are multiplied by its own, and num_items_in_batch is
-        the sum of the weights: so losses are means in which a position counts in proportion.
+        [B, 7] holds each sequence's sums in the order of EVAL_COLUMNS, and a mixture of teachers is that of
+        the end of the training, so that all evaluations of a training measure the same. Samples are padded on
+        the right, so causal attention keeps padding out of every learned position and no mask is passed to
+        the body. Rows that hold several samples come with position_ids, of which transformers makes a mask.
+        With weight [B, T] the losses of each position, and "terms", are multiplied by its own, and
+        num_items_in_batch is the sum of the weights: so losses are means in which a position counts in
+        proportion.
         """
         learned_N = (labels.flatten() != IGNORE).nonzero().squeeze(1)
         with self._capture() as (states, rotations):
@@ -108,6 +111,11 @@ class DistillationModel(nn.Module):
             return {"loss": loss * scale, "sums": sums}
         terms = torch.cat([head.terms_SN[: len(self.objective.head)], other_SN]).sum(-1)
         return {"loss": loss * scale, "terms": terms * scale}
+
+    @property
+    def _shares(self) -> list[float]:
+        """Of the teachers in a mixture."""
+        return self.shares if self.training else self.objective.shares_at(1.0)
 
     @property
     def _depth(self) -> int:
@@ -212,7 +220,7 @@ class DistillationModel(nn.Module):
                     tail_N=torch.zeros_like(label_N, dtype=torch.float),
                     label_N=label_N,
                 )
-            made = parts[0] if len(parts) == 1 else mixture(parts, self.objective.shares)
+            made = parts[0] if len(parts) == 1 else mixture(parts, self._shares)
             if not labelled:
                 return made
             known_N = self._label_logprobs(coded, teachers)
@@ -225,7 +233,7 @@ class DistillationModel(nn.Module):
         not know it.
         """
         known = [decode_labels(coded[store]["label_logprob"]) for store in teachers]
-        return known[0] if len(known) == 1 else mixed_logs(known, self.objective.shares)
+        return known[0] if len(known) == 1 else mixed_logs(known, self._shares)
 
     def _head(
         self,

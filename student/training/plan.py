@@ -28,7 +28,7 @@ from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.layer_maps import Pairs, check_pairs, depth_map, map_layers
 from student.objective.projectors import IDENTITY, ProjectorSpec
 from student.objective.terms import Objective, Term, term
-from student.training.teachers import measured, teachers_of
+from student.training.teachers import measured, teachers_of, weights_of
 
 CONFIDENCE_SAMPLES = 256
 
@@ -61,8 +61,13 @@ def plan_objective(
         terms += [replace(one, teachers=teachers, label=one.label + named) for one in made]
     if request.balanced:
         _check_balance(terms)
+    if request.teachers is not None and all(len(one.teachers) < 2 for one in terms):
+        raise UserError(
+            f"{request.where} has no effect: no term learns from the mixture of the teachers; leave it out, "
+            "or give terms that name a teacher a schedule of their own"
+        )
     objective = Objective.of(terms, request.balanced)
-    return replace(objective, shares=stores.weights, measured=measured(stores))
+    return replace(objective, teachers=weights_of(request, stores), measured=measured(stores))
 
 
 def _check_balance(terms: list[Term]) -> None:
@@ -337,7 +342,7 @@ def plan_distribution(
     flags = [name for name, value in given.items() if value is not None]
     if not flags:
         return None
-    if not any("logits" in objective.needs(number) for number in range(len(objective.shares))):
+    if not any("logits" in objective.needs(number) for number in range(len(objective.teachers))):
         raise UserError(
             f"{flags[0]} has no effect: no loss of this objective reads the stored distribution; leave it out"
         )

@@ -28,6 +28,7 @@ from student.data.packing import check_packing
 from student.data.stores import CacheStores, open_stores
 from student.errors import UserError
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
+from student.objective.files import ObjectiveRequest
 from student.objective.terms import Objective
 from student.report import write_report
 from student.training.model import DistillationModel
@@ -51,7 +52,7 @@ from student.training.resume import (
     manifests_to_read,
 )
 from student.training.summary import TrainingRun, summarise
-from student.training.teachers import check_mixture, measured_words
+from student.training.teachers import check_mixture, final_weights, measured_words, weights_of
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
@@ -137,7 +138,7 @@ def prepare(
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
-    stores = _open(request, checkpoint)
+    stores = _open(request, wanted, checkpoint)
     reader = stores.first
     if given is not None:
         plan = plan_given(options, reader, given)
@@ -166,11 +167,12 @@ def prepare(
     )
 
 
-def _open(request: Request, checkpoint: Path | None) -> CacheStores:
+def _open(request: Request, wanted: ObjectiveRequest, checkpoint: Path | None) -> CacheStores:
     """The caches, as a checkpoint has read them."""
     manifests = manifests_to_read(request.options.manifest, checkpoint, len(request.stores))
-    stores = open_stores(request.stores, manifests, request.options.shares())
-    check_stores(checkpoint, stores.weights)
+    weights = final_weights(wanted, request.options.shares(), len(request.stores))
+    stores = open_stores(request.stores, manifests, weights)
+    check_stores(checkpoint, weights_of(wanted, stores))
     check_curriculum(checkpoint, request.options.curriculum().record())
     return stores
 

@@ -119,6 +119,7 @@ def _several(run: TrainingRun) -> dict[str, Any]:
     """What there is to say of several caches. The fields of one are the first's, but for what all cost."""
     stores, infos = run.stores, [store_info(reader.path) for reader in run.stores.readers]
     costs = [cache_cost(reader, info) for reader, info in zip(stores.readers, infos, strict=True)]
+    moving = [weight.to_json() for weight in run.model.objective.teachers]
     exactness = {_exactness(stores.readers[store]) for store in run.model.objective.measured}
     return {
         "stores": [
@@ -127,13 +128,14 @@ def _several(run: TrainingRun) -> dict[str, Any]:
                 "cache": str(reader.path),
                 "manifest": reader.manifest_digest,
                 "weight": weight,
+                **({"schedule": course} if run.model.objective.shares_move else {}),
                 "samples": len(reader),
                 "teacher": reader.identity.to_json(),
                 "cache_cost": cost,
                 "captures": captures(info.provenance),
             }
-            for name, reader, weight, cost, info in zip(
-                stores.names, stores.readers, stores.weights, costs, infos, strict=True
+            for name, reader, weight, course, cost, info in zip(
+                stores.names, stores.readers, stores.weights, moving, costs, infos, strict=True
             )
         ],
         "matched_samples": len(stores.first) - len(stores.missing()),
@@ -186,11 +188,18 @@ def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
         "bytes_per_token": round(info.bytes / max(info.rows, 1), 2),
         "capture_seconds": round(seconds, 3) if runs else None,
         "capture_tokens_per_second": round(computed / seconds, 1) if seconds else None,
-        "groups": {
-            group.kind: {"bytes": group.bytes, "bytes_per_token": round(group.bytes_per_row, 2)}
-            for group in info.groups.values()
-        },
+        "groups": _by_kind(info),
     }
+
+
+def _by_kind(info: StoreInfo) -> dict[str, dict[str, float]]:
+    """Bytes of the column groups of each kind, of which a store may have several."""
+    found: dict[str, dict[str, float]] = {}
+    for group in info.groups.values():
+        known = found.setdefault(group.kind, {"bytes": 0, "bytes_per_token": 0.0})
+        known["bytes"] += group.bytes
+        known["bytes_per_token"] = round(known["bytes_per_token"] + group.bytes_per_row, 2)
+    return found
 
 
 def teacher_config(directory: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from student.data.stores import CacheStores
 from student.errors import UserError
 from student.losses.catalogue import catalogue
 from student.metrics import kl_exactness
-from student.objective.files import TermRequest
+from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.terms import Objective
+from student.objective.weights import Weight
 
 _CHOOSE = "choose one for it in an objective file, e.g. `teacher: 0`"
 
@@ -55,6 +56,32 @@ def _number(request: TermRequest, stores: CacheStores) -> int:
         return stores.names.index(given)
     there = ", ".join(f"{number} or {name}" for number, name in enumerate(stores.names))
     raise UserError(f"{request.where}: teacher {given!r}: no such STORE; there are {there}")
+
+
+def final_weights(
+    request: ObjectiveRequest, given: Sequence[float] | None, count: int
+) -> Sequence[float] | None:
+    """Weights of the teachers of `count` caches at the end of a training; None for equal ones.
+
+    given: those of --teacher-weights.
+
+    Raises:
+        UserError: the objective has some as well, or not as many as there are caches.
+    """
+    if request.teachers is None:
+        return given
+    if given is not None:
+        raise UserError(f"{request.where} and --teacher-weights exclude each other; keep one")
+    if count == 1:
+        raise UserError(f"{request.where} has no effect on one STORE; leave it out, or give several")
+    if len(request.teachers) != count:
+        raise UserError(f"{request.where}: {len(request.teachers)} weights for {count} STOREs; give {count}")
+    return [weight.at(1.0) for weight in request.teachers]
+
+
+def weights_of(request: ObjectiveRequest, stores: CacheStores) -> tuple[Weight, ...]:
+    """The weight of each cache's teacher over the training."""
+    return request.teachers or tuple(map(Weight.constant, stores.weights))
 
 
 def check_mixture(objective: Objective, stores: CacheStores, learned: Sequence[LogitsSpec | None]) -> None:
@@ -100,9 +127,10 @@ def measured(stores: CacheStores) -> tuple[int, ...]:
 def measured_words(objective: Objective, stores: CacheStores) -> str:
     """What held-out metrics compare with, in a sentence."""
     if len(objective.measured) > 1:
+        when = ", that of the end of the training" if objective.shares_move else ""
         return (
-            f"held-out metrics compare with the mixture {stores.mixture}; held-out KL is the weighted mean "
-            "of the KL to each teacher"
+            f"held-out metrics compare with the mixture {stores.mixture}{when}; held-out KL is the weighted "
+            "mean of the KL to each teacher"
         )
     lacking = [
         name

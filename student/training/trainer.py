@@ -191,8 +191,10 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         """Weights move between optimizer steps, not between parts of an accumulated batch; gradient norms are
         measured on the first part.
         """
-        step = self.state.global_step
-        weights = self.model.objective.weights_at(step / max(self.state.max_steps, 1))
+        step, objective = self.state.global_step, self.model.objective
+        progress = step / max(self.state.max_steps, 1)
+        self.model.shares = objective.shares_at(progress)
+        weights = objective.weights_at(progress)
         if self._balance is not None:
             if step % EVERY == 0 and self._measured != step:
                 self._measured = step
@@ -217,8 +219,8 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         self._tokens.zero_()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the unweighted terms, the weights that move, and the movement of the ternary weights to
-        Trainer's training log.
+        """Adds the unweighted terms, the weights and the teachers' shares that move, and the movement of the
+        ternary weights to Trainer's training log.
         """
         if "loss" in logs and self._term_start is not None:
             steps = self.state.global_step - self._term_start
@@ -230,6 +232,8 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             if self.model.objective.weights_move:
                 names = [f"weight_{label}" for label in self.model.objective.labels]
                 logs |= dict(zip(names, self.model.weights, strict=True))
+            if self.model.objective.shares_move:
+                logs |= {f"share_teacher{store}": one for store, one in enumerate(self.model.shares)}
             if self._drift is not None and self._term_start == 0:
                 drifts = asdict(self._drift).items()
                 logs |= {f"step0_drift_{what}": value for what, value in drifts if value is not None}
@@ -307,8 +311,10 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             if self._balance is not None:
                 self._balance.save(directory)
         torch.save(without_secrets(self.args), directory / "training_args.bin")
+        teachers = [weight.to_json() for weight in self.model.objective.teachers]
         record = {
             **self.train_dataset.record(),
+            **({"teacher_weights": teachers} if len(teachers) > 1 else {}),
             "order": ORDER_VERSION,
             "seed": order_seed(self.args),
             "samples": len(self.train_dataset),

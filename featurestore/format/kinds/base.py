@@ -59,6 +59,26 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         """Whether a cache of `have` serves a request for `want`."""
         return have == want
 
+    def parts(self, have: Sequence[Spec], want: Spec) -> list[Spec]:
+        """The parts of `want`, each of which one of `have` covers, that are all of it; none where there are
+        no such parts.
+        """
+        return [want] if any(self.covers(one, want) for one in have) else []
+
+    def rest(self, have: Sequence[Spec], want: Spec) -> Spec | None:
+        """The group that serves `want` together with groups of `have`; None where these do."""
+        return None if self.parts(have, want) else want
+
+    def ways(self, have: Sequence[Spec], want: Spec) -> list[list[Spec]]:
+        """Ways to cut `want` into parts: a store that has groups of `have` serves it where, of one of these
+        ways, a group of each task covers each part.
+        """
+        return [[want]]
+
+    def offered(self, spec: Spec) -> Spec:
+        """What a group is there for: it alone, or with those that it was added to."""
+        return spec
+
     def width(self, spec: Spec) -> tuple[float, ...]:
         """Orders the specs that have the same `kind` by how much they tell."""
         return ()
@@ -127,6 +147,11 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
     ) -> Codes:
         """What serves `want`, made of the codes of `sample` in a group of `have`, which covers it."""
         return codes
+
+    def join(self, parts: Sequence[Codes], want: Spec) -> Codes:
+        """The codes of `want` of a sample from those of its `parts`, in their order."""
+        (one,) = parts
+        return one
 
     # What is told and exported.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,46 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         return 0 if spec.whole else 1
 
     def covers(self, have: HiddenSpec, want: HiddenSpec) -> bool:
-        same = (have.layer, have.dtype) == (want.layer, want.dtype)
-        return same and (have.whole or (have.positions >= want.positions and have.seed == want.seed))
+        if (have.layer, have.dtype) != (want.layer, want.dtype):
+            return False
+        if have.whole or want.whole:
+            return have.whole
+        return have.seed == want.seed and have.above <= want.above and want.positions <= have.positions
+
+    def parts(self, have: Sequence[HiddenSpec], want: HiddenSpec) -> list[HiddenSpec]:
+        if any(self.covers(one, want) for one in have):
+            return [want]
+        found = _longest(have, want)
+        return found if found and found[-1].positions == want.positions else []
+
+    def rest(self, have: Sequence[HiddenSpec], want: HiddenSpec) -> HiddenSpec | None:
+        """Of a share the positions that a smaller one in `have` lacks."""
+        if self.parts(have, want):
+            return None
+        found = _longest(have, want)
+        return replace(want, seed=found[-1].seed, above=found[-1].positions) if found else want
+
+    def ways(self, have: Sequence[HiddenSpec], want: HiddenSpec) -> list[list[HiddenSpec]]:
+        """Cut wherever a group begins or ends; all positions, by any seed."""
+        ways = [[want]]
+        for seed in _seeds(have, want):
+            ends = {end for one in have if one.seed == seed for end in (one.above, one.positions)}
+            cuts = [want.above, *sorted(end for end in ends if want.above < end < want.positions)]
+            if len(cuts) > 1:
+                ends_of = [*cuts[1:], want.positions]
+                ways.append(
+                    [
+                        replace(want, positions=b, seed=seed, above=a)
+                        for a, b in zip(cuts, ends_of, strict=True)
+                    ]
+                )
+        return ways
+
+    def offered(self, spec: HiddenSpec) -> HiddenSpec:
+        return replace(spec, above=0.0, seed=0 if spec.positions == 1 else spec.seed)
 
     def width(self, spec: HiddenSpec) -> tuple[float, ...]:
-        return spec.positions, _BY_PRECISION.index(spec.dtype)
+        return spec.share, _BY_PRECISION.index(spec.dtype)
 
     def flag(self, kind: str) -> str | None:
         found = re.fullmatch(r"hidden\.L([0-9]+)", kind)
@@ -197,16 +232,31 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         sample: Sample,
         identity: TeacherIdentity,
     ) -> HiddenFeatures:
-        return codes if have.positions == want.positions else codes.at(_kept(want, sample))
+        same = (have.above, have.positions) == (want.above, want.positions)
+        return codes if same else codes.at(_kept(want, sample))
+
+    def join(self, parts: Sequence[HiddenFeatures], want: HiddenSpec) -> HiddenFeatures:
+        if len(parts) == 1:
+            return parts[0]
+        positions = np.concatenate([one.positions for one in parts if one.positions is not None])
+        order = np.argsort(positions)
+        arrays = {name: [getattr(one, name) for one in parts] for name in ("values", "scale")}
+        joined: dict[str, Any] = {
+            name: None if some[0] is None else np.concatenate(some)[order] for name, some in arrays.items()
+        }
+        return replace(parts[0], positions=None if want.whole else positions[order], **joined)
 
     def measures(self, spec: HiddenSpec, stats: Stats, rows: int) -> dict[str, float | None]:
         norm = stats.get("squared_norm", 0.0)
-        return {"relative_error": math.sqrt(stats["squared_error"] / norm) if norm else None}
+        return {
+            "relative_error": math.sqrt(stats["squared_error"] / norm) if norm else None,
+            "share_of_positions": None if spec.whole else spec.share,
+        }
 
     def row_bytes(self, spec: HiddenSpec, hidden_size: int) -> float:
         stored, scaled = HIDDEN_DTYPES[spec.dtype]
         row = hidden_width(spec.dtype, hidden_size) * np.dtype(stored).itemsize + (4 if scaled else 0)
-        return row if spec.whole else spec.positions * (row + _NUMBER_BYTES)
+        return row if spec.whole else spec.share * (row + _NUMBER_BYTES)
 
     def export_row_bytes(self, spec: HiddenSpec, hidden_size: int) -> int:
         return 4 * hidden_size
@@ -277,7 +327,32 @@ def _rows(array: ShardArray, start: int, stop: int) -> Array:
 
 
 def _kept(spec: HiddenSpec, sample: Sample) -> Array:
-    return kept_positions(sample.id, len(sample), spec.positions, spec.seed)
+    return kept_positions(sample.id, len(sample), spec.positions, spec.seed, spec.above)
+
+
+def _seeds(have: Sequence[HiddenSpec], want: HiddenSpec) -> list[int]:
+    """Whose shares may be parts of `want`."""
+    return sorted({one.seed for one in have}) if want.whole else [want.seed]
+
+
+def _longest(have: Sequence[HiddenSpec], want: HiddenSpec) -> list[HiddenSpec]:
+    """The parts of `want` from its beginning on, as far as shares in `have` reach; of the seed that reaches
+    furthest.
+    """
+    same = [one for one in have if (one.layer, one.dtype) == (want.layer, want.dtype) and not one.whole]
+    best: list[HiddenSpec] = []
+    for seed in _seeds(same, want):
+        parts: list[HiddenSpec] = []
+        reached = want.above
+        while reached < want.positions:
+            there = (one for one in same if one.seed == seed and one.above <= reached < one.positions)
+            end = min(max((one.positions for one in there), default=0.0), want.positions)
+            if not end:
+                break
+            parts.append(replace(want, positions=end, seed=seed, above=reached))
+            reached = end
+        best = max(best, parts, key=lambda found: found[-1].positions if found else 0.0)
+    return best
 
 
 def _stats(features: Sequence[HiddenFeatures]) -> Stats:
