@@ -22,7 +22,8 @@ from featurestore.format.directory import manifest_digests, read_spec, read_teac
 from featurestore.format.kinds.logits import narrowed
 from featurestore.format.kinds.table import GroupCodes, covers, flag_of, kind_of, ways, width
 from featurestore.format.schema import GroupFeatures, GroupSpec, LogitsSpec
-from featurestore.format.sidecar import Sidecar, part_of
+from featurestore.format.sidecar import Sidecar, load_basis, part_of
+from featurestore.format.states.transform import Basis
 from featurestore.storage.files import regular_size
 from featurestore.storage.protocol import Root
 from featurestore.storage.root import root_of
@@ -198,6 +199,10 @@ class CacheReader:
     def sidecar(self) -> Sidecar:
         """The teacher's LM head and projections, as far as the manifest lists them; nothing is read yet."""
         return Sidecar(self._root, self.identity, self.catalogue.teacher)
+
+    def basis(self, dtype: str) -> Basis:
+        """The basis of final states stored as klt4 or klt6; errors as those of `sidecar`."""
+        return load_basis(self._root, dtype, self.identity)
 
     def shard(self, index: int) -> int:
         """The number of the shard that holds a sample; the samples of one share their files, and are best

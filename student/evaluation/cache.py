@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader, CodedSample
 from student.data.batches import IGNORE, CachedDataset, pad
-from student.data.decoding import decode_hidden, decode_labels, decode_targets
+from student.data.decoding import Transform, decode_hidden, decode_labels, decode_targets
 from student.data.held_out import number_documents
 from student.data.matched import MatchedDataset, collator_of
 from student.data.mixture import mixed_logs, mixture
 from student.data.retokenised import OtherTokens
 from student.data.stores import CacheStores
-from student.data.teacher_weights import load_parts
+from student.data.teacher_weights import bases_on, load_bases, load_parts
 from student.evaluation.translated import measure_translated
 from student.losses import divergences, full
 from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss
@@ -84,6 +85,11 @@ class CachePlan:
         if self.final is not None or kl == "exact":
             return {"kl": "exact", "reverse_kl": "exact"}
         return {"kl": kl, "reverse_kl": "lower bound"}
+
+    @cached_property
+    def bases(self) -> dict[str, Transform]:
+        """Those of the final states."""
+        return load_bases(self.reader)
 
     @property
     def groups(self) -> list[GroupSpec]:
@@ -221,7 +227,9 @@ def learned_states(student: Any, batch: dict[str, Any], plan: CachePlan) -> Lear
         targets=mixture(targets, plan.stores.weights) if plan.mixed else targets[0],
         label_logprob_N=mixed_logs(known, plan.stores.weights) if plan.mixed else known[0],
         mixed=plan.mixed,
-        teacher_ND=None if hidden is None else decode_hidden(at(hidden)).float(),
+        teacher_ND=None
+        if hidden is None
+        else decode_hidden(at(hidden), bases_on(plan.bases, student.device)).float(),
     )
 
 

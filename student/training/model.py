@@ -194,7 +194,8 @@ class DistillationModel(nn.Module):
 
         def teacher(store: int, layer: int) -> Tensor:
             parts = coded[store][layer]
-            return decode_hidden({name: features(part) for name, part in parts.items()})
+            states = {name: features(part) for name, part in parts.items()}
+            return decode_hidden(states, self.teachers[store].to(learned_N.device).bases)
 
         @cache
         def blocks(store: int, pair: tuple[int, int]) -> BlockPair:

@@ -22,7 +22,7 @@ from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import HIDDEN, assert_same, hidden, identity, sample, task_of
 
-FULL = [HiddenSpec(1, dtype) for dtype in ("bf16", "f32", "int8", "fp8", "int4")]
+FULL = [HiddenSpec(1, dtype) for dtype in ("bf16", "f32", "int8", "fp8", "int4", "int2")]
 
 
 def shares(positions: float, seed: int = 3) -> list[HiddenSpec]:

@@ -18,6 +18,7 @@ from featurestore.maintenance.info import store_info
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, Collator
 from student.data.dataset import DistillationDataset
+from student.data.teacher_weights import TeacherParts
 from student.losses.catalogue import catalogue
 from student.objective.projectors import ProjectorSpec
 from student.objective.terms import Objective, term
@@ -41,7 +42,8 @@ def model_of(teacher: Path, name: str, store: int = 0) -> DistillationModel:
     torch.manual_seed(1)
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     one = replace(term(name, 1.0, (3, 2), projector=ProjectorSpec("linear", 64, 64)), teachers=(store,))
-    return DistillationModel(student, Objective.of([one])).train()
+    teachers = [TeacherParts() for _ in range(store + 1)]
+    return DistillationModel(student, Objective.of([one]), *teachers).train()
 
 
 def learned(model: DistillationModel, batch: dict[str, Any], name: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.columns import ArrayLayout, Extent, Stats
 from featurestore.format.schema import Sample, TeacherIdentity
+from featurestore.format.states.transform import Basis
 
 Array = npt.NDArray[Any]
 
@@ -118,9 +119,15 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
 
     @abstractmethod
     def open(
-        self, spec: Spec, directory: Path, extent: Extent, cache: ChunkCache | None
+        self,
+        spec: Spec,
+        directory: Path,
+        extent: Extent,
+        cache: ChunkCache | None,
+        basis: Basis | None = None,
     ) -> ReadSample[Codes]:
-        """What reads samples from the arrays in `directory`; unpacked chunks go to `cache`.
+        """What reads samples from the arrays in `directory`; unpacked chunks go to `cache`. basis: of the
+        store, for groups that need one.
 
         CorruptionError or StoreFormatError for arrays that are damaged or not of the group, also while
         samples are read.
