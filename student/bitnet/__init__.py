@@ -1,6 +1,13 @@
 """The BitNet b1.58 student: quantisers, the linear layer, conversion, and what training needs of them."""
 
-from student.bitnet.calibration import Drift, convert_calibrated
+from student.bitnet.annealing import Annealing, soften_weight
+from student.bitnet.calibration import (
+    Drift,
+    convert_calibrated,
+    curvatures,
+    relative_temperatures,
+    set_relative_temperatures,
+)
 from student.bitnet.convert import (
     CONVERSIONS,
     conversion_of,
@@ -21,11 +28,12 @@ from student.bitnet.linear import (
     quantize_in_passes,
     quantize_once,
     set_strengths,
+    set_temperature,
 )
 from student.bitnet.master_weights import MASTERS, RoundingAdamW, halve_masters
 from student.bitnet.meter import FlipMeter
 from student.bitnet.quantizers import EPSILON, LEVELS, quantize_activation, quantize_weight, to_int8
-from student.bitnet.training import TernaryCallback, TernaryPlan, staged
+from student.bitnet.training import TernaryCallback, TernaryPlan, separate_rates, staged
 from student.bitnet.warmup import Warmup
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "FULL",
     "LEVELS",
     "MASTERS",
+    "Annealing",
     "BitLinear",
     "Drift",
     "FlipMeter",
@@ -48,6 +57,7 @@ __all__ = [
     "convert",
     "convert_calibrated",
     "convert_student",
+    "curvatures",
     "halve_masters",
     "int_mm",
     "norm_epsilon",
@@ -58,7 +68,12 @@ __all__ = [
     "quantize_in_passes",
     "quantize_once",
     "quantize_weight",
+    "relative_temperatures",
+    "separate_rates",
+    "set_relative_temperatures",
     "set_strengths",
+    "set_temperature",
+    "soften_weight",
     "staged",
     "to_int8",
 ]

@@ -13,6 +13,7 @@ Shape letters: T positions, D hidden size, I input features of a projection.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from student.bitnet.convert import convert_student, norm_epsilon, normed
 from student.bitnet.linear import FULL, Strengths, bit_linears, set_strengths
+
+ASYNCHRONY = 0.4  # how far apart temperatures are; the best of seven in Hestia (arXiv:2601.20745)
 
 
 @dataclass(frozen=True)
@@ -112,3 +115,44 @@ def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """||after - before|| / ||before|| over all tokens of all samples."""
     difference = sum(float((one - other).square().sum()) for one, other in zip(before, after, strict=True))
     return math.sqrt(difference / sum(float(one.square().sum()) for one in before))
+
+
+def curvatures(student: Any, samples: Sequence[Tensor]) -> dict[str, float]:
+    """How much the loss bends in each ternary matrix, by name: the trace of the empirical Fisher matrix, the
+    sum of squared gradients of the next-token loss over some samples, of the unquantised student.
+
+    samples: token ids, int64 [T] each.
+    """
+    layers = dict(bit_linears(student))
+    weights = [layer.weight for layer in layers.values()]
+    sums, training = [0.0] * len(weights), student.training
+    student.eval()  # without dropout
+    set_strengths(student, Strengths(0, 0, 1))
+    for layer in layers.values():
+        layer.train()  # in eval mode they are always fully quantised
+    for tokens_T in samples:
+        tokens_1T = tokens_T[None].to(student.device)
+        logits_TV = student(input_ids=tokens_1T, use_cache=False).logits[0, :-1].float()
+        loss = nn.functional.cross_entropy(logits_TV, tokens_1T[0, 1:])
+        grads = torch.autograd.grad(loss, weights)
+        sums = [total + float(grad.float().square().sum()) for total, grad in zip(sums, grads, strict=True)]
+    set_strengths(student, FULL)
+    student.train(training)
+    return dict(zip(layers, sums, strict=True))
+
+
+def relative_temperatures(curvature: dict[str, float]) -> dict[str, float]:
+    """Factors of the matrices' temperatures, exp(-ASYNCHRONY sigmoid(z)), with z the logarithm of a matrix's
+    curvature in standard deviations from the mean; to three places, so that all processes get the same.
+    """
+    logs = {name: math.log(max(value, 1e-30)) for name, value in curvature.items()}
+    mean, deviation = statistics.fmean(logs.values()), statistics.pstdev(logs.values())
+    scores = {name: (value - mean) / (deviation + 1e-8) for name, value in logs.items()}
+    return {name: round(math.exp(-ASYNCHRONY / (1 + math.exp(-z))), 3) for name, z in scores.items()}
+
+
+def set_relative_temperatures(student: Any, samples: Sequence[Tensor]) -> None:
+    """Give every ternary matrix the factor of its temperature."""
+    factors = relative_temperatures(curvatures(student, samples))
+    for name, layer in bit_linears(student):
+        layer.relative_temperature = factors[name]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from student.bitnet.annealing import LOWEST, soften_weight
 from student.bitnet.backward import Gates, input_gradient, weight_gradient
 from student.bitnet.chains import chains
 from student.bitnet.int_mm import int_mm, is_integer
@@ -67,9 +68,11 @@ class BitLinear(nn.Linear):
     """A linear layer that multiplies int8 activations with ternary weights; `weight` is the latent master.
 
     rms_norm: applied to the input before it is quantised, where there is one. strengths: of training; in eval
-    mode the layer is always fully quantised. gates: what lets gradients be of int8 products where the layer
-    is fully quantised; without them they are in full precision. regathered: whether the weight is dropped
-    between the forward and the backward pass, see `quantize_in_passes`.
+    mode the layer is always fully quantised. temperature: at which weights are softened while training, see
+    `annealing`; 0 rounds them. relative_temperature: the matrix's own factor of it. gates: what lets
+    gradients be of int8 products where the layer is fully quantised; without them they are in full precision.
+    regathered: whether the weight is dropped between the forward and the backward pass, see
+    `quantize_in_passes`.
     """
 
     rms_norm: RMSNorm | None
@@ -81,6 +84,7 @@ class BitLinear(nn.Linear):
         self.rms_norm = None
         self.gates = None
         self.strengths = FULL
+        self.temperature, self.relative_temperature = 0.0, 1.0
         self.keeping = False  # see `quantize_once`
         self.regathered = False
         self._kept = None
@@ -95,11 +99,14 @@ class BitLinear(nn.Linear):
         x = input
         if self.rms_norm is not None:  # at strength 0, too: DDP wants a gradient for every parameter
             x = self.rms_norm(x) if norms == 1 else torch.lerp(x.float(), self.rms_norm(x), norms)
-        if weights == activations == 1:
+        soft = self.training and self.temperature > 0
+        if weights == activations == 1 and not soft:
             return self._quantised(x, dtype)
         weight_OI: Tensor = self.weight
         bias_O: Tensor | None = self.bias
-        if weights > 0:
+        if soft:
+            weight_OI = soften_weight(weight_OI, self.quantized()[1], self.temperature, weights)
+        elif weights > 0:
             blend = chains(weight_OI).blend_weight
             weight_OI, bias_O = blend(weight_OI, *self.quantized(), bias_O, weights, dtype)
         if activations > 0:
@@ -204,6 +211,13 @@ def set_strengths(model: nn.Module, strengths: Strengths) -> None:
     """Of all BitLinear layers, for training."""
     for _, layer in bit_linears(model):
         layer.strengths = strengths
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Of all BitLinear layers, for training, each times its own factor."""
+    for _, layer in bit_linears(model):
+        own = temperature * layer.relative_temperature
+        layer.temperature = own if own >= LOWEST else 0.0
 
 
 def quantize_once(model: nn.Module) -> None:

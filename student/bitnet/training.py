@@ -10,6 +10,7 @@ import torch
 from torch import distributed, nn
 from transformers import TrainerCallback
 
+from student.bitnet.annealing import Annealing
 from student.bitnet.backward import EVERY, Gate, Gates
 from student.bitnet.linear import (
     bit_linears,
@@ -17,6 +18,7 @@ from student.bitnet.linear import (
     quantize_in_passes,
     quantize_once,
     set_strengths,
+    set_temperature,
 )
 from student.bitnet.meter import FlipMeter
 from student.bitnet.warmup import Warmup
@@ -39,13 +41,17 @@ class TernaryPlan:
 
     two_stage: in the second half of the steps weight decay is 0 and the learning rate LATE_RATE of what the
     schedule says, as BitNet b1.58 (arXiv:2402.17764) was trained. backward: full or int8, see
-    `bitnet.backward`.
+    `bitnet.backward`. learning_rate, weight_decay: of the latent weights, see `separate_rates`. annealing:
+    how their softened form hardens.
     """
 
     warmup: Warmup = field(default_factory=Warmup)
     masters: str = "fp32"
     two_stage: bool = False
     backward: str = "full"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    annealing: Annealing = field(default_factory=Annealing)
 
 
 class TernaryCallback(TrainerCallback):  # type: ignore[misc]
@@ -69,7 +75,9 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Strengths and weight decay are functions of the step, so that a resumed run has the right ones."""
-        set_strengths(self._student, self._plan.warmup.at(state.global_step, state.max_steps))
+        step, max_steps = state.global_step, state.max_steps
+        set_strengths(self._student, self._plan.warmup.at(step, max_steps))
+        set_temperature(self._student, self._plan.annealing.at(step, max_steps))
         if self._plan.two_stage and late(state.global_step, state.max_steps):
             for group in kwargs["optimizer"].param_groups:
                 group["weight_decay"] = 0.0
@@ -78,10 +86,11 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are there, and the rate that they will meet."""
-        rate = max(float(group["lr"]) for group in kwargs["optimizer"].param_groups)
-        grads = [
-            layer.weight.grad for _, layer in bit_linears(self._student) if layer.weight.grad is not None
-        ]
+        weights = [layer.weight for _, layer in bit_linears(self._student)]
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        latent = set(map(id, weights))
+        groups = kwargs["optimizer"].param_groups
+        rate = max(float(group["lr"]) for group in groups if not latent.isdisjoint(map(id, group["params"])))
         if rate > self._largest_rate and grads:
             self._largest_rate = rate
             # Left on the device, for which nobody waits here.
@@ -107,6 +116,7 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         That is, when no latent weight moved though some step had gradients and at least half the peak
         learning rate: at the ends of a schedule a standstill is no fault.
         """
+        peak_rate = self._plan.learning_rate or peak_rate
         measured = self.meter.measure()
         _, first = next(bit_linears(self._student))
         moving = self._largest_moving.to(first.weight.device)
@@ -114,9 +124,10 @@ class TernaryCallback(TrainerCallback):  # type: ignore[misc]
         self._largest_rate, self._largest_moving = 0.0, torch.zeros(())
         if measured["bitnet_moved_share"] == 0 and rate > 0 and rate >= peak_rate / 2:
             dtype = str(first.weight.dtype)
+            flag = "--learning-rate" if self._plan.learning_rate is None else "--bitnet-learning-rate"
             raise StudentError(
                 f"no latent weight moved since the last log, at a learning rate of {rate:g}: its updates are "
-                f"smaller than the rounding of {dtype.removeprefix('torch.')} weights; raise --learning-rate"
+                f"smaller than the rounding of {dtype.removeprefix('torch.')} weights; raise {flag}"
                 + (" or take --bitnet-masters fp32" if dtype != "torch.float32" else "")
             )
         return measured | gate_metrics(gates(self._student))
@@ -166,3 +177,22 @@ def staged(schedule: torch.optim.lr_scheduler.LambdaLR, max_steps: int) -> None:
         return lambda step: rate(step) * (LATE_RATE if late(step, max_steps) else 1.0)
 
     schedule.lr_lambdas = [with_stage(rate) for rate in schedule.lr_lambdas]
+
+
+def separate_rates(optimizer: torch.optim.Optimizer, model: nn.Module, plan: TernaryPlan) -> None:
+    """Move the latent weights of a model into groups of an optimizer of their own, which come last and have
+    the plan's learning rate and weight decay; what the plan leaves open stays as it is.
+
+    To be called before the optimizer's first step, and before a schedule is made of its rates.
+    """
+    if plan.learning_rate is None and plan.weight_decay is None:
+        return
+    own = {"lr": plan.learning_rate, "weight_decay": plan.weight_decay}
+    own = {name: value for name, value in own.items() if value is not None}
+    latent = {id(layer.weight) for _, layer in bit_linears(model)}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in latent]
+        if moved:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in latent]
+            optimizer.add_param_group({**group, "params": moved, **own})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -84,10 +84,28 @@ class StudentOptions:
     bitnet_warmup_norms: float = _flag(
         0.0, "Share of the steps in which the norms of --bitnet-conversion go from none to full."
     )
+    bitnet_anneal: float = _flag(
+        0.0,
+        "Share of the steps in which ternary weights are soft (Hestia): a weight counts as the mean of -1, 0 "
+        "and 1 under a softmax that hardens to rounding by the end of that share, so those in the dead zone "
+        "have true gradients. It must be longer than --bitnet-warmup-weights; 0 rounds from the first step.",
+    )
     bitnet_masters: Literal["fp32", "bf16"] = _flag(
         "fp32",
         "What latent weights are kept in. bf16 takes 4 bytes less per weight, gradients included, and comes "
         "with an AdamW that rounds its updates stochastically.",
+    )
+    bitnet_learning_rate: float | None = _flag(
+        None,
+        "Peak learning rate of the latent weights behind ternary matrices; all other weights keep "
+        "--learning-rate. Ternary matrices stand larger steps, since most of a step is rounded away. "
+        "Default: --learning-rate.",
+    )
+    bitnet_weight_decay: float | None = _flag(
+        None,
+        "Weight decay of the latent weights; all other weights keep --weight-decay. The scale of a ternary "
+        "matrix shrinks with its latent weights, so decay moves no weight nearer to zero. Default: "
+        "--weight-decay.",
     )
     bitnet_two_stage: bool = _flag(
         False,
@@ -256,16 +274,28 @@ class StudentOptions:
             raise UserError(
                 f"--bitnet-conversion {self.bitnet_conversion} is unknown; choose {', '.join(CONVERSIONS)}"
             )
+        if self.bitnet_learning_rate is not None and not 0 < self.bitnet_learning_rate < float("inf"):
+            raise UserError(f"--bitnet-learning-rate {self.bitnet_learning_rate:g}: give a number above 0")
+        if self.bitnet_weight_decay is not None and not 0 <= self.bitnet_weight_decay < float("inf"):
+            raise UserError(f"--bitnet-weight-decay {self.bitnet_weight_decay:g}: give a number >= 0")
         for flag in _WARMUPS:
             if not 0 <= getattr(self, flag) <= 1:
                 raise UserError(f"--{flag.replace('_', '-')} is a share of the steps, 0 to 1")
+        if not (self.bitnet_anneal == 0 or self.bitnet_warmup_weights < self.bitnet_anneal <= 1):
+            raise UserError(
+                f"--bitnet-anneal {self.bitnet_anneal:g}: give a share of the steps above that of "
+                f"--bitnet-warmup-weights ({self.bitnet_warmup_weights:g}), at most 1, or 0"
+            )
 
     def check_ternary(self, conversion: str | None) -> None:
         """UserError for a flag that has no effect on a student of this conversion; None: full precision."""
         flags = (
             "bitnet_conversion",
             *_WARMUPS,
+            "bitnet_anneal",
             "bitnet_masters",
+            "bitnet_learning_rate",
+            "bitnet_weight_decay",
             "bitnet_two_stage",
             "bitnet_backward",
         )
@@ -280,12 +310,26 @@ class StudentOptions:
                 "--bitnet-warmup-norms has no effect without norms; add --bitnet-conversion subln"
             )
 
+    def separate_flag(self) -> str | None:
+        """The flag that takes latent weights out of the optimizer's common groups, if one is given."""
+        names = ("bitnet_learning_rate", "bitnet_weight_decay")
+        given = [name for name in names if getattr(self, name) is not None]
+        return f"--{given[0].replace('_', '-')}" if given else None
+
     def ternary(self) -> TernaryPlan:
         """How a BitNet student is trained."""
-        from student.bitnet import TernaryPlan, Warmup
+        from student.bitnet import Annealing, TernaryPlan, Warmup
 
         warmup = Warmup(self.bitnet_warmup_weights, self.bitnet_warmup_activations, self.bitnet_warmup_norms)
-        return TernaryPlan(warmup, self.bitnet_masters, self.bitnet_two_stage, self.bitnet_backward)
+        return TernaryPlan(
+            warmup,
+            self.bitnet_masters,
+            self.bitnet_two_stage,
+            self.bitnet_backward,
+            self.bitnet_learning_rate,
+            self.bitnet_weight_decay,
+            Annealing(self.bitnet_warmup_weights, self.bitnet_anneal),
+        )
 
     def wanted(self) -> ObjectiveRequest:
         """The terms that --objective or the flags in its place ask for; UserError when there are none."""

@@ -256,6 +256,7 @@ def _prepare_ternary(model: DistillationModel, prepared: PreparedTraining, track
     if plan.backward == "int8":
         set_gates(model, lambda: Gates(Gate(False, 1.0), Gate(False, 1.0)))
     bitnet.set_strengths(model, plan.warmup.at(1, 2**20))
+    bitnet.set_temperature(model, plan.annealing.at(1, 2**20))
     for _, layer in bitnet.bit_linears(model):
         layer.quantized = _quantised_once(layer, tracker)  # type: ignore[method-assign]
 

@@ -89,11 +89,8 @@ class DistillationTrainer(CacheTrainer):
             raise UserError("args: give a DistillationConfig, which is TrainingArguments and the losses")
         if train_dataset is None:
             raise UserError("train_dataset: give a cache: a directory, s3://bucket/prefix or a CacheReader")
-        if args.fsdp and optimizers[0] is not None:
-            raise UserError(
-                "optimizers: this one is of weights that are not sharded yet; leave it out and choose with "
-                "args.optim, or leave args.fsdp out"
-            )
+        if optimizers[0] is not None:
+            _check_whole(args)
         if isinstance(model, (str, Path)):
             if args.student is not None:
                 raise UserError("model: args.student names a checkpoint already; leave one of them out")
@@ -179,6 +176,20 @@ class DistillationTrainer(CacheTrainer):
         check_stores(checkpoint, self.model.objective.teachers)
         check_curriculum(checkpoint, self._request.options.curriculum().record())
         check_order(self.args, len(self.train_dataset), checkpoint)
+
+
+def _check_whole(args: DistillationConfig) -> None:
+    """UserError for what an optimizer that was made of the whole student cannot serve."""
+    if args.fsdp:
+        raise UserError(
+            "optimizers: this one is of weights that are not sharded yet; leave it out and choose with "
+            "args.optim, or leave args.fsdp out"
+        )
+    if (flag := args.separate_flag()) is not None:
+        raise UserError(
+            f"optimizers: this one has its groups of weights already, and {flag} makes others; give these "
+            "groups their rates yourself, or leave one of them out"
+        )
 
 
 def _open_held_out(cache: Cache | None) -> CacheReader | None:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from distily.logs import LOG
 from distily.text import one_line
 from featurestore.reader import CacheReader
-from student.bitnet import Drift
+from student.bitnet import Drift, set_relative_temperatures
 from student.config.parser import Request
 from student.data.batches import calibration_samples
 from student.data.curriculum import plan_curriculum
@@ -70,6 +70,7 @@ from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
 LONGEST = 8  # samples that are checked to fit a student with another tokenizer
+_OWN_GROUPS = {"params", "model", "optimizer_dict"}  # options of optimizers that take no groups
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -190,7 +191,7 @@ def prepare(
         _check_needs_evaluation(args)
         args.eval_strategy, args.eval_on_start = "no", False
     _check_metric(args, plan)
-    _check_optimizer(args, plan.masters)
+    _check_optimizer(args, plan.masters, options.separate_flag())
     _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
     if args.fsdp:
@@ -296,6 +297,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
     prepared = replace(prepared, plan=plan)
     set_seed(args.seed)
     student, drift = plan.build(samples, args.device)
+    if options.bitnet_anneal:
+        set_relative_temperatures(student, samples)
     if options.pack_rows:
         check_packing(student)
     teachers = [
@@ -376,8 +379,11 @@ def _check_metric(args: TrainingArguments, plan: StudentPlan) -> None:
         )
 
 
-def _check_optimizer(args: TrainingArguments, masters: str) -> None:
-    """Trainer finds a missing library, and values that its optimizers refuse, only when training begins."""
+def _check_optimizer(args: TrainingArguments, masters: str, separate: str | None) -> None:
+    """Trainer finds a missing library, and values that its optimizers refuse, only when training begins.
+
+    separate: the flag that gives ternary weights a rate or decay of their own, if one does.
+    """
     name = str(args.optim.value)
     if masters == "bf16" and name not in ("adamw_torch", "adamw_torch_fused"):
         raise UserError(
@@ -397,12 +403,25 @@ def _check_optimizer(args: TrainingArguments, masters: str) -> None:
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         if "pass a model" in str(error):  # which there is not yet
+            _check_groups(name, separate)
             return
         raise UserError(
             f"--optim {name} cannot be had with this --learning-rate, --optim-args, --adam-beta1, "
             f"--adam-beta2 and --adam-epsilon: {one_line(error, None)}"
         ) from error
+    plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if not plain or _OWN_GROUPS & set(options):
+        _check_groups(name, separate)
     _check_scheduler(args, optimizer or torch.optim.SGD([_tensor()]))
+
+
+def _check_groups(name: str, separate: str | None) -> None:
+    """UserError for rates of their own with an optimizer that makes its groups of weights itself."""
+    if separate is not None:
+        raise UserError(
+            f"{separate}: --optim {name} sorts the weights into groups itself; use adamw_torch, or leave "
+            "the flag out"
+        )
 
 
 def _check_scheduler(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:

@@ -23,7 +23,15 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from distily.system.files import write_json
 from featurestore.order import ORDER_VERSION
-from student.bitnet import Drift, RoundingAdamW, TernaryCallback, TernaryPlan, conversion_of, staged
+from student.bitnet import (
+    Drift,
+    RoundingAdamW,
+    TernaryCallback,
+    TernaryPlan,
+    conversion_of,
+    separate_rates,
+    staged,
+)
 from student.data.batches import CachedDataset, CacheOrder, Collator
 from student.data.matched import collator_of
 from student.metrics import cluster_error, perplexity
@@ -85,9 +93,10 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         self._measured: int | None = None  # the step at which gradient norms were measured last
         self._ternary: TernaryCallback | None = None
         self._drift = drift
-        self._two_stage = ternary is not None and ternary.two_stage
+        self._ternary_plan = ternary or TernaryPlan()
+        self._two_stage = self._ternary_plan.two_stage
         if conversion_of(model.student) is not None:
-            self._ternary = TernaryCallback(model.student, ternary or TernaryPlan())
+            self._ternary = TernaryCallback(model.student, self._ternary_plan)
             self.add_callback(self._ternary)
         self.add_callback(UniformGuess(vocab_size, copied))
 
@@ -133,6 +142,16 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         """
         names = super().get_decay_parameter_names(model)
         return [name for name in names if ".parametrizations." not in name]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's own, with the latent weights in groups of their own where they have rates of their
+        own.
+        """
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made:
+            separate_rates(optimizer, self.model, self._ternary_plan)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's own, with a second stage where there is to be one."""

@@ -266,6 +266,13 @@ def test_bad_arguments(cache: Path, teacher: Path, tmp_path: Path, config: Confi
         ({"model": str(teacher), "args": config(student=str(teacher))}, "names a checkpoint already"),
         ({"model": str(teacher), "args": config(student_model_config=SHAPE)}, "exclude each other"),
         ({"args": config(hidden_loss="mse", hidden_layers=[1, 2])}, "2"),
+        (
+            {
+                "args": config(student_model_as_bitnet=True, bitnet_weight_decay=0.0),
+                "optimizers": (torch.optim.SGD([torch.zeros(1)]), None),
+            },
+            "groups of weights already, and --bitnet-weight-decay",
+        ),
     ]
     for given, message in refused:
         with pytest.raises((UserError, MissingFeatureError), match=message):

@@ -47,9 +47,10 @@ BEST = ("--eval-strategy", "steps", "--eval-steps", "2", "--eval-on-start", "Tru
 BEST += ("--load-best-model-at-end", "--metric-for-best-model", "loss")
 ACCUMULATED = ("--train-samples", "15")  # three batches of the four that a step has room for
 TERNARY = ("--student-model-as-bitnet", "--bitnet-conversion", "subln")
+RATE = ("--bitnet-learning-rate", "0.02")
 COMPARED = {
     "fp": ("--hidden-loss", "mse", "--projector", "linear", "--gradient-checkpointing", *BEST, *ACCUMULATED),
-    "full": (*TERNARY, "--bitnet-warmup-weights", "0.4"),
+    "full": (*TERNARY, "--bitnet-warmup-weights", "0.4", "--bitnet-anneal", "0.6", *RATE),
     "int8": (*TERNARY, "--bitnet-backward", "int8", "--bitnet-masters", "bf16"),
     "clipped": ("--max-grad-norm", "0.05", "--max-steps", "1", *SGD),
 }

@@ -30,12 +30,12 @@ SMALL = ("--student-model-config", '{"num_hidden_layers": 2}', "--learning-rate"
 
 @pytest.fixture(scope="module")
 def relations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the default distribution and the relations of block 1 of 3."""
+    """A cache with the default distribution, the final states and the relations of block 1 of 3."""
     folder = tmp_path_factory.mktemp("relations")
     teacher = teachers.llama(folder / "teacher")
     texts = [json.dumps({"text": text_of(20, seed)}) for seed in range(24)]
     (folder / "data.jsonl").write_text("\n".join(texts))
-    generate(teacher, folder / "data.jsonl", folder / "cache", "--relation-layers", 1)
+    generate(teacher, folder / "data.jsonl", folder / "cache", "--relation-layers", 1, "--final")
     return folder / "cache"
 
 
@@ -45,7 +45,11 @@ def terms(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("recipe", "conversion", "learned"),
-    [("bitnet-kd", "none", {"kl"}), ("tsld-qat", "subln", {"tsld", "ce"})],
+    [
+        ("bitnet-kd", "none", {"kl"}),
+        ("tsld-qat", "subln", {"tsld", "ce"}),
+        ("ternary", "subln", {"kl", "hidden_nmse_L3_to_L2"}),
+    ],
 )
 def test_recipes_of_one_training(
     distily_train: Run, relations: Path, tmp_path: Path, recipe: str, conversion: str, learned: set[str]

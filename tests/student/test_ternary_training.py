@@ -15,6 +15,8 @@ from torch import Tensor
 from student import bitnet
 from student.bitnet import chains
 from student.bitnet.master_weights import RoundingAdamW, round_stochastically
+from student.errors import UserError
+from student.training.run import _check_groups
 from tests.student.test_training import BITNET, logs, weights
 
 Train = Callable[..., dict[str, Any]]
@@ -59,6 +61,51 @@ def test_a_resumed_run_keeps_strength_stage_and_rounding(train: Train, run: Run,
         assert code == 2
         assert f"this run would resume with {kind}, but" in err
         assert "is of a run with --bitnet-conversion subln --bitnet-masters bf16" in err
+
+
+@pytest.mark.parametrize("optimizer", [(), ("--bitnet-masters", "bf16")], ids=["AdamW", "rounding"])
+def test_latent_weights_have_rates_of_their_own(
+    train: Train, tmp_path: Path, optimizer: tuple[object, ...]
+) -> None:
+    """A rate and a decay of their own, through schedule, second stage and resuming; the others' are those of
+    a run without.
+    """
+    flags = (*SUBLN, *optimizer, "--bitnet-two-stage", "--weight-decay", 0.5, "--max_steps", 4)
+    flags += ("--save_steps", 1, "--logging_steps", 1, "--save_total_limit", 5, "--learning-rate", 0.01)
+    flags += ("--warmup_steps", 0, "--lr_scheduler_type", "linear")
+    own = ("--bitnet-learning-rate", 0.03, "--bitnet-weight-decay", 0.2)
+    train(tmp_path / "own", *flags, *own)
+    groups = []
+    for step in (1, 3):
+        state = torch.load(tmp_path / "own" / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        groups.append([(group["lr"], group["weight_decay"]) for group in state["param_groups"]])
+    late = 2 / 3 / 4  # what is left of the rates behind the third step, in the second stage
+    assert groups[0] == [(pytest.approx(0.01 * 3 / 4), decay) for decay in (0.5, 0.0)] + [
+        (pytest.approx(0.03 * 3 / 4), 0.2)
+    ]
+    assert groups[1] == [(pytest.approx(rate * late), 0.0) for rate in (0.01, 0.01, 0.03)]
+    checkpoint = tmp_path / "own" / "checkpoint-1"
+    train(tmp_path / "resumed", *flags, *own, "--resume_from_checkpoint", checkpoint)
+    straight, resumed = weights(tmp_path / "own"), weights(tmp_path / "resumed")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+def test_separate_rates_move_latent_weights_only() -> None:
+    model = torch.nn.Sequential(bitnet.BitLinear(8, 4), torch.nn.Linear(4, 4))
+    groups = [{"params": [p for p in model.parameters() if p.dim() == n], "weight_decay": n} for n in (2, 1)]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    bitnet.separate_rates(optimizer, model, bitnet.TernaryPlan())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+    bitnet.separate_rates(optimizer, model, bitnet.TernaryPlan(learning_rate=3.0))
+    found = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [(1, 1.0, 2), (2, 1.0, 1), (1, 3.0, 2)]
+    assert optimizer.param_groups[-1]["params"][0] is model[0].weight
+
+
+def test_optimizers_with_groups_of_their_own_have_no_place_for_separate_rates() -> None:
+    _check_groups("galore_adamw", None)
+    with pytest.raises(UserError, match="--bitnet-learning-rate: --optim galore_adamw sorts the weights"):
+        _check_groups("galore_adamw", "--bitnet-learning-rate")
 
 
 @pytest.fixture
@@ -118,6 +165,12 @@ def test_weights_are_quantised_once_per_step(
         ),
         (("--bitnet-masters", "bf16", "--optim", "sgd"), "--optim sgd would round its updates away"),
         (("--bitnet-two-stage", "--lr_scheduler_type", "greedy"), "greedy follows the loss"),
+        (("--bitnet-learning-rate", 0), "--bitnet-learning-rate 0: give a number above 0"),
+        (("--bitnet-weight-decay", -0.1), "--bitnet-weight-decay -0.1: give a number >= 0"),
+        (
+            ("--student-model-as-bitnet", "False", "--bitnet-learning-rate", 1),
+            "--bitnet-learning-rate has no effect",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(run: Run, tmp_path: Path, flags: tuple[object, ...], reason: str) -> None:
