@@ -27,26 +27,45 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from featurestore.format.int4 import BLOCK, levels, rotate_, unrotate_
 from featurestore.format.kinds.table import kind_of
 from featurestore.format.positions import kept_positions
 from featurestore.format.schema import HiddenFeatures, HiddenSpec
+from featurestore.format.states import transform
+from featurestore.format.states.rotated import (
+    BLOCK,
+    PATTERNS,
+    RotatedLayout,
+    levels,
+    rotate_,
+    signs_of,
+    unrotate_,
+)
+from featurestore.format.states.transform import Basis, decode_transformed, encode_transformed
 from pipeline.capture.packing import RowLayout, hidden_fields, to_features
 from pipeline.capture.spec import CaptureSpec
+from pipeline.teacher.basis import calibrate_in
 from student.losses import hidden, structure
 from student.losses.blocks import BlockPair, StudentBlock
 from student.losses.relation_terms import qkv_relation
 
 LENGTH, SAMPLES = 256, 8
 NOISE = 0.1
-DTYPES = ("bf16", "int8", "fp8", "int4")
-RANKS, SHARES, SEEDS = (32, 64, 128, 256), (0.5, 0.25, 0.1), 4
-SHARED = ("int8", "int4")
+DTYPES = ("bf16", "int8", "fp8", "int4", "int2")
+RANKS, RATES, SHARES, SEEDS = (32, 64, 128, 256), (2, 3), (0.5, 0.25, 0.1), 4
+SHARED = ("int8", "int4", "int2")
 NOTES = """The first positions of a text have states that are a hundred times longer than the others,
 most of it in two or three channels. int8 has one scale for all of a state, so that there it keeps
-nothing else; int4 keeps these channels apart. At 55 % of the bytes of int8, int4 is therefore closer to
-the exact gradient of weights in mse and similarity of the demo, and at about twice the angle in cosine
+nothing else; int4 and int2 keep these channels apart. At 55 % of the bytes of int8, int4 is therefore closer
+to the exact gradient of weights in mse and similarity of the demo, and at about twice the angle in cosine
 and relations.
+
+int2 takes 30 % of the bytes of int8. It loses a quarter to a third of each state's length, but what it
+loses is about as often one way as the other: its scale is unbiased, and its signs differ from position to
+position. In the gradient of weights, which a step sums over positions, little is left of it. A quantiser with
+least error has no such scale, and makes the same error wherever a token comes again: main directions by
+reverse water-filling (what rate-distortion theory asks for) have a smaller error at as many bytes, and
+bend the gradient of weights more. int2 is not for losses that compare states with each other by projections
+(relations), nor for a student that is near.
 
 A near student is the worst case on purpose. Its distance to the teacher is noise of 10 % that differs
 at each position, so that the exact gradient of weights is a sum of noise, too, and an error of 5 to 9 %
@@ -56,11 +75,11 @@ A share of the positions adds the noise of a smaller sample, which falls with th
 a step (2,048 here). It is large for the mse of the demo, where a few positions make most of the
 gradient.
 
-Main directions (a basis of each layer, from other positions of the same text, not counted in the bytes)
-are not in the product. Where the student is far, 32 of them at 36 bytes bend gradients of weights less
-than a share of the positions at as many bytes does; but what they lose is lost at every position, so
-that no number of positions makes it good. int4 is closer than 256 of them in every column of the demo
-but the mse of a near student."""
+Main directions of states of single layers (a basis from other positions of the same text, not counted in
+the bytes) are not in the product. Where the student is far, 32 of them at 36 bytes bend gradients of
+weights less than a share of the positions at as many bytes does; but what they lose is lost at every
+position, so that no number of positions makes it good. int4 is closer than 256 of them in every column of
+the demo but the mse of a near student."""
 # (student [N, D], teacher [N, D]) -> the loss of each position, [N]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -171,6 +190,28 @@ def in_basis(setting: Setting, rank: int) -> Tensor:
     return coefficients @ basis_Dr.T + mean_D
 
 
+def water_filled(setting: Setting, bits: int) -> tuple[Tensor, int]:
+    """The teacher's states in all main directions of other states, with bits by reverse water-filling; bytes.
+
+    The first direction, in which the huge states of first positions lie, is in bfloat16.
+    """
+    size, others_ND = setting.others_ND.shape[1], setting.others_ND.double()
+    first_D1 = torch.linalg.eigh(others_ND.T @ others_ND)[1][:, -1:].float()
+
+    def parts(states_ND: Tensor) -> tuple[Tensor, Tensor]:
+        along_ND = (states_ND @ first_D1).bfloat16().float() @ first_D1.T
+        return along_ND, states_ND - along_ND
+
+    transform.TRANSFORMED["klt4"] = bits
+    rest_ND = parts(setting.others_ND)[1]
+    spec, tensors = calibrate_in(torch.eye(size, dtype=torch.float64), rest_ND.numpy(), "klt4")
+    arrays = {name: tensor.values for name, tensor in tensors.items()}
+    basis = Basis(dtype=spec.dtype, counts=spec.counts, digest="", **arrays)
+    along_ND, given_ND = parts(setting.teacher_ND)
+    rows = encode_transformed(given_ND.numpy(), basis)
+    return torch.from_numpy(decode_transformed(rows, basis)) + along_ND, rows.shape[1] + 2
+
+
 def gradient(loss: Loss, student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor | float = 1.0) -> Tensor:
     """Of the weighted sum over positions, with respect to the student's states, [N, D]."""
     leaf = student_ND.clone().requires_grad_()
@@ -245,6 +286,17 @@ def measure(setting: Setting) -> list[Point]:
                 angles=angles(setting, found),
             )
         )
+    for bits in RATES:
+        found, bytes_ = water_filled(setting, bits)
+        points.append(
+            Point(
+                family="main directions, water-filled",
+                label=f"main, {bits} bits",
+                size=bytes_,
+                error=error(found),
+                angles=angles(setting, found),
+            )
+        )
     for dtype in SHARED:
         for share in SHARES:
             spec = HiddenSpec(0, dtype, share)
@@ -265,17 +317,19 @@ def variant(states_ND: Tensor, outliers: int, rotated: bool, uniform: bool = Fal
     size = states_ND.shape[1]
     places = states_ND.abs().topk(outliers, dim=-1).indices
     apart = torch.zeros_like(states_ND).scatter(-1, places, states_ND.gather(-1, places).bfloat16().float())
-    rest_DN, columns = (states_ND - apart).T.contiguous(), torch.arange(size)
+    rest_DN = (states_ND - apart).T.contiguous()
+    layout = RotatedLayout("int4", size)
+    signs = signs_of(torch.arange(size + PATTERNS), places, layout)
     if rotated:
-        rotate_(rest_DN, columns)
+        rotate_(rest_DN, signs)
     blocks = rest_DN.view(size // BLOCK, BLOCK, -1)
     scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).bfloat16().float()
     codes = torch.arange(16, dtype=torch.float32)
-    values = (codes - 7) / 8 if uniform else levels(codes)
+    values = (codes - 7) / 8 if uniform else levels(codes, 4)
     found = values[torch.bucketize(blocks / scale, (values[1:] + values[:-1]) / 2)] * scale
     found_DN = found.reshape(size, -1).contiguous()
     if rotated:
-        unrotate_(found_DN, columns)
+        unrotate_(found_DN, signs)
     return found_DN.T + apart
 
 

@@ -1,10 +1,11 @@
 """How close the gradient of two cached teachers, mixed, comes to that of both teachers running.
 
-The demo teacher, and the same with noise on its matrices, predict the first samples of the demo text. The
-live mixture is the mean of their distributions over the whole vocabulary. The caches hold what a capture
-keeps of each: heads of mass 0.5, at most 8 tokens, and M draws (without the rounding of the store, which
-store_size.py measures). Gradients are with respect to the final states of a student, the demo teacher with
-other noise; angle and error are those of the gradients of all positions as one vector.
+The demo teacher and a second one predict the first samples of the demo text: the same with noise on its
+matrices, and a copy that was fine-tuned on a part of that text (`shifted_teacher.py`). The live mixture is
+the mean of their distributions over the whole vocabulary. The caches hold what a capture keeps of each: heads
+of mass 0.5, at most 8 tokens, and M draws (without the rounding of the store, which store_size.py measures).
+Gradients are with respect to the final states of a student, the demo teacher with other noise; angle and
+error are those of the gradients of all positions as one vector.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 from common import RUN, table, write_result
+from shifted_teacher import shifted_teacher
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,11 +37,13 @@ FAR = 10_000  # seeds that no other teacher has
 
 
 @torch.no_grad()
-def predictions(tokens: Tensor, noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, V], final states [N, D] and LM head [V, D] of the demo teacher with noise on its matrices,
-    relative to their spread.
+def predictions(
+    tokens: Tensor, noise: float = 0.0, seed: int = 0, teacher: Path = RUN / "teacher"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V], final states [N, D] and LM head [V, D] of a teacher with noise on its matrices, relative
+    to their spread.
     """
-    model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if noise and weight.dim() == 2:
@@ -124,12 +129,30 @@ def main() -> None:
     with (RUN / "topics.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(next(file))["text"] for _ in range(ROWS)]
     tokens = torch.tensor([tokenizer(text).input_ids[:LENGTH] for text in texts])
-    logits = [predictions(tokens, *how)[0] for how in ((0.0, 0), (0.1, 1))]
     student = Student(*predictions(tokens, 0.3, 2)[1:])
+    first = predictions(tokens)[0]
+    pairs = {
+        "The same teacher with noise": predictions(tokens, 0.1, 1)[0],
+        "The same teacher, fine-tuned": predictions(tokens, teacher=shifted_teacher())[0],
+    }
+    parts = [f"## {name}\n\n{_pair((first, second), student)}" for name, second in pairs.items()]
+    write_result(
+        "several_teachers",
+        "The gradient of two cached teachers, mixed",
+        f"{__doc__.strip() if __doc__ else ''}\n\n"
+        f"{tokens.numel()} positions, V = {first.shape[1]:,}. {SEEDS} sets of draws. Angles are in degrees "
+        "to the live gradient, of the first teacher alone and of the mixture (captures with one seed for "
+        "both teachers, and with two). Errors are relative to the live gradient, of mixtures with two "
+        "seeds.\n\n" + "\n\n".join(parts),
+    )
+
+
+def _pair(logits: tuple[Tensor, Tensor], student: Student) -> str:
+    """What there is to say of two teachers."""
     every = [z.log_softmax(-1) for z in logits]
     mixed = mixed_logs(every, WEIGHTS)
     exact = student.live(mixed)
-    rows = []
+    rows, worst = [], 0.0
     for draws in (4, 16, 64):
         found: dict[str, list[Tensor]] = {"alone": [], "same": [], "other": []}
         for seed in range(SEEDS):
@@ -139,28 +162,42 @@ def main() -> None:
                 check = mixture([first, other], WEIGHTS)
                 gap = (student.product(check) - student.sampled(check)).norm() / exact.norm()
                 assert gap < 1e-4, gap
+                worst = max(worst, _head_error(check, (first, other), mixed))
             found["alone"].append(student.sampled(first))
             for name, second in (("same", same), ("other", other)):
                 found[name].append(student.sampled(mixture([first, second], WEIGHTS)))
         rows.append([str(draws), *_row(found, student.live(every[0]), exact)])
     heads = [targets(z, LogitsSpec(8, 0.5)) for z in logits]
-    bucket = mixture(heads, WEIGHTS)
-    dropped = student.product(bucket)
+    dropped = student.product(mixture(heads, WEIGHTS))
     kl = [float((p.exp() * (p - mixed)).sum(-1).mean()) for p in every]
+    apart = float((every[0].exp() * (every[0] - every[1])).sum(-1).mean())
     angles = ["1 set, alone", "1 set, one seed", "1 set, two seeds"]
     errors = [f"error of the mean of {n} sets" for n in _SETS]
-    write_result(
-        "several_teachers",
-        "The gradient of two cached teachers, mixed",
-        f"{__doc__.strip() if __doc__ else ''}\n\n"
-        f"{tokens.numel()} positions, V = {logits[0].shape[1]:,}; the teachers are {sum(kl) / 2:.2f} nats "
-        f"from their mixture. {SEEDS} sets of draws. Angles are in degrees to the live gradient, of the "
-        "first teacher alone and of the mixture (captures with one seed for both teachers, and with two). "
-        "Errors are relative to the live gradient, of mixtures with two seeds.\n\n"
+    return (
+        f"The second teacher is {apart:.2f} nats from the first, and both are {sum(kl) / 2:.2f} nats from "
+        "their mixture.\n\n"
         + table(["draws M", *angles, *errors], rows)
-        + f"\n\nHeads alone, with the rest of each teacher as one outcome outside all heads (refused): "
-        f"{angle(dropped, exact):.1f} degrees, and no average makes that less.",
+        + "\n\nThe probability of a token that the heads of both teachers hold differs from the live "
+        f"mixture's by a factor of at most 1 ± {worst:.0e}. "
+        "Heads alone, with the rest of each teacher as one outcome outside all heads (refused): "
+        f"{angle(dropped, exact):.1f} degrees, and no average makes that less."
     )
+
+
+def _head_error(mixed: SparseTargets, parts: tuple[SparseTargets, ...], exact_NV: Tensor) -> float:
+    """Of probabilities of tokens in the heads of all parts, the largest relative error."""
+    held_NV = torch.ones_like(exact_NV, dtype=torch.bool)
+    for part in parts:
+        columns = slice(part.head_columns)
+        real_NK = torch.isfinite(part.logprob_NK[:, columns]).int()
+        held_NV &= (
+            torch.zeros_like(held_NV, dtype=torch.int32)
+            .scatter_add_(1, part.ids_NK[:, columns], real_NK)
+            .bool()
+        )
+    p_NV = torch.zeros_like(exact_NV).scatter_add_(1, mixed.ids_NK, mixed.logprob_NK.exp())
+    assert held_NV.any()
+    return float((p_NV[held_NV] / exact_NV.exp()[held_NV] - 1).abs().max())
 
 
 _SETS = (1, 4, 16, 64)

@@ -11,10 +11,12 @@ from featurestore.errors import CorruptionError, MissingFeatureError, StoreForma
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.codec import row_starts
 from featurestore.format.columns import Extent
-from featurestore.format.kinds.table import GroupCodes, covers, kind_of
+from featurestore.format.kinds.table import GroupCodes, covers, kind_of, parts
 from featurestore.format.plan import Task
 from featurestore.format.records import SAMPLES_FILE, CommitRecord
-from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
+from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity
+from featurestore.format.sidecar import load_basis
+from featurestore.format.states.transform import TRANSFORMED
 from featurestore.format.tables import samples_from_bytes
 from featurestore.identity import SAMPLES
 from featurestore.storage.protocol import PARTS, Root
@@ -37,7 +39,10 @@ class Group:
         self._rows = row_starts(np.asarray(task.lengths)).tolist()
         extent = Extent.of(task.lengths, record.stats, identity)
         directory = root.local(f"{bundle_name(record)}/{record.group}")
-        self._read = self._kind.open(spec, directory, extent, cache)
+        basis = None
+        if isinstance(spec, HiddenSpec) and spec.dtype in TRANSFORMED:
+            basis = load_basis(root, spec.dtype, identity)
+        self._read = self._kind.open(spec, directory, extent, cache, basis)
 
     def read(self, position: int) -> GroupFeatures:
         """The features of the sample at `position` of the task."""
@@ -71,7 +76,7 @@ class Bundle:
         self._verified = verified
         self._cache = cache
         self._groups: dict[str, Group] = {}
-        self._serving: dict[GroupSpec, CommitRecord] = {}
+        self._serving: dict[GroupSpec, list[tuple[CommitRecord, GroupSpec]]] = {}
         self._samples: list[Sample] | None = None
 
     def samples(self) -> list[Sample]:
@@ -89,7 +94,10 @@ class Bundle:
 
     def codes(self, position: int, want: GroupSpec) -> GroupCodes:
         """The same as stored, cut to `want` (see `GroupKind.cut`)."""
-        record = self._record(want)
+        parts = [self._part(record, part, position) for record, part in self._records(want)]
+        return kind_of(want).join(parts, want)
+
+    def _part(self, record: CommitRecord, part: GroupSpec, position: int) -> GroupCodes:
         try:
             codes = self._read(record, position)
         except (CorruptionError, StoreFormatError):
@@ -102,14 +110,14 @@ class Bundle:
                 codes = self._read(record, position)
         assert record.spec is not None
         sample = self.samples()[position]
-        return kind_of(want).cut(codes, record.spec, want, sample, self._identity)
+        return kind_of(part).cut(codes, record.spec, part, sample, self._identity)
 
-    def _record(self, want: GroupSpec) -> CommitRecord:
+    def _records(self, want: GroupSpec) -> list[tuple[CommitRecord, GroupSpec]]:
         if want not in self._serving:
-            record = serving(self.records, want)
-            if record is None:
+            records = serving(self.records, want)
+            if not records:
                 raise MissingFeatureError(f"task {self.task.id} has no column group that serves {want}")
-            self._serving[want] = record
+            self._serving[want] = records
         return self._serving[want]
 
     def _read(self, record: CommitRecord, position: int) -> GroupCodes:
@@ -124,7 +132,7 @@ class Bundle:
 
         May run in one thread while another reads.
         """
-        records = {record.group: record for want in wants if (record := serving(self.records, want))}
+        records = {one.group: one for want in wants for one, _ in serving(self.records, want)}
         for record in (self.records[SAMPLES], *records.values()):
             if (self.task.id, record.group) not in self._verified:
                 self._verify(record)
@@ -167,7 +175,13 @@ def load_samples(root: Root, record: CommitRecord, task: Task) -> list[Sample]:
     return [replace(sample, documents=keys) for sample, keys in zip(samples, record.documents, strict=True)]
 
 
-def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> CommitRecord | None:
-    """The record that serves a request: the very group, else the one with the fewest bytes that covers it."""
-    covering = [r for r in records.values() if r.spec is not None and covers(r.spec, want)]
-    return min(covering, key=lambda r: (r.spec != want, r.size), default=None)
+def serving(records: Mapping[str, CommitRecord], want: GroupSpec) -> list[tuple[CommitRecord, GroupSpec]]:
+    """The records that serve a request, each with the part of it that it is for: the very group, else the one
+    with the fewest bytes that covers it, else groups that do so together. None where nothing does.
+    """
+    known = [(record, record.spec) for record in records.values() if record.spec is not None]
+    served = []
+    for part in parts([spec for _, spec in known], want):
+        covering = [(record, spec) for record, spec in known if covers(spec, part)]
+        served.append((min(covering, key=lambda one: (one[1] != part, one[0].size))[0], part))
+    return served

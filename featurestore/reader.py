@@ -20,9 +20,10 @@ from featurestore.errors import CorruptionError, MissingFeatureError, StoreForma
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.directory import manifest_digests, read_spec, read_teacher_listing
 from featurestore.format.kinds.logits import narrowed
-from featurestore.format.kinds.table import GroupCodes, covers, flag_of, width
+from featurestore.format.kinds.table import GroupCodes, covers, flag_of, kind_of, ways, width
 from featurestore.format.schema import GroupFeatures, GroupSpec, LogitsSpec
-from featurestore.format.sidecar import Sidecar, part_of
+from featurestore.format.sidecar import Sidecar, load_basis, part_of
+from featurestore.format.states.transform import Basis
 from featurestore.storage.files import regular_size
 from featurestore.storage.protocol import Root
 from featurestore.storage.root import root_of
@@ -199,6 +200,10 @@ class CacheReader:
         """The teacher's LM head and projections, as far as the manifest lists them; nothing is read yet."""
         return Sidecar(self._root, self.identity, self.catalogue.teacher)
 
+    def basis(self, dtype: str) -> Basis:
+        """The basis of final states stored as klt4 or klt6; errors as those of `sidecar`."""
+        return load_basis(self._root, dtype, self.identity)
+
     def shard(self, index: int) -> int:
         """The number of the shard that holds a sample; the samples of one share their files, and are best
         read one after the other.
@@ -217,7 +222,7 @@ class CacheReader:
         Raises:
             MissingFeatureError: the message names what there is, and the generate flag that adds the kind.
         """
-        candidates = [spec for spec in self.groups.values() if spec.kind == kind and self._complete(spec)]
+        candidates = [spec for spec in self.complete_groups() if spec.kind == kind]
         if candidates:
             return max(candidates, key=width)
         flag = flag_of(kind)
@@ -262,9 +267,16 @@ class CacheReader:
         )
 
     def complete_groups(self) -> list[GroupSpec]:
-        """The specs that every sample has."""
+        """The specs that every sample has. What was extended by groups of further positions is one of them,
+        in the place of its parts.
+        """
         if self._default_groups is None:
-            self._default_groups = [spec for spec in self.groups.values() if self._complete(spec)]
+            offered = dict.fromkeys(kind_of(spec).offered(spec) for spec in self.groups.values())
+            complete = [spec for spec in offered if self._complete(spec)]
+            joined = set(complete).difference(self.groups.values())
+            self._default_groups = [
+                spec for spec in complete if not any(covers(one, spec) for one in joined - {spec})
+            ]
         return self._default_groups
 
     def read(self, index: int, groups: Sequence[GroupSpec] | None = None) -> CachedSample:
@@ -372,8 +384,10 @@ class CacheReader:
         return bundle
 
     def _complete(self, want: GroupSpec) -> bool:
-        serving = {group for group, spec in self.groups.items() if covers(spec, want)}
-        return self.catalogue.covered(serving)
+        return any(all(map(self._covered, way)) for way in ways(self.groups.values(), want))
+
+    def _covered(self, want: GroupSpec) -> bool:
+        return self.catalogue.covered({group for group, spec in self.groups.items() if covers(spec, want)})
 
 
 def _words(spec: LogitsSpec) -> str:

@@ -51,7 +51,8 @@ from featurestore.format.records import (
     unrecorded,
 )
 from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity, group_id
-from featurestore.format.sidecar import sidecar_files
+from featurestore.format.sidecar import load_basis, sidecar_files
+from featurestore.format.states.transform import Basis
 from featurestore.format.tables import plan_name, plan_to_bytes, samples_to_bytes
 from featurestore.identity import FILE_NAME, SAMPLES, check_id, digest, header, seal
 from featurestore.storage.files import MAX_RECORD_BYTES, hash_file, write_new, writing
@@ -336,6 +337,10 @@ class FeatureStore:
     def sidecar(self) -> dict[str, tuple[str, Stamp]]:
         """Part of the teacher's sidecar -> (file in teacher/, its stamp), whichever run put it there."""
         return sidecar_files(self.root, teacher_listings(self.root))
+
+    def basis(self, dtype: str) -> Basis | None:
+        """The basis of final states stored as `dtype`, klt4 or klt6; None before one is put in teacher/."""
+        return load_basis(self.root, dtype, self.identity) if dtype in self.sidecar() else None
 
     def add_provenance(self, record: Mapping[str, Any]) -> str:
         """Keep a record of one run: its command line, versions, seconds.

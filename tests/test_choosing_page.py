@@ -46,7 +46,7 @@ ROWS = {
             f"{dtype} |",
             [(3, 2, None), (4, 3, None), (5, 7, None), (6, 8, None)],
         )
-        for dtype in ("bf16", "int8", "fp8", "int4")
+        for dtype in ("bf16", "int8", "fp8", "int4", "int2")
     },
     "labels alone": ("kd_quality.md", "labels alone", [(1, 2, 3)]),
 }

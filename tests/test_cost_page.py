@@ -23,6 +23,9 @@ PARTS: dict[str, GroupSpec] = {
     "one hidden layer, bf16": HiddenSpec(1, "bf16"),
     "one hidden layer, int8 or fp8": HiddenSpec(1, "int8"),
     "one hidden layer, int4": HiddenSpec(1, "int4"),
+    "one hidden layer, int2": HiddenSpec(1, "int2"),
+    "`--final`, klt6": HiddenSpec(1, "klt6"),
+    "`--final`, klt4": HiddenSpec(1, "klt4"),
     "one hidden layer, f32": HiddenSpec(1, "f32"),
 }
 # What is stored; whether the LM head lies beside it once, in bf16.

@@ -17,6 +17,7 @@ from student.losses import catalogue
 from tests import teachers
 from tests.command import MAINS, call
 from tests.teachers import text_of
+from tests.tokenizers import own_bpe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,7 @@ def run(line: str) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_commands_and_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers.llama(tmp_path / "my-teacher")
+    own_bpe(tmp_path / "my-tokenizer", 257)
     lines = [json.dumps({"text": text_of(60, seed)}) for seed in range(24)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     if (ROOT / "examples").is_dir():

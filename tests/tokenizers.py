@@ -38,6 +38,22 @@ def byte_level(directory: Path, tokenizer_class: str | None = None, **config: An
     return directory
 
 
+def own_bpe(directory: Path, size: int, text: str = "") -> Path:
+    """A byte-level BPE; with 257 ids it has the bytes and an end token only. size: ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(
+        directory
+    )
+    return directory
+
+
 def word_piece(directory: Path, words: list[str]) -> Path:
     """Replace the tokenizer of a checkpoint by one whose vocabulary is vocab.txt alone: one id per line."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

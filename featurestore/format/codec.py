@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featurestore.format.int4 import Int4Layout, decode_int4
+from featurestore.format.states.rotated import ROTATED, RotatedLayout, decode_rotated
+from featurestore.format.states.transform import TRANSFORMED, Basis, decode_transformed, transformed_bytes
 
 Array = npt.NDArray[Any]
 
@@ -40,12 +41,16 @@ NO_LABEL = 2**32 - 1
 # Of a partial group: the entropy is not known. 1,024 nats are more than any vocabulary allows.
 NO_ENTROPY = 2**16 - 1
 
-# dtype name -> (numpy dtype on disk, whether there is a scale per position). A row of int4 is bytes.
+# dtype name -> (numpy dtype on disk, whether there is a scale per position). Rows of int4, int2,
+# klt4 and klt6 are bytes.
 HIDDEN_DTYPES: dict[str, tuple[type[np.generic], bool]] = {
     "bf16": (np.uint16, False),
     "int8": (np.int8, True),
     "fp8": (np.uint8, True),
     "int4": (np.uint8, False),
+    "int2": (np.uint8, False),
+    "klt4": (np.uint8, False),
+    "klt6": (np.uint8, False),
     "f32": (np.float32, False),
 }
 
@@ -160,24 +165,33 @@ def narrow_mask(counts: Array, logits: Array, lse: Array, top_k: int, top_p: flo
 
 
 def hidden_width(dtype: str, hidden_size: int) -> int:
-    """How many stored values a position has: D, or the bytes of a row of int4."""
-    return Int4Layout(hidden_size).row_bytes if dtype == "int4" else hidden_size
+    """How many stored values a position has: D, or the bytes of a row of int4, int2, klt4 and klt6."""
+    if dtype in TRANSFORMED:
+        return transformed_bytes(dtype, hidden_size)
+    return RotatedLayout(dtype, hidden_size).row_bytes if dtype in ROTATED else hidden_size
 
 
 def decode_hidden(
-    values: Array, scale: Array | None, dtype: str, hidden_size: int | None = None
+    values: Array,
+    scale: Array | None,
+    dtype: str,
+    hidden_size: int | None = None,
+    basis: Basis | None = None,
 ) -> npt.NDArray[np.float32]:
     """Stored hidden states [T, D] (and scale float32 [T]) -> float32 [T, D]. bf16 and f32 are exact.
 
-    For int4: rows of bytes [T, W], of states of `hidden_size` numbers.
+    For int4 and int2: rows of bytes [T, W], of states of `hidden_size` numbers; for klt4 and klt6 in `basis`.
     """
     if dtype == "bf16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     if dtype == "f32":
         return values.astype(np.float32)
-    if dtype == "int4":
+    if dtype in TRANSFORMED:
+        assert basis is not None
+        return decode_transformed(values, basis)
+    if dtype in ROTATED:
         assert hidden_size is not None
-        return decode_int4(values, hidden_size)
+        return decode_rotated(values, dtype, hidden_size)
     plain = FP8_E4M3FN[values] if dtype == "fp8" else values.astype(np.float32)
     assert scale is not None
     return plain * scale[:, None]

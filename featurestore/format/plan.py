@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from featurestore.errors import StoreFormatError
-from featurestore.format.kinds.table import covers
+from featurestore.format.kinds.table import covers, rest
 from featurestore.format.schema import MAX_TOKENS, GroupSpec
 from featurestore.identity import SAMPLE_ID, SAMPLES, canonical_json, check_id, check_int, digest
 
@@ -113,7 +113,8 @@ def plan_generation(
 
     `committed` maps a group id ("samples" included) to the ids of tasks that have it, `committed_specs`
     a group id to its spec. A sample that a known task holds stays there, and such a task is completed
-    whole; only unknown samples form new tasks. A group that a committed one covers is no work.
+    whole; only unknown samples form new tasks. A group that committed ones cover is no work, and of a
+    share of the positions the part that they lack.
     """
     distinct = dict(wanted)
     task_of: dict[str, Task] = {}
@@ -154,6 +155,6 @@ def _work(
     needed: Sequence[GroupSpec],
 ) -> Work | None:
     have = [specs[g] for g, tasks in committed.items() if g in specs and task.id in tasks]
-    missing = tuple(want for want in needed if not any(covers(h, want) for h in have))
+    missing = tuple(lacking for want in needed if (lacking := rest(have, want)) is not None)
     needs_samples = task.id not in committed.get(SAMPLES, ())
     return Work(task, missing, needs_samples) if missing or needs_samples else None

@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from featurestore.errors import StoreFormatError
 from featurestore.format.codec import HIDDEN_DTYPES, decode_hidden, hidden_width
+from featurestore.format.states.rotated import ROTATED
+from featurestore.format.states.transform import TRANSFORMED, Basis
 from featurestore.identity import canonical_json, check_int, digest
 
 Array = npt.NDArray[Any]
@@ -142,11 +144,14 @@ class HiddenSpec:
 
     Args:
         layer: 0 is the embeddings, i the stream after block i, as in transformers' `output_hidden_states`.
-        dtype: as stored: "f32", "bf16", "int8" or "fp8", these two with a scale for each position, or "int4",
-            about 0.55 bytes a number.
+        dtype: as stored: "f32", "bf16", "int8" or "fp8", these two with a scale for each position, or "int4"
+            and "int2", about 0.55 and 0.3 bytes a number; of the last layer also "klt4" and "klt6", 4 and 6
+            bits a number.
         positions: the share of the positions that are stored, in (0, 1]; which, featurestore.format.positions
             says.
         seed: of their choice.
+        above: a smaller share of the same seed whose positions are not stored, as another group has them; in
+            [0, positions).
 
     Raises:
         StoreFormatError: the layer, the share or the seed is out of its range, or the type is unknown.
@@ -159,6 +164,7 @@ class HiddenSpec:
     dtype: str = "bf16"
     positions: float = 1.0
     seed: int = 0
+    above: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.layer) is not int or not 0 <= self.layer <= MAX_LAYER:
@@ -169,7 +175,12 @@ class HiddenSpec:
             )
         if type(self.positions) not in (int, float) or not 0 < self.positions <= 1:
             raise StoreFormatError(f"a share of positions must be in (0, 1], not {self.positions!r}")
+        if type(self.above) not in (int, float) or not 0 <= self.above < self.positions:
+            raise StoreFormatError(
+                f"a share that is left out must be in [0, {self.positions}), not {self.above!r}"
+            )
         object.__setattr__(self, "positions", float(self.positions))
+        object.__setattr__(self, "above", float(self.above))
         check_int(self.seed, 0, 0 if self.whole else MAX_SEED, "seed of the share of positions")
 
     @property
@@ -180,13 +191,18 @@ class HiddenSpec:
     @property
     def whole(self) -> bool:
         """Whether all positions are stored."""
-        return self.positions == 1
+        return self.share == 1
+
+    @property
+    def share(self) -> float:
+        """Which part of the positions is stored."""
+        return self.positions - self.above
 
     def to_json(self) -> dict[str, Any]:
         """Optional fields are left out when unset, as those of `LogitsSpec`."""
         share = {} if self.whole else {"positions": self.positions}
-        seed = {"seed": self.seed} if self.seed else {}
-        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype, **share, **seed}
+        more = {name: value for name, value in (("seed", self.seed), ("above", self.above)) if value}
+        return {"kind": "hidden", "layer": self.layer, "dtype": self.dtype, **share, **more}
 
 
 @dataclass(frozen=True)
@@ -315,7 +331,8 @@ class HiddenFeatures:
     """One layer's hidden states of one sample, as stored.
 
     values [T, D]: uint16 (bf16 bits), int8, uint8 (fp8 e4m3fn bits) or float32, as `dtype` says; for int4
-    uint8 [T, W], rows of bytes (featurestore.format.int4), of which hidden_size says what D is.
+    and int2 uint8 [T, W], rows of bytes (featurestore.format.states.rotated); hidden_size then says D.
+    For klt4 and klt6 likewise, in `basis` (featurestore.format.states.transform).
     scale: float32 [T] for int8 and fp8 (the value is stored * scale), else None. squared_error, squared_norm:
     float32 [T], per row the sums over D of (stored - exact)^2 and exact^2, known to the capture alone: only
     their sums over a task are kept, and what a reader gives has None.
@@ -330,6 +347,7 @@ class HiddenFeatures:
     squared_norm: Array | None = None
     hidden_size: int | None = None
     positions: Array | None = None
+    basis: Basis | None = None
 
     def at(self, positions: Array) -> HiddenFeatures:
         """The rows of these positions, which are there."""
@@ -340,7 +358,7 @@ class HiddenFeatures:
 
     def to_float32(self) -> npt.NDArray[np.float32]:
         """The hidden states as float32 [T, D], or [n, D] at `positions`."""
-        return decode_hidden(self.values, self.scale, self.dtype, self.hidden_size)
+        return decode_hidden(self.values, self.scale, self.dtype, self.hidden_size, self.basis)
 
     def check(self, length: int, hidden_size: int) -> None:
         """ValueError unless shapes and dtypes are as documented for `length` positions."""
@@ -353,8 +371,12 @@ class HiddenFeatures:
             length = len(self.positions)
         stored, scaled = HIDDEN_DTYPES[self.dtype]
         _check("values", self.values, stored, (length, hidden_width(self.dtype, hidden_size)))
-        if self.hidden_size != (hidden_size if self.dtype == "int4" else None):
-            raise ValueError(f"hidden_size must be {hidden_size} for int4, and None for other types")
+        if self.hidden_size != (hidden_size if self.dtype in ROTATED else None):
+            raise ValueError(f"hidden_size must be {hidden_size} for int4 and int2, None for other types")
+        if (self.dtype in TRANSFORMED) != (self.basis is not None):
+            raise ValueError("klt4 and klt6 need a basis, other types have none")
+        if self.basis is not None and (self.basis.dtype, self.basis.size) != (self.dtype, hidden_size):
+            raise ValueError(f"the basis is not one of {self.dtype} for states of {hidden_size:,} numbers")
         if scaled != (self.scale is not None):
             raise ValueError(f"hidden states of dtype {self.dtype} {'need' if scaled else 'have no'} scale")
         if self.scale is not None:

@@ -1,7 +1,8 @@
 """The teacher's sidecar: the few weights that turn stored hidden states into what a sparse head cannot give.
 
-Each part is one safetensors file in `teacher/` that never changes: `head` (the LM head) and `block<i>` (input
-norm and Q, K, V projections of decoder block i, counted from 0, whose input is `hidden.L<i>`). Letters: V
+Each part is one safetensors file in `teacher/` that never changes: `head` (the LM head), `block<i>` (input
+norm and Q, K, V projections of decoder block i, counted from 0, whose input is `hidden.L<i>`), and `klt4` and
+`klt6` (the basis of `hidden.L<num_layers>`, featurestore.format.states.transform). Letters: V
 vocabulary, D hidden size, H query heads, G key and value heads, d head size. Weights keep the bits that the
 checkpoint has; what they mean is in a spec in the file's metadata:
 
@@ -21,6 +22,7 @@ import mmap
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -29,16 +31,28 @@ import numpy.typing as npt
 
 from featurestore.errors import CorruptionError, FeatureStoreError, MissingFeatureError, StoreFormatError
 from featurestore.format.codec import decode_hidden
-from featurestore.format.directory import read_teacher_listing
+from featurestore.format.directory import read_teacher_listing, teacher_listings
 from featurestore.format.records import Stamp
 from featurestore.format.schema import MAX_LAYER, MAX_VOCAB, TeacherIdentity
+from featurestore.format.states.transform import (
+    LEVELS,
+    MAX_BITS,
+    MAX_TRANSFORMED,
+    MIN_SIZE,
+    TRANSFORMED,
+    Basis,
+    basis_file,
+    code_bits,
+)
 from featurestore.identity import canonical_json, check_int, digest, header, seal, unseal
 from featurestore.storage.protocol import Root
 
 Array = npt.NDArray[Any]
 
 HEAD = "head"
-PART_FILE = re.compile(r"(head|block(?:0|[1-9][0-9]{0,3}))-[0-9a-f]{32}\.safetensors")
+PART_FILE = re.compile(
+    rf"(head|block(?:0|[1-9][0-9]{{0,3}}))-[0-9a-f]{{32}}\.safetensors|({'|'.join(TRANSFORMED)})\.safetensors"
+)
 # safetensors' name of a type -> (ours, numpy's on this machine); numpy has no bf16, so its bits are kept.
 DTYPES: dict[str, tuple[str, type[np.generic]]] = {
     "F32": ("f32", np.float32),
@@ -163,8 +177,59 @@ class BlockSpec:
         }
 
 
-PartSpec = HeadSpec | BlockSpec
-Spec = TypeVar("Spec", HeadSpec, BlockSpec)
+@dataclass(frozen=True, kw_only=True)
+class BasisSpec:
+    """The basis of final states stored as `dtype`; counts: see `Basis`."""
+
+    dtype: str
+    hidden_size: int
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in TRANSFORMED:
+            raise StoreFormatError(f"sidecar: a basis of {str(self.dtype)[:80]!r}")
+        check_int(self.hidden_size, MIN_SIZE, MAX_TRANSFORMED, "sidecar: hidden_size")
+        if not isinstance(self.counts, list | tuple) or len(self.counts) != MAX_BITS:
+            raise StoreFormatError(f"sidecar: counts are {MAX_BITS} numbers")
+        for count in self.counts:
+            check_int(count, 0, self.hidden_size, "sidecar: counts")
+        object.__setattr__(self, "counts", tuple(self.counts))
+        bits = sum(bits * count for bits, count in zip(range(MAX_BITS, 0, -1), self.counts, strict=True))
+        if bits != code_bits(self.dtype, self.hidden_size) or sum(self.counts) > self.hidden_size:
+            raise StoreFormatError("sidecar: the codes of the basis do not fill a row")
+
+    @property
+    def part(self) -> str:
+        return self.dtype
+
+    def fits(self, teacher: TeacherIdentity) -> bool:
+        """Can this be a part of that teacher."""
+        return self.hidden_size == teacher.hidden_size
+
+    def required(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the tensors that every such part has."""
+        rank = sum(self.counts)
+        return {
+            "mean": (self.hidden_size,),
+            "encode": (self.hidden_size, rank),
+            "decode": (rank, self.hidden_size),
+            "levels": (LEVELS,),
+        }
+
+    def optional(self) -> dict[str, tuple[int, ...]]:
+        """There are none."""
+        return {}
+
+
+PartSpec = HeadSpec | BlockSpec | BasisSpec
+Spec = TypeVar("Spec", HeadSpec, BlockSpec, BasisSpec)
+
+
+_KINDS: dict[object, type[HeadSpec] | type[BlockSpec] | type[BasisSpec]] = {
+    "head": HeadSpec,
+    "block": BlockSpec,
+    "basis": BasisSpec,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +248,7 @@ def block_part(layer: int) -> str:
 def part_of(name: str) -> str | None:
     """The part that a file in `teacher/` holds, None when it is another file."""
     found = PART_FILE.fullmatch(name)
-    return found[1] if found else None
+    return (found[1] or found[2]) if found else None
 
 
 def part_file(spec: PartSpec, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
@@ -195,13 +260,15 @@ def part_file(spec: PartSpec, tensors: Mapping[str, Tensor]) -> tuple[str, bytes
     for name in order:
         if list(tensors[name].values.shape) != entries[name]["shape"]:
             raise ValueError(f"{name} is {tensors[name].values.shape}, not {entries[name]['shape']}")
-    kind = "head" if isinstance(spec, HeadSpec) else "block"
+    kind = next(name for name, made in _KINDS.items() if isinstance(spec, made))
     sealed = seal({**header("sidecar"), "kind": kind, "spec": asdict(spec)}).decode("ascii")
     head = canonical_json({"__metadata__": {_METADATA: sealed}, **entries})
     head += b" " * (-len(head) % 8)
     arrays = [tensors[name].values for name in order]
     body = [array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays]
     data = b"".join([len(head).to_bytes(8, "little"), head, *body])
+    if isinstance(spec, BasisSpec):
+        return basis_file(spec.dtype), data
     return f"{spec.part}-{digest(data)}.safetensors", data
 
 
@@ -256,6 +323,31 @@ def sidecar_files(root: Root, listings: Iterable[str]) -> dict[str, tuple[str, S
     return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
 
 
+def load_basis(root: Root, dtype: str, identity: TeacherIdentity) -> Basis:
+    """The basis of the final states that a store has as `dtype`.
+
+    Raises:
+        MissingFeatureError: it lists none.
+        CorruptionError, StoreFormatError: its file is missing, damaged or foreign.
+    """
+    files = sidecar_files(root, teacher_listings(root))
+    if dtype not in files:
+        raise MissingFeatureError(
+            f"{root.location}: teacher/{basis_file(dtype)} is not listed, in whose basis the final states "
+            "are stored; copy the whole store again from where it comes from"
+        )
+    place: Any = root
+    return _read_basis(place, *files[dtype], identity)
+
+
+@lru_cache(maxsize=4)
+def _read_basis(root: Any, name: str, stamp: Stamp, identity: TeacherIdentity) -> Basis:
+    part: Part[BasisSpec] = checked_part(root, name, stamp, identity)
+    values = {key: tensor.to_float32() for key, tensor in part.tensors.items()}
+    whole = digest(root.local(f"teacher/{name}").read_bytes())
+    return Basis(dtype=part.spec.dtype, counts=part.spec.counts, digest=whole, **values)
+
+
 class Sidecar:
     """The parts that one manifest lists. A part is checked against its stamp before its first use.
 
@@ -301,8 +393,7 @@ def checked_part(root: Root, name: str, stamp: Stamp, identity: TeacherIdentity)
 
 
 def _spec_from_json(value: Mapping[str, Any], where: str) -> PartSpec:
-    kinds: dict[object, type[HeadSpec] | type[BlockSpec]] = {"head": HeadSpec, "block": BlockSpec}
-    kind, given = kinds.get(value.get("kind")), value.get("spec")
+    kind, given = _KINDS.get(value.get("kind")), value.get("spec")
     if kind is None or not isinstance(given, dict):
         raise StoreFormatError(f"{where}: unknown kind of sidecar: {str(value.get('kind'))[:80]!r}")
     names = {field.name for field in fields(kind)}

@@ -23,7 +23,8 @@ class GroupInfo:
     perplexity (of the teacher, on the next tokens) are None for groups other than logits, the last two also
     for partial ones, where the known labels are the likely ones. relative_error: sqrt(sum of squared errors /
     sum of squares) of hidden states as stored, against those that the worker had; None for other groups and
-    where nothing was measured.
+    where nothing was measured. share_of_positions: of hidden states that are stored at a part of them, which
+    are the further ones of a share that was extended; None for other groups.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class GroupInfo:
     mean_entropy: float | None = None
     perplexity: float | None = None
     relative_error: float | None = None
+    share_of_positions: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from featurestore.format.directory import (
     teacher_listings,
 )
 from featurestore.format.plan import Task
-from featurestore.format.records import CommitRecord
+from featurestore.format.records import CommitRecord, Stamp
+from featurestore.format.states.transform import TRANSFORMED
 from featurestore.format.written import piece_names, read_piece
 from featurestore.parallel import in_order
 from featurestore.storage.files import copy_checked, writing
@@ -65,6 +66,7 @@ def merge_stores(path: str | Path, sources: Sequence[str | Path], progress: Prog
         opened.insert(0, target)
     for other in opened[1:]:
         _check_same_teacher(opened[0], other)
+    _check_same_bases(opened)
     store = FeatureStore.create(path, opened[0].identity)
     others = [one for one in opened if one.path != store.path]
     works = _plan(store, others)
@@ -96,6 +98,21 @@ def _check_same_teacher(first: FeatureStore, other: FeatureStore) -> None:
         raise SpecMismatchError(
             f"{first.path} and {other.path} are of different teachers or engines: {listed}"
         )
+
+
+def _check_same_bases(stores: Sequence[FeatureStore]) -> None:
+    """A store has one basis of each type: codes in another mean something else."""
+    first: dict[str, tuple[FeatureStore, Stamp]] = {}
+    for store in stores:
+        for part, (name, stamp) in store.sidecar().items():
+            if part not in TRANSFORMED:
+                continue
+            other, there = first.setdefault(part, (store, stamp))
+            if there != stamp:
+                raise SpecMismatchError(
+                    f"{other.path} and {store.path} hold final states as {part} in different bases "
+                    f"(teacher/{name}); capture one of them anew, into a copy of the other"
+                )
 
 
 @dataclass(frozen=True)

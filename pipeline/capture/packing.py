@@ -28,8 +28,9 @@ from featurestore.format.schema import (
     LseFeatures,
     LseSpec,
 )
+from featurestore.format.states.rotated import ROTATED
 from pipeline.capture.reduce import LogitRows, encode_hidden, lse_at, reduce_logits
-from pipeline.capture.spec import CaptureSpec
+from pipeline.capture.spec import CaptureSpec, captured_as
 from pipeline.capture.tiles import run_tiles
 
 TILE_ELEMENTS = 2**20
@@ -204,7 +205,8 @@ def hidden_fields(layer: int, stream_ND: torch.Tensor, dtype: str) -> dict[str, 
 def to_features(
     fields: dict[str, np.ndarray], groups: tuple[GroupSpec, ...], hidden_size: int | None = None
 ) -> dict[GroupSpec, GroupFeatures]:
-    """The unpacked fields of one sample as the store's features, ragged heads in CSR form.
+    """The unpacked fields of one sample as the store's features, ragged heads in CSR form, and states that
+    need a basis as float32.
 
     hidden_size: D of the teacher, for hidden states.
     """
@@ -230,8 +232,9 @@ def to_features(
             out[group] = HiddenFeatures(
                 values=values.reshape(len(values), -1),
                 scale=fields.get(f"scale.{group.layer}"),
-                dtype=group.dtype,
-                hidden_size=hidden_size if group.dtype == "int4" else None,
-                **{name: fields[f"{name}.{group.layer}"] for name in HIDDEN_STATS},
+                dtype=captured_as(group.dtype),
+                hidden_size=hidden_size if group.dtype in ROTATED else None,
+                squared_error=fields[f"squared_error.{group.layer}"],
+                squared_norm=fields[f"squared_norm.{group.layer}"],
             )
     return out

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from featurestore.format.codec import HIDDEN_DTYPES
+from featurestore.format.states.rotated import ROTATED
 from featurestore.format.tail import van_der_corput
-from pipeline.capture.int4 import encode_int4
+from pipeline.capture.rotated import encode_rotated
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
@@ -249,8 +250,8 @@ def head_counts(head_logits_NK: torch.Tensor, lse_N: torch.Tensor, top_p: float 
 class HiddenRows:
     """Encoded hidden states of N rows, and what the encoding cost.
 
-    values [N, D] in the stored type, or rows of bytes [N, W] for int4; scale float32 [N] for int8 and
-    fp8, else None. squared_error and squared_norm float32 [N]: sums over D of (stored - given)^2 and of
+    values [N, D] in the stored type, or rows of bytes [N, W] for int4 and int2; scale float32 [N] for int8
+    and fp8, else None. squared_error and squared_norm float32 [N]: sums over D of (stored - given)^2 and of
     given^2, both in float32.
     """
 
@@ -265,7 +266,7 @@ def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> HiddenRows:
 
     `bf16` and `f32` are plain casts. `int8` and `fp8` (e4m3fn) divide each row by its absolute maximum over
     the type's range: int8 is then within scale/2 per element, fp8 within 1/16 relative (or within
-    scale * 2**-10 near 0). `int4` makes rows of bytes of them, see `pipeline.capture.int4`.
+    scale * 2**-10 near 0). `int4` and `int2` make rows of bytes of them, see `pipeline.capture.rotated`.
 
     Raises:
         ValueError: unknown dtype.
@@ -273,8 +274,8 @@ def encode_hidden(hidden_ND: torch.Tensor, dtype: str) -> HiddenRows:
     if dtype not in HIDDEN_DTYPES:
         raise ValueError(f"unknown hidden dtype {dtype!r}")
     exact = hidden_ND.float()
-    if dtype == "int4":
-        rows, error = encode_int4(exact)
+    if dtype in ROTATED:
+        rows, error = encode_rotated(exact, dtype)
         return HiddenRows(rows, None, error, exact.square().sum(-1))
     scale = None
     if dtype == "bf16":

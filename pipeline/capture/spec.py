@@ -7,11 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec, LseSpec
+from featurestore.format.states.transform import TRANSFORMED
 
 # What our side and vLLM's worker call each other by: the key of vLLM's additional_config that holds the spec,
 # and the pooling task whose output is one tensor row per position.
 CONFIG_KEY = "distily_capture"
 POOLING_TASK = "token_embed"
+
+
+def captured_as(dtype: str) -> str:
+    """The type in which an engine gives the states that are stored as `dtype`: those that need a basis, which
+    is calibrated on what is captured, are encoded by who commits them.
+    """
+    return "f32" if dtype in TRANSFORMED else dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class CaptureSpec:
             seed=logits[0].seed if logits else 0,
             temperatures=temperatures,
             layers=layers,
-            hidden_dtypes=tuple(group.dtype for group in hidden),
+            hidden_dtypes=tuple(captured_as(group.dtype) for group in hidden),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from featurestore.format.records import CommitRecord, RunCost
 from featurestore.format.schema import GroupSpec, Sample
 from featurestore.store import FeatureStore
 from pipeline.engines.base import Captured
+from pipeline.generate.bases import Bases
 from pipeline.progress import Reporter
 
 SHARDS_PER_MANIFEST = 1024
@@ -65,6 +66,7 @@ class Committer:
         self._kept, self._total = kept, total
         self._advise()
         self._store, self._report, self._encoders = store, report, encoders
+        self._bases = Bases(store)
         self._encode = ThreadPoolExecutor(encoders, "encode")
         self._commit = ThreadPoolExecutor(1, "commit")
         self._pending: deque[Future[list[CommitRecord]]] = deque()
@@ -81,7 +83,9 @@ class Committer:
         spent = before.capture_seconds + clock - self._clock
         self._cost = replace(before, tokens=before.tokens + task.rows, capture_seconds=round(spent, 3))
         self._clock = clock
-        private = self._encode.submit(_encode, self._store, task, samples, groups, captured, self._cost)
+        private = self._encode.submit(
+            _encode, self._store, self._bases, task, samples, groups, captured, self._cost
+        )
         self._pending.append(self._commit.submit(self._keep, task, groups, private))
 
     def _keep(
@@ -95,6 +99,8 @@ class Committer:
     def _take(self) -> None:
         records = self._pending[0].result()  # it stays there for `__exit__` if we are stopped while we wait
         self._pending.popleft()
+        while self._bases.told:
+            self._report.stage(self._bases.told.popleft())
         written = sum(record.size for record in records)
         self.size += written
         self._kept += records[-1].rows
@@ -130,6 +136,7 @@ def advise_of(kept: int, total: int | None) -> None:
 
 def _encode(
     store: FeatureStore,
+    bases: Bases,
     task: Task,
     samples: Sequence[Sample],
     groups: Sequence[GroupSpec],
@@ -138,8 +145,10 @@ def _encode(
 ) -> list[CommitRecord]:
     features = {
         group: [
-            kind_of(group).keep(group, one[group], sample)
-            for one, sample in zip(captured, samples, strict=True)
+            kind_of(group).keep(group, one, sample)
+            for one, sample in zip(
+                bases.encode(group, [one[group] for one in captured]), samples, strict=True
+            )
         ]
         for group in groups
     }

@@ -72,7 +72,7 @@ class Planner:
             if name in stored or all(sample in ids for sample in task.sample_ids)
         }
         committed = {group: self._having(spec, known.values()) for group, spec in self._specs.items()}
-        return plan_generation(
+        plan = plan_generation(
             known_tasks=known,
             committed={SAMPLES: stored, **committed},
             committed_specs=self._specs,
@@ -81,6 +81,9 @@ class Planner:
             shard_tokens=self._shard_tokens,
             first_tokens=first_tokens,
         )
+        # What is added to a group of the store is a group of its own, which a shard has from now on.
+        self._specs.update({group_id(spec): spec for work in plan.work for spec in work.groups})
+        return plan
 
     def covers(self, wanted: Sequence[tuple[str, int]]) -> bool:
         """Whether the store lacks nothing of these samples."""

@@ -32,6 +32,7 @@ def further(info: StoreInfo, pace: Pace | None) -> list[Cost]:
     hidden, rows = info.identity.hidden_size, info.rows
     layer = info.identity.num_layers // 2
     wanted: list[tuple[str, GroupSpec]] = [
+        ("a further hidden layer, int2", HiddenSpec(layer, "int2")),
         ("a further hidden layer, int4", HiddenSpec(layer, "int4")),
         ("a further hidden layer, int8", HiddenSpec(layer, "int8")),
         ("a further hidden layer, bf16", HiddenSpec(layer, "bf16")),

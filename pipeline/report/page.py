@@ -137,7 +137,7 @@ def _contents(group: GroupInfo) -> str:
         "mass kept": group.mean_head_mass,
         "entropy": group.mean_entropy,
         "relative error": group.relative_error,
-        "share of positions": (group.spec or {}).get("positions"),
+        "share of positions": group.share_of_positions,
     }
     return ", ".join(f"{label} {value:.3g}" for label, value in measured.items() if value is not None)
 

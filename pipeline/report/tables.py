@@ -68,7 +68,7 @@ def render_info(console: Console, info: StoreInfo) -> None:
             "entropy": group.mean_entropy,
             "teacher perplexity": group.perplexity,
             "relative error": group.relative_error,
-            "share of positions": (group.spec or {}).get("positions"),
+            "share of positions": group.share_of_positions,
         }
         groups.add_row(
             name,

@@ -35,6 +35,10 @@ def check_request(request: GenerateRequest) -> None:
             f"--hidden-positions {request.hidden_positions:g}: has no effect without --hidden-layers; add "
             "layers, or leave this out"
         )
+    if request.final_dtype is not None and not request.final:
+        raise RequestError(
+            f"--final-dtype {request.final_dtype}: has no effect without --final; add it, or leave this out"
+        )
     _check_ray(request)
     hidden = request.hidden_layers or request.relation_layers or request.final
     if not (request.top_k or hidden or request.temperatures):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from featurestore.format.schema import MAX_TOP_K, GroupSpec, TeacherIdentity
+from featurestore.format.states.transform import MAX_TRANSFORMED, MIN_SIZE, TRANSFORMED
 from pipeline.engines.base import EngineConfig
 from pipeline.errors import RequestError
 from pipeline.request.generate import GenerateRequest
@@ -32,6 +33,12 @@ def check_against_teacher(request: GenerateRequest, teacher: Teacher) -> None:
             raise RequestError(
                 f"--relation-layers {layer}: out of range, the blocks are 0 to {teacher.num_layers - 1}"
             )
+    size = teacher.hidden_size
+    if request.final_dtype in TRANSFORMED and not MIN_SIZE <= size <= MAX_TRANSFORMED:
+        raise RequestError(
+            f"--final-dtype {request.final_dtype}: for states of {MIN_SIZE} to {MAX_TRANSFORMED:,} numbers, "
+            f"the teacher's have {size:,}; choose another type"
+        )
     length = request.sequence_length(teacher)
     if request.min_seq_len is not None and request.min_seq_len > length:
         raise RequestError(f"--min-seq-len {request.min_seq_len}: longer than the longest sample, {length}")

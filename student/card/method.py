@@ -99,6 +99,7 @@ def training(run: RunFiles) -> str:
         ("steps", number(run.number("steps"))),
         ("samples", number(run.number("train_samples"))),
         ("positions that are learned", _word(run.summary.get("curriculum"), "said") or "–"),
+        ("tokens of both", _word(run.summary.get("tokens_of_both"), "said")),
         ("samples held out", number(run.number("held_out_samples"))),
         ("samples left out, for a document that is held out", _unless_zero(run, "left_out_samples")),
         ("samples split one by one, not by document", _unless_zero(run, "samples_of_unknown_documents")),

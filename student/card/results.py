@@ -16,6 +16,7 @@ _ON_CACHE = {
     "kl": "KL(teacher ‖ student), nats",
     "top1_agreement": "same most likely token",
     "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
 }
 
 

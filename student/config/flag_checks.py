@@ -19,7 +19,7 @@ from student.errors import UserError
 
 # Means over the held-out positions, see `student.training.trainer.held_out_metrics`; speeds make no best
 # model.
-METRICS = ("loss", "kl", "ce", "perplexity", "top1_agreement", "teacher_perplexity")
+METRICS = ("loss", "kl", "ce", "perplexity", "top1_agreement", "teacher_perplexity", "bits_per_byte")
 # Where the package is not called as the integration is.
 _PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 

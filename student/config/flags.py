@@ -48,6 +48,21 @@ class StudentOptions:
     student: str | None = _flag(
         None, "Start from this checkpoint (directory or hub name) instead of a changed teacher configuration."
     )
+    student_tokenizer: str | None = _flag(
+        None,
+        "Tokenizer of a new student (directory or hub name) that is not the teacher's: its vocabulary gives "
+        "the number of tokens, and new embeddings start as means of the teacher's. A checkpoint of --student "
+        "brings its own. Samples are cut anew as they are read, and the teacher's distributions are read "
+        "where both have read the same text. Default: the teacher's tokenizer.",
+    )
+    token_map: Literal["first", "shared"] | None = _flag(
+        None,
+        "What a token of the teacher is to a student with another tokenizer. first: the student's first "
+        "token of its text, also inside the teacher's tokens; for --logits-loss kl and caches with "
+        "draws. shared: itself where both have it, and all others are one outcome. Default: first where "
+        "it can be, else "
+        "shared.",
+    )
     student_model_as_bitnet: bool | None = _flag(
         None,
         "Train a BitNet b1.58 student: ternary weights and int8 activations in all linear layers of the "
@@ -162,7 +177,8 @@ class StudentOptions:
         None,
         "Shares of the teachers of several STOREs in the mixture that the student learns from, in "
         "their order, e.g. 0.7,0.3; divided by their sum. An objective file may give a term one of the "
-        "teachers instead. Default: equal shares.",
+        "teachers instead, or let the shares move in the course of the training (`teachers`). Default: "
+        "equal shares.",
     )
     top_k: int | None = _flag(
         None,
@@ -221,6 +237,10 @@ class StudentOptions:
             raise UserError(
                 "--student and --student-model-config exclude each other: a checkpoint brings its own "
                 "configuration"
+            )
+        if self.student is not None and self.student_tokenizer is not None:
+            raise UserError(
+                "--student and --student-tokenizer exclude each other: a checkpoint brings its own tokenizer"
             )
         self._check_numbers()
         names = ("hidden_layers", "layer_map", "mapper", "projector")

@@ -48,6 +48,7 @@ _OURS = {
         "student_model_config",
         "student_model_as_bitnet",
         "student",
+        "student_tokenizer",
         "init",
         "copy_layers",
         "teacher",
@@ -56,6 +57,7 @@ _OURS = {
     "Objective": (
         "logits_loss",
         "logits_weight",
+        "token_map",
         "ce_weight",
         "hidden_loss",
         "hidden_weight",

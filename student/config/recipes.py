@@ -36,7 +36,9 @@ _COMMAND_LINE_ONLY = (
     "help",
 )
 _OF_ALL_STAGES = ("max_steps", "num_train_epochs")
-_OF_FIRST_STAGE = ("student", "student_model_config", "init", "copy_layers", "teacher")
+_OF_FIRST_STAGE = (
+    *("student", "student_model_config", "student_tokenizer", "init", "copy_layers", "teacher"),
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ def _chained(stages: Sequence[Stage], parsed: Sequence[Request]) -> list[StageRe
     for index, (stage, request) in enumerate(zip(stages, parsed, strict=True)):
         options, args = request.options, request.training
         if index:
-            options = replace(options, student=str(folders[index - 1]), student_model_config=None)
+            options = replace(
+                options,
+                student=str(folders[index - 1]),
+                student_model_config=None,
+                student_tokenizer=None,
+            )
         args.output_dir, args.max_steps = str(folders[index]), steps[index]
         args.num_train_epochs *= stage.share
         chained.append(StageRequest(stage.name, replace(request, options=options)))

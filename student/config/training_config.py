@@ -20,7 +20,7 @@ from student.config.precision import settle, uses_cpu
 # Runs of fewer steps are evaluated every so many, others ten times.
 _SHORT_RUN, _SHORT_RUN_EVAL_STEPS = 50, 5
 # Metrics that fall as a student gets better; Trainer assumes so for losses only.
-_FALLING = ("kl", "ce", "perplexity")
+_FALLING = ("kl", "ce", "perplexity", "bits_per_byte")
 _AS_TEXT = (
     "student_model_config",
     "objective",

@@ -22,7 +22,6 @@ from featurestore.format.schema import GroupSpec, HiddenFeatures, HiddenSpec, Lo
 from featurestore.order import EpochOrder
 from featurestore.prefetch import prefetched
 from featurestore.reader import CacheReader, CodedSample
-from student.data.decoding import INT4
 from student.data.measures import Curriculum, WeighedSample
 from student.data.packing import pack, position_ids
 
@@ -272,15 +271,16 @@ def pad_logits(codes: Sequence[LogitsCodes], length: int) -> dict[str, Tensor]:
 
 def pad_hidden(features: Sequence[HiddenFeatures], length: int) -> dict[str, Tensor]:
     """Hidden states of a batch as stored: values [B, T, D] in bfloat16, float32, int8 or uint8 (the bits of
-    fp8), and for the last two scale float32 [B, T]. Rows of int4 are named by their D: int4.576, uint8
-    [B, T, W].
+    fp8), and for the last two scale float32 [B, T]. Rows of int4 and int2 are named by their type and
+    D: int4.576, uint8 [B, T, W]; those of klt4 and klt6 by the digest of their basis.
     """
     # torch has no arithmetic for uint16, which holds the bits of bfloat16.
     bf16 = features[0].dtype == "bf16"
     rows = [f.values.view(np.int16) if bf16 else f.values for f in features]
     values = pad(rows, length, rows[0].dtype)
-    size = features[0].hidden_size
-    coded = {f"{INT4}{size}" if size else "values": values.view(torch.bfloat16) if bf16 else values}
+    dtype, basis = features[0].dtype, features[0].basis
+    size = basis.digest if basis else features[0].hidden_size
+    coded = {f"{dtype}.{size}" if size else "values": values.view(torch.bfloat16) if bf16 else values}
     scales = [f.scale for f in features if f.scale is not None]
     return coded | {"scale": pad(scales, length, np.float32)} if scales else coded
 
@@ -293,7 +293,7 @@ def _coded_hidden(group: HiddenSpec, samples: Sequence[CodedSample], length: int
     coded = pad_hidden([_filled(one, size) for one, size in zip(codes, lengths, strict=True)], length)
     weights = [np.zeros(size, np.float32) for size in lengths]
     for weight, one in zip(weights, codes, strict=True):
-        weight[one.positions] = 1 / group.positions
+        weight[one.positions] = 1 / group.share
     return coded | {"weight": pad(weights, length, np.float32)}
 
 

@@ -18,6 +18,7 @@ from featurestore.order import EpochOrder
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, CachedDataset, Collator
 from student.data.decoding import decode_hidden, decode_labels, decode_targets
+from student.data.teacher_weights import load_bases
 
 _FILL = {"labels": IGNORE, "teacher_logprobs": -math.inf, "teacher_rest": -math.inf}
 
@@ -66,6 +67,7 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             self.reader.find(spec.kind)
         indices = range(len(self.reader)) if samples is None else samples
         self._coded = CachedDataset(self.reader, indices, groups or self.reader.complete_groups())
+        self._bases = load_bases(self.reader)
         self._lay_out = Collator(self._coded.groups, pad_token=0)
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class DistillationDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             item["teacher_rest"] = targets.tail_N
             item["teacher_label_logprob"] = decode_labels(coded["label_logprob"])
         for layer, coded_layer in batch.get("coded_hidden", {}).items():
-            states = decode_hidden({name: part[0] for name, part in coded_layer.items()})
+            states = decode_hidden({name: part[0] for name, part in coded_layer.items()}, self._bases)
             item[f"teacher_hidden_{layer}"] = states
             if "weight" in coded_layer:
                 item[f"teacher_hidden_{layer}_weight"] = coded_layer["weight"][0]

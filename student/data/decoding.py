@@ -6,23 +6,68 @@ and what is learned from it is decoded where it is used.
 Shape letters: N positions, K head columns (padded), M tail draws, D hidden size.
 """
 
+# ruff: noqa: N815  (shape suffixes on dataclass fields)
+
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from featurestore.format.codec import CLOSED, ODDS_STEPS, ROW_STEPS, STEPS_PER_NAT
-from featurestore.format.int4 import BLOCK, Int4Layout, levels, unrotate_
+from featurestore.format.states.rotated import (
+    BLOCK,
+    PATTERNS,
+    ROTATED,
+    RotatedLayout,
+    levels,
+    signs_of,
+    unrotate_,
+)
+from featurestore.format.states.transform import SCALE_BYTES, TRANSFORMED, Basis, Width
 from student.losses.sparse import SparseTargets, Tempered
 
 Coded = Mapping[str, Tensor]
 LSE = "lse.T"  # how the entries of other temperatures are named, e.g. lse.T2
-INT4 = "int4."  # and those of rows of int4, by the size of their states, e.g. int4.576
 MIN_TAIL = 2.0**-20
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transform:
+    """A basis on a device: mean [D], decode [r, D], and of each width of codes what it is and its levels;
+    float32.
+    """
+
+    mean_D: Tensor
+    decode_rD: Tensor
+    widths: tuple[tuple[Width, Tensor], ...]
+
+    @classmethod
+    def of(cls, basis: Basis) -> Transform:
+        """On the CPU."""
+        return cls(
+            mean_D=torch.from_numpy(basis.mean.copy()),
+            decode_rD=torch.from_numpy(basis.decode.copy()),
+            widths=tuple((width, torch.from_numpy(width.levels.copy())) for width in basis.widths()),
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.mean_D, self.decode_rD, *(table for _, table in self.widths)]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Transform:
+        """The same with each tensor replaced, e.g. by its copy on another device."""
+        return replace(
+            self,
+            mean_D=function(self.mean_D),
+            decode_rD=function(self.decode_rD),
+            widths=tuple((width, function(table)) for width, table in self.widths),
+        )
 
 
 def decode_targets(coded: Coded, label_N: Tensor) -> SparseTargets:
@@ -98,11 +143,16 @@ def unsigned(bits: Tensor) -> Tensor:
     return bits.to(torch.int32) & 0xFFFF
 
 
-def decode_hidden(coded: Coded) -> Tensor:
-    """Hidden states [N, D] in float32, or in bfloat16 where they are stored so."""
+def decode_hidden(coded: Coded, bases: Mapping[str, Transform] | None = None) -> Tensor:
+    """Hidden states [N, D] in float32, or in bfloat16 where they are stored so. bases: by digest, on the
+    device of the codes, for klt4 and klt6.
+    """
     for name, rows_NW in coded.items():
-        if name.startswith(INT4):
-            return _decode_int4(rows_NW, int(name.removeprefix(INT4)))
+        dtype, _, size = name.partition(".")
+        if dtype in TRANSFORMED:
+            return _decode_transformed(rows_NW, (bases or {})[size])
+        if dtype in ROTATED:
+            return _decode_rotated(rows_NW, RotatedLayout(dtype, int(size)))
     values_ND = coded["values"]
     if "scale" not in coded:
         return values_ND
@@ -111,17 +161,38 @@ def decode_hidden(coded: Coded) -> Tensor:
     return values_ND.float() * coded["scale"].unsqueeze(-1)
 
 
-def _decode_int4(rows: Tensor, size: int) -> Tensor:
-    """float32 [..., D] of rows of bytes [..., W], as `featurestore.format.int4` has them."""
-    layout, rows_NW = Int4Layout(size), rows.flatten(0, -2)
+def _decode_rotated(rows: Tensor, layout: RotatedLayout) -> Tensor:
+    """float32 [..., D] of rows of bytes [..., W], as `featurestore.format.states.rotated` has them."""
+    rows_NW = rows.flatten(0, -2)
     codes_NC, *parts = (part.contiguous() for part in rows_NW.tensor_split(layout.ends[:-1], dim=-1))
     dtypes = (torch.bfloat16, torch.int16, torch.bfloat16)
     scale_NS, columns_NK, outliers_NK = map(Tensor.view, parts, dtypes)
-    table = levels(torch.arange(16, dtype=torch.float32, device=rows.device))
-    codes_CN = codes_NC.t().int()
-    states_PN = torch.stack([table[codes_CN & 15], table[codes_CN >> 4]], dim=1).view(layout.padded, -1)
+    table = levels(torch.arange(2**layout.bits, dtype=torch.float32, device=rows.device), layout.bits)
+    codes_CN, mask = codes_NC.t().int(), 2**layout.bits - 1
+    numbers = [table[codes_CN >> shift & mask] for shift in range(0, 8, layout.bits)]
+    states_PN = torch.stack(numbers, dim=1).view(layout.padded, -1)
     states_PN.view(layout.blocks, BLOCK, -1).mul_(scale_NS.t().float().unsqueeze(1))
-    unrotate_(states_PN, torch.arange(layout.padded, device=rows.device))
-    states_ND = states_PN[:size].t().contiguous()
+    columns = torch.arange(layout.padded + PATTERNS, device=rows.device)
+    unrotate_(states_PN, signs_of(columns, rows_NW[:, layout.ends[1] :].long(), layout))
+    states_ND = states_PN[: layout.size].t().contiguous()
     states_ND.scatter_add_(-1, unsigned(columns_NK).long(), outliers_NK.float())
-    return states_ND.view(*rows.shape[:-1], size)
+    return states_ND.view(*rows.shape[:-1], layout.size)
+
+
+def _decode_transformed(rows: Tensor, basis: Transform) -> Tensor:
+    """float32 [..., D] of rows of bytes [..., W], as `featurestore.format.states.transform` has them."""
+    rows_NW = rows.flatten(0, -2)
+    scale_N1 = (
+        rows_NW[:, :SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+    )
+    shifts = torch.arange(8, dtype=torch.uint8, device=rows.device)
+    bits = (rows_NW[:, SCALE_BYTES:, None] >> shifts & 1).flatten(1)
+    parts = []
+    for width, table in basis.widths:
+        end = width.start + width.bits * width.count
+        codes_NCb = bits[:, width.start : end].view(-1, width.count, width.bits).int()
+        places = torch.arange(width.bits, dtype=torch.int32, device=rows.device)
+        parts.append(table[(codes_NCb << places).sum(-1)])
+    at_Nr = torch.cat(parts, dim=-1) * scale_N1
+    states_ND = torch.addmm(basis.mean_D, at_Nr, basis.decode_rD)
+    return states_ND.view(*rows.shape[:-1], -1)

@@ -10,6 +10,7 @@ from featurestore.format.schema import GroupSpec
 from featurestore.reader import CodedSample
 from student.data.batches import Array, CachedDataset, Collator, codes_of
 from student.data.measures import Curriculum, WeighedSample
+from student.data.retokenised import RetokenisedCollator, RetokenisedDataset
 from student.data.stores import CacheStores, order_digest
 
 
@@ -37,8 +38,7 @@ class MatchedDataset(CachedDataset):
 
     def record(self) -> dict[str, Any]:
         """What is read, for checkpoints."""
-        further = {"further_manifests": list(self._stores.manifests[1:])}
-        return super().record() | further | {"teacher_weights": list(self._stores.weights)}
+        return super().record() | {"further_manifests": list(self._stores.manifests[1:])}
 
     @property
     def order_digest(self) -> str:
@@ -119,6 +119,9 @@ def collator_of(
     dataset: CachedDataset, pad_token: int, pack: bool = False, drop_idle: bool = False
 ) -> Collator:
     """What lays out the samples of a data set."""
+    if isinstance(dataset, RetokenisedDataset):
+        assert not pack
+        return RetokenisedCollator(dataset.groups, dataset.other, pad_token, drop_idle)
     if isinstance(dataset, MatchedDataset):
         groups = (dataset.groups, *dataset.further_groups)
         return MatchedCollator(groups, pad_token, pack, drop_idle)

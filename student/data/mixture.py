@@ -39,7 +39,7 @@ def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseT
 
     Args:
         parts: one for each teacher, on one device.
-        weights: a share for each, above 0, 1 together.
+        weights: a share for each, 1 together; a part of share 0 is left out.
 
     Returns:
         Targets of C columns, each token in one of them: losses sum squares and set gradients by column. All
@@ -50,6 +50,8 @@ def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseT
     Example:
         targets = mixture([decode_targets(coded, label_N) for coded in both], (0.5, 0.5))
     """
+    some = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    parts, weights = [part for part, _ in some], [weight for _, weight in some]
     real = [torch.isfinite(part.logprob_NK) for part in parts]
     ids_NC = torch.cat(
         [part.ids_NK.masked_fill(~known, _PADDING) for part, known in zip(parts, real, strict=True)], -1
@@ -83,8 +85,8 @@ def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseT
 
 
 def mixed_logs(logs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """log of sum of w_i exp(l_i), in the shape of each l_i; NaN where one of them is."""
-    weighted = [part + math.log(weight) for part, weight in zip(logs, weights, strict=True)]
+    """log of sum of w_i exp(l_i), in the shape of each l_i; NaN where one of weight above 0 is."""
+    weighted = [part + math.log(weight) for part, weight in zip(logs, weights, strict=True) if weight]
     return torch.stack(weighted).logsumexp(0)
 
 

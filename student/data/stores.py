@@ -28,7 +28,8 @@ Indices = npt.NDArray[np.int64]
 class CacheStores:
     """Open caches whose samples are matched; with one of them, all of its samples.
 
-    weights: of the teachers in a mixture, 1 together. partners: for each cache behind the first one, int64
+    weights: of the teachers in a mixture, 1 together; where they move in the course of a training, those at
+    its end, of which one may be 0. partners: for each cache behind the first one, int64
     [samples of the first]: the index there, -1 where it does not hold the sample.
     """
 
@@ -61,7 +62,7 @@ class CacheStores:
     @property
     def mixture(self) -> str:
         """`0.5 a + 0.5 b`."""
-        return " + ".join(f"{w:g} {name}" for w, name in zip(self.weights, self.names, strict=True))
+        return " + ".join(f"{w:g} {name}" for w, name in zip(self.weights, self.names, strict=True) if w)
 
     def index(self, store: int, index: int) -> int:
         """What cache `store` calls sample `index` of the first one."""
@@ -91,7 +92,7 @@ def open_stores(
     Args:
         paths: of one cache or more.
         manifests: of each the digest to read, or how it begins; None for the fullest one.
-        weights: of the teachers, above 0, divided by their sum; None for equal ones.
+        weights: of the teachers, at least 0, divided by their sum; None for equal ones.
 
     Raises:
         UserError: the weights are not as many as the caches, the teachers differ in tokenizer or vocabulary,

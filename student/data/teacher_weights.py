@@ -5,14 +5,16 @@ They are no modules of the student: not among its parameters, not saved with it,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from featurestore.format import sidecar
+from featurestore.format.states.transform import TRANSFORMED
 from featurestore.reader import CacheReader
+from student.data.decoding import Transform
 from student.losses.blocks import TeacherBlock
 from student.losses.full_pass import TeacherHead
 from student.losses.lm_head import HeadTransform
@@ -21,11 +23,12 @@ from student.losses.lm_head import HeadTransform
 @dataclass
 class TeacherParts:
     """The LM head, in the checkpoint's own dtype, and blocks by number; None and empty where nothing needs
-    them.
+    them. bases: by digest, those in which the cache has final states.
     """
 
     head: TeacherHead | None = None
     blocks: dict[int, TeacherBlock] = field(default_factory=dict)
+    bases: dict[str, Transform] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> TeacherParts:
         """Move there, once; self."""
@@ -34,6 +37,7 @@ class TeacherParts:
             self.head = replace(self.head, weight_VD=self.head.weight_VD.to(device), bias_V=bias_V)
         for block in self.blocks.values():
             block.to(device)
+        self.bases = bases_on(self.bases, device)
         return self
 
 
@@ -41,7 +45,7 @@ def load_parts(reader: CacheReader, head: bool, blocks: Iterable[int]) -> Teache
     """Read parts of the cache's sidecar; errors of `featurestore.format.sidecar` name the generate flag that
     adds one.
     """
-    stored, parts = reader.sidecar(), TeacherParts()
+    stored, parts = reader.sidecar(), TeacherParts(bases=load_bases(reader))
     if head:
         found = stored.head()
         weights = {name: as_torch(tensor) for name, tensor in found.tensors.items()}
@@ -52,6 +56,17 @@ def load_parts(reader: CacheReader, head: bool, blocks: Iterable[int]) -> Teache
         weights = {name: as_torch(tensor) for name, tensor in block.tensors.items()}
         parts.blocks[layer] = TeacherBlock(block.spec, weights, reader.identity.max_position)
     return parts
+
+
+def load_bases(reader: CacheReader) -> dict[str, Transform]:
+    """By digest, those in which the cache has final states."""
+    bases = map(reader.basis, TRANSFORMED.keys() & set(reader.sidecar().parts))
+    return {basis.digest: Transform.of(basis) for basis in bases}
+
+
+def bases_on(bases: Mapping[str, Transform], device: torch.device) -> dict[str, Transform]:
+    """The same on a device."""
+    return {digest: basis.mapped(lambda tensor: tensor.to(device)) for digest, basis in bases.items()}
 
 
 def as_torch(tensor: sidecar.Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import GroupSpec, LogitsSpec
 from featurestore.reader import CacheReader, CodedSample
 from student.data.batches import IGNORE, CachedDataset, pad
-from student.data.decoding import decode_hidden, decode_labels, decode_targets
+from student.data.decoding import Transform, decode_hidden, decode_labels, decode_targets
 from student.data.held_out import number_documents
 from student.data.matched import MatchedDataset, collator_of
 from student.data.mixture import mixed_logs, mixture
+from student.data.retokenised import OtherTokens
 from student.data.stores import CacheStores
-from student.data.teacher_weights import load_parts
+from student.data.teacher_weights import bases_on, load_bases, load_parts
+from student.evaluation.translated import measure_translated
 from student.losses import divergences, full
 from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss
 from student.losses.lm_head import HeadTransform
@@ -50,13 +53,15 @@ ENTROPY_BUCKETS = 8
 @dataclass(frozen=True)
 class CachePlan:
     """Samples `indices` of a cache, or of several whose teachers are mixed. logits: of each. final: the
-    group of the teacher's final states, where a single cache gives the full distribution.
+    group of the teacher's final states, where a single cache gives the full distribution. other: of a student
+    with another tokenizer.
     """
 
     stores: CacheStores
     indices: Sequence[int]
     logits: tuple[LogitsSpec, ...]
     final: GroupSpec | None = None
+    other: OtherTokens | None = None
 
     @property
     def reader(self) -> CacheReader:
@@ -80,6 +85,11 @@ class CachePlan:
         if self.final is not None or kl == "exact":
             return {"kl": "exact", "reverse_kl": "exact"}
         return {"kl": kl, "reverse_kl": "lower bound"}
+
+    @cached_property
+    def bases(self) -> dict[str, Transform]:
+        """Those of the final states."""
+        return load_bases(self.reader)
 
     @property
     def groups(self) -> list[GroupSpec]:
@@ -123,6 +133,10 @@ def teacher_head(plan: CachePlan, device: torch.device) -> TeacherHead | None:
 
 def measure(student: Any, plan: CachePlan, head: TeacherHead | None, batch_size: int) -> dict[str, Any]:
     """The `cache` section of eval.json, but for the command. Kept in memory: ten numbers per position."""
+    if plan.other is not None:
+        return measure_translated(
+            student, plan.stores.first, plan.indices, plan.logits[0], plan.other, batch_size
+        )
     parts = list(_batches(student, plan, head, batch_size))
     return summarise({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, plan)
 
@@ -213,7 +227,9 @@ def learned_states(student: Any, batch: dict[str, Any], plan: CachePlan) -> Lear
         targets=mixture(targets, plan.stores.weights) if plan.mixed else targets[0],
         label_logprob_N=mixed_logs(known, plan.stores.weights) if plan.mixed else known[0],
         mixed=plan.mixed,
-        teacher_ND=None if hidden is None else decode_hidden(at(hidden)).float(),
+        teacher_ND=None
+        if hidden is None
+        else decode_hidden(at(hidden), bases_on(plan.bases, student.device)).float(),
     )
 
 

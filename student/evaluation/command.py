@@ -125,11 +125,11 @@ def _on_cache(
     student: Any, plan: CachePlan, side: Side, batch_size: int
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The figures, and a few samples position by position; none of a mixture, whose draws are not what a
-    teacher expected.
+    teacher expected, and none of a student with another tokenizer, whose positions are not the teacher's.
     """
     head = cache.teacher_head(plan, student.device)
     found = cache.measure(student, plan, head, batch_size)
-    return found, None if plan.mixed else look_at_samples(student, plan, head, side.tokenizer)
+    return found, None if plan.mixed or plan.other else look_at_samples(student, plan, head, side.tokenizer)
 
 
 def _new_record(plan: _Plan, student: _Measured, teacher: _Measured | None) -> dict[str, Any]:

@@ -12,13 +12,17 @@ from featurestore.errors import StoreNotFoundError
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
 from student.data.held_out import split_cache
+from student.data.retokenised import OtherTokens
 from student.data.stores import CacheStores, matched, open_stores
+from student.data.token_statistics import with_choices
 from student.errors import UserError
 from student.evaluation.cache import CachePlan
 from student.evaluation.request import EvalRequest
+from student.modeling.other_tokenizer import OwnTokenizer, other_tokens
 from student.modeling.plan import load_config, same_tokenizer
 from student.modeling.saving import saved_config, student_config
 from student.modeling.shape import check_positions, check_vocabulary
+from student.objective.other_tokenizer import WHY
 from student.training.resume import manifests_to_read
 from student.training.teachers import mixes
 
@@ -27,14 +31,17 @@ def plan_cache(request: EvalRequest) -> CachePlan:
     """UserError where the cache is gone, is of another tokenizer, or has no samples for this."""
     summary = _summary(request.directory)
     stores = _open(request, summary)
-    _check_student(request.directory, stores.first)
+    other = _other_tokens(request.directory, stores)
     logits = tuple(map(_logits, stores.readers))
     if len(stores) > 1:
         _check_mixed(request.directory, stores, logits)
     indices = _indices(request, summary, stores)
-    return CachePlan(
-        stores, indices[: request.limit], logits, None if len(stores) > 1 else _final(stores.first)
-    )
+    if other is not None:
+        # As in training: by what is not measured here, if there is anything else.
+        others = Without(len(stores.first), sorted(indices)) if len(indices) < len(stores.first) else indices
+        other = with_choices(stores.first, others, other)
+    final = None if len(stores) > 1 or other else _final(stores.first)
+    return CachePlan(stores, indices[: request.limit], logits, final, other)
 
 
 def _logits(reader: CacheReader) -> LogitsSpec:
@@ -81,12 +88,23 @@ def _open(request: EvalRequest, summary: dict[str, Any]) -> CacheStores:
         ) from error
 
 
-def _check_student(directory: Path, reader: CacheReader) -> None:
+def _other_tokens(directory: Path, stores: CacheStores) -> OtherTokens | None:
+    """How samples become those of a student with another tokenizer; UserError where it does not fit."""
+    reader = stores.first
     config = student_config(saved_config(str(directory)))
     teacher = load_config(str(reader.teacher_dir), "the cache's teacher/")
-    same = same_tokenizer(directory, reader.teacher_dir, str(directory))
-    check_vocabulary(config, teacher, reader.identity.vocab_size, str(directory), same)
+    same = same_tokenizer(directory, reader.teacher_dir)
+    if same is False:
+        if len(stores) > 1:
+            raise UserError(
+                f"{directory}: {WHY}, so it is measured against one cache; choose one with --cache"
+            )
+        OwnTokenizer(directory, str(directory)).check(config, str(directory))
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return other_tokens(reader, directory, longest)
+    check_vocabulary(config, teacher, reader.identity.vocab_size, str(directory), bool(same))
     check_positions(config, int(reader.lengths.max()), str(directory))
+    return None
 
 
 def _indices(request: EvalRequest, summary: dict[str, Any], stores: CacheStores) -> Sequence[int]:

@@ -15,6 +15,7 @@ _CACHE_ROWS = (
     ("KL(student | teacher), nats", "reverse_kl"),
     ("top-1 agreement", "top1_agreement"),
     ("calibration error", "calibration_error"),
+    ("bits per byte", "bits_per_byte"),
 )
 
 
@@ -33,7 +34,7 @@ def _show_cache(cache: dict[str, Any], console: Console) -> None:
     title = f"cache {cache['path']}{mixed}: {cache['positions']:,} positions of {cache['samples']:,} samples"
     table = _table("", "student", "teacher")
     for label, name in _CACHE_ROWS:
-        if cache["student"][name] is None:
+        if cache["student"].get(name) is None:
             continue
         kind = cache["exactness"].get(name, "exact")
         what = label if kind == "exact" else f"{label} ({kind})"
@@ -44,6 +45,8 @@ def _show_cache(cache: dict[str, Any], console: Console) -> None:
         ("by position in the sample", cache["by_position"], True),
         ("by entropy of the teacher, nats", cache["by_entropy"], False),
     ):
+        if not rows:
+            continue
         table = _table("from", "below", "positions", "KL", "student CE", "teacher CE")
         for row in rows:
             ends = [f"{row[end]:.0f}" if whole else f"{row[end]:.3f}" for end in ("from", "to")]

@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from distily.plugins import load_plugins
 from student.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Kind = Literal["head", "dense", "hidden", "structure", "relation"]
 Exactness = Literal["exact", "unbiased", "bound", "coarse"]
@@ -139,8 +136,8 @@ class Loss:
 
     - head: `(ReducedLogits, SparseTargets, **options) -> [N]`. It runs inside the fused LM head and sees
       nothing of the student but what `ReducedLogits` holds.
-    - dense: `(Rows, weight, **options) -> [N]`, which adds weight times its gradient with respect to the
-      student's logits to the rows'; see `student.losses.full`.
+    - dense: `(Rows, **options) -> (values [n], gradient [n, V])`, with respect to the student's logits; see
+      `student.losses.full`.
     - hidden: `(student [N, D], teacher [N, D], **options) -> [N]`, called for each pair of layers.
     - structure: `(student, teacher, lengths, **options) -> [N]`, where `lengths` says how many of the N rows
       belong to each sequence. Student and teacher are `[N, D]` of a pair of layers, or with `flow` two such
@@ -168,6 +165,8 @@ class Loss:
         flow: for structure: whether it takes a pair of layers together with the next deeper one.
         mixes: for head: whether value and gradient, at temperature 1, are linear in the teacher's
             probabilities but for constants, so that a mixture of several sparse teachers serves it.
+        spans: for head: whether it compares likelihoods of spans of text, which are several tokens where the
+            student's tokenizer is not the teacher's.
 
     Example:
         Loss(name="brier", kind="head", function=brier, needs=Need.HEAD, exactness="bound")
@@ -175,7 +174,7 @@ class Loss:
 
     name: str
     kind: Kind
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     needs: Need
     formula: str = ""
     paper: Paper | None = None
@@ -188,6 +187,7 @@ class Loss:
     any_width: bool = False
     flow: bool = False
     mixes: bool = False
+    spans: bool = False
 
     def check_options(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
         """All options, given or default; UserError for an unknown name or a bad value."""

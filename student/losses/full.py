@@ -1,18 +1,14 @@
 """Losses between two full distributions over the vocabulary, each with its gradient written out.
 
-A loss takes one chunk of rows, adds its gradient with respect to the student's logits to that of the chunk,
-and returns its values: `student.losses.full_pass` needs no autograd graph over n x V. It goes over the
-vocabulary in blocks of columns, so that what lies between logits and gradient stays in the processor's cache
-and never exists as a whole; logsumexp is combined from those of the blocks, as in the online softmax of
-Milakov and Gimelshein (arXiv:1805.02867).
+A loss takes a few rows of logits of both sides and returns its values and their gradient with respect to the
+student's logits: `student.losses.full_pass` needs no autograd graph over n x V. It gets so few rows at a time
+that what lies between logits and gradient stays in the processor's cache and never exists as a whole.
 
-A divergence sees one block of both distributions at one temperature T and returns its part of the value and
-the slope s with respect to log q, as if these were free; through the softmax that is
-d value / d z = (s - q * sum s) / T. `tempered` does this, and multiplies by T^2, so that gradients keep their
-size (Hinton et al. 2015, arXiv:1503.02531).
+A divergence sees both distributions at one temperature T and returns its value and the slope s with respect
+to log q, as if these were free; through the softmax that is d value / d z = (s - q * sum s) / T. `tempered`
+does this, and multiplies by T^2, so that gradients keep their size (Hinton et al. 2015, arXiv:1503.02531).
 
-p is the teacher, q the student, z their logits. Shape letters: n positions of a chunk, V vocabulary,
-W columns of a block.
+p is the teacher, q the student, z their logits. Shape letters: n rows (positions), V vocabulary.
 """
 
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
@@ -27,13 +23,12 @@ import torch
 from torch import Tensor
 
 ValueAndSlope = tuple[Tensor, Tensor]
-# Numbers of a block: what a loss makes of it fits the caches of a CPU; a GPU wants fewer launches.
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
+ValueAndGradient = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Log-probabilities [n, W] of teacher (p) and student (q)."""
+    """Log-probabilities [n, V] of teacher (p) and student (q)."""
 
     log_p: Tensor
     log_q: Tensor
@@ -49,92 +44,55 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rows:
-    """A chunk's logits on both sides, float32 or float64 [n, V], to be read only.
-
-    gradient_nV: what losses add theirs to; None where nobody wants it.
-    """
+    """Logits of some positions on both sides, float32 or float64 [n, V], to be read only."""
 
     student_nV: Tensor
     teacher_nV: Tensor
-    gradient_nV: Tensor | None = None
-    _lse: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _pairs: dict[float, Pair] = field(default_factory=dict)
 
-    @cached_property
-    def blocks(self) -> list[slice]:
-        """Columns to go over one after the other."""
-        (n, v), kind = self.student_nV.shape, self.student_nV.device.type
-        step = max(1, BLOCK_ELEMENTS.get(kind, BLOCK_ELEMENTS["cuda"]) // max(n, 1))
-        return [slice(start, min(start + step, v)) for start in range(0, v, step)]
-
-    def pair(self, block: slice, temperature: float) -> Pair:
-        """Both distributions at a temperature, in a block of columns."""
-        p_n1, q_n1 = self.lse(temperature)
-        return Pair(
-            (self.teacher_nV[:, block] / temperature).sub_(p_n1),
-            (self.student_nV[:, block] / temperature).sub_(q_n1),
-        )
-
-    def lse(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Logsumexp of logits / T of teacher and student, [n, 1]; computed once."""
-        if temperature not in self._lse:
-            teacher_n1, student_n1 = (
-                torch.stack(
-                    [(z_nV[:, block] / temperature).logsumexp(-1) for block in self.blocks], -1
-                ).logsumexp(-1, keepdim=True)
-                for z_nV in (self.teacher_nV, self.student_nV)
+    def pair(self, temperature: float) -> Pair:
+        """Both distributions at a temperature; computed once."""
+        if temperature not in self._pairs:
+            self._pairs[temperature] = Pair(
+                *(
+                    (z_nV if temperature == 1.0 else z_nV / temperature).log_softmax(-1)
+                    for z_nV in (self.teacher_nV, self.student_nV)
+                )
             )
-            self._lse[temperature] = teacher_n1, student_n1
-        return self._lse[temperature]
-
-    def add(self, block: slice, gradient: Tensor, weight: float) -> None:
-        """Add weight * gradient in a block of columns."""
-        if self.gradient_nV is not None:
-            self.gradient_nV[:, block].add_(gradient, alpha=weight)
-
-    def new_values(self) -> Tensor:
-        """Zeros [n]."""
-        return self.student_nV.new_zeros(len(self.student_nV))
+        return self._pairs[temperature]
 
 
-DenseLoss = Callable[[Rows, float], Tensor]  # (rows, weight) -> values [n]; adds weight * gradient
+# Values [n] and their gradient [n, V], a tensor of its own.
+DenseLoss = Callable[[Rows], ValueAndGradient]
 
 
-def tempered(divergence: Callable[..., ValueAndSlope]) -> Callable[..., Tensor]:
-    """Make (pair, **options) -> (value, slope in log q) of a block into a loss
-    (rows, weight, temperature=1.0, **options) -> T^2 value.
+def tempered(divergence: Callable[..., ValueAndSlope]) -> Callable[..., ValueAndGradient]:
+    """Make (pair, **options) -> (value, slope in log q) into a loss (rows, temperature=1.0, **options) of
+    T^2 value.
     """
 
     @wraps(divergence)
-    def loss(rows: Rows, weight: float, temperature: float = 1.0, **options: float) -> Tensor:
-        return _over_blocks(rows, weight, temperature, partial(divergence, **options))
+    def loss(rows: Rows, temperature: float = 1.0, **options: float) -> ValueAndGradient:
+        return _through_softmax(rows, temperature, partial(divergence, **options))
 
     return loss
 
 
-def _over_blocks(
-    rows: Rows, weight: float, temperature: float, divergence: Callable[[Pair], ValueAndSlope]
-) -> Tensor:
-    """T^2 times the sum of a divergence over the vocabulary; its gradient goes to the rows'."""
-    value_n, sum_n = rows.new_values(), rows.new_values()
-    wanted, scale = weight != 0 and rows.gradient_nV is not None, weight * temperature
-    # 1. Values, slopes and their sums, block by block.
-    for block in rows.blocks:
-        part_n, slope = divergence(rows.pair(block, temperature))
-        value_n += part_n
-        if wanted:
-            sum_n += slope.sum(-1)
-            rows.add(block, slope, scale)
-    # 2. The slope of the softmax's normaliser, which needs the whole sum.
-    if wanted:
-        for block in rows.blocks:
-            rows.add(block, rows.pair(block, temperature).q.mul_(sum_n.unsqueeze(-1)), -scale)
-    return temperature**2 * value_n
+def _through_softmax(
+    rows: Rows, temperature: float, divergence: Callable[[Pair], ValueAndSlope]
+) -> ValueAndGradient:
+    """T^2 times a divergence, and its gradient with respect to the student's logits."""
+    pair = rows.pair(temperature)
+    value_n, slope = divergence(pair)
+    slope.addcmul_(pair.q, slope.sum(-1, keepdim=True), value=-1.0)
+    return temperature**2 * value_n, _times_(slope, temperature)
 
 
-@tempered
-def forward_kl(pair: Pair) -> ValueAndSlope:
-    """KL(p || q) in nats."""
-    return _forward_kl(pair)
+def forward_kl(rows: Rows, temperature: float = 1.0) -> ValueAndGradient:
+    """KL(p || q) in nats; its slope is -p, whose sum is known."""
+    pair = rows.pair(temperature)
+    value_n = (pair.log_p - pair.log_q).mul_(pair.p).sum(-1)
+    return temperature**2 * value_n, _times_(pair.q - pair.p, temperature)
 
 
 @tempered
@@ -171,21 +129,18 @@ def skew_reverse_kl(pair: Pair, alpha: float = 0.1) -> ValueAndSlope:
     return value_n, (gap + 1.0).sub_(gap.exp_(), alpha=alpha).mul_(pair.q)
 
 
-def adaptive_kl(rows: Rows, weight: float, temperature: float = 1.0, mu: float = 0.5) -> Tensor:
+def adaptive_kl(rows: Rows, temperature: float = 1.0, mu: float = 0.5) -> ValueAndGradient:
     """(g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t), g the sum of |p - q| over the teacher's head or tail.
 
     The head is the fewest most likely tokens that reach `mu` (and those as likely as the last of
     them); the weights g are constants to the gradient (AKL, arXiv:2404.02657).
     """
-    last_n1 = _last_of_head(rows, temperature, mu).unsqueeze(-1)
-    whole_n, head_n = rows.new_values(), rows.new_values()
-    for block in rows.blocks:
-        pair = rows.pair(block, temperature)
-        gap = (pair.p - pair.q).abs_()
-        whole_n += gap.sum(-1)
-        head_n += gap.mul_(pair.p >= last_n1).sum(-1)
+    pair = rows.pair(temperature)
+    gap = (pair.p - pair.q).abs_()
+    whole_n = gap.sum(-1)
+    head_n = gap.mul_(pair.p >= _last_of_head(pair.p, mu).unsqueeze(-1)).sum(-1)
     share_n = torch.where(whole_n > 0, head_n / whole_n, 0.5)
-    return _over_blocks(rows, weight, temperature, partial(_blend, share_n=share_n))
+    return _through_softmax(rows, temperature, partial(_blend, share_n=share_n))
 
 
 @tempered
@@ -210,20 +165,18 @@ def soft_mse(pair: Pair) -> ValueAndSlope:
     return gap.square().sum(-1), gap.mul_(pair.q).mul_(2.0)
 
 
-def logit_mse(rows: Rows, weight: float) -> Tensor:
+def logit_mse(rows: Rows) -> ValueAndGradient:
     """Mean over V of the squared difference of logits (arXiv:2105.08919)."""
-    return _square_gap(rows, weight, rows.new_values())
+    return _mean_square(rows.student_nV - rows.teacher_nV)
 
 
-def centred_logit_mse(rows: Rows, weight: float) -> Tensor:
+def centred_logit_mse(rows: Rows) -> ValueAndGradient:
     """The same after each side's mean over V is taken out, which no softmax sees."""
-    sum_n = rows.new_values()
-    for block in rows.blocks:
-        sum_n += _gap(rows, block).sum(-1)
-    return _square_gap(rows, weight, sum_n / rows.student_nV.shape[-1])
+    gap = rows.student_nV - rows.teacher_nV
+    return _mean_square(gap.sub_(gap.mean(-1, keepdim=True)))
 
 
-def fisher_logit_mse(rows: Rows, weight: float) -> Tensor:
+def fisher_logit_mse(rows: Rows) -> ValueAndGradient:
     """d^T F d / 2 for d the difference of logits and F = diag(p) - p p^T, the Fisher information of the
     teacher's logits; in nats.
 
@@ -231,29 +184,21 @@ def fisher_logit_mse(rows: Rows, weight: float) -> Tensor:
     Hsu et al. 2022 (LKD-G, arXiv:2203.10163), who keep the diagonal of F only; whole, it costs no more here
     and does not change when a constant is added to all logits.
     """
-    mean_n, value_n = rows.new_values(), rows.new_values()
-    for block in rows.blocks:
-        mean_n += rows.pair(block, 1.0).p.mul_(_gap(rows, block)).sum(-1)
-    for block in rows.blocks:
-        gap = _gap(rows, block).sub_(mean_n.unsqueeze(-1))
-        slope = rows.pair(block, 1.0).p.mul_(gap)
-        rows.add(block, slope, weight)
-        value_n += gap.mul_(slope).sum(-1)
-    return value_n / 2
+    p, gap = rows.pair(1.0).p, rows.student_nV - rows.teacher_nV
+    gap.sub_((p * gap).sum(-1, keepdim=True))
+    gradient = p * gap
+    return gap.mul_(gradient).sum(-1) / 2, gradient
 
 
-def _gap(rows: Rows, block: slice) -> Tensor:
-    return rows.student_nV[:, block] - rows.teacher_nV[:, block]
+def _mean_square(gap: Tensor) -> ValueAndGradient:
+    """Mean over V of gap^2; its mean, where it was taken out, adds nothing to the gradient."""
+    v = gap.shape[-1]
+    return gap.square().sum(-1) / v, gap.mul_(2.0 / v)
 
 
-def _square_gap(rows: Rows, weight: float, mean_n: Tensor) -> Tensor:
-    """Mean over V of (difference of logits - mean)^2, where the mean is the difference's own or zero."""
-    value_n, v = rows.new_values(), rows.student_nV.shape[-1]
-    for block in rows.blocks:
-        gap = _gap(rows, block).sub_(mean_n.unsqueeze(-1))
-        rows.add(block, gap, 2.0 * weight / v)
-        value_n += gap.square_().sum(-1)
-    return value_n / v
+def _times_(gradient: Tensor, factor: float) -> Tensor:
+    """In place, and without a pass over the rows where it changes nothing."""
+    return gradient if factor == 1.0 else gradient.mul_(factor)
 
 
 def _forward_kl(pair: Pair) -> ValueAndSlope:
@@ -277,15 +222,15 @@ def _log_mix(pair: Pair, share: float) -> Tensor:
     return torch.logaddexp(pair.log_p + math.log(share), pair.log_q + math.log1p(-share))
 
 
-def _last_of_head(rows: Rows, temperature: float, mass: float) -> Tensor:
+def _last_of_head(p: Tensor, mass: float) -> Tensor:
     """Probability of the last of the fewest most likely tokens that reach `mass`, [n].
 
     Looks at few tokens first: sorting a whole vocabulary costs more than the matrix product that made it.
     """
-    lse_n1, v = rows.lse(temperature)[0], rows.teacher_nV.shape[-1]
+    v = p.shape[-1]
     width = min(64, v)
     while True:
-        top = rows.teacher_nV.topk(width, -1).values.div_(temperature).sub_(lse_n1).exp_()
+        top = p.topk(width, -1).values
         before = top.cumsum(-1) - top
         if width == v or bool((before[:, -1] + top[:, -1] >= mass).all()):
             last_n1 = (before < mass).sum(-1, keepdim=True) - 1

@@ -10,7 +10,7 @@ Shape letters: N positions, n positions of a chunk, V vocabulary of the teacher,
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +22,22 @@ from student.losses.full import DenseLoss, Rows
 from student.losses.lm_head import (
     ChunkedHead,
     HeadTransform,
+    Logits,
     chunk_rows,
     compute_dtype,
     exact_dtype,
     free_bytes,
     scaled_gradients,
 )
+from student.planned import planned_device
 
-# Logits per buffer, more on GPUs that have room, and buffers that live at a time: both sides' logits, the
-# slope of soft-capping, the gradient, and a product of the teacher's head.
+# Logits per side and chunk, more on GPUs that have room.
 CHUNK_ELEMENTS = 2**24
-_BUFFERS = 5
-# Weights of the teacher that are cast at a time.
-CAST_ELEMENTS = 2**22
+# Logits per side that a loss sees at a time: on a CPU, for each of its threads, what it makes of them fits a
+# cache; a GPU wants fewer launches.
+BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
+# Weights of the teacher that are cast at a time: what fits the caches of a CPU.
+CAST_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,19 @@ class TeacherHead:
         return [slice(start, min(start + step, v)) for start in range(0, v, step)]
 
     @torch.no_grad()
-    def logits(self, hidden_nD: Tensor, out_nV: Tensor | None = None) -> Tensor:
-        """Transformed logits [n, V] in float32 (float64 for float64 states); products as `compute_dtype`
-        says. out_nV: where to write them.
-        """
+    def products(self, hidden_nD: Tensor, out_nV: Tensor | None = None) -> Logits:
+        """Logits [n, V], products as `compute_dtype` says. out_nV: where to write them, of that dtype."""
         dtype = compute_dtype(hidden_nD)
         h_nD = hidden_nD.to(dtype)
         shape = len(h_nD), len(self.weight_VD)
-        z_nV = h_nD.new_empty(shape, dtype=exact_dtype(dtype)) if out_nV is None else out_nV
+        raw_nV = h_nD.new_empty(shape) if out_nV is None else out_nV
         for block in self.blocks(dtype):
-            z_nV[:, block] = h_nD @ self.weight_VD[block].to(dtype).t()
-        if self.bias_V is not None:
-            z_nV.add_(self.bias_V)
-        return self.transform.apply_(z_nV)
+            torch.mm(h_nD, self.weight_VD[block].to(dtype).t(), out=raw_nV[:, block])
+        return Logits(raw_nV, self.bias_V, self.transform)
+
+    def logits(self, hidden_nD: Tensor) -> Tensor:
+        """Transformed logits [n, V] in float32 (float64 for float64 states)."""
+        return self.products(hidden_nD).rows(slice(None))
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,12 @@ def dense_head_loss(
 
 
 def _rows(hidden_ND: Tensor, weight_VD: Tensor) -> int:
+    dtype = compute_dtype(hidden_ND)
     return chunk_rows(
         weight_VD.shape,
-        itemsize=compute_dtype(hidden_ND).itemsize,
+        itemsize=dtype.itemsize,
         elements=CHUNK_ELEMENTS,
-        buffers=_BUFFERS,
+        buffers=dtype.itemsize / exact_dtype(dtype).itemsize,  # the teacher's product
         free=free_bytes(hidden_ND.device),
     )
 
@@ -141,25 +145,28 @@ class _DenseHead(torch.autograd.Function):
         )
         terms_SN = hidden_ND.new_zeros(len(terms), len(hidden_ND), dtype=head.exact)
         total = terms_SN.new_zeros(())
-        teacher_nV = terms_SN.new_empty(head.chunk, len(weight_VD))
-        gradient_nV = torch.empty_like(teacher_nV) if head.wants_grad else None
+        shape, theirs = (head.chunk, len(weight_VD)), compute_dtype(targets.hidden_ND)
+        teacher_nV = targets.hidden_ND.new_empty(shape, dtype=theirs)
         for positions in head.chunks():
-            student_nV = head.logits(positions)
-            n = len(student_nV)
-            rows = Rows(
-                student_nV,
-                targets.head.logits(targets.hidden_ND[positions], teacher_nV[:n]),
-                None if gradient_nV is None else gradient_nV[:n].zero_(),
-            )
-            for index, (loss, weight) in enumerate(terms):
-                terms_SN[index, positions] = loss(rows, weight)
-                if scale_N is not None:
-                    terms_SN[index, positions] *= scale_N[positions]
-                total += weight * terms_SN[index, positions].sum()
-            if rows.gradient_nV is not None:
-                if scale_N is not None:
-                    rows.gradient_nV.mul_(scale_N[positions].unsqueeze(1))
-                head.add_gradient(positions, rows.gradient_nV)
+            # 1. Both products.
+            states_nD, values_Sn = targets.hidden_ND[positions], terms_SN[:, positions]
+            student = head.products(positions)
+            teacher = targets.head.products(states_nD, teacher_nV[: len(states_nD)])
+            # 2. Values and gradient some rows at a time, the gradient in the place of the student's product.
+            for chosen in _blocks(student.raw_nV):
+                rows = Rows(student.rows(chosen), teacher.rows(chosen))
+                gradient = _step(rows, terms, values_Sn[:, chosen])
+                if head.wants_grad and gradient is not None:
+                    if scale_N is not None:
+                        gradient.mul_(scale_N[positions][chosen].unsqueeze(1))
+                    head.put_gradient(student, chosen, gradient)
+            if scale_N is not None:
+                values_Sn *= scale_N[positions]
+            # 3. The gradient's own products.
+            if head.wants_grad and any(weight for _, weight in terms):
+                head.add_products(positions)
+        for value_N, (_, weight) in zip(terms_SN, terms, strict=True):
+            total.add_(value_N.sum(), alpha=weight)
         head.save_gradients(ctx)
         ctx.mark_non_differentiable(terms_SN)
         return total, terms_SN
@@ -168,6 +175,33 @@ class _DenseHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _terms: Tensor) -> tuple[Tensor | None, ...]:
         return (*scaled_gradients(ctx, grad_total), None, None, None, None, None)
+
+
+def _blocks(raw_nV: Tensor) -> Iterator[slice]:
+    """Rows that the losses see at a time."""
+    (n, v), planned = raw_nV.shape, planned_device()
+    on_cpu = raw_nV.device.type == "cpu" if planned is None else not planned.free
+    if on_cpu:
+        step = max(1, BLOCK_ELEMENTS["cpu"] // v) * torch.get_num_threads()
+    else:
+        step = max(1, BLOCK_ELEMENTS["cuda"] // v)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _step(rows: Rows, terms: Sequence[tuple[DenseLoss, float]], values_Sn: Tensor) -> Tensor | None:
+    """Write the values of every term; the weighted sum of their gradients, None where all weights are
+    zero.
+    """
+    total: Tensor | None = None
+    for value_n, (loss, weight) in zip(values_Sn, terms, strict=True):
+        found_n, gradient = loss(rows)
+        value_n.copy_(found_n)
+        if weight and total is not None:
+            total.add_(gradient, alpha=weight)
+        elif weight:
+            total = gradient if weight == 1.0 else gradient.mul_(weight)
+    return total
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ forward pass is the idea of apple/ml-cross-entropy and the Liger kernels; soft-c
 Shape letters: N positions, n positions of a chunk, V vocabulary, D hidden size.
 """
 
+# ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,32 @@ class HeadTransform:
         return (z_nV / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class Logits:
+    """Logits of n positions as the product of states and head left them, in the dtype of products [n, V].
+
+    Bias and transform follow in the exact dtype where rows are read, so that no matrix of n x V exists beside
+    the product. bias_V: float or None.
+    """
+
+    raw_nV: Tensor
+    bias_V: Tensor | None
+    transform: HeadTransform
+
+    def rows(self, chosen: slice) -> Tensor:
+        """Transformed logits of some positions in float32 (float64 for float64 products); to be read only,
+        since they may be a view.
+        """
+        raw_nV = self.raw_nV[chosen]
+        exact = exact_dtype(raw_nV.dtype)
+        if self.bias_V is None and self.transform == HeadTransform():
+            return raw_nV.to(exact)
+        z_nV = raw_nV.to(exact, copy=True)
+        if self.bias_V is not None:
+            z_nV.add_(self.bias_V)
+        return self.transform.apply_(z_nV)
+
+
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """Dtype of matrix products here: autocast's when it is on for this device, else the dtype of `hidden`."""
     if torch.is_autocast_enabled(hidden.device.type):
@@ -67,21 +94,21 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunk_rows(shape_VD: Sequence[int], itemsize: int, elements: int, buffers: int, free: int) -> int:
+def chunk_rows(shape_VD: Sequence[int], itemsize: int, elements: int, buffers: float, free: int) -> int:
     """Positions to hold at a time.
 
     Every chunk adds a product of V x D to dW, so on GPUs small ones are slow and those of MOST_ROWS are near
     the best. Where memory allows it, the largest power of two up to that; at least `elements` logits, however
     little is free.
 
-    itemsize: bytes of a number in products. buffers: matrices of chunk x V in the exact dtype beside that of
-    the products. free: bytes, before gradients of the head are there, see `free_bytes`.
+    itemsize: bytes of a number in products. buffers: matrices of chunk x V in the exact dtype, or parts of
+    one, beside the student's product. free: bytes, before gradients of the head are there, see `free_bytes`.
     """
     v, d = shape_VD
     least = max(1, elements // v)
     exact = max(4, itemsize)
     left = free - v * d * (exact + itemsize)
-    fitting = max(0, left // _SHARE) // (v * (itemsize + buffers * exact))
+    fitting = int(max(0, left // _SHARE) // (v * (itemsize + buffers * exact)))
     return max(least, min(MOST_ROWS, 1 << fitting.bit_length() >> 1))
 
 
@@ -100,7 +127,10 @@ class ChunkedHead:
     they add to.
 
     `needs` says whether hidden, weight and bias want a gradient. One matrix product's worth of logits is held
-    in the compute dtype, and one in the exact dtype where the two differ.
+    in the compute dtype, and for `logits` one in the exact dtype where the two differ.
+
+    A loss either takes all logits of a chunk (`logits`, then `add_gradient`), or reads some rows at a time
+    and puts its gradient in their place (`products`, `put_gradient` for every row, `add_products`).
     """
 
     def __init__(
@@ -122,7 +152,7 @@ class ChunkedHead:
         self.chunk = max(1, min(chunk, n))
         new = self.h_ND.new_empty
         self._z_nV = new(self.chunk, v)
-        self._exact_nV = self._z_nV if dtype == self.exact else new(self.chunk, v, dtype=self.exact)
+        self._exact_nV = self._z_nV if dtype == self.exact else None  # made by the first `logits`
         # Zeros, since a pass in which all weights are zero adds nothing.
         self._dh_ND = self.h_ND.new_zeros(n, d) if needs[0] else None
         self._dw_VD = self.h_ND.new_zeros(v, d, dtype=self.exact) if needs[1] else None
@@ -134,14 +164,29 @@ class ChunkedHead:
         for start in range(0, len(self.h_ND), self.chunk):
             yield slice(start, min(start + self.chunk, len(self.h_ND)))
 
+    def products(self, rows: slice) -> Logits:
+        """Logits of a chunk, to be read some rows at a time; a buffer that the next chunk overwrites."""
+        h_nD = self.h_ND[rows]
+        raw_nV = torch.mm(h_nD, self.w_VD.t(), out=self._z_nV[: len(h_nD)])
+        return Logits(raw_nV, self.bias_V, self.transform)
+
+    def put_gradient(self, logits: Logits, chosen: slice, g_nV: Tensor) -> None:
+        """Put d total / d logits of some of a chunk's positions, which is overwritten, in the place of their
+        product.
+        """
+        if self.transform != HeadTransform():
+            g_nV.mul_(self.transform.slope(logits.rows(chosen)))
+        logits.raw_nV[chosen] = g_nV
+
     def logits(self, rows: slice) -> Tensor:
         """Transformed logits of a chunk in the exact dtype, [n, V].
 
         They are a buffer that the next chunk overwrites; whoever asks may write into it.
         """
-        h_nD = self.h_ND[rows]
-        raw_nV = torch.mm(h_nD, self.w_VD.t(), out=self._z_nV[: len(h_nD)])
-        z_nV = self._exact_nV[: len(h_nD)]
+        raw_nV = self.products(rows).raw_nV
+        if self._exact_nV is None:
+            self._exact_nV = torch.empty_like(self._z_nV, dtype=self.exact)
+        z_nV = self._exact_nV[: len(raw_nV)]
         if z_nV.dtype != raw_nV.dtype:
             z_nV.copy_(raw_nV)
         if self.bias_V is not None:
@@ -159,10 +204,17 @@ class ChunkedHead:
         # Back through soft-capping and scale, to the raw logits.
         if self._slope_nV is not None:
             g_nV.mul_(self._slope_nV)
-        h_nD, low_nV = self.h_ND[rows], self._z_nV[: len(g_nV)]
-        if g_nV.dtype != low_nV.dtype:
-            g_nV = low_nV.copy_(g_nV)
+        low_nV = self._z_nV[: len(g_nV)]
+        self._add(rows, g_nV if g_nV.dtype == low_nV.dtype else low_nV.copy_(g_nV))
+
+    def add_products(self, rows: slice) -> None:
+        """The same for the gradient that `put_gradient` has left in every row of the last chunk."""
+        self._add(rows, self._z_nV[: rows.stop - rows.start])
+
+    def _add(self, rows: slice, g_nV: Tensor) -> None:
+        """Gradient of the raw logits, in the dtype of products, onto those of hidden, weight and bias."""
         # dH is complete for the rows of this chunk; dW and db add up over the chunks, in the exact dtype.
+        h_nD = self.h_ND[rows]
         if self._dh_ND is not None:
             torch.mm(g_nV, self.w_VD, out=self._dh_ND[rows])
         if self._dw_VD is not None and self._part_VD is None:

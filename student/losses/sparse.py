@@ -14,13 +14,14 @@ Shape letters: N positions, K head columns (padded), M columns of draws, V vocab
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 TOKEN_SCALE_TEMPERATURE = 10.0
+CERTAIN = 1e-4  # minus the log-probability of what is as good as certain
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class SparseTargets:
 
     Where an objective needs them: label_logprob_N, float, the teacher's log-probability of the next token;
     token_scale_N, float, see `token_scale`; tempered, by temperature.
+
+    Of a teacher with another tokenizer (`student.data.token_map`): known_N, bool, False where it has no
+    distribution and the row is the label alone; ranked_NK, float, log-probabilities of its head in descending
+    order, whatever tokens of the student they are of; spans_N2, float, see `along_spans`.
     """
 
     ids_NK: Tensor
@@ -60,6 +65,9 @@ class SparseTargets:
     label_logprob_N: Tensor | None = None
     token_scale_N: Tensor | None = None
     tempered: Mapping[float, Tempered] = field(default_factory=dict)
+    known_N: Tensor | None = None
+    ranked_NK: Tensor | None = None
+    spans_N2: Tensor | None = None
 
     @property
     def head_columns(self) -> int:
@@ -68,7 +76,10 @@ class SparseTargets:
 
     def slice(self, start: int, stop: int) -> SparseTargets:
         """The same targets for positions start..stop."""
-        names = ("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N", "label_logprob_N", "token_scale_N")
+        names = (
+            *("ids_NK", "logprob_NK", "tail_N", "label_N", "entropy_N", "label_logprob_N", "token_scale_N"),
+            *("known_N", "ranked_NK", "spans_N2"),
+        )
         parts = {name: getattr(self, name) for name in names}
         sliced = {name: part[start:stop] for name, part in parts.items() if part is not None}
         tempered = {
@@ -151,6 +162,55 @@ def forward_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
 def cross_entropy(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     """-log q(label) in nats per position, [N]; uses the labels only, not the teacher."""
     return student.lse() - student.label_N
+
+
+def span_likelihood(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+    """KL of two outcomes, the text of a span or any other, [N]: `outcome_kl` of its likelihoods.
+
+    Between models with one tokenizer a span is the label. Needs label_logprob_N; 0 where that is not known.
+    Across tokenizers, spans are what both cut alike (GOLD, of TRL): see `along_spans`.
+    """
+    assert teacher.label_logprob_N is not None
+    return outcome_kl(student.label_N - student.lse(), teacher.label_logprob_N)
+
+
+def outcome_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """p log(p / q) + (1 - p) log((1 - p) / (1 - q)) in nats; 0 where p is NaN.
+
+    By the data processing inequality at most the KL of the distributions over all texts. Probabilities are
+    at most exp(-CERTAIN), so that both logarithms are finite.
+    """
+    known = ~torch.isnan(log_p)
+    log_p = log_p.masked_fill(~known, -1.0).clamp(max=-CERTAIN).to(log_q.dtype)
+    log_q = log_q.clamp(max=-CERTAIN)
+    this = log_p.exp() * (log_p - log_q)
+    other = -torch.expm1(log_p) * (_log_other(log_p) - _log_other(log_q))
+    return torch.where(known, this + other, 0.0)
+
+
+def _log_other(log_p: Tensor) -> Tensor:
+    """log(1 - p)."""
+    return torch.log(-torch.expm1(log_p))
+
+
+def along_spans(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+    """A loss on the cross-entropies of several positions together, [N], by spans_N2 of the targets: what it
+    is at each position, and its derivative with respect to the cross-entropy there.
+    """
+    assert teacher.spans_N2 is not None
+    value_N, slope_N = teacher.spans_N2.to(student.tail_N.dtype).unbind(-1)
+    part_N = slope_N * cross_entropy(student, teacher)
+    return part_N + (value_N - part_N).detach()
+
+
+def where_known(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss where the teacher has a distribution, and the cross-entropy with the label elsewhere."""
+
+    def either(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
+        assert teacher.known_N is not None
+        return torch.where(teacher.known_N, loss(student, teacher), cross_entropy(student, teacher))
+
+    return either
 
 
 def token_scaled_kl(student: ReducedLogits, teacher: SparseTargets) -> Tensor:

@@ -14,7 +14,7 @@ from student.losses.divergences import (
     total_variation,
 )
 from student.losses.ranking import hinge_ranking, logistic_ranking, logit_mse, top1
-from student.losses.sparse import cross_entropy, one_for_all, soft_mse, token_scaled_kl
+from student.losses.sparse import cross_entropy, one_for_all, soft_mse, span_likelihood, token_scaled_kl
 from student.losses.transport import sinkhorn, universal_logit
 
 _TEMPERATURE = Option(
@@ -257,5 +257,19 @@ HEAD_LOSSES: tuple[Loss, ...] = (
         "student's last layer, not at exits before it",
         options={"gamma": Option(1.0, "how much more the label weighs", low=0.0, high=10.0)},
         mixes=True,
+    ),
+    Loss(
+        name="span_likelihood",
+        kind="head",
+        function=span_likelihood,
+        formula="P log(P / Q) + (1 − P) log((1 − P) / (1 − Q)), P and Q: likelihoods of a span of text",
+        paper=Paper("Unlocking On-Policy Distillation for Any Model Family (GOLD, 2025)"),
+        needs=Need.LABEL,
+        exactness="exact",
+        statement="the KL of two outcomes, the text or any other, at most that over all texts. Spans are "
+        "what both tokenizers cut alike; with the teacher's own they are tokens. GOLD itself compares sorted "
+        "probabilities of merged spans",
+        mixes=True,
+        spans=True,
     ),
 )

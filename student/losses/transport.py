@@ -55,7 +55,7 @@ def universal_logit(student: ReducedLogits, teacher: SparseTargets) -> Tensor:
     """
     assert student.top_NK is not None
     k = student.top_NK.shape[1]
-    logprob_NK = teacher.logprob_NK[:, :k]
+    logprob_NK = (teacher.logprob_NK if teacher.ranked_NK is None else teacher.ranked_NK)[:, :k]
     real_NK = torch.isfinite(logprob_NK)
     p_NK = logprob_NK.exp()
     q_NK = torch.where(real_NK, (student.top_NK - student.lse().unsqueeze(-1)).exp(), 0.0)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from student.errors import UserError
+
+if TYPE_CHECKING:
+    from student.modeling.other_tokenizer import NewEmbeddings
 
 # Of a module's weight, by the last part of its name; a bias has the first axis alone.
 _AXES = {
@@ -34,9 +37,12 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 
 @dataclass(frozen=True)
 class Narrowing:
-    """The indices that are kept, by kind of axis; all of an axis that is not named."""
+    """The indices that are kept, by kind of axis; all of an axis that is not named. tokens: makes the rows of
+    a student with another tokenizer out of the teacher's.
+    """
 
     kept: dict[str, Tensor]
+    tokens: NewEmbeddings | None = None
 
     def _axes(self, name: str, dimensions: int) -> Sequence[str]:
         module = name.split(".")[-2]
@@ -47,11 +53,15 @@ class Narrowing:
         """Of the teacher's tensor once it is narrowed."""
         axes = self._axes(name, len(shape))
         new = [len(self.kept[axis]) if axis in self.kept else size for axis, size in zip(axes, shape)]  # noqa: B905
+        if self.tokens is not None and axes[:1] == ("tokens",):
+            new[0] = self.tokens.size
         return (*new, *shape[len(new) :])
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """The part of the teacher's tensor `name` that the student keeps."""
         for place, axis in enumerate(self._axes(name, tensor.ndim)):
+            if axis == "tokens" and self.tokens is not None:
+                tensor = self.tokens(tensor)
             if axis in self.kept:
                 tensor = tensor.index_select(place, self.kept[axis])
         return tensor

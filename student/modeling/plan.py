@@ -20,6 +20,7 @@ from student.errors import UserError
 from student.modeling.checkpoint import CheckpointTensors
 from student.modeling.copying import copy_from_teacher, resolve_teacher
 from student.modeling.narrowing import NO_NARROWING, Narrowing, plan_narrowing
+from student.modeling.other_tokenizer import NewEmbeddings, OwnTokenizer, tokenizer_files_of
 from student.modeling.saving import (
     attention,
     check_latent,
@@ -42,7 +43,8 @@ class StudentPlan:
     layer. teacher: files to copy from, of which `narrowing` keeps a part; None leaves random weights.
     conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
     checkpoint has gone through it already. alternatives: the same student from other layers of the teacher,
-    for --copy-layers auto. given: a model that there is already, and that is trained itself.
+    for --copy-layers auto. given: a model that there is already, and that is trained itself. tokenizer: files
+    of the student's, where that is not the teacher's.
     """
 
     config: Any
@@ -56,6 +58,7 @@ class StudentPlan:
     narrowing: Narrowing = NO_NARROWING
     alternatives: tuple[StudentPlan, ...] = ()
     given: Any = None
+    tokenizer: Path | None = None
 
     @property
     def copied(self) -> str | None:
@@ -111,21 +114,34 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
         return _plan_checkpoint(options, reader, options.student, longest)
     flag = "--student-model-config"
     teacher_config = text_config(load_config(str(reader.teacher_dir), "the cache's teacher/"))
-    config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers)
-    check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
-    check_positions(config, longest, flag)
+    own = _own_tokenizer(options, reader)
+    settings = None if own is None else own.settings
+    config, layers = changed_config(teacher_config, options.config_changes(), options.copy_layers, settings)
+    if own is None:
+        check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag)
+        check_positions(config, longest, flag)
+    else:
+        own.check(config, flag)
     teacher = None
     if options.init == "teacher":
         directory = resolve_teacher(options.teacher, reader.identity.name)
         teacher = CheckpointTensors(directory)
         _check_teacher(directory, teacher_config, reader)
-    plan = _planned(options, config, None, layers, teacher)
+    plan = replace(
+        _planned(options, config, None, layers, teacher), tokenizer=None if own is None else own.directory
+    )
     if teacher is None:
         return plan
-    plan = replace(plan, narrowing=plan_narrowing(teacher_config.get_text_config(), config.get_text_config()))
+    narrowing = plan_narrowing(teacher_config.get_text_config(), config.get_text_config())
+    if own is not None:
+        size = config.get_text_config().vocab_size
+        narrowing = replace(narrowing, tokens=NewEmbeddings(reader.teacher_dir, own.directory, size))
+    plan = replace(plan, narrowing=narrowing)
     if options.copy_layers != "auto":
         return plan
-    others = (changed_config(teacher_config, options.config_changes(), spec) for spec in ("first", "last"))
+    others = (
+        changed_config(teacher_config, options.config_changes(), spec, settings) for spec in ("first", "last")
+    )
     alternatives = (
         replace(plan, config=other, layers=chosen) for other, chosen in others if chosen != layers
     )
@@ -146,12 +162,16 @@ def _plan_checkpoint(
         config = student_config(saved)
         check_saved(config, before, saved, tensors, flag)
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
-    same = same_tokenizer(directory, reader.teacher_dir, flag)
-    check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, same)
-    check_positions(config, longest, flag)
-    return _planned(
+    same = same_tokenizer(directory, reader.teacher_dir)
+    if same is False:
+        OwnTokenizer(directory, flag).check(config, flag)
+    else:
+        check_vocabulary(config, teacher_config, reader.identity.vocab_size, flag, bool(same))
+        check_positions(config, longest, flag)
+    plan = _planned(
         options=options, config=config, checkpoint=str(directory), layers=[], teacher=None, before=before
     )
+    return replace(plan, tokenizer=directory if same is False else None)
 
 
 def plan_given(options: StudentOptions, reader: CacheReader, model: Any) -> StudentPlan:
@@ -160,18 +180,22 @@ def plan_given(options: StudentOptions, reader: CacheReader, model: Any) -> Stud
         if getattr(options, name) is not None:
             raise UserError(f"model: a model was given, so {name} has no effect; leave one of them out")
     teacher_config = load_config(str(reader.teacher_dir), "the cache's teacher/")
-    check_vocabulary(model.config, teacher_config, reader.identity.vocab_size, "model")
-    check_positions(model.config, int(reader.lengths.max()), "model")
+    own = _own_tokenizer(options, reader)
+    if own is None:
+        check_vocabulary(model.config, teacher_config, reader.identity.vocab_size, "model")
+        check_positions(model.config, int(reader.lengths.max()), "model")
+    else:
+        own.check(model.config, "model")
     before = bitnet.conversion_of(model)
     plan = _planned(
         options=options, config=model.config, checkpoint=None, layers=[], teacher=None, before=before
     )
-    return replace(plan, given=model)
+    return replace(plan, given=model, tokenizer=None if own is None else own.directory)
 
 
 def plan_following(options: StudentOptions, before: StudentPlan) -> StudentPlan:
     """The plan for --student, where it is what `before` has yet to become and save."""
-    return _planned(
+    plan = _planned(
         options=options,
         config=before.config,
         checkpoint=options.student,
@@ -179,6 +203,16 @@ def plan_following(options: StudentOptions, before: StudentPlan) -> StudentPlan:
         teacher=None,
         before=before.conversion,
     )
+    return replace(plan, tokenizer=before.tokenizer)
+
+
+def _own_tokenizer(options: StudentOptions, reader: CacheReader) -> OwnTokenizer | None:
+    """That of --student-tokenizer, unless it is the teacher's."""
+    if options.student_tokenizer is None:
+        return None
+    flag = f"--student-tokenizer {options.student_tokenizer}"
+    directory = tokenizer_files_of(options.student_tokenizer, flag)
+    return None if same_tokenizer(directory, reader.teacher_dir) else OwnTokenizer(directory, flag)
 
 
 def _planned(
@@ -276,23 +310,15 @@ def _check_teacher(directory: Path, teacher_config: Any, reader: CacheReader) ->
             )
 
 
-def same_tokenizer(checkpoint: Path, teacher_dir: Path, flag: str) -> bool:
-    """Whether the student is known to have the teacher's tokenizer; UserError when it has another."""
+def same_tokenizer(checkpoint: Path, teacher_dir: Path) -> bool | None:
+    """Whether a student has the teacher's tokenizer; None where that is not known."""
     files = [checkpoint / "tokenizer.json", teacher_dir / "tokenizer.json"]
     if all(file.is_file() for file in files):
-        differ = tokenizers_differ(*map(json_object, files))
-    elif all(tokenizer_files(directory) for directory in (checkpoint, teacher_dir)):
+        return not tokenizers_differ(*map(json_object, files))
+    if all(tokenizer_files(directory) for directory in (checkpoint, teacher_dir)):
         try:
             own, theirs = (load_tokenizer(directory).get_vocab() for directory in (checkpoint, teacher_dir))
         except (OSError, ValueError, KeyError, ImportError):
-            return False
-        differ = own != theirs
-    else:
-        return False
-    if differ:
-        raise UserError(
-            f"{flag}: its tokenizer is not the one of the cache's teacher, so cached token ids mean other "
-            "text to it; "
-            "choose a student with the teacher's tokenizer"
-        )
-    return True
+            return None
+        return bool(own == theirs)
+    return None

@@ -53,8 +53,12 @@ def _explicit_layers(spec: str, count: int, depth: int) -> list[int]:
     return layers
 
 
-def changed_config(teacher: Any, changes: Mapping[str, Any], copy_layers: str) -> tuple[Any, list[int]]:
+def changed_config(
+    teacher: Any, changes: Mapping[str, Any], copy_layers: str, own_tokens: Mapping[str, Any] | None = None
+) -> tuple[Any, list[int]]:
     """(student configuration, teacher layer of each student layer).
+
+    own_tokens: settings that follow from a tokenizer of its own; `changes` win.
 
     Settings that are lists with one entry per layer (`layer_types` of Gemma 3 and Qwen 3) follow the chosen
     layers unless `changes` gives them. UserError for unknown settings and for values that the architecture
@@ -72,7 +76,7 @@ def changed_config(teacher: Any, changes: Mapping[str, Any], copy_layers: str) -
         for name, value in base.items()
         if isinstance(value, list) and len(value) == depth and name.startswith("layer")
     }
-    settings = {**base, **per_layer, **changes, "dtype": "float32"}
+    settings = {**base, **per_layer, **(own_tokens or {}), **changes, "dtype": "float32"}
     for name in _NOT_INHERITED:
         settings.pop(name, None)
     try:

@@ -25,7 +25,7 @@ def load_tokenizer(source: str | Path, **options: Any) -> Any:
 
     options = {"trust_remote_code": False, **options}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    directory = _local(source)
+    directory = local_files(source)
     if directory is None or _differing(tokenizer, directory) is None:
         return tokenizer
     with tempfile.TemporaryDirectory() as name:
@@ -78,7 +78,7 @@ def _differing(tokenizer: Any, directory: Path) -> str | None:
     return differing_text(tokenizer, file) if file.is_file() else None
 
 
-def _local(source: str | Path) -> Path | None:
+def local_files(source: str | Path) -> Path | None:
     """The directory of a tokenizer's files; None where they are not on this machine."""
     if Path(source).is_dir():
         return Path(source)

@@ -40,10 +40,15 @@ class TermRequest:
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
-    """All terms that are asked for; balanced: with weights that are ratios of gradient norms."""
+    """All terms that are asked for; balanced: with weights that are ratios of gradient norms. teachers: the
+    weights of several caches' teachers in their mixture, of which one moves at least; None where the file
+    does not say. where: how error lines name them.
+    """
 
     terms: tuple[TermRequest, ...]
     balanced: bool = False
+    teachers: tuple[Weight, ...] | None = None
+    where: str = ""
 
 
 def read_objective(given: str) -> ObjectiveRequest:
@@ -73,7 +78,7 @@ def parse_objective(value: object, where: str) -> ObjectiveRequest:
     example = "write e.g. `terms: [{loss: kl, weight: 1.0}]`"
     if not isinstance(value, dict):
         raise UserError(f"{where}: needs a mapping with a list `terms`; {example}")
-    _check_keys(value, ("terms", "balance"), where)
+    _check_keys(value, ("terms", "balance", "teachers"), where)
     terms = value.get("terms")
     if not isinstance(terms, list) or not terms:
         raise UserError(f"{where}: `terms` must be a list of at least one term; {example}")
@@ -85,7 +90,28 @@ def parse_objective(value: object, where: str) -> ObjectiveRequest:
         raise UserError(f"{where}: balance: {balance} needs at least two terms")
     if not any(term.weight.start or term.weight.end for term in parsed):
         raise UserError(f"{where}: nothing to learn: give a term a weight above 0")
-    return ObjectiveRequest(parsed, balance != "none")
+    teachers = _teachers(value["teachers"], f"{where}: teachers") if "teachers" in value else None
+    return ObjectiveRequest(parsed, balance != "none", teachers, f"{where}: teachers")
+
+
+def _teachers(value: object, where: str) -> tuple[Weight, ...]:
+    """Weights in the order of the STOREs."""
+    example = "[{schedule: linear, from: 1.0, to: 0.5}, 0.5]"
+    if not isinstance(value, list) or len(value) < 2:
+        raise UserError(f"{where} must be a list of a weight for each of several STOREs, e.g. {example}")
+    weights = tuple(parse_weight(one, f"{where}[{number}]") for number, one in enumerate(value))
+    if all(weight.schedule == "constant" for weight in weights):
+        raise UserError(
+            f"{where}: none of these weights moves; give a schedule, e.g. {example}, or constant weights "
+            "with --teacher-weights"
+        )
+    for number, weight in enumerate(weights):
+        if not max(weight.start, weight.end):
+            raise UserError(f"{where}[{number}] is zero throughout; leave that STORE out")
+    for place, progress in (("start", 0.0), ("end", 1.0)):
+        if not any(weight.at(progress) for weight in weights):
+            raise UserError(f"{where}: all weights are zero at the {place} of the training; raise one there")
+    return weights
 
 
 def _term(value: object, where: str) -> TermRequest:
@@ -152,7 +178,7 @@ def parse_weight(value: object, where: str) -> Weight:
     if not 0 < until <= 1:
         raise UserError(f"{where}: until is a fraction of the training, above 0 and at most 1, not {until:g}")
     if not max(start, end):
-        raise UserError(f"{where} is zero throughout; leave the term out")
+        raise UserError(f"{where} is zero throughout; leave it out")
     return Weight(start, end, schedule, until)
 
 

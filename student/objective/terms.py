@@ -3,6 +3,7 @@
 # ruff: noqa: N815  (shape suffixes on dataclass fields)
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,7 +57,8 @@ class Term:
     of a relation, numbered as the hidden states that go into them; (last, last) of a dense term; following
     the next deeper pair of one between layers; projector: what brings the student's states to the teacher's
     width, None where they are taken as they are; teachers: numbers of the caches that it learns from, several
-    for their mixture, none for a loss on labels.
+    for their mixture, none for a loss on labels; shared: from a teacher with another tokenizer it learns the
+    tokens that both have.
     """
 
     loss: Loss
@@ -67,6 +69,7 @@ class Term:
     following: tuple[int, int] | None = None
     projector: ProjectorSpec | None = None
     teachers: tuple[int, ...] = (0,)
+    shared: bool = False
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -94,7 +97,7 @@ class Term:
         return float(self.options.get("temperature", 1.0))
 
     @property
-    def function(self) -> Callable[..., Tensor]:
+    def function(self) -> Callable[..., Any]:
         """The loss with its options filled in."""
         return partial(self.loss.function, **self.options) if self.options else self.loss.function
 
@@ -106,8 +109,9 @@ class Term:
     def values(self, view: View) -> Tensor:
         """The unweighted loss of every learned position, [N]; for terms outside the fused head."""
         assert self.pair is not None
+        function: Callable[..., Tensor] = self.function
         if self.loss.kind == "relation":
-            return self.function(view.blocks(self.teachers[0], self.pair))[view.sequence_N, view.position_N]
+            return function(view.blocks(self.teachers[0], self.pair))[view.sequence_N, view.position_N]
         weights = [view.weight(self.teachers[0], layer) for layer, _ in self.pairs]
         teacher = tuple(view.teacher(self.teachers[0], layer) for layer, _ in self.pairs)
         student = tuple(view.student(layer) for _, layer in self.pairs)
@@ -116,10 +120,10 @@ class Term:
         if self.loss.kind == "structure":
             assert weights.count(None) == len(weights), "relations of positions need all of them"
             sides = (student, teacher) if self.loss.flow else (student[0], teacher[0])
-            return self.function(*sides, view.lengths())
+            return function(*sides, view.lengths())
         if Need.FULL in self.loss.needs:
-            return self.function(student[0], teacher[0], view.fisher(self.teachers[0]))
-        value_N = self.function(student[0], teacher[0])
+            return function(student[0], teacher[0], view.fisher(self.teachers[0]))
+        value_N = function(student[0], teacher[0])
         return value_N if weights[0] is None else value_N * weights[0]
 
 
@@ -157,14 +161,17 @@ def reduction(terms: Iterable[Term]) -> Reduction:
 class Objective:
     """loss = sum over positions and terms of weight * term / number of learned positions.
 
-    balanced: weights are ratios of gradient norms, see `student.training.balance`. shares: of the caches
-    in a mixture, 1 together. measured: the caches whose teachers, mixed, held-out metrics compare with.
+    balanced: weights are ratios of gradient norms, see `student.training.balance`. teachers: the weights of
+    the caches' teachers in a mixture, as far as they stand to each other. measured: the caches whose
+    teachers, mixed, held-out metrics compare with; measures_shared: of a teacher with another tokenizer, on
+    the tokens that both have.
     """
 
     terms: tuple[Term, ...]
     balanced: bool = False
-    shares: tuple[float, ...] = (1.0,)
+    teachers: tuple[Weight, ...] = (Weight.constant(1.0),)
     measured: tuple[int, ...] = (0,)
+    measures_shared: bool = False
 
     @classmethod
     def of(cls, terms: Sequence[Term], balanced: bool = False) -> Objective:
@@ -225,6 +232,17 @@ class Objective:
     def weights_move(self) -> bool:
         """Whether the weights change in the course of the training."""
         return self.balanced or any(term.weight.schedule != "constant" for term in self.terms)
+
+    @property
+    def shares_move(self) -> bool:
+        """Whether the mixture of several teachers changes in the course of the training."""
+        return any(weight.schedule != "constant" for weight in self.teachers)
+
+    def shares_at(self, progress: float) -> list[float]:
+        """Shares of the caches' teachers in a mixture, 1 together, when `progress` (0 to 1) is done."""
+        weights = [weight.at(progress) for weight in self.teachers]
+        total = math.fsum(weights)
+        return [weight / total for weight in weights]
 
     def weighted(self, kinds: Collection[str], weights: Sequence[float]) -> list[tuple[Term, float]]:
         """The terms whose loss is of one of the kinds, each with its weight; weights: of all terms."""

@@ -23,7 +23,7 @@ from student import bitnet
 from student.bitnet.backward import Gate, Gates
 from student.bitnet.quantizers import quantize_weight
 from student.bitnet.training import set_gates
-from student.data.teacher_weights import TeacherParts
+from student.data.teacher_weights import TeacherParts, load_bases
 from student.losses.blocks import TeacherBlock
 from student.losses.full_pass import TeacherHead
 from student.losses.lm_head import HeadTransform
@@ -110,7 +110,7 @@ def meta_teachers(prepared: PreparedTraining) -> tuple[TeacherParts, ...]:
 
 def _meta_teacher(prepared: PreparedTraining, store: int) -> TeacherParts:
     objective, reader = prepared.objective, prepared.stores.readers[store]
-    stored, parts = reader.sidecar(), TeacherParts()
+    stored, parts = reader.sidecar(), TeacherParts(bases=load_bases(reader))
     if objective.needs_head(store):
         found = stored.head()
         weights = {name: _meta(tensor) for name, tensor in found.tensors.items()}
@@ -132,6 +132,7 @@ def teacher_tensors(teachers: Iterable[TeacherParts]) -> list[Tensor]:
     held: list[Tensor | None] = []
     for parts in teachers:
         held += [] if parts.head is None else [parts.head.weight_VD, parts.head.bias_V]
+        held += [tensor for basis in parts.bases.values() for tensor in basis.tensors]
         held += [buffer for block in parts.blocks.values() for buffer in block.buffers()]
     return [one for one in held if one is not None]
 
@@ -152,6 +153,7 @@ def trace(
     model, teachers = meta_model(prepared.plan, prepared.objective, depth), meta_teachers(prepared)
     with fake:
         model.teachers = tuple(map(_faked_teacher, teachers))
+        model.tokens = prepared.token_tables
         _fake_module(model)
         if held:
             for parameter in _trained(model):
@@ -159,6 +161,7 @@ def trace(
         inputs = _faked_batch(batch, fake)
     model.train()
     model.weights = [1.0] * len(model.objective.terms)
+    model.shares = [1 / len(teachers)] * len(teachers)  # none is 0, as one that moves may be at the start
     tracker = FakeTracker(OTHERS, FORWARD, on_gpu, fake)
     _prepare_ternary(model, prepared, tracker)
     if held:
@@ -215,6 +218,10 @@ def _faked_teacher(parts: TeacherParts) -> TeacherParts:
             weight_VD=torch.empty(weight_VD.shape, dtype=weight_VD.dtype),
             bias_V=None if bias_V is None else torch.empty(bias_V.shape, dtype=bias_V.dtype),
         )
+    parts.bases = {
+        digest: basis.mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+        for digest, basis in parts.bases.items()
+    }
     for block in parts.blocks.values():
         _fake_module(block)
     return parts

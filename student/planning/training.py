@@ -160,7 +160,9 @@ class _Planner:
         self._held = shards(self.parameters, target.processes) if target.sharded else self.parameters
         self._gathered = gathered(self.parameters) if target.sharded else None
         self._weights = sum(one.size for one in self._held) + sum(one.nbytes for one in model.buffers())
+        tables = prepared.token_tables
         self._teacher = sum(one.nbytes for one in teacher_tensors(meta_teachers(prepared)))
+        self._teacher += sum(one.nbytes for one in tables.tensors()) if tables is not None else 0
         self._layers = prepared.plan.config.get_text_config().num_hidden_layers
         self._depths = FEW if self._layers > FEW[-1] and alike(model) else (self._layers,)
         self.optimizer_name, self._optimizer_options = _optimizer(prepared)

@@ -62,6 +62,8 @@ def plan_work(
         places = np.fromiter(islice(order, _LOOKED_AT), np.int64)
         lengths = prepared.reader.lengths[indices_at(data.split.training, places)]
         padded = padded_positions(lengths.tolist(), setting.rows) * (tokens / int(lengths.sum()))
+    if prepared.tokens is not None:  # lengths are those of the teacher's tokens
+        tokens, padded = round(tokens * prepared.tokens.expansion), padded * prepared.tokens.expansion
     return TrainingWork(
         samples=samples,
         steps=steps,

@@ -29,6 +29,8 @@ _METRICS = {
     "eval_perplexity": "perplexity",
     "eval_teacher_perplexity": "teacher's perplexity",
     "eval_top1_agreement": "same most likely token",
+    "eval_bits_per_byte": "bits per byte",
+    "eval_teacher_bits_per_byte": "teacher's bits per byte",
 }
 
 

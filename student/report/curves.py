@@ -30,6 +30,7 @@ def training(runs: Sequence[RunFiles]) -> Html:
             _chart(runs, "loss", "Training loss", "nats per token"),
             *(_parts(runs, "loss_", "Terms of the loss, unweighted", "each on its own scale")),
             *(_parts(runs, "weight_", "Weights of the terms", "weight")),
+            *(_parts(runs, "share_", "Shares of the teachers in their mixture", _SHARE)),
             _chart(runs, "grad_norm", "Gradient norm", "before clipping"),
         ),
     )
@@ -41,13 +42,22 @@ def held_out(runs: Sequence[RunFiles]) -> Html:
     return section(
         "Held-out samples",
         *(note(f"{_name(run, runs)}: {run.summary['start_warning']}") for run in runs if _warned(run)),
+        *(note(f"{_name(run, runs)}: {said}") for run in runs if (said := _aligned(run))),
         note(_BOUND) if any(run.summary.get("held_out_kl") == "lower bound" for run in runs) else Html(""),
         row(
             _chart(runs, "eval_kl", "KL(teacher ‖ student)", "nats per token"),
             _lines("Perplexity", [*perplexity, *_teachers(runs)], "perplexity"),
             _chart(runs, "eval_top1_agreement", "Same most likely token as the teacher", _SHARE),
+            _chart(runs, "eval_bits_per_byte", "Bits per byte", "bits"),
         ),
     )
+
+
+def _aligned(run: RunFiles) -> str | None:
+    """What is aligned with a teacher's tokens, of a student with another tokenizer."""
+    tokens = run.summary.get("tokens_of_both")
+    said = tokens.get("said") if isinstance(tokens, dict) else None
+    return said if isinstance(said, str) else None
 
 
 def _warned(run: RunFiles) -> bool:

@@ -19,6 +19,7 @@ _METRICS = {
     "perplexity": "perplexity",
     "top1_agreement": "same most likely token",
     "calibration_error": "calibration error",
+    "bits_per_byte": "bits per byte",
 }
 
 

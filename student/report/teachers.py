@@ -17,7 +17,7 @@ def stores(run: RunFiles) -> list[Mapping[str, Any]]:
 
 def shares(run: RunFiles) -> str | None:
     """`0.5 a + 0.5 b`; None where there was one cache."""
-    return " + ".join(f"{number(number_in(one, 'weight'))} {one.get('name')}" for one in stores(run)) or None
+    return " + ".join(f"{_weight(one)} {one.get('name')}" for one in stores(run)) or None
 
 
 def manifests(run: RunFiles) -> str:
@@ -31,7 +31,7 @@ def rows(run: RunFiles) -> list[tuple[str, ...]]:
     return [
         (
             str(one.get("name", "–")),
-            number(number_in(one, "weight")),
+            _weight(one),
             _word(one.get("teacher"), "name"),
             _word(one.get("teacher"), "digest")[:12],
             str(one.get("manifest", "–")),
@@ -57,6 +57,15 @@ def teachers_section(run: RunFiles) -> Html:
         return Html("")
     lines: list[tuple[Cell, ...]] = list(rows(run))
     return section("Teachers", table(HEADER, lines), note(matched(run)))
+
+
+def _weight(store: Mapping[str, Any]) -> str:
+    """Of a teacher; `1→0 (linear, until 0.5)` where it moved, as it was asked for."""
+    course = store.get("schedule")
+    if not isinstance(course, Mapping):
+        return number(number_in(store, "weight") if course is None else number_in(store, "schedule"))
+    first, last, until = (number(number_in(course, name)) for name in ("from", "to", "until"))
+    return f"{first}→{last} ({course.get('schedule')}, until {until})"
 
 
 def _word(found: Any, name: str) -> str:

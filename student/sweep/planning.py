@@ -9,6 +9,7 @@ from featurestore.errors import BAD_REQUESTS
 from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CacheReader
 from student.config.parser import parse
+from student.data.retokenised import RetokenisedDataset
 from student.errors import UserError
 from student.sweep.home import Home, read_json
 from student.sweep.runs import SweepRun, corners, expand
@@ -69,6 +70,9 @@ def _check(
             raise UserError(f"run {run.name}: {error}") from error
         groups = held_out.groups if held_out else ()
         known = any(isinstance(group, LogitsSpec) for group in groups)
-        if held_out is None or (spec.metric in ("eval_kl", "eval_top1_agreement") and not known):
+        if spec.metric == "eval_bits_per_byte":
+            known = isinstance(held_out, RetokenisedDataset)
+        needed = ("eval_kl", "eval_top1_agreement", "eval_bits_per_byte")
+        if held_out is None or (spec.metric in needed and not known):
             fix = "take metric: eval_ce" if held_out else "give an --eval-fraction above 0"
             raise UserError(f"run {run.name}: there will be no {spec.metric} to compare by; {fix}")

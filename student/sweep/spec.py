@@ -23,6 +23,7 @@ METRICS: dict[str, Literal["minimize", "maximize"]] = {
     "eval_perplexity": "minimize",
     "eval_top1_agreement": "maximize",
     "eval_loss": "minimize",
+    "eval_bits_per_byte": "minimize",
 }
 RESERVED = (
     "output-dir",

@@ -116,7 +116,7 @@ class DistillationTrainer(CacheTrainer):
         if evaluated is not None:
             args.eval_fraction = 0.0
         prepared = prepare(request, given=model, evaluated=evaluated)
-        _check_tokenizer(processing_class, prepared.reader.teacher_dir)
+        _check_tokenizer(processing_class, prepared.plan.tokenizer or prepared.reader.teacher_dir)
         assembled = assemble(prepared)
         if str(prepared.data.split) and args.process_index == 0:
             LOG.warning(prepared.data.split)
@@ -173,7 +173,7 @@ class DistillationTrainer(CacheTrainer):
                     f"and this is {here}; give "
                     f"train_dataset=CacheReader.open(..., manifest={str(digest)[:12]!r})"
                 )
-        check_stores(checkpoint, stores.weights)
+        check_stores(checkpoint, self.model.objective.teachers)
         check_curriculum(checkpoint, self._request.options.curriculum().record())
         check_order(self.args, len(self.train_dataset), checkpoint)
 
@@ -197,11 +197,12 @@ def _open_held_out(cache: Cache | None) -> CacheReader | None:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, teacher_dir: Path) -> None:
-    """UserError where a tokenizer makes other ids of texts than those in the cache."""
+    """UserError where a tokenizer makes other ids of texts than the student's."""
     if tokenizer is not None and tokenizer.get_vocab() != load_tokenizer(teacher_dir).get_vocab():
         raise UserError(
             "processing_class: its vocabulary is not that of the cache's teacher, so cached token ids mean "
-            "other text to it; leave it out, the teacher's is saved with the student"
+            "other text to it; leave it out, the teacher's is saved with the student, or give the student's "
+            "own with args.student_tokenizer"
         )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from student.data.batches import CachedDataset
 from student.data.held_out import Split, split_between, split_cache
 from student.data.matched import MatchedDataset
 from student.data.measures import Curriculum
+from student.data.retokenised import OtherTokens, RetokenisedDataset
 from student.data.stores import CacheStores, matched
 from student.data.teacher_weights import TeacherParts, load_parts
 from student.errors import UserError
@@ -28,7 +30,7 @@ from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.layer_maps import Pairs, check_pairs, depth_map, map_layers
 from student.objective.projectors import IDENTITY, ProjectorSpec
 from student.objective.terms import Objective, Term, term
-from student.training.teachers import measured, teachers_of
+from student.training.teachers import measured, teachers_of, weights_of
 
 CONFIDENCE_SAMPLES = 256
 
@@ -61,8 +63,13 @@ def plan_objective(
         terms += [replace(one, teachers=teachers, label=one.label + named) for one in made]
     if request.balanced:
         _check_balance(terms)
+    if request.teachers is not None and all(len(one.teachers) < 2 for one in terms):
+        raise UserError(
+            f"{request.where} has no effect: no term learns from the mixture of the teachers; leave it out, "
+            "or give terms that name a teacher a schedule of their own"
+        )
     objective = Objective.of(terms, request.balanced)
-    return replace(objective, shares=stores.weights, measured=measured(stores))
+    return replace(objective, teachers=weights_of(request, stores), measured=measured(stores))
 
 
 def _check_balance(terms: list[Term]) -> None:
@@ -282,6 +289,7 @@ def plan_data(
     learned: LogitsSpec | None = None,
     evaluated: CacheReader | None = None,
     curriculum: Curriculum | None = None,
+    other: OtherTokens | None = None,
 ) -> DataPlan:
     """MissingFeatureError, with the generate flag that helps, when a column group is not in the cache.
 
@@ -289,18 +297,21 @@ def plan_data(
 
     learned: the part of the cache's distribution that is trained on, None for the widest. Held-out samples
     have the widest in any case, so that students that learned from less are measured by the same numbers; for
-    the same reason curriculum, which of the positions are trained on, is none of theirs.
+    the same reason curriculum, which of the positions are trained on, is none of theirs. other: how samples
+    become those of a student with another tokenizer.
     """
     groups = [reader.find(kind) for kind in sorted(objective.needs())]
     trained = [learned if learned and isinstance(group, LogitsSpec) else group for group in groups]
     train, held_out = split.training, split.held_out
+    dataset = partial(CachedDataset) if other is None else partial(RetokenisedDataset, other=other)
+    learning = dataset(reader, train, trained, curriculum=curriculum)
     if not held_out:
-        return DataPlan(CachedDataset(reader, train, trained, curriculum), None, split)
+        return DataPlan(learning, None, split)
     source = reader
     if evaluated is not None:
         source, groups = evaluated, [evaluated.find(kind) for kind in sorted(objective.needs())]
-    measured = CachedDataset(source, held_out, _with_logits(groups, source))
-    return DataPlan(CachedDataset(reader, train, trained, curriculum), measured, split)
+    measured = dataset(source, held_out, _with_logits(groups, source))
+    return DataPlan(learning, measured, split)
 
 
 def plan_matched(
@@ -337,7 +348,7 @@ def plan_distribution(
     flags = [name for name, value in given.items() if value is not None]
     if not flags:
         return None
-    if not any("logits" in objective.needs(number) for number in range(len(objective.shares))):
+    if not any("logits" in objective.needs(number) for number in range(len(objective.teachers))):
         raise UserError(
             f"{flags[0]} has no effect: no loss of this objective reads the stored distribution; leave it out"
         )

@@ -22,6 +22,7 @@ from student.errors import UserError
 from student.modeling.checkpoint import CheckpointTensors
 from student.modeling.plan import StudentPlan
 from student.modeling.saving import MANIFEST_FILE, saved_config
+from student.objective.weights import Weight
 
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin")
 _STATE = "trainer_state.json"  # what Trainer writes last into a checkpoint
@@ -145,13 +146,13 @@ def manifests_to_read(manifest: str | None, checkpoint: Path | None, count: int)
     return digests
 
 
-def check_stores(checkpoint: Path | None, weights: Sequence[float]) -> None:
+def check_stores(checkpoint: Path | None, weights: Sequence[Weight]) -> None:
     """UserError where a checkpoint is of a mixture with other weights."""
-    was = _record(checkpoint).get("teacher_weights")
-    if was is not None and list(weights) != was:
+    was, now = _record(checkpoint).get("teacher_weights"), [weight.to_json() for weight in weights]
+    if was is not None and now != was:
         raise UserError(
             f"--teacher-weights: {checkpoint} was trained with {_shares(was)}, and these are "
-            f"{_shares(weights)}; give those of that run"
+            f"{_shares(now)}; give those of that run (weights that move are the `teachers` of an --objective)"
         )
 
 
@@ -171,8 +172,25 @@ def check_curriculum(checkpoint: Path | None, asked: Mapping[str, str]) -> None:
             raise UserError(f"{given}: {checkpoint} was trained {trained}; {fix}")
 
 
-def _shares(weights: Sequence[float]) -> str:
-    return ",".join(f"{weight:g}" for weight in weights)
+def check_tokenizer(checkpoint: Path | None, reading: Mapping[str, Any]) -> None:
+    """UserError where a checkpoint is of a student with another tokenizer. reading: what the data set
+    records.
+    """
+    if checkpoint is None or _record(checkpoint).get("tokenizer") == reading.get("tokenizer"):
+        return
+    raise UserError(
+        f"--student-tokenizer: {checkpoint} was trained with another tokenizer; resume with the flags "
+        "that it was started with"
+    )
+
+
+def _shares(weights: Sequence[Any]) -> str:
+    """Of `Weight.to_json`."""
+    words = (
+        "{schedule} {from:g} to {to:g} until {until:g}".format(**one) if isinstance(one, dict) else f"{one:g}"
+        for one in weights
+    )
+    return ",".join(words)
 
 
 def order_seed(args: TrainingArguments) -> int:

@@ -24,10 +24,17 @@ from student.config.parser import Request
 from student.data.batches import calibration_samples
 from student.data.curriculum import plan_curriculum
 from student.data.held_out import Split
+from student.data.indices import longest_places
 from student.data.packing import check_packing
+from student.data.retokenised import RetokenisedDataset
 from student.data.stores import CacheStores, open_stores
+from student.data.token_map import DeviceMap
+from student.data.token_statistics import TokenStatistics, token_statistics, with_choices
 from student.errors import UserError
+from student.modeling.other_tokenizer import other_tokens
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
+from student.objective.files import ObjectiveRequest
+from student.objective.other_tokenizer import WHY, across_tokenizers
 from student.objective.terms import Objective
 from student.report import write_report
 from student.training.model import DistillationModel
@@ -47,14 +54,22 @@ from student.training.resume import (
     check_kind,
     check_order,
     check_stores,
+    check_tokenizer,
     find_checkpoint,
     manifests_to_read,
 )
 from student.training.summary import TrainingRun, summarise
-from student.training.teachers import check_mixture, measured_words
+from student.training.teachers import (
+    check_mixture,
+    final_weights,
+    measured_words,
+    weights_of,
+    widest_of,
+)
 from student.training.trainer import CacheTrainer
 from student.training.uniform import best_copy
 
+LONGEST = 8  # samples that are checked to fit a student with another tokenizer
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}  # options of optimizers that take no groups
 _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -63,7 +78,8 @@ _FOLLOWS_METRIC = ("reduce_lr_on_plateau", "greedy")
 class PreparedTraining:
     """A request that was checked, and what follows from it and the caches.
 
-    checkpoint: where it resumes; None: at the start.
+    checkpoint: where it resumes; None: at the start. tokens: what is aligned, where the student has a
+    tokenizer of its own.
     """
 
     request: Request
@@ -72,11 +88,24 @@ class PreparedTraining:
     plan: StudentPlan
     objective: Objective
     data: DataPlan
+    tokens: TokenStatistics | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The first cache, whose teacher gives the student its shape and its tokenizer."""
         return self.stores.first
+
+    @property
+    def token_tables(self) -> DeviceMap | None:
+        """What the teacher's tokens are to a student with another tokenizer."""
+        train = self.data.train
+        return DeviceMap.of(train.other.tokens) if isinstance(train, RetokenisedDataset) else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the student tells apart."""
+        own = int(self.plan.config.get_text_config().vocab_size)
+        return self.reader.identity.vocab_size if self.plan.tokenizer is None else own
 
 
 @dataclass(frozen=True)
@@ -95,8 +124,8 @@ class Assembled:
             "args": request.training,
             "train_dataset": data.train,
             "eval_dataset": data.held_out,
-            "vocab_size": reader.identity.vocab_size,
-            "tokenizer_dir": reader.teacher_dir,
+            "vocab_size": self.prepared.vocab_size,
+            "tokenizer_dir": self.prepared.plan.tokenizer or reader.teacher_dir,
             "pack_rows": request.options.pack_rows,
             "ternary": request.options.ternary(),
             "drift": self.drift,
@@ -138,7 +167,7 @@ def prepare(
     options, args = request.options, request.training
     checkpoint = find_checkpoint(args)
     wanted = options.wanted()
-    stores = _open(request, checkpoint)
+    stores = _open(request, wanted, checkpoint)
     reader = stores.first
     if given is not None:
         plan = plan_given(options, reader, given)
@@ -148,13 +177,20 @@ def prepare(
         check_kind(checkpoint, plan)
     split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated, stores)
     objective = plan_objective(wanted, stores, plan.config, split.training)
+    if plan.tokenizer is not None:
+        objective = _across_tokenizers(request, objective, stores)
+    elif options.token_map is not None:
+        raise UserError("--token-map has no effect on a student with the teacher's tokenizer; leave it out")
     if options.pack_rows and any(term.loss.kind == "relation" for term in objective.terms):
         raise UserError("--pack-rows: losses on attention take a row for one sample; leave one of them out")
-    data = _plan_data(request, objective, stores, split, evaluated)
+    data = _plan_data(request, objective, stores, split, evaluated, plan)
+    tokens = _look_at_tokens(data, stores)
+    check_tokenizer(checkpoint, data.train.record())
     check_order(args, len(data.train), checkpoint)
     if data.held_out is None:
         _check_needs_evaluation(args)
         args.eval_strategy, args.eval_on_start = "no", False
+    _check_metric(args, plan)
     _check_optimizer(args, plan.masters, options.separate_flag())
     _check_schedule(args, options.bitnet_two_stage)
     _check_hub(args)
@@ -163,15 +199,44 @@ def prepare(
     if objective.balanced:
         _check_checkpointing(args)
     return PreparedTraining(
-        request=request, stores=stores, checkpoint=checkpoint, plan=plan, objective=objective, data=data
+        request=request,
+        stores=stores,
+        checkpoint=checkpoint,
+        plan=plan,
+        objective=objective,
+        data=data,
+        tokens=tokens,
     )
 
 
-def _open(request: Request, checkpoint: Path | None) -> CacheStores:
+def _across_tokenizers(request: Request, objective: Objective, stores: CacheStores) -> Objective:
+    """The objective of a student with another tokenizer; UserError for what does not go with that."""
+    options = request.options
+    if len(stores) > 1:
+        raise UserError(f"several STOREs: not supported where {WHY}; give one of them")
+    for flag, given in {"--pack-rows": options.pack_rows, "--weight": options.weight is not None}.items():
+        if given:
+            raise UserError(f"{flag}: not supported where {WHY}; leave it out")
+    learned = plan_distribution(objective, stores.first, options.top_k, options.top_p, options.tail)
+    whole = widest_of(stores.first)
+    return across_tokenizers(
+        objective, learned or whole, whole, stores.first.identity.vocab_size, options.token_map
+    )
+
+
+def _look_at_tokens(data: DataPlan, stores: CacheStores) -> TokenStatistics | None:
+    if not isinstance(data.train, RetokenisedDataset):
+        return None
+    reader = stores.first
+    return token_statistics(reader, data.split.training, data.train.other, widest_of(reader))
+
+
+def _open(request: Request, wanted: ObjectiveRequest, checkpoint: Path | None) -> CacheStores:
     """The caches, as a checkpoint has read them."""
     manifests = manifests_to_read(request.options.manifest, checkpoint, len(request.stores))
-    stores = open_stores(request.stores, manifests, request.options.shares())
-    check_stores(checkpoint, stores.weights)
+    weights = final_weights(wanted, request.options.shares(), len(request.stores))
+    stores = open_stores(request.stores, manifests, weights)
+    check_stores(checkpoint, weights_of(wanted, stores))
     check_curriculum(checkpoint, request.options.curriculum().record())
     return stores
 
@@ -182,6 +247,7 @@ def _plan_data(
     stores: CacheStores,
     split: Split,
     evaluated: CacheReader | None,
+    plan: StudentPlan,
 ) -> DataPlan:
     """What is read of the caches, or of the only one."""
     options = request.options
@@ -193,7 +259,14 @@ def _plan_data(
     curriculum = plan_curriculum(options.curriculum(), stores, split.training)
     if len(stores) > 1:
         return plan_matched(objective, stores, split, learned, curriculum)
-    return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum)
+    other = None
+    if plan.tokenizer is not None:
+        longest = getattr(plan.config.get_text_config(), "max_position_embeddings", None)
+        other = other_tokens(stores.first, plan.tokenizer, longest)
+        for place in longest_places(stores.first.lengths, split.training, LONGEST):
+            other(stores.first.read_codes(split.training[place], []))  # refuses a sample that is too long
+        other = with_choices(stores.first, split.training, other)
+    return plan_data(objective, stores.first, split, learned[0], evaluated, curriculum, other)
 
 
 def build(prepared: PreparedTraining) -> Built:
@@ -213,6 +286,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         if len(prepared.stores) > 1:
             LOG.info(prepared.stores)
             LOG.info(measured_words(prepared.objective, prepared.stores))
+        if prepared.tokens is not None:
+            LOG.info(prepared.tokens)
         if prepared.data.train.curriculum is not None:
             LOG.info(prepared.data.train.curriculum.said)
     samples = calibration_samples(prepared.data.train)
@@ -230,7 +305,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         load_teacher(prepared.objective, reader, store)
         for store, reader in enumerate(prepared.stores.readers)
     ]
-    return Assembled(prepared, DistillationModel(student, prepared.objective, *teachers), drift)
+    model = DistillationModel(student, prepared.objective, *teachers, tokens=prepared.token_tables)
+    return Assembled(prepared, model, drift)
 
 
 def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
@@ -266,6 +342,8 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         split=data.split,
         copied=prepared.plan.copied,
         curriculum=data.train.curriculum,
+        vocab_size=prepared.vocab_size,
+        tokens=prepared.tokens,
     )
     summary = summarise(run)
     write_report(run.output_dir)
@@ -287,6 +365,18 @@ def _check_needs_evaluation(args: TrainingArguments) -> None:
     for flag, given in follows.items():
         if given:
             raise UserError(f"{flag} needs held-out samples; give an --eval-fraction above 0")
+
+
+def _check_metric(args: TrainingArguments, plan: StudentPlan) -> None:
+    """UserError for a metric that only students with the teacher's tokenizer have, or only others."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    lacking = "bits_per_byte" if plan.tokenizer is None else "teacher_perplexity"
+    if metric == lacking:
+        whose = "the teacher's" if plan.tokenizer is None else "one of its own"
+        raise UserError(
+            f"--metric-for-best-model {metric}: not measured of a student whose tokenizer is {whose}; "
+            "take kl or ce"
+        )
 
 
 def _check_optimizer(args: TrainingArguments, masters: str, separate: str | None) -> None:

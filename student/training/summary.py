@@ -22,6 +22,7 @@ from student.bitnet import Drift, bit_linears, conversion_of
 from student.data.held_out import Split
 from student.data.measures import Curriculum
 from student.data.stores import CacheStores
+from student.data.token_statistics import TokenStatistics
 from student.metrics import kl_exactness
 from student.training.model import DistillationModel
 from student.training.provenance import captures
@@ -51,6 +52,8 @@ class TrainingRun:
     split: Split | None = None
     copied: str | None = None  # teacher layers that the student started as a copy of
     curriculum: Curriculum | None = None
+    vocab_size: int
+    tokens: TokenStatistics | None = None
 
     @property
     def reader(self) -> CacheReader:
@@ -87,9 +90,7 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "samples_of_unknown_documents": run.split.unknown if run.split else 0,
         "held_out_kl": _exactness(run.reader),
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
-        "start_warning": worse_than_uniform(
-            run.state.log_history, run.reader.identity.vocab_size, run.copied
-        ),
+        "start_warning": worse_than_uniform(run.state.log_history, run.vocab_size, run.copied),
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,
         "seconds": round(run.seconds, 3),
         "tokens": int(run.state.num_input_tokens_seen),
@@ -109,16 +110,24 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     }
     if run.curriculum is not None:
         summary["curriculum"] = {**run.curriculum.record(), "said": run.curriculum.said}
+    if run.tokens is not None:
+        summary["tokens_of_both"] = {**run.tokens.to_json(), "said": str(run.tokens)}
+        summary["held_out_kl"] = f"over the student's {_measured_tokens(run)}"
     if len(run.stores) > 1:
         summary |= _several(run)
     write_json(run.output_dir / "summary.json", summary)
     return summary
 
 
+def _measured_tokens(run: TrainingRun) -> str:
+    return "shared tokens" if run.model.objective.measures_shared else "first tokens"
+
+
 def _several(run: TrainingRun) -> dict[str, Any]:
     """What there is to say of several caches. The fields of one are the first's, but for what all cost."""
     stores, infos = run.stores, [store_info(reader.path) for reader in run.stores.readers]
     costs = [cache_cost(reader, info) for reader, info in zip(stores.readers, infos, strict=True)]
+    moving = [weight.to_json() for weight in run.model.objective.teachers]
     exactness = {_exactness(stores.readers[store]) for store in run.model.objective.measured}
     return {
         "stores": [
@@ -127,13 +136,14 @@ def _several(run: TrainingRun) -> dict[str, Any]:
                 "cache": str(reader.path),
                 "manifest": reader.manifest_digest,
                 "weight": weight,
+                **({"schedule": course} if run.model.objective.shares_move else {}),
                 "samples": len(reader),
                 "teacher": reader.identity.to_json(),
                 "cache_cost": cost,
                 "captures": captures(info.provenance),
             }
-            for name, reader, weight, cost, info in zip(
-                stores.names, stores.readers, stores.weights, costs, infos, strict=True
+            for name, reader, weight, course, cost, info in zip(
+                stores.names, stores.readers, stores.weights, moving, costs, infos, strict=True
             )
         ],
         "matched_samples": len(stores.first) - len(stores.missing()),
@@ -186,11 +196,18 @@ def cache_cost(reader: CacheReader, info: StoreInfo) -> dict[str, Any]:
         "bytes_per_token": round(info.bytes / max(info.rows, 1), 2),
         "capture_seconds": round(seconds, 3) if runs else None,
         "capture_tokens_per_second": round(computed / seconds, 1) if seconds else None,
-        "groups": {
-            group.kind: {"bytes": group.bytes, "bytes_per_token": round(group.bytes_per_row, 2)}
-            for group in info.groups.values()
-        },
+        "groups": _by_kind(info),
     }
+
+
+def _by_kind(info: StoreInfo) -> dict[str, dict[str, float]]:
+    """Bytes of the column groups of each kind, of which a store may have several."""
+    found: dict[str, dict[str, float]] = {}
+    for group in info.groups.values():
+        known = found.setdefault(group.kind, {"bytes": 0, "bytes_per_token": 0.0})
+        known["bytes"] += group.bytes
+        known["bytes_per_token"] = round(known["bytes_per_token"] + group.bytes_per_row, 2)
+    return found
 
 
 def teacher_config(directory: Path) -> dict[str, Any]:

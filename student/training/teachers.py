@@ -11,8 +11,9 @@ from student.data.stores import CacheStores
 from student.errors import UserError
 from student.losses.catalogue import catalogue
 from student.metrics import kl_exactness
-from student.objective.files import TermRequest
+from student.objective.files import ObjectiveRequest, TermRequest
 from student.objective.terms import Objective
+from student.objective.weights import Weight
 
 _CHOOSE = "choose one for it in an objective file, e.g. `teacher: 0`"
 
@@ -57,6 +58,32 @@ def _number(request: TermRequest, stores: CacheStores) -> int:
     raise UserError(f"{request.where}: teacher {given!r}: no such STORE; there are {there}")
 
 
+def final_weights(
+    request: ObjectiveRequest, given: Sequence[float] | None, count: int
+) -> Sequence[float] | None:
+    """Weights of the teachers of `count` caches at the end of a training; None for equal ones.
+
+    given: those of --teacher-weights.
+
+    Raises:
+        UserError: the objective has some as well, or not as many as there are caches.
+    """
+    if request.teachers is None:
+        return given
+    if given is not None:
+        raise UserError(f"{request.where} and --teacher-weights exclude each other; keep one")
+    if count == 1:
+        raise UserError(f"{request.where} has no effect on one STORE; leave it out, or give several")
+    if len(request.teachers) != count:
+        raise UserError(f"{request.where}: {len(request.teachers)} weights for {count} STOREs; give {count}")
+    return [weight.at(1.0) for weight in request.teachers]
+
+
+def weights_of(request: ObjectiveRequest, stores: CacheStores) -> tuple[Weight, ...]:
+    """The weight of each cache's teacher over the training."""
+    return request.teachers or tuple(map(Weight.constant, stores.weights))
+
+
 def check_mixture(objective: Objective, stores: CacheStores, learned: Sequence[LogitsSpec | None]) -> None:
     """UserError where a term learns from the mixture and a cache says nothing of tokens outside its heads.
 
@@ -66,8 +93,8 @@ def check_mixture(objective: Objective, stores: CacheStores, learned: Sequence[L
     if term is None:
         return
     for reader, name, spec in zip(stores.readers, stores.names, learned, strict=True):
-        if not mixes(reader, spec or _widest(reader)):
-            given = spec is not None and not spec.tail and mixes(reader, _widest(reader))
+        if not mixes(reader, spec or widest_of(reader)):
+            given = spec is not None and not spec.tail and mixes(reader, widest_of(reader))
             fix = (
                 "leave --top-k, --top-p and --tail 0 out"
                 if given
@@ -91,7 +118,7 @@ def measured(stores: CacheStores) -> tuple[int, ...]:
     """The caches that held-out metrics compare with: the mixture of all, if they give one, else the first
     that holds distributions.
     """
-    widest = [_widest(reader) for reader in stores.readers]
+    widest = [widest_of(reader) for reader in stores.readers]
     if all(mixes(reader, spec) for reader, spec in zip(stores.readers, widest, strict=True)):
         return tuple(range(len(stores)))
     return (next((store for store, spec in enumerate(widest) if spec is not None), 0),)
@@ -100,14 +127,15 @@ def measured(stores: CacheStores) -> tuple[int, ...]:
 def measured_words(objective: Objective, stores: CacheStores) -> str:
     """What held-out metrics compare with, in a sentence."""
     if len(objective.measured) > 1:
+        when = ", that of the end of the training" if objective.shares_move else ""
         return (
-            f"held-out metrics compare with the mixture {stores.mixture}; held-out KL is the weighted mean "
-            "of the KL to each teacher"
+            f"held-out metrics compare with the mixture {stores.mixture}{when}; held-out KL is the weighted "
+            "mean of the KL to each teacher"
         )
     lacking = [
         name
         for reader, name in zip(stores.readers, stores.names, strict=True)
-        if not mixes(reader, _widest(reader))
+        if not mixes(reader, widest_of(reader))
     ]
     return (
         f"held-out metrics compare with {stores.names[objective.measured[0]]} alone, since a mixture needs "
@@ -115,7 +143,7 @@ def measured_words(objective: Objective, stores: CacheStores) -> str:
     )
 
 
-def _widest(reader: CacheReader) -> LogitsSpec | None:
+def widest_of(reader: CacheReader) -> LogitsSpec | None:
     """The distribution of all samples; None where there is none."""
     try:
         spec = reader.find("logits")

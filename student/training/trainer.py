@@ -41,7 +41,7 @@ from student.shards import gather, is_sharded, shard_optimizer_state, whole_stat
 from student.training.balance import EVERY, GradientBalance, gradient_norms
 from student.training.compiled import compile_layers
 from student.training.finite import check_terms, check_weights
-from student.training.model import EVAL_COLUMNS, DistillationModel
+from student.training.model import BYTE_COLUMNS, EVAL_COLUMNS, DistillationModel
 from student.training.outputs import remove_training
 from student.training.provenance import without_secrets
 from student.training.resume import KeptCallback, finished, order_seed
@@ -210,8 +210,10 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         """Weights move between optimizer steps, not between parts of an accumulated batch; gradient norms are
         measured on the first part.
         """
-        step = self.state.global_step
-        weights = self.model.objective.weights_at(step / max(self.state.max_steps, 1))
+        step, objective = self.state.global_step, self.model.objective
+        progress = step / max(self.state.max_steps, 1)
+        self.model.shares = objective.shares_at(progress)
+        weights = objective.weights_at(progress)
         if self._balance is not None:
             if step % EVERY == 0 and self._measured != step:
                 self._measured = step
@@ -236,8 +238,8 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         self._tokens.zero_()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the unweighted terms, the weights that move, and the movement of the ternary weights to
-        Trainer's training log.
+        """Adds the unweighted terms, the weights and the teachers' shares that move, and the movement of the
+        ternary weights to Trainer's training log.
         """
         if "loss" in logs and self._term_start is not None:
             steps = self.state.global_step - self._term_start
@@ -249,6 +251,8 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             if self.model.objective.weights_move:
                 names = [f"weight_{label}" for label in self.model.objective.labels]
                 logs |= dict(zip(names, self.model.weights, strict=True))
+            if self.model.objective.shares_move:
+                logs |= {f"share_teacher{store}": one for store, one in enumerate(self.model.shares)}
             if self._drift is not None and self._term_start == 0:
                 drifts = asdict(self._drift).items()
                 logs |= {f"step0_drift_{what}": value for what, value in drifts if value is not None}
@@ -326,8 +330,10 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
             if self._balance is not None:
                 self._balance.save(directory)
         torch.save(without_secrets(self.args), directory / "training_args.bin")
+        teachers = [weight.to_json() for weight in self.model.objective.teachers]
         record = {
             **self.train_dataset.record(),
+            **({"teacher_weights": teachers} if len(teachers) > 1 else {}),
             "order": ORDER_VERSION,
             "seed": order_seed(self.args),
             "samples": len(self.train_dataset),
@@ -406,10 +412,16 @@ def held_out_metrics(document_G: Sequence[int], prediction: EvalPrediction) -> d
     teacher's columns need a cached `logits` group, its perplexity one that is not partial. kl_se: standard
     error of kl over documents, see `cluster_error`.
 
+    Of a student with another tokenizer ce is per token of its own, and kl and top1_agreement are over the
+    positions at which its teacher has a distribution. Then bits_per_byte is that of the learned text, and
+    teacher_bits_per_byte the teacher's of the same text; these compare across tokenizers.
+
     document_G: the number of each sample's document, see `split.number_documents`.
     """
     by_sample = np.asarray(prediction.predictions, np.float64)
-    sums = dict(zip(EVAL_COLUMNS, by_sample.sum(0), strict=True))
+    translated = by_sample.shape[1] > len(EVAL_COLUMNS)
+    names = (*EVAL_COLUMNS, *BYTE_COLUMNS) if translated else EVAL_COLUMNS
+    sums = dict(zip(names, by_sample.sum(0), strict=True))
     count, known = max(sums["positions"], 1.0), sums["kl_positions"]
     metrics = {
         "loss": sums["loss"] / count,
@@ -426,6 +438,14 @@ def held_out_metrics(document_G: Sequence[int], prediction: EvalPrediction) -> d
         if (error := cluster_error(kl_D, known_D)) is not None:
             metrics["kl_se"] = error
         # NaN when the cache does not know it of every label, as one that was imported.
-        if math.isfinite(sums["teacher_nll"]):
+        if math.isfinite(sums["teacher_nll"]) and not translated:
             metrics["teacher_perplexity"] = perplexity(sums["teacher_nll"] / known)
+    if translated:
+        nats = {"bits_per_byte": (sums["ce"], sums["bytes"])}
+        nats["teacher_bits_per_byte"] = (sums["teacher_nll"], sums["teacher_bytes"])
+        metrics |= {
+            name: total / math.log(2) / length
+            for name, (total, length) in nats.items()
+            if length and math.isfinite(total)
+        }
     return {name: float(value) for name, value in metrics.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from featurestore.format.codec import LOGPROB_ERROR, LSE_ERROR, ROW_ERROR
-from featurestore.format.int4 import Int4Layout
 from featurestore.format.plan import Task
 from featurestore.format.schema import (
     NO_DRAW,
@@ -20,6 +19,7 @@ from featurestore.format.schema import (
     Sample,
     TeacherIdentity,
 )
+from featurestore.format.states.rotated import ROTATED, RotatedLayout
 
 VOCAB, HIDDEN, LAYERS = 1000, 16, 4
 
@@ -105,14 +105,15 @@ def hidden(one: Sample, spec: HiddenSpec, size: int = HIDDEN) -> HiddenFeatures:
         return HiddenFeatures(bits.astype(np.uint16), None, "bf16")
     if spec.dtype == "int8":
         return HiddenFeatures(rng.integers(-127, 128, shape, dtype=np.int8), scale, "int8")
-    if spec.dtype == "int4":
+    if spec.dtype in ROTATED:
+        layout = RotatedLayout(spec.dtype, size)
         # Any bytes are codes; of scales and outliers that are not too large for float32.
-        rows = rng.integers(0, 256, (len(one), Int4Layout(size).row_bytes), dtype=np.uint8)
-        rows[:, Int4Layout(size).ends[0] + 1 :: 2] &= 0x41
-        start, stop = Int4Layout(size).ends[1:3]
+        rows = rng.integers(0, 256, (len(one), layout.row_bytes), dtype=np.uint8)
+        rows[:, layout.ends[0] + 1 :: 2] &= 0x41
+        start, stop = layout.ends[1:3]
         columns = rng.integers(0, size, (len(one), (stop - start) // 2))
         rows[:, start:stop] = columns.astype("<u2").view(np.uint8)
-        return HiddenFeatures(rows, None, "int4", hidden_size=size)
+        return HiddenFeatures(rows, None, spec.dtype, hidden_size=size)
     return HiddenFeatures(rng.integers(0, 120, shape, dtype=np.uint8), scale, "fp8")
 
 

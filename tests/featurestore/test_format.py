@@ -93,12 +93,12 @@ def test_a_third_party_reads_the_same_logits(tmp_path: Path) -> None:
 
 
 def test_zarr_reads_the_same_hidden_states_over_many_chunks(tmp_path: Path) -> None:
-    dtypes = ("bf16", "int8", "fp8", "f32", "int4")
-    specs: list[GroupSpec] = [HiddenSpec(i, dtype) for i, dtype in enumerate(dtypes)]
+    dtypes = ("bf16", "int8", "fp8", "f32", "int4", "int2")
+    specs: list[GroupSpec] = [HiddenSpec(i % 5, dtype) for i, dtype in enumerate(dtypes)]
     path = fill(tmp_path / "s", specs, count=40, shard_tokens=10_000).path
     reader = CacheReader.open(path)
     (bundle,) = (path / "parts").iterdir()
-    logical = ["bfloat16", "int8", "float8_e4m3fn", "float32", "int4 rows"]
+    logical = ["bfloat16", "int8", "float8_e4m3fn", "float32", "int4 rows", "int2 rows"]
     for spec, name in zip(specs, logical, strict=True):
         group = zarr.open_group(str(bundle / group_id(spec)), mode="r")
         assert group["values"].attrs["logical_dtype"] == name

@@ -23,9 +23,9 @@ import zarr
 from featurestore.errors import CorruptionError, FeatureStoreError, StoreFormatError
 from featurestore.format.arrays import write_group
 from featurestore.format.columns import Extent
-from featurestore.format.int4 import Int4Layout
 from featurestore.format.kinds.hidden import HiddenKind
 from featurestore.format.schema import HiddenSpec, LogitsSpec, group_id
+from featurestore.format.states.rotated import RotatedLayout
 from featurestore.format.tables import SAMPLE_SCHEMA
 from featurestore.identity import digest, seal
 from featurestore.maintenance.verify import verify_store
@@ -284,11 +284,12 @@ def test_a_record_that_is_nested_too_deep_or_a_pipe(victim: Filled) -> None:
     assert "not a regular file" in refused(victim, CorruptionError)
 
 
-def test_an_outlier_in_no_column_of_int4(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int4", "int2"])
+def test_an_outlier_in_no_column(tmp_path: Path, dtype: str) -> None:
     """A GPU would write somewhere else."""
-    spec, kind = HiddenSpec(1, "int4"), HiddenKind()
+    spec, kind = HiddenSpec(1, dtype), HiddenKind()
     extent = Extent(rows=2, samples=1, entries=0, distinct_ids=0, vocab_size=9, hidden_size=200)
-    rows = np.full((2, Int4Layout(200).row_bytes), 0xFF, np.uint8)
+    rows = np.full((2, RotatedLayout(dtype, 200).row_bytes), 0xFF, np.uint8)
     write_group(tmp_path / "group", {}, kind.layouts(spec, extent), {"values": rows})
     with pytest.raises(CorruptionError, match="outlier beyond the hidden size 200"):
         kind.open(spec, tmp_path / "group", extent, None)(0, 0, 2)

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.errors import CorruptionError
+from featurestore.errors import CorruptionError, MissingFeatureError, StoreFormatError
 from featurestore.format.arrays import write_group
 from featurestore.format.columns import Extent
 from featurestore.format.kinds.hidden import HiddenKind
-from featurestore.format.kinds.table import covers, kind_of
+from featurestore.format.kinds.table import covers, kind_of, rest
 from featurestore.format.positions import kept_positions
 from featurestore.format.schema import HiddenFeatures, HiddenSpec, Sample, group_id
 from featurestore.maintenance.export import write_parquet
@@ -22,7 +22,7 @@ from featurestore.reader import CacheReader
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import HIDDEN, assert_same, hidden, identity, sample, task_of
 
-FULL = [HiddenSpec(1, dtype) for dtype in ("bf16", "f32", "int8", "fp8", "int4")]
+FULL = [HiddenSpec(1, dtype) for dtype in ("bf16", "f32", "int8", "fp8", "int4", "int2")]
 
 
 def shares(positions: float, seed: int = 3) -> list[HiddenSpec]:
@@ -150,3 +150,101 @@ def test_positions_that_no_sample_has(
     write_group(tmp_path / "group", {}, kind.layouts(spec, extent), arrays)
     with pytest.raises(CorruptionError, match=match):
         kind.open(spec, tmp_path / "group", extent, None)(0, 0, 4)
+
+
+def extended(path: Path, samples: list[Sample], *steps: list[HiddenSpec]) -> CacheReader:
+    """Captures one after the other; each writes what the store then lacks of what is asked for."""
+    store, task = FeatureStore.create(path, identity()), task_of(samples)
+    store.add_plan([task])
+    held: list[HiddenSpec] = []
+    for wanted in steps:
+        added = [spec for want in wanted if (spec := rest(held, want)) is not None]
+        given = {
+            spec: [kind_of(spec).keep(spec, hidden(one, spec), one) for one in samples] for spec in added
+        }
+        store.write_bundle(task, samples, given)
+        held += added
+        store.publish_manifest()
+    return CacheReader.open(path)
+
+
+@pytest.mark.parametrize("dtype", [spec.dtype for spec in FULL])
+def test_a_share_is_extended_by_the_further_positions_alone(tmp_path: Path, dtype: str) -> None:
+    samples = [sample(i, 60 + i) for i in range(5)]
+    steps = [HiddenSpec(1, dtype, share, 3) for share in (0.2, 0.5, 0.9)]
+    reader = extended(tmp_path / "store", samples, *([one] for one in steps))
+    added = [HiddenSpec(1, dtype, b, 3, above=a) for a, b in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.9))]
+    assert set(reader.groups.values()) == set(added)
+    assert reader.find("hidden.L1") == steps[-1] and reader.complete_groups() == steps[-1:]
+    assert verify_store(tmp_path / "store", deep=True).sound
+    for index, one in enumerate(samples):
+        # Also a share that begins and ends inside of groups, and the part of one.
+        wants = (*steps, HiddenSpec(1, dtype, 0.7, 3), HiddenSpec(1, dtype, 0.8, 3, above=0.3))
+        found = reader.read(index, wants).features
+        for want in wants:
+            kept = kept_positions(one.id, len(one), want.positions, 3, want.above)
+            np.testing.assert_array_equal(found[want].positions, kept)
+            assert_same(found[want], hidden(one, HiddenSpec(1, dtype)).at(kept))
+    info = store_info(tmp_path / "store").groups
+    assert [info[group_id(spec)].share_of_positions for spec in added] == pytest.approx([0.2, 0.3, 0.4])
+    entries = [HiddenKind().keep(spec, hidden(one, spec), one).values for spec in added for one in samples]
+    assert sum(map(len, entries)) == sum(len(kept_positions(s.id, len(s), 0.9, 3)) for s in samples)
+
+
+@pytest.mark.parametrize("dtype", [spec.dtype for spec in FULL])
+def test_a_share_is_extended_to_all_positions(tmp_path: Path, dtype: str) -> None:
+    """Whatever its seed is; no other part of the store differs from that of all positions."""
+    samples = [sample(i, 30 + i) for i in range(3)]
+    full = HiddenSpec(1, dtype)
+    reader = extended(tmp_path / "store", samples, [HiddenSpec(1, dtype, 0.4, 3)], [full])
+    assert HiddenSpec(1, dtype, 1.0, 3, above=0.4) in reader.groups.values()
+    assert reader.find("hidden.L1") == full
+    for index, one in enumerate(samples):
+        found = reader.read(index, [full]).features[full]
+        assert found.positions is None
+        assert_same(found, hidden(one, full))
+
+
+def test_what_is_added_to_what() -> None:
+    def part(above: float, positions: float, seed: int = 3) -> HiddenSpec:
+        return HiddenSpec(1, "bf16", positions, seed, above)
+
+    assert rest([part(0, 0.2)], part(0, 0.5)) == part(0.2, 0.5)
+    assert rest([part(0, 0.2), part(0.2, 0.5)], part(0, 0.6)) == part(0.5, 0.6)
+    assert rest([part(0, 0.4), part(0.2, 0.5)], part(0, 0.5)) is None
+    assert rest([part(0.2, 0.5)], part(0, 0.5)) == part(0, 0.5)  # nothing of it is at the beginning
+    assert rest([part(0, 0.2, 4)], part(0, 0.5)) == part(0, 0.5)  # other positions
+    assert rest([HiddenSpec(2, "bf16", 0.2, 3)], part(0, 0.5)) == part(0, 0.5)
+    assert rest([HiddenSpec(1, "int8", 0.2, 3)], part(0, 0.5)) == part(0, 0.5)
+    assert rest([HiddenSpec(1)], part(0, 0.5)) is None
+    # All positions, of any seed: the one that reaches furthest.
+    assert rest([part(0, 0.2), part(0, 0.3, 5)], HiddenSpec(1)) == part(0.3, 1, 5)
+    for bad in (0.5, -0.1, 0.7, "0"):
+        with pytest.raises(StoreFormatError, match="left out"):
+            HiddenSpec(1, "bf16", 0.5, 3, bad)  # type: ignore[arg-type]
+
+
+def test_tasks_that_were_extended_otherwise_serve_one_share(tmp_path: Path) -> None:
+    """A shard with all of a share in one group, and one with it in two."""
+    samples = [sample(i, 40) for i in range(4)]
+    store, tasks = (
+        FeatureStore.create(tmp_path / "store", identity()),
+        [task_of(samples[:2]), task_of(samples[2:])],
+    )
+    store.add_plan(tasks)
+    small, large = HiddenSpec(1, "f32", 0.3, 3), HiddenSpec(1, "f32", 0.6, 3)
+    further = rest([small], large)
+    for task, some, specs in ((tasks[0], samples[:2], [large]), (tasks[1], samples[2:], [small, further])):
+        store.write_bundle(
+            task,
+            some,
+            {spec: [kind_of(spec).keep(spec, hidden(one, spec), one) for one in some] for spec in specs},
+        )
+    store.publish_manifest()
+    reader = CacheReader.open(tmp_path / "store")
+    assert set(reader.complete_groups()) == {small, large}
+    for index, one in enumerate(samples):
+        found = reader.read(index, [large]).features[large]
+        np.testing.assert_array_equal(found.positions, kept_positions(one.id, len(one), 0.6, 3))
+    with pytest.raises(MissingFeatureError):
+        reader.read(0, [HiddenSpec(1, "f32", 0.7, 3)])

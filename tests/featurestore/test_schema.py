@@ -34,6 +34,7 @@ def test_specs_round_trip() -> None:
         HiddenSpec(0, "f32"),
         HiddenSpec(30, "fp8"),
         HiddenSpec(1, "int4"),
+        HiddenSpec(1, "int2"),
         HiddenSpec(2, "bf16", 0.25),
         HiddenSpec(2, "bf16", 0.25, 7),
         LseSpec(0.05),

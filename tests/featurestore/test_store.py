@@ -34,7 +34,7 @@ def committed(store: FeatureStore) -> dict[str, set[str]]:
         LogitsSpec(1),
         LogitsSpec(512),
         LogitsSpec(64, 0.5),
-        *(HiddenSpec(3, d) for d in ("bf16", "int8", "fp8", "int4", "f32")),
+        *(HiddenSpec(3, d) for d in ("bf16", "int8", "fp8", "int4", "int2", "f32")),
         LseSpec(0.05),
     ],
 )

@@ -45,8 +45,51 @@ def test_a_share_of_the_positions_is_stored(tiny_teacher: Path, corpus: Path, tm
             states = exact[HiddenSpec(spec.layer)].to_float32()
             np.testing.assert_array_equal(found.to_float32(), states[expected])
     assert "positions 0.25" in " ".join(call("distily-cache", "info", store).stdout.split())
-    generate(tiny_teacher, corpus, store, *share, 0.5)
-    assert HiddenSpec(1, "bf16", 0.5, 4) in CacheReader.open(store).groups.values()
+
+
+def test_a_larger_share_stores_the_further_positions_alone(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Also of a data set that has grown meanwhile, of which new samples are stored at once; and up to all
+    positions. What is read is what a capture of all positions has.
+    """
+    store, layers = tmp_path / "store", ("--top-k", 0, "--hidden-layers", "1,2")
+    share = (*layers, "--seed", 4, "--hidden-positions")
+    first, further, rest = (
+        {HiddenSpec(layer, "bf16", b, 4, above=a) for layer in (1, 2)}
+        for a, b in ((0.0, 0.25), (0.25, 0.5), (0.5, 1.0))
+    )
+    generate(tiny_teacher, corpus, store, *share, 0.25)
+    planned = call(
+        "distily-cache",
+        *("plan", tiny_teacher, corpus, "--out", store, "--engine", "transformers", *share, 0.5, "--json"),
+    )
+    forecast = json.loads(planned.stdout)
+    assert forecast["bytes_to_write"] == round(forecast["tokens"] * 2 * 0.25 * (128 + 1))
+    assert generate(tiny_teacher, corpus, store, *share, 0.5)["tokens"]
+    assert set(CacheReader.open(store).groups.values()) == first | further
+    with corpus.open("a") as file:
+        file.write("\n" + "\n".join(json.dumps({"text": text_of(60, i)}) for i in range(6, 9)))
+    for wanted, flags in (
+        ({HiddenSpec(layer, "bf16", 0.5, 4) for layer in (1, 2)}, (*share, 0.5)),
+        ({HiddenSpec(1), HiddenSpec(2)}, layers),
+    ):
+        assert generate(tiny_teacher, corpus, store, *flags)["tokens"]
+        assert not generate(tiny_teacher, corpus, store, *flags)["tokens"], "all of it is there"
+        reader = CacheReader.open(store)
+        assert {reader.find(f"hidden.L{layer}") for layer in (1, 2)} == wanted
+    assert set(reader.groups.values()) == first | further | rest | {
+        HiddenSpec(layer, "bf16", 0.5, 4) for layer in (1, 2)
+    }
+    generate(tiny_teacher, corpus, tmp_path / "all", *layers)
+    every = CacheReader.open(tmp_path / "all")
+    for index, sample_id in enumerate(reader.sample_ids):
+        exact = every.read(list(every.sample_ids).index(sample_id)).features
+        found = reader.read(index).features
+        assert set(found) == {HiddenSpec(1), HiddenSpec(2)}
+        for spec in found:
+            np.testing.assert_array_equal(found[spec].to_float32(), exact[spec].to_float32())
+    assert call("distily-cache", "verify", store, "--deep").returncode == 0
 
 
 def test_final_states_and_inputs_of_blocks_are_stored_whole(

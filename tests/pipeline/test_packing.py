@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.format.int4 import decode_int4
 from featurestore.format.schema import HiddenSpec, LogitsSpec, LseSpec
+from featurestore.format.states.rotated import ROTATED, decode_rotated
 from pipeline.capture.packing import RowLayout, distribution_fields, hidden_fields, to_features
 from pipeline.capture.reduce import encode_hidden, lse_at, reduce_logits
 from pipeline.capture.spec import CaptureSpec
@@ -25,7 +25,7 @@ VOCAB, WIDTH = 53, 6
     tail=st.integers(0, 5),
     temperatures=st.lists(st.sampled_from([0.05, 0.5, 2.0, 99.999]), unique=True, max_size=3),
     layers=st.lists(st.integers(0, 9), unique=True, max_size=3),
-    dtype=st.sampled_from(["bf16", "f32", "int8", "fp8", "int4"]),
+    dtype=st.sampled_from(["bf16", "f32", "int8", "fp8", "int4", "int2"]),
 )
 def test_round_trip(
     rows: int,
@@ -83,7 +83,7 @@ def test_round_trip(
         want = coded.values.float()
         want = want if coded.scale is None else want * coded.scale[:, None]
         found = features[group].to_float32()
-        stored = decode_int4(coded.values.numpy(), WIDTH) if dtype == "int4" else want.numpy()
+        stored = decode_rotated(coded.values.numpy(), dtype, WIDTH) if dtype in ROTATED else want.numpy()
         np.testing.assert_array_equal(found, stored)
         error = np.square(found.astype(np.float64) - streams[group.layer].numpy()).sum(-1)
         np.testing.assert_allclose(features[group].squared_error, error, rtol=1e-5)

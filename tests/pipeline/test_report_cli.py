@@ -103,9 +103,11 @@ def test_histograms_count_every_position_that_is_learned_from(store: Path) -> No
 def test_what_more_would_cost(store: Path) -> None:
     info = gather(str(store), 1).info
     costs = further(info, Pace(10.0, "here"))
-    assert [cost.seconds for cost in costs[:4]] == [info.rows / 10] * 4
-    assert [cost.bytes for cost in costs[:3]] == [info.rows * size for size in (32 + 2, 64 + 4, 128)]
-    assert costs[4].bytes == pytest.approx(1000 * info.bytes / info.samples)
+    assert [cost.seconds for cost in costs[:5]] == [info.rows / 10] * 5
+    assert [cost.bytes for cost in costs[:4]] == [
+        info.rows * size for size in (16 + 2 + 4, 32 + 2, 64 + 4, 128)
+    ]
+    assert costs[5].bytes == pytest.approx(1000 * info.bytes / info.samples)
     assert all(cost.seconds is None for cost in further(info, None))
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from student.losses import full
+from student.losses import full, full_pass
 from student.losses.full import DenseLoss
 from student.losses.full_pass import DenseTargets, TeacherHead, dense_head_loss, fisher_diagonal, fisher_mse
 from student.losses.lm_head import HeadTransform
+from tests.student.allocations import allocated_at_most
 
 Plain = Callable[[Tensor, Tensor], Tensor]  # (student z, teacher t) -> value [N]
 
@@ -166,9 +167,9 @@ def leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def test_float64_matches_to_rounding(
     name: str, shape: tuple[int, int, int, int], transform: HeadTransform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In several blocks of columns, of which the last is narrower."""
+    """In several chunks, and a row or two at a time."""
     loss, plain = SMALL[name]
-    monkeypatch.setitem(full.BLOCK_ELEMENTS, "cpu", 5 * max(1, shape[0] // 3))
+    monkeypatch.setitem(full_pass.BLOCK_ELEMENTS, "cpu", shape[1])
     parts, own = problem(*shape), HeadTransform(1.5, 7.0)
     inputs = leaves([parts["hidden"], parts["weight"], parts["bias"]], torch.float64)
     goal = head_of(parts["teacher_hidden"], parts["teacher_weight"], None, transform)
@@ -400,10 +401,10 @@ def test_no_chunk_holds_more_than_it_may() -> None:
     """The losses see `chunk` rows at a time, and all rows once."""
     parts, seen = problem(23, 19, 3, 5), []
 
-    def spy(rows: full.Rows, weight: float) -> Tensor:
+    def spy(rows: full.Rows) -> full.ValueAndGradient:
         seen.append(tuple(rows.student_nV.shape))
         assert rows.student_nV.shape == rows.teacher_nV.shape
-        return full.logit_mse(rows, weight)
+        return full.logit_mse(rows)
 
     targets = targets_of(parts, torch.float64, HeadTransform())
     dense_head_loss(
@@ -416,6 +417,35 @@ def test_no_chunk_holds_more_than_it_may() -> None:
         chunk=7,
     )
     assert seen == [(7, 19)] * 3 + [(2, 19)]
+
+
+@pytest.mark.parametrize("name", ["forward", "jsd", "logit mse"])
+def test_the_two_products_are_all_that_exists_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside them and the head's gradient there are 16 rows of one side at most."""
+    n, v, d = 64, 20_000, 8
+    monkeypatch.setitem(full_pass.BLOCK_ELEMENTS, "cpu", v)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    parts = problem(n, v, d, d)
+    targets = targets_of(parts, torch.float32, HeadTransform())
+    inputs = leaves([parts["hidden"], parts["weight"]], torch.float32)
+
+    def loss(_: None) -> None:
+        dense_head_loss(*inputs, None, targets, [(LOSSES[name][0], 1.0)], HeadTransform(), chunk=n)
+
+    _, peak = allocated_at_most(lambda: None, loss)
+    assert 2 * n * v * 4 <= peak <= (2 * n + d + 16) * v * 4
+
+
+def test_a_bfloat16_student_and_float32_states() -> None:
+    """Without autocast each side is multiplied in its own dtype, and the loss is of float32."""
+    parts = problem(9, 31, 4, 6)
+    half = leaves([parts["hidden"], parts["weight"]], torch.bfloat16)
+    targets = targets_of(parts, torch.float32, HeadTransform())
+    _, terms_SN = dense_head_loss(*half, None, targets, [(full.jsd, 1.0)], HeadTransform(), chunk=4)
+    goal = targets.hidden_ND @ targets.head.weight_VD.t()
+    wanted_N = plain_jsd((half[0] @ half[1].t()).float(), goal, 0.5)
+    assert terms_SN.dtype == torch.float32
+    torch.testing.assert_close(terms_SN[0], wanted_N.detach())
 
 
 def test_no_positions_are_no_loss() -> None:

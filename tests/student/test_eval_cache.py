@@ -158,8 +158,9 @@ def test_bad_requests(refused: Refused, student: Path, teacher: Path, cache: Pat
     assert "--text, --tasks" in refused("eval", student, "--teacher", teacher)
     assert "--tasks" in refused("eval", student, "--task-data", tmp_path)
     assert "did you mean seed?" in refused("eval", student, "--suite", "sed")
-    other = teachers.llama(tmp_path / "other", vocab_size=200)
-    assert "tokenizer" in refused("eval", other, "--cache", cache, "--all-samples")
+    other = teachers.llama(tmp_path / "other", vocab_size=150)
+    shutil.copy(teachers.llama(tmp_path / "more", vocab_size=200) / "tokenizer.json", other)
+    assert "its tokenizer 200" in refused("eval", other, "--cache", cache, "--all-samples")
     path = student / "summary.json"
     summary = json.loads(path.read_text())
     path.write_text(json.dumps(summary | {"eval_fraction": 0}))

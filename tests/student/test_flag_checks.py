@@ -215,4 +215,4 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed(
 
 def test_every_metric_can_choose_the_best(train: Train, tmp_path: Path) -> None:
     summary = train(tmp_path, *SMALL)
-    assert {name.removeprefix("eval_") for name in summary["last_eval"]} >= set(METRICS)
+    assert {name.removeprefix("eval_") for name in summary["last_eval"]} >= {*METRICS} - {"bits_per_byte"}

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from featurestore.format.int4 import Int4Layout
-from student.data.decoding import INT4, decode_hidden
+from featurestore.format.states.rotated import RotatedLayout
+from student.data.decoding import decode_hidden
 from student.training.trainer import CacheTrainer
 
 # Operations whose result decides what runs next, or how large it is: `.item()`, bool(), shapes.
@@ -75,11 +75,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 mode.__exit__(None, None, None)
 
 
-def test_rows_of_int4_are_decoded_without_waiting() -> None:
+@pytest.mark.parametrize("dtype", ["int4", "int2"])
+def test_rotated_rows_are_decoded_without_waiting(dtype: str) -> None:
     found: list[str] = []
-    rows = torch.zeros(5, Int4Layout(577).row_bytes, dtype=torch.uint8)
+    rows = torch.zeros(5, RotatedLayout(dtype, 577).row_bytes, dtype=torch.uint8)
     with Functions(found), Operations(found):
-        decode_hidden({f"{INT4}577": rows})
+        decode_hidden({f"{dtype}.577": rows})
     assert not found
 
 

@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from featurestore.format.schema import HiddenSpec
+from featurestore.maintenance.info import store_info
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, Collator
 from student.data.dataset import DistillationDataset
+from student.data.teacher_weights import TeacherParts
 from student.losses.catalogue import catalogue
 from student.objective.projectors import ProjectorSpec
 from student.objective.terms import Objective, term
@@ -40,7 +42,8 @@ def model_of(teacher: Path, name: str, store: int = 0) -> DistillationModel:
     torch.manual_seed(1)
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     one = replace(term(name, 1.0, (3, 2), projector=ProjectorSpec("linear", 64, 64)), teachers=(store,))
-    return DistillationModel(student, Objective.of([one])).train()
+    teachers = [TeacherParts() for _ in range(store + 1)]
+    return DistillationModel(student, Objective.of([one]), *teachers).train()
 
 
 def learned(model: DistillationModel, batch: dict[str, Any], name: str) -> torch.Tensor:
@@ -114,12 +117,15 @@ def test_a_data_set_says_where_the_states_are(cache: Path) -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    """Layers 1 and 3 at half of the positions in int4, and the teacher's head."""
+    """Layers 1 and 3 at half of the positions in int4, a fifth of them before the others, and the teacher's
+    head.
+    """
     folder = tmp_path_factory.mktemp("share")
     texts = [json.dumps({"text": text_of(30, seed)}) for seed in range(24)]
     (folder / "texts.jsonl").write_text("\n".join(texts))
-    share = ("--hidden-layers", "1,3", "--hidden-positions", 0.5, "--hidden-dtype", "int4")
-    generate(teacher, folder / "texts.jsonl", folder / "store", "--top-k", 8, *share)
+    layers = ("--hidden-layers", "1,3", "--hidden-dtype", "int4", "--hidden-positions")
+    for share in (0.2, 0.5):
+        generate(teacher, folder / "texts.jsonl", folder / "store", "--top-k", 8, *layers, share)
     put_head(folder / "store", teacher)
     return folder / "store"
 
@@ -133,6 +139,9 @@ def test_a_training_on_a_share(
     assert code == 0 and "peak_bytes" in planned, err
     code, _, err = distily("from-cache", store, "--output-dir", tmp_path / "out", *student, *quick)
     assert code == 0, err
+    held = json.loads((tmp_path / "out" / "summary.json").read_text())["cache_cost"]["groups"]
+    parts = [one.bytes for one in store_info(store).groups.values() if one.kind == "hidden.L1"]
+    assert len(parts) == 2 and held["hidden.L1"]["bytes"] == sum(parts)
     code, printed, err = distily("eval", tmp_path / "out", "--json")
     # The head would give the full distribution, if the final states were there at all positions.
     assert code == 0 and '"lower bound"' in printed, err

@@ -119,6 +119,9 @@ OTHERS: Mapping[str, Callable[..., Tensor]] = {
     "logistic_ranking": logistic,
     "sinkhorn": sinkhorn,
     "uld": sorted_gap,
+    "span_likelihood": lambda row: kl(
+        *(torch.stack([p[row.label], 1 - p[row.label]]) for p in (row.full_p, row.full_q))
+    ),
     "one_for_all": lambda row, gamma=1.0: (
         -(row.p * row.q.log()).sum()
         - ((1 + row.full_p[row.label]) ** gamma - row.full_p[row.label]) * row.full_q[row.label].log()

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from featurestore.format.arrays import ChunkCache
 from featurestore.format.columns import ArrayLayout, Extent, Stats
 from featurestore.format.schema import Sample, TeacherIdentity
+from featurestore.format.states.transform import Basis
 
 Array = npt.NDArray[Any]
 
@@ -58,6 +59,26 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         """Whether a cache of `have` serves a request for `want`."""
         return have == want
 
+    def parts(self, have: Sequence[Spec], want: Spec) -> list[Spec]:
+        """The parts of `want`, each of which one of `have` covers, that are all of it; none where there are
+        no such parts.
+        """
+        return [want] if any(self.covers(one, want) for one in have) else []
+
+    def rest(self, have: Sequence[Spec], want: Spec) -> Spec | None:
+        """The group that serves `want` together with groups of `have`; None where these do."""
+        return None if self.parts(have, want) else want
+
+    def ways(self, have: Sequence[Spec], want: Spec) -> list[list[Spec]]:
+        """Ways to cut `want` into parts: a store that has groups of `have` serves it where, of one of these
+        ways, a group of each task covers each part.
+        """
+        return [[want]]
+
+    def offered(self, spec: Spec) -> Spec:
+        """What a group is there for: it alone, or with those that it was added to."""
+        return spec
+
     def width(self, spec: Spec) -> tuple[float, ...]:
         """Orders the specs that have the same `kind` by how much they tell."""
         return ()
@@ -98,9 +119,15 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
 
     @abstractmethod
     def open(
-        self, spec: Spec, directory: Path, extent: Extent, cache: ChunkCache | None
+        self,
+        spec: Spec,
+        directory: Path,
+        extent: Extent,
+        cache: ChunkCache | None,
+        basis: Basis | None = None,
     ) -> ReadSample[Codes]:
-        """What reads samples from the arrays in `directory`; unpacked chunks go to `cache`.
+        """What reads samples from the arrays in `directory`; unpacked chunks go to `cache`. basis: of the
+        store, for groups that need one.
 
         CorruptionError or StoreFormatError for arrays that are damaged or not of the group, also while
         samples are read.
@@ -120,6 +147,11 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
     ) -> Codes:
         """What serves `want`, made of the codes of `sample` in a group of `have`, which covers it."""
         return codes
+
+    def join(self, parts: Sequence[Codes], want: Spec) -> Codes:
+        """The codes of `want` of a sample from those of its `parts`, in their order."""
+        (one,) = parts
+        return one
 
     # What is told and exported.
 

@@ -1,6 +1,7 @@
 """Hidden states of one layer: a vector of each position, or of a share of them, for some dtypes with a scale.
 
-R rows (positions of all samples of a task), S samples, D hidden size, W bytes of a row of int4.
+R rows (positions of all samples of a task), S samples, D hidden size, W bytes of a row of int4, int2, klt4
+or klt6.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from featurestore.errors import CorruptionError, StoreFormatError
 from featurestore.format.arrays import ChunkCache, ShardArray
 from featurestore.format.codec import HIDDEN_DTYPES, hidden_width, row_starts
 from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
-from featurestore.format.int4 import MAX_SIZE, outlier_columns
 from featurestore.format.kinds.arrow import NUMBERS, column_name, lists
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
 from featurestore.format.positions import kept_positions
@@ -31,23 +31,36 @@ from featurestore.format.schema import (
     TeacherIdentity,
     are_positions,
 )
+from featurestore.format.states.rotated import MAX_SIZE, ROTATED, outlier_columns
+from featurestore.format.states.transform import (
+    MAX_TRANSFORMED,
+    MIN_SIZE,
+    TRANSFORMED,
+    Basis,
+    basis_file,
+)
 from featurestore.identity import check_int
 
 _ROWS_PER_CHUNK = 256
+_DIGEST_BYTES = 16
 _LOGICAL_DTYPES = {
     "bf16": "bfloat16",
     "int8": "int8",
     "fp8": "float8_e4m3fn",
     "int4": "int4 rows",
+    "int2": "int2 rows",
+    "klt4": "klt4 rows",
+    "klt6": "klt6 rows",
     "f32": "float32",
 }
-_BY_PRECISION = ("int4", "fp8", "int8", "bf16", "f32")
+_BY_PRECISION = ("int2", "int4", "klt4", "fp8", "int8", "klt6", "bf16", "f32")
 # Of a position in a share: its number, compressed (measured in tests/featurestore/test_positions.py).
 _NUMBER_BYTES = 1
 
 
 class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
-    """The arrays `values` [R, D] (int4: [R, W]), uncompressed, and with int8 and fp8 `scale`, float32 [R].
+    """The arrays `values` [R, D] (rows of bytes: [R, W]), uncompressed, with int8 and fp8 `scale`, float32
+    [R], and with klt4 and klt6 `basis`, uint8 [16], the digest of their basis.
 
     Of a share of the positions these have a row for each that is kept, or one row of zeros where none is;
     `positions` says where in their samples they are, int32 [rows], and `sample_offsets` where the rows of
@@ -67,11 +80,46 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         return 0 if spec.whole else 1
 
     def covers(self, have: HiddenSpec, want: HiddenSpec) -> bool:
-        same = (have.layer, have.dtype) == (want.layer, want.dtype)
-        return same and (have.whole or (have.positions >= want.positions and have.seed == want.seed))
+        if (have.layer, have.dtype) != (want.layer, want.dtype):
+            return False
+        if have.whole or want.whole:
+            return have.whole
+        return have.seed == want.seed and have.above <= want.above and want.positions <= have.positions
+
+    def parts(self, have: Sequence[HiddenSpec], want: HiddenSpec) -> list[HiddenSpec]:
+        if any(self.covers(one, want) for one in have):
+            return [want]
+        found = _longest(have, want)
+        return found if found and found[-1].positions == want.positions else []
+
+    def rest(self, have: Sequence[HiddenSpec], want: HiddenSpec) -> HiddenSpec | None:
+        """Of a share the positions that a smaller one in `have` lacks."""
+        if self.parts(have, want):
+            return None
+        found = _longest(have, want)
+        return replace(want, seed=found[-1].seed, above=found[-1].positions) if found else want
+
+    def ways(self, have: Sequence[HiddenSpec], want: HiddenSpec) -> list[list[HiddenSpec]]:
+        """Cut wherever a group begins or ends; all positions, by any seed."""
+        ways = [[want]]
+        for seed in _seeds(have, want):
+            ends = {end for one in have if one.seed == seed for end in (one.above, one.positions)}
+            cuts = [want.above, *sorted(end for end in ends if want.above < end < want.positions)]
+            if len(cuts) > 1:
+                ends_of = [*cuts[1:], want.positions]
+                ways.append(
+                    [
+                        replace(want, positions=b, seed=seed, above=a)
+                        for a, b in zip(cuts, ends_of, strict=True)
+                    ]
+                )
+        return ways
+
+    def offered(self, spec: HiddenSpec) -> HiddenSpec:
+        return replace(spec, above=0.0, seed=0 if spec.positions == 1 else spec.seed)
 
     def width(self, spec: HiddenSpec) -> tuple[float, ...]:
-        return spec.positions, _BY_PRECISION.index(spec.dtype)
+        return spec.share, _BY_PRECISION.index(spec.dtype)
 
     def flag(self, kind: str) -> str | None:
         found = re.fullmatch(r"hidden\.L([0-9]+)", kind)
@@ -83,10 +131,14 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
     def check_teacher(self, spec: HiddenSpec, identity: TeacherIdentity) -> None:
         if spec.layer > identity.num_layers:
             raise ValueError(f"the teacher has {identity.num_layers} layers, no layer {spec.layer}")
-        if spec.dtype == "int4" and identity.hidden_size > MAX_SIZE:
+        if spec.dtype in ROTATED and identity.hidden_size > MAX_SIZE:
             raise ValueError(
-                f"int4 is for states of at most {MAX_SIZE:,} numbers, not {identity.hidden_size:,}"
+                f"{spec.dtype} is for states of at most {MAX_SIZE:,} numbers, not {identity.hidden_size:,}"
             )
+        if spec.dtype in TRANSFORMED and (spec.layer != identity.num_layers or not spec.whole):
+            raise ValueError(f"{spec.dtype} is for the state that enters the LM head, at all positions")
+        if spec.dtype in TRANSFORMED and not MIN_SIZE <= identity.hidden_size <= MAX_TRANSFORMED:
+            raise ValueError(f"{spec.dtype} is for states of {MIN_SIZE} to {MAX_TRANSFORMED:,} numbers")
 
     def check(self, spec: HiddenSpec, one: Any, length: int, identity: TeacherIdentity) -> None:
         if not isinstance(one, HiddenFeatures) or one.dtype != spec.dtype:
@@ -108,6 +160,8 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         arrays = {"values": values}
         if scaled:
             arrays["scale"] = compressed((rows,), np.float32)
+        if spec.dtype in TRANSFORMED:
+            arrays["basis"] = compressed((_DIGEST_BYTES,), np.uint8)
         if not spec.whole:
             arrays["positions"] = compressed((rows,), np.int32)
             arrays["sample_offsets"] = compressed((extent.samples + 1,), np.int64)
@@ -119,6 +173,11 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         names = ("values", "scale", "positions")
         parts = {name: [getattr(one, name) for one in features] for name in names}
         arrays = {name: np.concatenate(part) for name, part in parts.items() if part[0] is not None}
+        bases = {one.basis.digest for one in features if one.basis is not None}
+        if len(bases) > 1:
+            raise ValueError("the samples of a task need one basis")
+        if bases:
+            arrays["basis"] = np.frombuffer(bytes.fromhex(bases.pop()), np.uint8)
         if spec.whole:
             return arrays, _stats(features)
         offsets = row_starts(np.array([len(one.values) for one in features]))
@@ -134,20 +193,33 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
             raise StoreFormatError(f"{where}: a sum of squares is negative")
 
     def open(
-        self, spec: HiddenSpec, directory: Path, extent: Extent, cache: ChunkCache | None
+        self,
+        spec: HiddenSpec,
+        directory: Path,
+        extent: Extent,
+        cache: ChunkCache | None,
+        basis: Basis | None = None,
     ) -> ReadSample[HiddenFeatures]:
         shapes = self.layouts(spec, extent)
         arrays = {name: ShardArray(directory / name, layout, cache) for name, layout in shapes.items()}
-        size = extent.hidden_size if spec.dtype == "int4" else None
+        size = extent.hidden_size if spec.dtype in ROTATED else None
+        if spec.dtype in TRANSFORMED:
+            assert basis is not None
+            found = arrays.pop("basis").read(0, _DIGEST_BYTES).tobytes().hex()
+            if found != basis.digest:
+                raise StoreFormatError(
+                    f"{directory}: made in the basis {found}, but the one of the store is {basis.digest}; "
+                    f"copy teacher/{basis_file(spec.dtype)} from the store that these files come from"
+                )
         if spec.whole:
-            opened = _Opened(arrays, spec.dtype, size)
+            opened = _Opened(arrays, spec.dtype, size, basis)
             return lambda _, start, stop: opened.read(start, stop)
         offsets = arrays.pop("sample_offsets").read(0, extent.samples + 1).tolist()
         if offsets[0] or offsets[-1] != extent.entries or offsets != sorted(offsets):
             raise CorruptionError(
                 f"{directory / 'sample_offsets'}: these are no offsets of {extent.entries} rows"
             )
-        return _OpenedShare(arrays, spec.dtype, size, offsets).read_sample
+        return _OpenedShare(arrays, spec.dtype, size, None, offsets).read_sample
 
     def decode(self, codes: HiddenFeatures) -> HiddenFeatures:
         return codes
@@ -160,16 +232,31 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         sample: Sample,
         identity: TeacherIdentity,
     ) -> HiddenFeatures:
-        return codes if have.positions == want.positions else codes.at(_kept(want, sample))
+        same = (have.above, have.positions) == (want.above, want.positions)
+        return codes if same else codes.at(_kept(want, sample))
+
+    def join(self, parts: Sequence[HiddenFeatures], want: HiddenSpec) -> HiddenFeatures:
+        if len(parts) == 1:
+            return parts[0]
+        positions = np.concatenate([one.positions for one in parts if one.positions is not None])
+        order = np.argsort(positions)
+        arrays = {name: [getattr(one, name) for one in parts] for name in ("values", "scale")}
+        joined: dict[str, Any] = {
+            name: None if some[0] is None else np.concatenate(some)[order] for name, some in arrays.items()
+        }
+        return replace(parts[0], positions=None if want.whole else positions[order], **joined)
 
     def measures(self, spec: HiddenSpec, stats: Stats, rows: int) -> dict[str, float | None]:
         norm = stats.get("squared_norm", 0.0)
-        return {"relative_error": math.sqrt(stats["squared_error"] / norm) if norm else None}
+        return {
+            "relative_error": math.sqrt(stats["squared_error"] / norm) if norm else None,
+            "share_of_positions": None if spec.whole else spec.share,
+        }
 
     def row_bytes(self, spec: HiddenSpec, hidden_size: int) -> float:
         stored, scaled = HIDDEN_DTYPES[spec.dtype]
         row = hidden_width(spec.dtype, hidden_size) * np.dtype(stored).itemsize + (4 if scaled else 0)
-        return row if spec.whole else spec.positions * (row + _NUMBER_BYTES)
+        return row if spec.whole else spec.share * (row + _NUMBER_BYTES)
 
     def export_row_bytes(self, spec: HiddenSpec, hidden_size: int) -> int:
         return 4 * hidden_size
@@ -193,24 +280,27 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """The open arrays of a group but for `sample_offsets`; size: D, of int4."""
+    """The open arrays of a group but for `sample_offsets`; size: D, of int4 and int2."""
 
     arrays: Mapping[str, ShardArray]
     dtype: str
     size: int | None
+    basis: Basis | None
 
     def read(self, start: int, stop: int) -> HiddenFeatures:
         """Rows [start, stop) of the arrays."""
         found = {name: _rows(array, start, stop) for name, array in self.arrays.items()}
-        if self.size is not None and (outlier_columns(found["values"], self.size) >= self.size).any():
+        size = self.size
+        if size is not None and (outlier_columns(found["values"], self.dtype, size) >= size).any():
             path = self.arrays["values"].path
-            raise CorruptionError(f"{path}: an outlier beyond the hidden size {self.size:,}")
+            raise CorruptionError(f"{path}: an outlier beyond the hidden size {size:,}")
         return HiddenFeatures(
             values=found["values"],
             scale=found.get("scale"),
             dtype=self.dtype,
             hidden_size=self.size,
             positions=found.get("positions"),
+            basis=self.basis,
         )
 
 
@@ -237,7 +327,32 @@ def _rows(array: ShardArray, start: int, stop: int) -> Array:
 
 
 def _kept(spec: HiddenSpec, sample: Sample) -> Array:
-    return kept_positions(sample.id, len(sample), spec.positions, spec.seed)
+    return kept_positions(sample.id, len(sample), spec.positions, spec.seed, spec.above)
+
+
+def _seeds(have: Sequence[HiddenSpec], want: HiddenSpec) -> list[int]:
+    """Whose shares may be parts of `want`."""
+    return sorted({one.seed for one in have}) if want.whole else [want.seed]
+
+
+def _longest(have: Sequence[HiddenSpec], want: HiddenSpec) -> list[HiddenSpec]:
+    """The parts of `want` from its beginning on, as far as shares in `have` reach; of the seed that reaches
+    furthest.
+    """
+    same = [one for one in have if (one.layer, one.dtype) == (want.layer, want.dtype) and not one.whole]
+    best: list[HiddenSpec] = []
+    for seed in _seeds(same, want):
+        parts: list[HiddenSpec] = []
+        reached = want.above
+        while reached < want.positions:
+            there = (one for one in same if one.seed == seed and one.above <= reached < one.positions)
+            end = min(max((one.positions for one in there), default=0.0), want.positions)
+            if not end:
+                break
+            parts.append(replace(want, positions=end, seed=seed, above=reached))
+            reached = end
+        best = max(best, parts, key=lambda found: found[-1].positions if found else 0.0)
+    return best
 
 
 def _stats(features: Sequence[HiddenFeatures]) -> Stats:

@@ -34,6 +34,7 @@ from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
 from featurestore.format.kinds.arrow import IDS, NUMBERS, lists
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
 from featurestore.format.schema import NO_DRAW, LogitsFeatures, LogitsSpec, Sample, TeacherIdentity
+from featurestore.format.states.transform import Basis
 from featurestore.identity import check_int
 
 _ENTRIES_PER_CHUNK = 16_384
@@ -147,7 +148,12 @@ class LogitsKind(GroupKind[LogitsSpec, LogitsFeatures, LogitsCodes]):
         check_int(stats["distinct_ids"], 1, most, f"{where}: distinct_ids")
 
     def open(
-        self, spec: LogitsSpec, directory: Path, extent: Extent, cache: ChunkCache | None
+        self,
+        spec: LogitsSpec,
+        directory: Path,
+        extent: Extent,
+        cache: ChunkCache | None,
+        basis: Basis | None = None,
     ) -> ReadSample[LogitsCodes]:
         shapes = self.layouts(spec, extent)
         offsets = ShardArray(directory / "sample_offsets", shapes.pop("sample_offsets"))

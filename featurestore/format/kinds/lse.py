@@ -16,6 +16,7 @@ from featurestore.format.columns import ArrayLayout, Extent, Stats, compressed
 from featurestore.format.kinds.arrow import NUMBERS, column_name
 from featurestore.format.kinds.base import Array, GroupKind, ReadSample
 from featurestore.format.schema import LseFeatures, LseSpec, TeacherIdentity
+from featurestore.format.states.transform import Basis
 
 # Measured on 5,236 positions of the demo: 2.1 at T=0.5, 1.7 at T=4.
 _ROW_BYTES = 2.0
@@ -47,7 +48,12 @@ class LseKind(GroupKind[LseSpec, LseFeatures, LseFeatures]):
         return {"lse": encode_rows(lse, np.int32, LSE_STEPS)}, {}
 
     def open(
-        self, spec: LseSpec, directory: Path, extent: Extent, cache: ChunkCache | None
+        self,
+        spec: LseSpec,
+        directory: Path,
+        extent: Extent,
+        cache: ChunkCache | None,
+        basis: Basis | None = None,
     ) -> ReadSample[LseFeatures]:
         lse = ShardArray(directory / "lse", self.layouts(spec, extent)["lse"], cache)
         return lambda _, start, stop: LseFeatures(decode_rows(lse.read(start, stop), LSE_STEPS))

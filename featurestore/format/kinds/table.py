@@ -7,7 +7,7 @@ one, and an entry here.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from featurestore.errors import StoreFormatError
@@ -67,6 +67,23 @@ def group_files(spec: GroupSpec) -> list[str]:
 def covers(have: GroupSpec, want: GroupSpec) -> bool:
     """Whether a cache of `have` serves a request for `want`."""
     return type(have) is type(want) and kind_of(have).covers(have, want)
+
+
+def parts(have: Iterable[GroupSpec], want: GroupSpec) -> list[GroupSpec]:
+    """The parts of `want`, each of which one of `have` covers, that are all of it; none where there are no
+    such parts.
+    """
+    return kind_of(want).parts([one for one in have if type(one) is type(want)], want)
+
+
+def rest(have: Iterable[GroupSpec], want: GroupSpec) -> GroupSpec | None:
+    """The group that serves `want` together with groups of `have`; None where these do."""
+    return kind_of(want).rest([one for one in have if type(one) is type(want)], want)
+
+
+def ways(have: Iterable[GroupSpec], want: GroupSpec) -> list[list[GroupSpec]]:
+    """Ways to cut `want` into parts, see `GroupKind.ways`."""
+    return kind_of(want).ways([one for one in have if type(one) is type(want)], want)
 
 
 def width(spec: GroupSpec) -> tuple[float, ...]:

@@ -1,0 +1,1 @@
+"""How hidden states become rows of bytes, and how NumPy reads them."""
