@@ -29,9 +29,14 @@ MANIFEST_FILE = "cache_manifest.json"
 
 
 def save_student(
-    student: Any, directory: Path, tokenizer_dir: Path, state: Mapping[str, Any] | None = None
+    student: Any,
+    directory: Path,
+    tokenizer_dir: Path,
+    state: Mapping[str, Any] | None = None,
+    stops: Iterable[int] = (),
 ) -> None:
-    """Safetensors, config.json and the teacher's tokenizer. state: the whole tensors of a sharded student.
+    """Safetensors, config.json and the files of the tokenizer, mostly the teacher's. state: the whole tensors
+    of a sharded student. stops: ids that end a text, besides those that these files name.
 
     A BitNet student is saved as its latent weights with the `quantization_config` that makes transformers
     quantise them online; it is added to the file only, since Trainer treats a model that carries it as
@@ -50,7 +55,7 @@ def save_student(
         config = layout.to_saved(json.loads(path.read_text(encoding="utf-8")), conversion)
         config["quantization_config"] = bitnet.quantization_config(student)
         write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _save_stop_tokens(student, directory, tokenizer_dir)
+    _save_stop_tokens(student, directory, {*stop_tokens(tokenizer_dir), *stops})
     copy_tokenizer(tokenizer_dir, directory)
 
 
@@ -74,10 +79,10 @@ def stop_tokens(directory: Path) -> list[int]:
     return sorted({one for one in found if type(one) is int and one >= 0})
 
 
-def _save_stop_tokens(student: Any, directory: Path, tokenizer_dir: Path) -> None:
+def _save_stop_tokens(student: Any, directory: Path, stops: Iterable[int]) -> None:
     """Write every id at which the teacher stops into the student's generation_config.json."""
     path = directory / "generation_config.json"
-    ends = [one for one in stop_tokens(tokenizer_dir) if one < student.config.get_text_config().vocab_size]
+    ends = sorted(one for one in stops if one < student.config.get_text_config().vocab_size)
     if ends:
         settings = json_object(path) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
         write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")

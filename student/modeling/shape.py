@@ -120,8 +120,24 @@ def check_positions(config: Any, longest: int, flag: str) -> None:
 
 
 def tokenizers_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two parsed tokenizer.json files give different ids to the same text pieces."""
+    """Whether two parsed tokenizer.json files give different ids to the same text pieces, or the same id to
+    different ones. Added tokens that only one of them has are no difference, as models of a family add more.
+    """
     vocabularies = [tokenizer.get("model", {}).get("vocab") for tokenizer in (one, other)]
-    if all(isinstance(vocabulary, (dict, Sequence)) for vocabulary in vocabularies):
-        return bool(vocabularies[0] != vocabularies[1])
-    return False
+    if not all(isinstance(vocabulary, (dict, Sequence)) for vocabulary in vocabularies):
+        return False
+    return bool(vocabularies[0] != vocabularies[1]) or _added_differ(_added(one), _added(other))
+
+
+def _added(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the added tokens, by their text."""
+    added = tokenizer.get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    return {str(entry.get("content")): entry.get("id") for entry in entries}
+
+
+def _added_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if any(other.get(text, index) != index for text, index in one.items()):
+        return True
+    texts = {index: text for text, index in other.items()}
+    return any(texts.get(index, text) != text for text, index in one.items())

@@ -33,6 +33,7 @@ from student.data.token_statistics import TokenStatistics, token_statistics, wit
 from student.errors import UserError
 from student.modeling.other_tokenizer import other_tokens
 from student.modeling.plan import StudentPlan, plan_following, plan_given, plan_student
+from student.modeling.saving import stop_tokens
 from student.objective.files import ObjectiveRequest
 from student.objective.other_tokenizer import WHY, across_tokenizers
 from student.objective.terms import Objective
@@ -102,6 +103,13 @@ class PreparedTraining:
         return DeviceMap.of(train.other.tokens) if isinstance(train, RetokenisedDataset) else None
 
     @property
+    def stops(self) -> list[int]:
+        """What a student with another tokenizer reads where the teacher's texts and turns end."""
+        train = self.data.train
+        specials = train.other.retokenise.specials if isinstance(train, RetokenisedDataset) else {}
+        return [specials[one] for one in stop_tokens(self.reader.teacher_dir) if one in specials]
+
+    @property
     def vocab_size(self) -> int:
         """Tokens that the student tells apart."""
         own = int(self.plan.config.get_text_config().vocab_size)
@@ -126,6 +134,7 @@ class Assembled:
             "eval_dataset": data.held_out,
             "vocab_size": self.prepared.vocab_size,
             "tokenizer_dir": self.prepared.plan.tokenizer or reader.teacher_dir,
+            "stops": self.prepared.stops,
             "pack_rows": request.options.pack_rows,
             "ternary": request.options.ternary(),
             "drift": self.drift,

@@ -60,6 +60,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: CachedDataset | None,
         vocab_size: int,
         tokenizer_dir: Path,
+        stops: Sequence[int] = (),
         pack_rows: bool = False,
         ternary: TernaryPlan | None = None,
         drift: Drift | None = None,
@@ -69,7 +70,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         pad = model.config.get_text_config().pad_token_id
         self._pad_token = pad if isinstance(pad, int) and 0 <= pad < vocab_size else 0
-        self._tokenizer_dir = tokenizer_dir
+        self._tokenizer_dir, self._stops = tokenizer_dir, stops
         self._train_collator = self._collator(train_dataset, pack_rows, drop_idle=True)
         self._whole: dict[str, Tensor] | None = None  # the weights of a sharded model, while it is saved
         if args.fsdp:
@@ -324,7 +325,8 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         if has_adapters(self.model.student):
             save_adapters(self.model.student, directory, self._tokenizer_dir)
         else:
-            save_student(self.model.student, directory, self._tokenizer_dir, _below("student.", self._whole))
+            state = _below("student.", self._whole)
+            save_student(self.model.student, directory, self._tokenizer_dir, state, self._stops)
         if directory != Path(self.args.output_dir):  # a checkpoint, not the finished student
             self.model.projectors.save(directory, _below("projectors.", self._whole))
             if self._balance is not None:

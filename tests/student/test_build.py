@@ -5,6 +5,7 @@ are read.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_tokenizers_are_compared_by_their_vocabulary() -> None:
     one = {"model": {"vocab": {"a": 0, "b": 1}}}
     assert not tokenizers_differ(one, {"model": {"vocab": {"b": 1, "a": 0}}, "version": "1.0"})
     assert tokenizers_differ(one, {"model": {"vocab": {"a": 1, "b": 0}}})
+
+
+def test_added_tokens_in_each_others_place_are_a_difference() -> None:
+    def adding(**ids: int) -> dict[str, Any]:
+        added = [{"id": index, "content": text} for text, index in ids.items()]
+        return {"model": {"vocab": {"a": 0}}, "added_tokens": added}
+
+    assert not tokenizers_differ(adding(think=1), adding(think=1, tool=2))
+    assert tokenizers_differ(adding(think=1), adding(tool=1))
+    assert tokenizers_differ(adding(think=1), adding(think=2, tool=3))
 
 
 NARROW = '{"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 2}'

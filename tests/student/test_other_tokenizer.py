@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from featurestore.format.codec import ROW_ERROR
 from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec, Sample
@@ -188,6 +188,20 @@ def test_a_checkpoint_with_its_own_tokenizer_goes_on(
         first["last_eval"]["eval_bits_per_byte"], rel=1e-6
     )
     assert AutoTokenizer.from_pretrained(tmp_path / "next").get_vocab()["<end>"] == 0
+
+
+def test_what_stands_for_the_teachers_ends_ends_a_text(
+    distily_train: Run, store: Path, tokens: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a student that has a token for it, besides the one that its tokenizer calls the end."""
+    own = AutoTokenizer.from_pretrained(tokens["bytes"])
+    own.add_special_tokens({"additional_special_tokens": ["</s>"]})
+    own.save_pretrained(tmp_path / "own")
+    flags = ["--student-tokenizer", tmp_path / "own", *SHAPE, *QUICK]
+    code, _, err = distily_train(store, "--output-dir", tmp_path / "student", *flags)
+    assert code == 0, err
+    ends = sorted((own.eos_token_id, own.convert_tokens_to_ids("</s>")))
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == ends
 
 
 def test_embeddings_start_as_means_of_the_teachers(
