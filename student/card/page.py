@@ -16,16 +16,16 @@ from student.report.files import RunFiles
 from student.report.teachers import matched, stores
 
 _STOCK = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {tokenizer}
 
-tokenizer = AutoTokenizer.from_pretrained({name})
+tokenizer = {tokenizer}.from_pretrained({name})
 model = AutoModelForCausalLM.from_pretrained({name})
 """
 _OURS = """\
 from distily import load_student
-from transformers import AutoTokenizer
+from transformers import {tokenizer}
 
-tokenizer = AutoTokenizer.from_pretrained({name})
+tokenizer = {tokenizer}.from_pretrained({name})
 model = load_student({name})
 """
 _GENERATE = """\
@@ -63,7 +63,8 @@ def _what(run: RunFiles) -> str:
 
 def _use(run: RunFiles) -> str:
     name = json.dumps(line(run.name))
-    snippet = (_STOCK if stock(run) else _OURS).format(name=name) + _GENERATE
+    kind = "PreTrainedTokenizerFast" if "load_tokenizer_with" in run.summary else "AutoTokenizer"
+    snippet = (_STOCK if stock(run) else _OURS).format(name=name, tokenizer=kind) + _GENERATE
     where = f"{text(run.name)} is this folder, or for transformers the name of its repository on the hub."
     if not stock(run):
         where = (
@@ -79,13 +80,18 @@ def _results(run: RunFiles, plots: Sequence[tuple[str, str]]) -> str:
         (one.dataset, one.label, _score(one.student, one.error), _score(one.teacher, one.teacher_error))
         for one in found
     ]
-    exact = run.summary.get("held_out_kl")
+    exact = str(run.summary.get("held_out_kl"))
     held = any(one.dataset == HELD_OUT and one.metric == "kl" for one in found)
-    kind = "an unbiased estimate" if exact == "unbiased" else "a lower bound"
+    kinds = {
+        "unbiased": "The KL is an unbiased estimate of the full one.",
+        "lower bound": "The KL is a lower bound of the full one.",
+    }
+    if exact.startswith("over the student's"):
+        kinds[exact] = f"The KL is {exact}, as its tokenizer is not the teacher's."
     return section(
         "Results",
         table(("measured on", "metric", "student", "teacher"), rows),
-        f"The KL is {kind} of the full one." if held and exact in ("unbiased", "lower bound") else "",
+        kinds.get(exact, "") if held else "",
         matched(run) if held and stores(run) else "",
         *(f"![{text(shown)}]({file})" for file, shown in plots),
         _source(run, found),

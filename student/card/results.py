@@ -8,7 +8,7 @@ from typing import Any
 
 from distily.safety.markdown import line
 from student.card.names import is_hub_name
-from student.report.files import RunFiles, number_in, rows_in
+from student.report.files import RunFiles, number_in, rows_in, same_tokens
 
 _CACHE = "distily-cache"
 HELD_OUT = "held-out samples of the cache"
@@ -86,16 +86,17 @@ def _last(run: RunFiles) -> Iterator[Result]:
 
 def _texts(run: RunFiles) -> Iterator[Result]:
     for found in rows_in(run.evaluation, "texts"):
-        value = number_in(found, "student", "perplexity")
+        metric = "perplexity" if same_tokens([found]) else "bits_per_byte"
+        value = number_in(found, "student", metric)
         name, source = line(found.get("name") or found.get("source")), found.get("source")
         if value is not None:
             yield Result(
                 kind=str(source) if is_hub_name(source, run.directory) else "text",
                 dataset=name,
-                metric="perplexity",
-                label="perplexity",
+                metric=metric,
+                label=_ON_CACHE[metric],
                 student=value,
-                teacher=number_in(found, "teacher", "perplexity"),
+                teacher=number_in(found, "teacher", metric),
                 config=name,
                 revision=_name(found.get("revision")),
             )

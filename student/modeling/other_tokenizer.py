@@ -80,6 +80,8 @@ class OwnTokenizer:
         """What the configuration of a model says of it."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         special = {name: getattr(self._tokenizer, name, None) for name in names}
+        if special["pad_token_id"] in (special["bos_token_id"], special["eos_token_id"]):
+            special["pad_token_id"] = None  # the embedding of padding is not trained, and theirs is
         return {"vocab_size": len(self._vocabulary.texts), **special}
 
     def check(self, config: Any, flag: str) -> None:

@@ -30,8 +30,14 @@ from student.modeling.saving import (
     saved_config,
     student_config,
 )
-from student.modeling.shape import changed_config, check_positions, check_vocabulary, tokenizers_differ
-from student.modeling.tokenizer import load_tokenizer
+from student.modeling.shape import (
+    added_tokens,
+    changed_config,
+    check_positions,
+    check_vocabulary,
+    tokenizers_differ,
+)
+from student.modeling.tokenizer import cut_alike, load_tokenizer
 from student.modeling.whole import load_whole, local_checkpoint, whole_files
 
 
@@ -212,7 +218,11 @@ def _own_tokenizer(options: StudentOptions, reader: CacheReader) -> OwnTokenizer
         return None
     flag = f"--student-tokenizer {options.student_tokenizer}"
     directory = tokenizer_files_of(options.student_tokenizer, flag)
-    return None if same_tokenizer(directory, reader.teacher_dir) else OwnTokenizer(directory, flag)
+    files = [json_object(one / "tokenizer.json") for one in (directory, reader.teacher_dir)]
+    more = set.difference(*(set(added_tokens(file)) for file in files))
+    if same_tokenizer(directory, reader.teacher_dir) and not more:
+        return None
+    return OwnTokenizer(directory, flag)
 
 
 def _planned(
@@ -314,7 +324,7 @@ def same_tokenizer(checkpoint: Path, teacher_dir: Path) -> bool | None:
     """Whether a student has the teacher's tokenizer; None where that is not known."""
     files = [checkpoint / "tokenizer.json", teacher_dir / "tokenizer.json"]
     if all(file.is_file() for file in files):
-        return not tokenizers_differ(*map(json_object, files))
+        return not tokenizers_differ(*map(json_object, files)) and cut_alike(*files)
     if all(tokenizer_files(directory) for directory in (checkpoint, teacher_dir)):
         try:
             own, theirs = (load_tokenizer(directory).get_vocab() for directory in (checkpoint, teacher_dir))

@@ -126,14 +126,17 @@ def tokenizers_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     vocabularies = [tokenizer.get("model", {}).get("vocab") for tokenizer in (one, other)]
     if not all(isinstance(vocabulary, (dict, Sequence)) for vocabulary in vocabularies):
         return False
-    return bool(vocabularies[0] != vocabularies[1]) or _added_differ(_added(one), _added(other))
+    return bool(vocabularies[0] != vocabularies[1]) or _added_differ(added_tokens(one), added_tokens(other))
 
 
-def _added(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of the added tokens, by their text."""
+def added_tokens(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of the added tokens of a parsed tokenizer.json, by their text; without those that are kept free
+    for later ones (<|reserved_special_token_2|>, <unused7>).
+    """
     added = tokenizer.get("added_tokens")
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    return {str(entry.get("content")): entry.get("id") for entry in entries}
+    found = {str(entry.get("content")): entry.get("id") for entry in entries}
+    return {text: index for text, index in found.items() if "reserved" not in text and "unused" not in text}
 
 
 def _added_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from distily.checkpoint.tokenizer_check import differing_text, without_overrides
+from distily.checkpoint.tokenizer_check import PROBES, differing_text, without_overrides
 from featurestore.format.tokenizer_files import CONFIG_FILE, tokenizer_files, write_tokenizer_files
 from student.errors import UserError
 
@@ -31,6 +31,42 @@ def load_tokenizer(source: str | Path, **options: Any) -> Any:
     with tempfile.TemporaryDirectory() as name:
         copy_tokenizer(directory, Path(name))
         return AutoTokenizer.from_pretrained(name, **options)
+
+
+def auto_tokenizer_fits(directory: Path) -> bool:
+    """Whether AutoTokenizer gives the ids of the tokenizer.json beside a model's config.json.
+
+    For some types of models (qwen2) it takes the tokenizer of their family, whatever tokenizer_config.json
+    names; `PreTrainedTokenizerFast` takes the file as it is.
+    """
+    from transformers import AutoTokenizer
+
+    if not (directory / "tokenizer.json").is_file():
+        return True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception:  # whatever the backend of another family raises
+        return False
+    return _differing(tokenizer, directory) is None
+
+
+def cut_alike(one: Path, other: Path) -> bool:
+    """Whether two tokenizer.json files of one vocabulary give the same ids to some texts; True where one
+    cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        found = [Tokenizer.from_file(str(file)) for file in (one, other)]
+    except Exception:  # the library raises bare exceptions
+        return True
+    for tokenizer in found:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    own, theirs = (
+        [tokenizer.encode(text, add_special_tokens=False).ids for text in PROBES] for tokenizer in found
+    )
+    return bool(own == theirs)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from distily.html.chart import Series, line_chart
 from distily.html.page import Cell, Html, note, row, section, table
 from distily.units import number
-from student.report.files import RunFiles, number_in, rows_in, with_error
+from student.report.files import RunFiles, number_in, rows_in, same_tokens, with_error
 
 Name = TypeVar("Name")
 
@@ -94,13 +94,18 @@ def _matched(
 
 
 def _texts(runs: Sequence[RunFiles]) -> Html:
-    """Perplexity on texts: a row for each text that any run was evaluated on."""
+    """Perplexity on texts: a row for each text that any run was evaluated on. Bits per byte, where not all
+    cut a text into the same number of tokens.
+    """
+    found = list(_matched(runs, "texts", _text))
+    same = all(same_tokens([text for text in texts if text]) for _, texts, _ in found)
+    metric, title = ("perplexity", "Perplexity") if same else ("bits_per_byte", "Bits per byte")
     rows: list[tuple[Cell, ...]] = []
-    for name, texts, known in _matched(runs, "texts", _text):
-        students = [number_in(text, "student", "perplexity") for text in texts]
-        teacher = _first(number_in(text, "teacher", "perplexity") for text in texts)
+    for name, texts, known in found:
+        students = [number_in(text, "student", metric) for text in texts]
+        teacher = _first(number_in(text, "teacher", metric) for text in texts)
         rows.append((name, number_in(known, "tokens"), *students, teacher))
-    return table(("text", "tokens", *_names(runs), "teacher"), rows, "Perplexity on texts")
+    return table(("text", "tokens", *_names(runs), "teacher"), rows, f"{title} on texts")
 
 
 def _text(text: Mapping[str, Any]) -> str:

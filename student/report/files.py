@@ -113,6 +113,22 @@ def number_in(value: Any, *keys: str) -> float | None:
     return value
 
 
+def same_tokens(texts: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all students and teachers cut a text into as many tokens, so that perplexities compare. texts:
+    what eval.json of each says of it.
+    """
+    counts = [number_in(text, *keys) for text in texts for keys in (("tokens",), ("teacher", "tokens"))]
+    return len({count for count in counts if count is not None}) < 2
+
+
+def teacher_tokens(summary: Mapping[str, Any]) -> float | None:
+    """The teacher's tokens that a training learned from, repetitions included: as many as the student's,
+    unless its tokenizer is another.
+    """
+    tokens = number_in(summary, "tokens")
+    return None if tokens is None else tokens / (number_in(summary, "tokens_of_both", "expansion") or 1.0)
+
+
 def with_error(value: float | None, error: float | None) -> Cell:
     """`0.123 ± 0.004`, with the standard error; the number where that is not known, as in older files."""
     return value if value is None or error is None else f"{number(value)} ± {error:.2g}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from distily.html.chart import Bar, bar_chart
 from distily.html.page import Cell, Html, facts, note, row, section
 from distily.units import duration, number, size
-from student.report.files import RunFiles
+from student.report.files import RunFiles, teacher_tokens
 from student.report.teachers import manifests
 
 
@@ -24,7 +24,7 @@ def savings(runs: Sequence[RunFiles]) -> list[Saving]:
     """Of the runs whose cache recorded its pace. Tokens trained on are counted, those of evaluations not."""
     found = []
     for run in runs:
-        tokens = run.number("tokens")
+        tokens = teacher_tokens(run.summary)
         pace = run.number("cache_cost", "capture_tokens_per_second")
         if tokens is not None and pace:
             found.append(Saving(run.name, tokens / pace))

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distily.safety.redaction import for_record
+from student.report.files import teacher_tokens
 from student.sweep.capacity import PeakMemory
 from student.sweep.home import Home, read_json
 from student.sweep.runs import SweepRun
@@ -88,7 +89,7 @@ def generation_seconds(summary: Mapping[str, Any]) -> float | None:
     """
     cost = summary["cache_cost"]
     rate = cost["capture_tokens_per_second"]
-    return round(min(summary["tokens"], cost["tokens"]) / rate, 1) if rate else None
+    return round(min(teacher_tokens(summary) or 0, cost["tokens"]) / rate, 1) if rate else None
 
 
 def needed(home: Home, run: SweepRun) -> PeakMemory:

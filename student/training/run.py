@@ -355,6 +355,12 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         tokens=prepared.tokens,
     )
     summary = summarise(run)
+    if "load_tokenizer_with" in summary:
+        LOG.warning(
+            f"{run.output_dir}: for a model of type {built.assembled.model.config.model_type} AutoTokenizer "
+            "of transformers takes another tokenizer than was saved, with other ids; load it with "
+            f"{summary['load_tokenizer_with']}.from_pretrained"
+        )
     write_report(run.output_dir)
     return summary
 

@@ -24,6 +24,7 @@ from student.data.measures import Curriculum
 from student.data.stores import CacheStores
 from student.data.token_statistics import TokenStatistics
 from student.metrics import kl_exactness
+from student.modeling.tokenizer import auto_tokenizer_fits
 from student.training.model import DistillationModel
 from student.training.provenance import captures
 from student.training.teachers import measured_words
@@ -113,6 +114,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     if run.tokens is not None:
         summary["tokens_of_both"] = {**run.tokens.to_json(), "said": str(run.tokens)}
         summary["held_out_kl"] = f"over the student's {_measured_tokens(run)}"
+    if not auto_tokenizer_fits(run.output_dir):
+        summary["load_tokenizer_with"] = "PreTrainedTokenizerFast"
     if len(run.stores) > 1:
         summary |= _several(run)
     write_json(run.output_dir / "summary.json", summary)

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+import transformers
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
 from featurestore.format.codec import ROW_ERROR
 from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec, Sample
@@ -33,6 +35,10 @@ TEXT = (
     "the student reads too. "
 )
 WHOLE, HEAD = LogitsSpec(320), LogitsSpec(16)
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
+)
 SHAPE = ["--student-model-config", '{"num_hidden_layers": 1}']
 QUICK = ["--per-device-train-batch-size", 4, "--eval-fraction", 0.3, "--report-to", "none", "--max-steps", 2]
 
@@ -202,6 +208,57 @@ def test_what_stands_for_the_teachers_ends_ends_a_text(
     assert code == 0, err
     ends = sorted((own.eos_token_id, own.convert_tokens_to_ids("</s>")))
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == ends
+
+
+@pytest.mark.parametrize("kind", ["more", "lower case"])
+def test_a_tokenizer_of_the_teachers_vocabulary_that_is_another_one_is_kept(
+    distily_train: Run, store: Path, writer: Path, tmp_path: Path, kind: str
+) -> None:
+    own = AutoTokenizer.from_pretrained(writer)
+    if kind == "more":
+        own.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    else:
+        own.backend_tokenizer.normalizer = normalizers.Lowercase()
+    own.save_pretrained(tmp_path / "own")
+    flags = ["--student-tokenizer", tmp_path / "own", *SHAPE, *QUICK]
+    code, _, err = distily_train(store, "--output-dir", tmp_path / "student", *flags)
+    assert code == 0, err
+    text = "The <think> teacher"
+    assert AutoTokenizer.from_pretrained(tmp_path / "student")(text).input_ids == own(text).input_ids
+
+
+def test_padding_that_is_the_end_is_trained(
+    learn: Callable[..., dict[str, Any]], tmp_path: Path, tokens: dict[str, Path]
+) -> None:
+    own = AutoTokenizer.from_pretrained(tokens["bpe"])
+    assert own.pad_token_id == own.eos_token_id
+    learn(tmp_path / "student", "bpe")
+    assert load_student(tmp_path / "student").get_input_embeddings().padding_idx is None
+
+
+def test_a_tokenizer_that_autotokenizer_does_not_take_is_said(
+    distily_train: Run, distily: Run, writer: Path, tokens: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers takes the one of the family for a qwen2, whatever tokenizer_config.json says."""
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    teacher = tmp_path / "teacher"
+    config = Qwen2Config(**{name: getattr(LlamaConfig.from_pretrained(writer), name) for name in SIZES})
+    AutoModelForCausalLM.from_config(config).save_pretrained(teacher)
+    byte_level(teacher)
+    samples = [
+        Sample(tokens=np.array(ids, np.int32), loss_mask=np.arange(len(ids)) > 0)
+        for ids in tokenizer([f"{TEXT}{n}" for n in range(8)]).input_ids
+    ]
+    cache = write_cache(tmp_path / "store", teacher, samples, [WHOLE])
+    out, own = tmp_path / "student", ["--student-tokenizer", tokens["bpe"], *SHAPE]
+    code, printed, err = distily_train(cache, "--output-dir", out, *own, *QUICK, "--json")
+    assert code == 0, err
+    assert "load it with PreTrainedTokenizerFast.from_pretrained" in err
+    text, wanted = "two  spaces", AutoTokenizer.from_pretrained(tokens["bpe"])
+    kind = getattr(transformers, json.loads(printed)["load_tokenizer_with"])
+    assert kind.from_pretrained(out)(text).input_ids == wanted(text).input_ids
+    assert distily("card", out)[0] == 0
+    assert "tokenizer = PreTrainedTokenizerFast.from_pretrained" in (out / "README.md").read_text()
 
 
 def test_embeddings_start_as_means_of_the_teachers(
