@@ -38,7 +38,8 @@ class Counts:
         undecodable_bytes: those at the ends of a sample, or within, that are no whole character.
         changed_bytes: those that the student's tokenizer writes in another form or not at all.
         turns: turns that are opened as the student's chat template does.
-        specials_mapped: special tokens for which the student has a token of the same text or role.
+        specials_mapped: special tokens for which the student has a token of the same text or role, or that
+            are part of what opens a turn.
         specials_as_text: special tokens that became text.
         specials_dropped: special tokens of which nothing is left; BOS in front is none.
     """
@@ -142,6 +143,7 @@ class Retokeniser:
             table_V[ids_T[front:]] for table_V in (self.teacher.special_V, self._mapped_V, self._as_text_V)
         )
         mapped, as_text = int(mapped_T.sum()), int(as_text_T.sum())
+        written = as_text if self._turns is None else sum(self._is_written(item) for item in items)
         counts = Counts(
             teacher_tokens=len(ids_T),
             student_tokens=len(found.ids),
@@ -150,11 +152,15 @@ class Retokeniser:
             undecodable_bytes=sum(piece.length for piece in pieces if piece.undecodable),
             changed_bytes=found.changed,
             turns=sum(item.opens for item in items),
-            specials_mapped=mapped,
-            specials_as_text=as_text,
+            specials_mapped=mapped + as_text - written,
+            specials_as_text=written,
             specials_dropped=int(specials_T.sum()) - mapped - as_text,
         )
         return Retokenised(ids_S=found.ids, loss_mask_S=learned_S, alignment=alignment, counts=counts)
+
+    def _is_written(self, item: Item) -> bool:
+        """Whether it is a special token that becomes text."""
+        return item.special >= 0 and bool(self._as_text_V[item.special])
 
     def _items(self, ids_T: Ints, texts: list[bytes], front: int) -> list[Item]:
         """The stretches of text and the special tokens of a sample, behind those in front."""

@@ -53,6 +53,8 @@ class TokenStatistics:
     def __str__(self) -> str:
         counts = self.counts
         lost = counts.undecodable_bytes + counts.changed_bytes
+        note = " (bits per byte of both do not compare where many are)" if lost else ""
+        turns = f"; turns opened as in the student's template: {counts.turns:,}" if counts.turns else ""
         mass = (
             ""
             if self.shared_mass is None
@@ -64,8 +66,8 @@ class TokenStatistics:
             f"tokens of the teacher are {counts.student_tokens:,} of the student; of {self.learned:,} "
             f"learned tokens {self.boundary:.1%} follow a boundary of both, {self.inside:.1%} lie inside the "
             f"teacher's next token, {self.labels:.1%} have their label alone{mass}; bytes lost: {lost:,} of "
-            f"{counts.text_bytes:,}; special tokens: {counts.specials_mapped:,} mapped, "
-            f"{counts.specials_as_text:,} as text, {counts.specials_dropped:,} dropped"
+            f"{counts.text_bytes:,}{note}; special tokens: {counts.specials_mapped:,} mapped, "
+            f"{counts.specials_as_text:,} as text, {counts.specials_dropped:,} dropped{turns}"
         )
 
 

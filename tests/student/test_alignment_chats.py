@@ -87,6 +87,7 @@ def test_turns_are_written_as_the_students_template_does(
             assert [t, s] in pairs
     assert found.counts.turns == len(CHAT)
     assert found.counts.specials_dropped == found.counts.undecodable_bytes == 0
+    assert found.counts.specials_as_text == 0
 
 
 def test_a_turn_that_begins_within_a_token(demo: Path, tokenizers: dict[str, Any]) -> None:

@@ -221,6 +221,9 @@ def test_every_number_is_that_of_its_file(distily: Distily, tmp_path: Path) -> N
     assert "a lower bound of the full one" in card.text
     assert "Absolute paths are cut" not in card.text
     assert "0 to 2 (linear, until 0.5 of the steps)" in tables(tokens)[1][1]
+    over = SUMMARY | {"held_out_kl": "over the student's first tokens"}
+    card, _ = card_of(distily, made(tmp_path / "over", over))
+    assert "The KL is over the student's first tokens" in card.text
     # Without eval.json: the last evaluation of the training.
     (tmp_path / "run" / "eval.json").unlink()
     card, _ = card_of(distily, tmp_path / "run")

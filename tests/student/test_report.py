@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from student.card.results import results
 from student.report import RunFiles, read_run, read_runs, runs_page
 from student.report.comparison import differing_flags
 from student.report.savings import capture_seconds, savings
+from student.sweep.results import generation_seconds
 from tests import html
 
 Refused = Callable[..., str]
@@ -170,6 +172,28 @@ def test_the_break_even_counts_tokens_and_each_cache_once(tmp_path: Path) -> Non
     two["manifest"] = "cd" * 16
     runs[1] = read_run(made(tmp_path / "c", two))
     assert capture_seconds(runs) == 200.0
+
+
+def test_the_break_even_counts_the_teachers_tokens(tmp_path: Path) -> None:
+    """A student of bytes reads four for each of them."""
+    summary = full("a", 0.5) | {"tokens_of_both": {"expansion": 4.0}}
+    (found,) = savings([read_run(made(tmp_path / "run", summary))])
+    assert found.saved == 12.5
+    assert generation_seconds(summary) == 12.5
+
+
+def test_texts_in_the_tokens_of_two_tokenizers_are_shown_in_bits(tmp_path: Path) -> None:
+    """A perplexity per token would be better than the teacher's."""
+    student, teacher = (
+        {"perplexity": 18.5, "bits_per_byte": 5.75},
+        {"perplexity": 20.5, "bits_per_byte": 4.75, "tokens": 520},
+    )
+    texts = [{"name": "book", "tokens": 641, "student": student, "teacher": teacher}]
+    run = read_run(made(tmp_path / "run", full("kl", 0.5), LOG, {"texts": texts}))
+    page = runs_page([run])
+    assert "Bits per byte on texts" in page and "5.75" in page and "18.5" not in page
+    (shown,) = [one for one in results(run) if one.dataset == "book"]
+    assert (shown.metric, shown.student, shown.teacher) == ("bits_per_byte", 5.75, 4.75)
 
 
 def test_a_sweep_stands_for_its_finished_runs(tmp_path: Path, refused: Refused) -> None:
