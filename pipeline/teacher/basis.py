@@ -48,7 +48,7 @@ def calibrate_in(
     root = value.clamp_min(largest * _LEAST).sqrt()
     weighted_ND = (states - mean_D) @ (vector * root)
     # 2. Few states do not show where others lie, and one, or the same again, shows nothing. So beside them
-    # stands, as if it were one more, the guess that all directions are alike; where there are enough, no more.
+    # stands, as if it were one more, the guess that all directions are alike; where there are enough, not.
     length = states.square().mean()
     unseen = max(0.0, 1 / (rows + 1) - 1 / (ENOUGH * size + 1))
     prior_D = unseen * (length if length > 0 else 1.0) * root.square()
