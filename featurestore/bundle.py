@@ -14,9 +14,8 @@ from featurestore.format.columns import Extent
 from featurestore.format.kinds.table import GroupCodes, covers, kind_of, parts
 from featurestore.format.plan import Task
 from featurestore.format.records import SAMPLES_FILE, CommitRecord
-from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenSpec, Sample, TeacherIdentity
+from featurestore.format.schema import GroupFeatures, GroupSpec, Sample, TeacherIdentity
 from featurestore.format.sidecar import load_basis
-from featurestore.format.states.transform import TRANSFORMED
 from featurestore.format.tables import samples_from_bytes
 from featurestore.identity import SAMPLES
 from featurestore.storage.protocol import PARTS, Root
@@ -39,9 +38,8 @@ class Group:
         self._rows = row_starts(np.asarray(task.lengths)).tolist()
         extent = Extent.of(task.lengths, record.stats, identity)
         directory = root.local(f"{bundle_name(record)}/{record.group}")
-        basis = None
-        if isinstance(spec, HiddenSpec) and spec.dtype in TRANSFORMED:
-            basis = load_basis(root, spec.dtype, identity)
+        needed = self._kind.basis(spec)
+        basis = None if needed is None else load_basis(root, needed, identity)
         self._read = self._kind.open(spec, directory, extent, cache, basis)
 
     def read(self, position: int) -> GroupFeatures:

@@ -12,7 +12,6 @@ from featurestore.format.schema import GroupFeatures, GroupSpec, HiddenFeatures,
 from featurestore.format.sidecar import checked_part, part_file
 from featurestore.format.states.transform import TRANSFORMED, Basis, decode_transformed, encode_transformed
 from featurestore.store import FeatureStore
-from pipeline.teacher.basis import ENOUGH, calibrate
 
 
 class Bases:
@@ -42,6 +41,11 @@ class Bases:
             return self._bases[dtype]
 
     def _calibrated(self, dtype: str, given: Sequence[np.ndarray]) -> Basis:
+        from pipeline.teacher.basis import (  # brings torch, which a look at a store needs not
+            ENOUGH,
+            calibrate,
+        )
+
         states_ND = np.concatenate(given)
         rows, size = states_ND.shape
         few = f" (better: {ENOUGH * size:,} or more)" if rows < ENOUGH * size else ""

@@ -22,6 +22,7 @@ from featurestore.format.kinds.base import GroupKind, ReadSample
 from featurestore.format.kinds.table import KINDS, group_spec_from_json
 from featurestore.format.plan import plan_generation, split_tasks
 from featurestore.format.schema import LogitsSpec, TeacherIdentity, group_id
+from featurestore.format.states.transform import Basis
 from featurestore.maintenance.export import find_groups, write_parquet
 from featurestore.maintenance.info import store_info
 from featurestore.maintenance.merge import merge_stores
@@ -79,7 +80,12 @@ class RankKind(GroupKind[RankSpec, np.ndarray, np.ndarray]):
             raise StoreFormatError(f"{where}: a rank above {spec.most}")
 
     def open(
-        self, spec: RankSpec, directory: Path, extent: Extent, cache: ChunkCache | None
+        self,
+        spec: RankSpec,
+        directory: Path,
+        extent: Extent,
+        cache: ChunkCache | None,
+        basis: Basis | None = None,
     ) -> ReadSample[np.ndarray]:
         ranks = ShardArray(directory / "rank", self.layouts(spec, extent)["rank"], cache)
         return lambda _, start, stop: ranks.read(start, stop)

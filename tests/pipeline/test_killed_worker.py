@@ -19,7 +19,7 @@ from tests.teachers import text_of
 
 Tree = list[psutil.Process]
 
-SAMPLES, LENGTH = 90, 250
+SAMPLES, LENGTH = 140, 250
 # Wide enough a vocabulary to take a few seconds, so that the kill finds it at work.
 VOCABULARY = 32_000
 # The promise is 5 seconds; a machine that runs other tests on all of its cores may schedule us later.
@@ -90,7 +90,7 @@ def stop_at_work(arguments: tuple[object, ...], store: Path, log: Path) -> None:
     code, lines, tree = at_work(arguments, store, log, lambda tree: tree[0].terminate(), STOP_SECONDS)
     assert code == 143, lines
     assert re.fullmatch(
-        r"distily-cache: terminated; [\d,]+ of 22,500 tokens are committed and kept, "
+        r"distily-cache: terminated; [\d,]+ of 35,000 tokens are committed and kept, "
         r"the same command resumes there",
         lines[-1],
     )

@@ -117,6 +117,10 @@ class GroupKind(ABC, Generic[Spec, Features, Codes]):
         """StoreFormatError for stats that a group of `rows` rows cannot have; all names are there."""
         return
 
+    def basis(self, spec: Spec) -> str | None:
+        """The type whose basis `open` needs; None for groups that need none."""
+        return None
+
     @abstractmethod
     def open(
         self,

@@ -192,6 +192,10 @@ class HiddenKind(GroupKind[HiddenSpec, HiddenFeatures, HiddenFeatures]):
         if min(stats.values()) < 0:
             raise StoreFormatError(f"{where}: a sum of squares is negative")
 
+    def basis(self, spec: HiddenSpec) -> str | None:
+        """klt4 and klt6 have one."""
+        return spec.dtype if spec.dtype in TRANSFORMED else None
+
     def open(
         self,
         spec: HiddenSpec,
