@@ -383,8 +383,10 @@ class FeatureStore:
         ]
 
     def _stamp(self, name: str, size: int) -> Stamp:
-        """Size and hash of a file, by reading back what lies there: another writer may have been first."""
-        self.root.fetch({name: max(size, MAX_RECORD_BYTES)})
+        """Size and hash of a file, by reading back what lies there: another writer may have been first, whose
+        basis may have up to twice as many coordinates.
+        """
+        self.root.fetch({name: max(2 * size, MAX_RECORD_BYTES)})
         with self.root.naming():
             return hash_file(self.root.local(name))
 

@@ -20,6 +20,7 @@ from featurestore.format.schema import GroupSpec, Sample
 from featurestore.store import FeatureStore
 from pipeline.engines.base import Captured
 from pipeline.generate.bases import Bases
+from pipeline.generate.finite import check_finite
 from pipeline.progress import Reporter
 
 SHARDS_PER_MANIFEST = 1024
@@ -143,15 +144,12 @@ def _encode(
     captured: Sequence[Captured],
     cost: RunCost,
 ) -> list[CommitRecord]:
-    features = {
-        group: [
-            kind_of(group).keep(group, one, sample)
-            for one, sample in zip(
-                bases.encode(group, [one[group] for one in captured]), samples, strict=True
-            )
-        ]
-        for group in groups
-    }
+    features = {}
+    for group in groups:
+        given = [one[group] for one in captured]
+        check_finite(group, given, samples, store.identity)
+        encoded = zip(bases.encode(group, given), samples, strict=True)
+        features[group] = [kind_of(group).keep(group, one, sample) for one, sample in encoded]
     return store.prepare_bundle(task, samples, features, cost)
 
 

@@ -31,7 +31,7 @@ _ROUNDS = 4
 def calibrate(
     states_ND: np.ndarray, head: Part[HeadSpec], dtype: str
 ) -> tuple[BasisSpec, Mapping[str, Tensor]]:
-    """The basis for final states as `dtype`, made of float32 states and the LM head."""
+    """The basis for final states as `dtype`, made of float32 states, all finite, and the LM head."""
     return calibrate_in(fisher(states_ND, head), states_ND, dtype)
 
 
@@ -40,27 +40,34 @@ def calibrate_in(
 ) -> tuple[BasisSpec, Mapping[str, Tensor]]:
     """The basis in which e' metric e, with e the error of a state, is small; metric: float64 [D, D]."""
     states = torch.from_numpy(np.ascontiguousarray(states_ND)).double()
-    size = states.shape[1]
+    rows, size = states.shape
     mean_D = states.mean(0)
     # 1. Errors count as A e, with A'A the metric.
     value, vector = torch.linalg.eigh(metric_DD)
-    root = value.clamp_min(value.max() * _LEAST).sqrt()
+    largest = value.max() if value.max() > 0 else 1.0
+    root = value.clamp_min(largest * _LEAST).sqrt()
     weighted_ND = (states - mean_D) @ (vector * root)
-    # 2. The Karhunen-Loeve transform there; variances are those of rows of one length, as they are stored.
-    covariance = weighted_ND.T @ weighted_ND / len(weighted_ND)
+    # 2. Few states do not show where others lie, and one, or the same again, shows nothing. So beside them
+    # stands, as if it were one more, the guess that all directions are alike; where there are enough, not.
+    length = states.square().mean()
+    unseen = max(0.0, 1 / (rows + 1) - 1 / (ENOUGH * size + 1))
+    prior_D = unseen * (length if length > 0 else 1.0) * root.square()
+    seen_ND = weighted_ND * math.sqrt(1 - unseen)
+    # 3. The Karhunen-Loeve transform there; variances are those of rows of one length, as they are stored.
+    covariance = seen_ND.T @ seen_ND / rows + prior_D.diag()
     covariance += _LEAST * covariance.trace() / size * torch.eye(size, dtype=torch.float64)
     turn = torch.linalg.eigh(covariance)[1].flip(1)
-    at_ND = weighted_ND @ turn
-    variance_D = at_ND.square().mean(0) + _LEAST * covariance.trace() / size
+    at_ND, prior_D = seen_ND @ turn, prior_D @ turn.square()
+    variance_D = at_ND.square().mean(0) + prior_D + _LEAST * covariance.trace() / size
     bits = code_bits(dtype, size)
     for _ in range(_ROUNDS):
         widths_D = torch.tensor(water_filling(variance_D.tolist(), bits))
         used = widths_D > 0
         length_N1 = (at_ND[:, used].square() / variance_D[used]).mean(1, keepdim=True).sqrt()
         length_N1[length_N1 == 0] = 1.0
-        variance_D = (at_ND / length_N1).square().mean(0) + _LEAST * variance_D.mean()
+        variance_D = (at_ND / length_N1).square().mean(0) + prior_D + _LEAST * variance_D.mean()
     widths_D = torch.tensor(water_filling(variance_D.tolist(), bits))
-    # 3. The widest first; the matrices there and back.
+    # 4. The widest first; the matrices there and back.
     order = widths_D.sort(descending=True, stable=True).indices[: int((widths_D > 0).sum())]
     deviation_r = variance_D[order].sqrt()
     encode_Dr = ((vector * root) @ turn)[:, order] / deviation_r

@@ -130,6 +130,22 @@ def test_the_metric_is_the_curvature_of_the_kl_divergence() -> None:
     assert sum(kls) / 2 == pytest.approx(expected, rel=1e-4)
 
 
+@both
+@pytest.mark.parametrize("shard", ["two", "five", "the same", "zeros", "any token"])
+def test_of_a_first_shard_that_shows_little_the_basis_serves_later_ones(shard: str, dtype: str) -> None:
+    """What is stored of other states is nearer to them than their mean is."""
+    size, later = 64, states_of(64, 200)
+    head = head_of(size)
+    if shard == "any token":
+        head.tensors["weight"].values[:] = 0
+    first = {"two": later[:2], "five": later[:5], "the same": later[[0] * 9], "zeros": 0 * later}
+    spec, tensors = calibrate(first.get(shard, later), head, dtype)
+    arrays = {name: tensor.values for name, tensor in tensors.items()}
+    basis = Basis(dtype=dtype, counts=spec.counts, digest="ab" * 16, **arrays)
+    found = decode_transformed(encode_transformed(later, basis), basis)
+    assert np.linalg.norm(found - later) < np.linalg.norm(later - later.mean(axis=0))
+
+
 def test_levels_are_those_of_lloyd_and_max() -> None:
     """Published: Max 1960, table I."""
     assert gaussian_levels(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -282,6 +283,34 @@ def test_the_error_of_stored_hidden_states_is_measured(
             assert found == pytest.approx(np.sqrt(error / norm), rel=1e-4) and found >= least
             assert found < (0.4 if dtype == "int2" else 0.1)
     assert "relative error" in run("info", store).stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ((), "logits"),
+        (("--top-k", 0, "--hidden-layers", 1, "--hidden-dtype", "int2"), "states of layer 1"),
+        (("--top-k", 0, "--final", "--final-dtype", "klt4"), "states of layer 3"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "scale", "fix"), [("float32", 1e30, "earlier"), ("float16", 1e4, "--dtype")]
+)
+def test_a_teacher_that_overflows(
+    tiny_teacher: Path, corpus: Path, tmp_path: Path, flags: tuple[object, ...], what: str
+) -> None:
+    """Its weights are numbers, what it makes of them is not: one line, and nothing is kept."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in (model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.down_proj.weight):
+            weight.mul_(1e30)
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    model.save_pretrained(teacher)
+    words = (teacher, corpus, "--out", tmp_path / "store", "--engine", "transformers", "--max-seq-len", 64)
+    done = call("distily-cache", "generate", *words, "--dtype", "float32", *flags, code=1)
+    line = done.stderr.splitlines()[-1]
+    assert f"its {what} are no finite numbers at position" in line and "earlier" in line
+    assert not (tmp_path / "store" / "commit").exists() and not [*(tmp_path / "store").rglob("klt4*")]
 
 
 def test_a_request_for_temperatures_alone(tiny_teacher: Path, corpus: Path, tmp_path: Path) -> None:
