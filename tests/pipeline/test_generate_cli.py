@@ -293,9 +293,6 @@ def test_the_error_of_stored_hidden_states_is_measured(
         (("--top-k", 0, "--final", "--final-dtype", "klt4"), "states of layer 3"),
     ],
 )
-@pytest.mark.parametrize(
-    ("dtype", "scale", "fix"), [("float32", 1e30, "earlier"), ("float16", 1e4, "--dtype")]
-)
 def test_a_teacher_that_overflows(
     tiny_teacher: Path, corpus: Path, tmp_path: Path, flags: tuple[object, ...], what: str
 ) -> None:
