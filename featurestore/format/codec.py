@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.format.states.bfloat16 import from_bf16
 from featurestore.format.states.rotated import ROTATED, RotatedLayout, decode_rotated
 from featurestore.format.states.transform import TRANSFORMED, Basis, decode_transformed, transformed_bytes
 
@@ -183,7 +184,7 @@ def decode_hidden(
     For int4 and int2: rows of bytes [T, W], of states of `hidden_size` numbers; for klt4 and klt6 in `basis`.
     """
     if dtype == "bf16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        return from_bf16(values)
     if dtype == "f32":
         return values.astype(np.float32)
     if dtype in TRANSFORMED:

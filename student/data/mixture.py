@@ -28,10 +28,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from student.data.columns import PADDING, best_first, first_of_runs, run_sums
 from student.losses.sparse import SparseTargets
-
-# Of padding, while columns are sorted: no token, and behind them all (vocabularies end below it).
-_PADDING = 2**31 - 1
 
 
 def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
@@ -54,7 +52,7 @@ def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseT
     parts, weights = [part for part, _ in some], [weight for _, weight in some]
     real = [torch.isfinite(part.logprob_NK) for part in parts]
     ids_NC = torch.cat(
-        [part.ids_NK.masked_fill(~known, _PADDING) for part, known in zip(parts, real, strict=True)], -1
+        [part.ids_NK.masked_fill(~known, PADDING) for part, known in zip(parts, real, strict=True)], -1
     )
     mass_NC = torch.cat(
         [part.logprob_NK.exp() * weight for part, weight in zip(parts, weights, strict=True)], -1
@@ -64,16 +62,10 @@ def mixture(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseT
     mass_NC = mass_NC.gather(-1, order_NC)
     head_NC = mass_NC.masked_fill(drawn_C[order_NC], 0.0)
     # A token is in one column of each part at most, so that a run of equal ids is that long.
-    first_NC = ids_NC != _PADDING
-    first_NC[:, 1:] &= ids_NC[:, 1:] != ids_NC[:, :-1]
-    mass_NC = _summed(mass_NC, ids_NC, len(parts)).masked_fill(~first_NC, 0.0)
-    head_NC = _summed(head_NC, ids_NC, len(parts)).masked_fill(~first_NC, -1.0)
-    # The best token goes to column 0, in exchange for what is there.
-    best_N1 = head_NC.argmax(-1, keepdim=True)
-    place_NC = torch.arange(ids_NC.shape[1], device=ids_NC.device).expand_as(ids_NC).clone()
-    place_NC.scatter_(1, best_N1, 0)
-    place_NC[:, :1] = best_N1
-    ids_NC, mass_NC = ids_NC.gather(-1, place_NC), mass_NC.gather(-1, place_NC)
+    first_NC = first_of_runs(ids_NC)
+    mass_NC = run_sums(mass_NC, ids_NC, len(parts)).masked_fill(~first_NC, 0.0)
+    head_NC = run_sums(head_NC, ids_NC, len(parts)).masked_fill(~first_NC, -1.0)
+    ids_NC, mass_NC = best_first(head_NC, ids_NC, mass_NC)
     return SparseTargets(
         ids_NK=torch.where(mass_NC > 0, ids_NC, ids_NC[:, :1]),
         logprob_NK=mass_NC.log(),
@@ -94,17 +86,6 @@ def _drawn(part: SparseTargets) -> Tensor:
     """bool [K]: the columns that may hold draws."""
     columns = part.ids_NK.shape[1]
     return torch.arange(columns, device=part.ids_NK.device) >= part.head_columns
-
-
-def _summed(values_NC: Tensor, ids_NC: Tensor, most: int) -> Tensor:
-    """In the first column of each run of equal ids the sum over the run, which has `most` columns at most.
-    Added in the order of the columns, so that a GPU rounds as in every run.
-    """
-    sums_NC = values_NC.clone()
-    for step in range(1, most):
-        same_NC = ids_NC[:, step:] == ids_NC[:, :-step]
-        sums_NC[:, :-step] += values_NC[:, step:].masked_fill(~same_NC, 0.0)
-    return sums_NC
 
 
 def _entropy(part: SparseTargets) -> Tensor:

@@ -35,11 +35,11 @@ from torch import Tensor
 from student.alignment.encoding import TextEncoder
 from student.alignment.roles import shared_ids
 from student.alignment.vocabulary import Vocabulary
+from student.data.columns import PADDING, best_first, first_of_runs, run_sums
 from student.losses.sparse import SparseTargets, Tempered
 
 MOST_PIECES = 32  # of a token that are told apart; inside it the labels are learned from there on
 MOST_CHOICES = 8  # tokens of the student that one of the teacher's begins
-_PADDING = 2**31 - 1
 _TINY = 1e-30  # of the actual next token, so that a row is never empty
 
 Array = npt.NDArray[Any]
@@ -268,32 +268,11 @@ def merged(ids_NC: Tensor, mass_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of equal ids as one, of their mass together; the others of them get no mass. The one of most
     mass comes first. Added in the order of the columns, so that a GPU rounds as in every run.
     """
-    ids_NC, order_NC = ids_NC.masked_fill(mass_NC <= 0, _PADDING).sort(dim=-1, stable=True)
-    sums_NC = mass_NC.gather(-1, order_NC)
-    step = 1
-    while step < ids_NC.shape[1]:  # after it, a column holds the sum of 2 * step of its run from there on
-        same_NC = ids_NC[:, step:] == ids_NC[:, :-step]
-        sums_NC = torch.cat(
-            [
-                sums_NC[:, :-step] + sums_NC[:, step:].masked_fill(~same_NC, 0.0),
-                sums_NC[:, -step:],
-            ],
-            -1,
-        )
-        step *= 2
-    again_NC = torch.zeros_like(ids_NC, dtype=torch.bool)
-    again_NC[:, 1:] = ids_NC[:, 1:] == ids_NC[:, :-1]
-    sums_NC = sums_NC.masked_fill(again_NC | (ids_NC == _PADDING), 0.0)
-    return _best_first(ids_NC, sums_NC)
-
-
-def _best_first(ids_NC: Tensor, values_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """The column of the largest value in exchange for the first."""
-    best_N1 = values_NC.argmax(-1, keepdim=True)
-    place_NC = torch.arange(ids_NC.shape[1], device=ids_NC.device).expand_as(ids_NC).clone()
-    place_NC.scatter_(1, best_N1, 0)
-    place_NC[:, :1] = best_N1
-    return ids_NC.gather(-1, place_NC), values_NC.gather(-1, place_NC)
+    ids_NC, order_NC = ids_NC.masked_fill(mass_NC <= 0, PADDING).sort(dim=-1, stable=True)
+    sums_NC = run_sums(mass_NC.gather(-1, order_NC), ids_NC, ids_NC.shape[1])
+    sums_NC = sums_NC.masked_fill(~first_of_runs(ids_NC), 0.0)
+    ids_NC, sums_NC = best_first(sums_NC, ids_NC, sums_NC)
+    return ids_NC, sums_NC
 
 
 def shared_tokens(targets: SparseTargets, following: NextTokens, tables: DeviceMap) -> SparseTargets:

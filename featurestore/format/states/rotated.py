@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.format.states.bfloat16 import from_bf16
+
 Array = npt.NDArray[Any]
 
 BLOCK = 64
@@ -95,13 +97,15 @@ def decode_rotated(rows_NW: Array, dtype: str, size: int) -> npt.NDArray[np.floa
     in_byte = 8 // layout.bits
     for place in range(in_byte):
         states_PN[place::in_byte] = table[codes.T >> place * layout.bits & (len(table) - 1)]
-    states_PN *= np.repeat(_bf16(scales).T, BLOCK, axis=0)
+    states_PN *= np.repeat(from_bf16(scales.view("<u2")).T, BLOCK, axis=0)
     signs = signs_of(
         np.arange(layout.padded + PATTERNS), rows_NW[:, layout.ends[1] :].astype(np.int64), layout
     )
     unrotate_(states_PN, signs)
     states_ND = np.ascontiguousarray(states_PN[:size].T)
-    np.add.at(states_ND, (np.arange(len(rows_NW))[:, None], columns.view("<u2")), _bf16(values))
+    np.add.at(
+        states_ND, (np.arange(len(rows_NW))[:, None], columns.view("<u2")), from_bf16(values.view("<u2"))
+    )
     return states_ND
 
 
@@ -167,8 +171,3 @@ def _hadamard_(states_PN: Any) -> None:
         lower[...] = difference
         step *= 2
     states_PN *= BLOCK**-0.5
-
-
-def _bf16(data: Array) -> npt.NDArray[np.float32]:
-    """float32 of rows of bytes, two for each bfloat16."""
-    return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featurestore.format.states.bfloat16 import from_bf16, to_bf16
+
 Array = npt.NDArray[Any]
 
 # dtype -> bits a number, the scale included.
@@ -143,14 +145,3 @@ def decode_transformed(rows_NW: Array, basis: Basis) -> npt.NDArray[np.float32]:
     states_ND: npt.NDArray[np.float32] = at_Nr @ basis.decode
     states_ND += basis.mean
     return states_ND
-
-
-def to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The bits of the nearest bfloat16, ties to even, of numbers that are finite and not negative."""
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bf16(bits: Array) -> npt.NDArray[np.float32]:
-    """The numbers of bfloat16 bits, uint16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)

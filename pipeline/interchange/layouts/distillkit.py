@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from distily.safety.parsing import MAX_YAML, parse_yaml, read_limited
 from distily.text import one_line
+from featurestore.format.states.bfloat16 import from_bf16
 from pipeline.errors import RequestError
 from pipeline.interchange.layouts.base import Document, flat, learned_tokens, nested, split_packed
 
@@ -199,8 +200,5 @@ def _take(data: Array, count: int, dtype: str) -> tuple[Array, Array]:
     """(the first `count` little-endian numbers of each row as float64 [R, count], the bytes behind them)."""
     size = count * _BYTES[dtype]
     head = np.ascontiguousarray(data[:, :size])
-    if dtype == "bfloat16":
-        numbers = (head.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        numbers = head.view(f"<f{_BYTES[dtype]}")
+    numbers = from_bf16(head.view("<u2")) if dtype == "bfloat16" else head.view(f"<f{_BYTES[dtype]}")
     return numbers.astype(np.float64), data[:, size:]
