@@ -5,6 +5,8 @@
     python benchmarks/llama_cpp.py wide STUDENT             a random student of 2048 channels beside it
     python benchmarks/llama_cpp.py speed STUDENT…           on a quiet machine; `wide` is the random one
     python benchmarks/llama_cpp.py report STUDENT…          the table of all that is known
+    python benchmarks/llama_cpp.py deep STUDENT…            students of the teacher's own shape, on text that they
+                                                            have not learned from, beside the teacher: a page
 
 llama.cpp does not quantise activations a token at a time, so it is compared with an emulation of what it does
 (llama_cpp_emulation.py), and the emulation with the integer reference.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,19 +30,24 @@ import torch
 from common import RUN, table, write_result
 from llama_cpp_emulation import emulate
 from torch import Tensor
+from torch.nn import functional
 
+from featurestore.reader import CacheReader
+from student.data.held_out import split_cache
 from student.export.command import export
 from student.export.formats import ExportRequest
 from student.export.gguf import writing as gguf
 from student.export.gguf.types import TYPES
-from student.export.source import open_source
+from student.export.source import ExportSource, open_source, read_config
 from student.export.verify import compare, logits_of
 from student.modeling.plan import StudentPlan
 from student.modeling.saving import load_student, save_student
 
 WORK = RUN / "llama_cpp"
 SAMPLES, LENGTH = 16, 128
+CACHE, HELD_OUT, DEEP_LENGTH = RUN / "ternary" / "cache", 0.04, 256  # of the students of the teacher's shape
 RATES = ("prompt", "new")
+GAPS = (0.0, 0.1, 0.2, 0.5)  # least distances of the best two logits, for agreement where the choice is clear
 SENTENCE = "The capital of France is Paris in 1789."
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
 
@@ -52,6 +60,22 @@ def samples(directory: Path) -> list[list[int]]:
     lines = (RUN / "topics.jsonl").read_text(encoding="utf-8").splitlines()
     texts = (tokenizer(json.loads(line)["text"]).input_ids[:LENGTH] for line in lines)
     return list(itertools.islice((one for one in texts if len(one) == LENGTH), SAMPLES))
+
+
+def held_out() -> list[list[int]]:
+    """As many tokens of the cache, in samples of DEEP_LENGTH, that no student has learned from."""
+    reader = CacheReader.open(CACHE)
+    learned = set(split_cache(reader, HELD_OUT).training)
+    others = (reader.read(index, []).tokens.tolist() for index in range(len(reader)) if index not in learned)
+    whole = (one for one in others if len(one) == DEEP_LENGTH)
+    return list(itertools.islice(whole, SAMPLES * LENGTH // DEEP_LENGTH))
+
+
+def fitting(directory: Path) -> list[str]:
+    """The types whose blocks fit the student's sizes."""
+    config = read_config(directory)
+    sizes = (config["hidden_size"], config["intermediate_size"])
+    return [name for name, kind in TYPES.items() if not any(size % kind.columns for size in sizes)]
 
 
 def worker(mode: str, tokens: list[list[int]], *paths: Path) -> dict[str, Any]:
@@ -83,18 +107,95 @@ def half_of(path: Path) -> Path:
     return out
 
 
+def teacher_file() -> Path:
+    """The teacher with float16 matrices."""
+    out = WORK / "teacher"
+    if not out.is_dir():
+        out.mkdir()
+        model = load_student(RUN / "teacher")
+        source = ExportSource(RUN / "teacher", read_config(RUN / "teacher"), model)
+        gguf.write(source, out, torch.float16, TYPES["Q2_0"])  # of which it has no matrix
+    return gguf.file_in(out, TYPES["Q2_0"])
+
+
 def emulated(directory: Path, kind: str, ids_BT: Tensor) -> Tensor:
     """Logits [N, V] of the integer reference, computed in llama.cpp's way."""
     source = open_source(directory)
     gguf.fit(source, torch.float32)
     emulate(source.model, 32 if kind == "Q2_0" else 256)
-    return logits_of(source.model, ids_BT).flatten(0, 1)
+    return sample_by_sample(source.model, ids_BT)
+
+
+def sample_by_sample(model: Any, ids_BT: Tensor) -> Tensor:
+    """Logits [N, V], with the memory of one sample beside them."""
+    return torch.cat([logits_of(model, ids_T[None])[0] for ids_T in ids_BT])
 
 
 def gap(logits_NV: Tensor) -> float:
     """Median distance of the best two logits."""
+    return float(gaps(logits_NV).median())
+
+
+def gaps(logits_NV: Tensor) -> Tensor:
+    """Distance of the best two logits, [N]."""
     best_N2 = logits_NV.topk(2).values
-    return float((best_N2[:, 0] - best_N2[:, 1]).median())
+    return best_N2[:, 0] - best_N2[:, 1]
+
+
+def perplexity(logits_NV: Tensor, ids_BT: Tensor) -> float:
+    """Of the next tokens of each sample."""
+    logits_BTV = logits_NV.view(*ids_BT.shape, -1)
+    loss = sum(
+        functional.cross_entropy(logits_TV[:-1], ids_T[1:], reduction="sum")
+        for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)
+    )
+    return float((loss / ids_BT[:, 1:].numel()).exp())
+
+
+def relative_error(logits_NV: Tensor, reference_NV: Tensor) -> float:
+    """As `compare` has it, without copies of everything in float64."""
+    sums = [0.0, 0.0]
+    for some_NV, wanted_NV in zip(logits_NV.split(LENGTH), reference_NV.split(LENGTH), strict=True):
+        for place, one_NV in enumerate((some_NV.double() - wanted_NV, wanted_NV.double())):
+            sums[place] += float((one_NV - one_NV.mean(-1, keepdim=True)).square().sum())
+    return math.sqrt(sums[0] / sums[1])
+
+
+def deep(directory: Path) -> dict[str, Any]:
+    """A student of the teacher's shape, on text that it has not learned from: llama.cpp, emulation and
+    integer reference in float32, how clear each position is, and what the files are.
+    """
+    tokens, (name,) = held_out(), fitting(directory)
+    ids_BT = torch.tensor(tokens)
+    run = worker("logits", tokens, exported(directory, name, "float32"))
+    logits = {
+        "llama.cpp": run.pop("logits"),
+        "emulation": emulated(directory, name, ids_BT),
+        "reference": sample_by_sample(open_source(directory).model, ids_BT),
+    }
+    pairs = {}
+    for one, other in itertools.combinations(logits, 2):
+        differ = logits[one].argmax(-1) != logits[other].argmax(-1)
+        clear = gaps(logits[other])
+        pairs[f"{one} = {other}"] = {
+            "relative_error": relative_error(logits[one], logits[other]),
+            "top1_agreement": float((~differ).double().mean()),
+            "gap": float(clear.median()),
+            "gap_where_differ": float(clear[differ].median()) if differ.any() else None,
+            "largest_gap_where_differ": float(clear[differ].max()) if differ.any() else None,
+            "by_gap": [
+                [least, int((clear >= least).sum()), float((~differ[clear >= least]).double().mean())]
+                for least in GAPS
+            ],
+        }
+    best = logits["llama.cpp"].argmax(-1)
+    return run | {
+        "type": name,
+        "pairs": pairs,
+        "perplexity": {which: perplexity(one, ids_BT) for which, one in logits.items()},
+        "distinct": len(set(best.tolist())),
+        "positions": len(best),
+    }
 
 
 def exact(directory: Path) -> dict[str, Any]:
@@ -105,7 +206,7 @@ def exact(directory: Path) -> dict[str, Any]:
 
     tokens = samples(directory)
     ids_BT = torch.tensor(tokens)
-    reference = logits_of(open_source(directory).model, ids_BT).flatten(0, 1)
+    reference = sample_by_sample(open_source(directory).model, ids_BT)
     kinds = {}
     for name, kind in TYPES.items():
         run = worker("logits", tokens, exported(directory, name, "float32"))
@@ -145,6 +246,12 @@ def wide(directory: Path) -> None:
     )
     save_student(plan.build()[0], WORK / "wide", directory)
     half_of(exported(WORK / "wide", "TQ2_0", "float16"))
+
+
+def beside_teacher(directory: Path) -> dict[str, Any]:
+    """Tokens per second of the student and of its teacher with float16 matrices."""
+    files = [exported(directory, *fitting(directory), "float16"), teacher_file()]
+    return worker("speed", held_out(), *files) | {"bytes": [one.stat().st_size for one in files]}
 
 
 def speed(directory: Path) -> dict[str, Any]:

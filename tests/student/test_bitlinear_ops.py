@@ -113,6 +113,46 @@ def test_no_product_gets_beyond_int8() -> None:
     assert torch.equal(bitnet.to_int8(strange)[1].isfinite(), torch.tensor([[True], [False], [True]]))
 
 
+class Largest(TorchDispatchMode):
+    """The most values of a tensor that an operation made, other than views and `empty`."""
+
+    values = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        made = isinstance(found, Tensor) and not func.is_view and "out" not in (kwargs or {})
+        if made and func.overloadpacket is not torch.ops.aten.empty:
+            self.values = max(self.values, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("full_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blending_in_parts_is_blending_at_once_to_the_bit(
+    full_dtype: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that do not fill the last part; what lies between has the size of a part, not of the weight."""
+    monkeypatch.setattr(chains, "PART", 400)
+    torch.manual_seed(0)
+    full = (torch.randn(41, 97) / 30).to(full_dtype).requires_grad_()
+    ternary, scale = bitnet.quantize_weight(full.detach())
+    ints, inverse = bitnet.to_int8(full)
+    for number, quantised in (("weight", ternary * scale), ("rows", ints * inverse.reciprocal())):
+        at_once = (full + (0.3 * (quantised - full.detach())).to(full_dtype)).to(dtype)
+        with Largest() as largest:
+            if number == "weight":
+                in_parts, _ = chains.blend_weight(full, ternary, scale, None, 0.3, dtype)
+            else:
+                in_parts = chains.blend_rows(full, ints, inverse, 0.3, dtype)
+        assert in_parts.dtype == dtype and torch.equal(in_parts, at_once)
+        assert largest.values <= 400 * torch.get_num_threads()
+        direction = torch.randn(41, 97).to(dtype)
+        (grad,) = torch.autograd.grad(in_parts, full, direction)
+        assert torch.equal(grad, direction.to(full_dtype))
+
+
 def trained(model: Any, checkpointing: bool | None) -> tuple[list[Tensor], Counter[str]]:
     """Loss and gradients of one pass, and its operations; checkpointing: reentrant or not."""
     model.zero_grad()

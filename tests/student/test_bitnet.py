@@ -125,3 +125,15 @@ def test_the_meter_counts_flips_in_two_bits_a_weight(shape: tuple[int, int]) -> 
     assert kept == 2 * -(-shape[0] * shape[1] // 4)
     assert meter.measure()["bitnet_flip_rate"] == flips / (2 * shape[0] * shape[1])
     assert meter.measure()["bitnet_flip_rate"] == 0
+
+
+def test_the_meter_counts_edges_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at once, where rows do not fill the last part."""
+    monkeypatch.setattr("student.bitnet.chains.PART", 400)
+    one = layer(97, 41, bias=False)
+    ternary, scale = one.quantized()
+    edge = ((one.weight.abs() - scale / 2).abs() < 0.05 * scale).sum()
+    measured = bitnet.FlipMeter(nn.Sequential(one)).measure()
+    assert edge > 0
+    assert measured["bitnet_edge_share"] == edge / one.weight.numel()
+    assert measured["bitnet_zero_share"] == (ternary == 0).sum() / one.weight.numel()
