@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from student import bitnet
 from student.bitnet import BitLinear, backward, chains_triton, linear, shared_input
+from student.bitnet import chains as chains_module
 from student.bitnet.backward import Gate, Gates
 from student.bitnet.chains import PLAIN, Chains
 from student.bitnet.chains_triton import KERNELS
@@ -80,6 +81,7 @@ def gpu(chains: Chains, integers: bool) -> Iterator[None]:
         return chains
 
     with (
+        patch.object(chains_module, "on_cpu", lambda _: False),
         patch.object(linear, "chains", given),
         patch.object(backward, "chains", given),
         patch.object(shared_input, "chains", given),
@@ -188,7 +190,7 @@ def chain_table() -> str:
     for name, (of, call) in calls.items():
         row = [name]
         for chains in CHAINS.values():
-            with torch.no_grad(), counting() as counter:
+            with torch.no_grad(), gpu(chains, integers=True), counting() as counter:
                 call(chains)
             row += [str(counter.launches), f"{counter.bytes / of.numel():.1f}"]
         rows.append(row)

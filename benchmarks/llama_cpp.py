@@ -5,8 +5,9 @@
     python benchmarks/llama_cpp.py wide STUDENT             a random student of 2048 channels beside it
     python benchmarks/llama_cpp.py speed STUDENT…           on a quiet machine; `wide` is the random one
     python benchmarks/llama_cpp.py report STUDENT…          the table of all that is known
-    python benchmarks/llama_cpp.py deep STUDENT…            students of the teacher's own shape, on text that they
-                                                            have not learned from, beside the teacher: a page
+    python benchmarks/llama_cpp.py deep STUDENT…            of the teacher's own shape, on held-out text
+    python benchmarks/llama_cpp.py beside STUDENT           its speed beside that of the teacher
+    python benchmarks/llama_cpp.py deep-report STUDENT…     the page of those
 
 llama.cpp does not quantise activations a token at a time, so it is compared with an emulation of what it does
 (llama_cpp_emulation.py), and the emulation with the integer reference.

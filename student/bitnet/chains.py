@@ -24,12 +24,17 @@ TINY = 1e-30  # smallest maximum that a scale of gradients is made of: 127 / TIN
 PART = 2**16  # values of a part of a matrix, for each thread of a CPU: it stays in the cache of its core
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether operations run one by one on a CPU."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def parts(x_NI: Tensor) -> Iterator[slice]:
     """Rows of a matrix that a chain of operations takes at once: as many as stay in a CPU's cache from one
     operation to the next, where a whole weight would travel to memory and back, into pages that the system
     clears anew each time. GPUs and torch.compile get all rows, in one launch or loop.
     """
-    if x_NI.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(x_NI):
         yield slice(None)
         return
     rows = max(1, PART * torch.get_num_threads() // max(1, x_NI.shape[1]))
@@ -49,10 +54,8 @@ def rescale(
     # As transformers' packed layers do it: another rounding would move activations of later layers to the
     # next integer.
     inverse_N1 = inverse_N1 * weight_scale.reciprocal()
-    if sums_NO.device.type == "cpu":
-        sums_NO = sums_NO.to(
-            torch.promote_types(sums_NO.dtype, torch.float32)
-        )  # twice as fast as in the division
+    if sums_NO.dtype == torch.int32 and on_cpu(sums_NO):
+        sums_NO = sums_NO.float()  # the division would do so, too, and take twice as long
     exact = sums_NO.dtype in (torch.float32, torch.float64)
     y_NO = sums_NO.div_(inverse_N1) if exact else sums_NO / inverse_N1
     if bias_O is not None:
