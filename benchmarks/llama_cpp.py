@@ -252,7 +252,10 @@ def wide(directory: Path) -> None:
 def beside_teacher(directory: Path) -> dict[str, Any]:
     """Tokens per second of the student and of its teacher with float16 matrices."""
     files = [exported(directory, *fitting(directory), "float16"), teacher_file()]
-    return worker("speed", held_out(), *files) | {"bytes": [one.stat().st_size for one in files]}
+    found = worker("speed", held_out(), *files)
+    for one, which in zip(found["rates"], itertools.cycle(("student", "teacher"))):
+        one["path"] = which  # as the worker goes through its files
+    return found | {"bytes": [one.stat().st_size for one in files]}
 
 
 def speed(directory: Path) -> dict[str, Any]:
@@ -373,18 +376,101 @@ llama.cpp: {found["system"]}"""
     write_result("llama_cpp", "GGUF exports in llama.cpp", body)
 
 
+def deep_report(directories: list[Path]) -> None:
+    """Of students of the teacher's shape; speed of the first."""
+    agreement, clear, learned = [], [], []
+    for directory in directories:
+        found = json.loads(kept(directory, "deep").read_text())
+        summary = json.loads((directory / "summary.json").read_text())
+        steps = summary["last_eval"]["step"] if "last_eval" in summary else summary["steps"]
+        name = f"{steps} steps"
+        learned.append([name, *(f"{one:,.1f}" for one in found["perplexity"].values())])
+        for pair, one in found["pairs"].items():
+            where = [one["gap_where_differ"] or 0, one["largest_gap_where_differ"] or 0]
+            agreement.append(
+                [
+                    name,
+                    pair,
+                    f"{one['top1_agreement']:.2%}",
+                    f"{one['relative_error']:.1e}",
+                    f"{one['gap']:.2f}",
+                    *(f"{distance:.3f}" for distance in where),
+                ]
+            )
+            shares = [f"{share:.2%} of {count:,}" for _, count, share in one["by_gap"]]
+            clear.append([name, pair, *shares])
+    first = directories[0]
+    found = json.loads(kept(first, "deep").read_text())
+    rates = json.loads(kept(first, "beside").read_text())
+    own, teacher = (
+        [one for one in rates["rates"] if one["path"] == which] for which in ("student", "teacher")
+    )
+    speeds = [
+        [
+            str(one["threads"]),
+            *(f"{one[what]:.0f} / {other[what]:.0f} = {one[what] / other[what]:.2f}" for what in RATES),
+            f"{max(one['spread'], other['spread']):.0%}",
+        ]
+        for one, other in zip(own, teacher, strict=True)
+    ]
+    student_bytes, teacher_bytes = rates["bytes"]
+    body = f"""\
+llama-cpp-python {found["version"]}, files of type {found["type"]}. Students of {shape_of(first)}, the demo
+teacher's own shape. The text is {found["positions"]:,} positions, samples of {
+        DEEP_LENGTH
+    } tokens, that no student
+has learned from. Embeddings, head, keys and values are float32.
+
+Perplexity on this text:
+
+{table(["student", "llama.cpp", "emulation", "integer reference"], learned)}
+
+{
+        table(
+            [
+                "student",
+                "best token of",
+                "the same",
+                "logits differ by",
+                "median distance of the best two",
+                "where they differ",
+                "largest where they differ",
+            ],
+            agreement,
+        )
+    }
+
+The same where the best two are at least so far apart:
+
+{table(["student", "best token of", *(f"{least:g}" for least in GAPS)], clear)}
+
+The student's file has {student_bytes / 1e6:.1f} MB, the teacher's with float16 matrices {
+        teacher_bytes / 1e6:.1f} MB;
+embeddings and head are float16 in both. Tokens/s, rounds of both in turn, a prompt of 256 tokens and 48 more one
+by one, medians of 3 rounds:
+
+{table(["threads", "prompt, student / teacher", "generated, student / teacher", "spread of rounds"], speeds)}
+
+llama.cpp: {found["system"]}"""
+    names = " ".join(one.name for one in directories)
+    command = f"python benchmarks/llama_cpp.py deep-report {names}"
+    write_result("llama_cpp_full_depth", "GGUF exports of the teacher's shape in llama.cpp", body, command)
+
+
 def main() -> None:
     stage, *names = sys.argv[1:]
     directories = [WORK / "wide" if name == "wide" else Path(name) for name in names]
     WORK.mkdir(parents=True, exist_ok=True)
     if stage == "report":
         report(directories)
+    elif stage == "deep-report":
+        deep_report(directories)
     elif stage == "wide":
         wide(directories[0])
     else:
+        stages = {"exact": exact, "speed": speed, "deep": deep, "beside": beside_teacher}
         for one in directories:
-            result = {"exact": exact, "speed": speed}[stage](one)
-            kept(one, stage).write_text(json.dumps(result))
+            kept(one, stage).write_text(json.dumps(stages[stage](one)))
 
 
 if __name__ == "__main__":
