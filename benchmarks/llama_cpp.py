@@ -408,7 +408,11 @@ def deep_report(directories: list[Path]) -> None:
     speeds = [
         [
             str(one["threads"]),
-            *(f"{one[what]:.0f} / {other[what]:.0f} = {one[what] / other[what]:.2f}" for what in RATES),
+            *(
+                f"{one[what]:.0f} / {other[what]:.0f} = {one[what] / other[what]:.2f}"
+                for rate in RATES
+                for what in (f"{rate}_processor", rate)
+            ),
             f"{max(one['spread'], other['spread']):.0%}",
         ]
         for one, other in zip(own, teacher, strict=True)
@@ -446,10 +450,23 @@ The same where the best two are at least so far apart:
 
 The student's file has {student_bytes / 1e6:.1f} MB, the teacher's with float16 matrices {
         teacher_bytes / 1e6:.1f} MB;
-embeddings and head are float16 in both. Tokens/s, rounds of both in turn, a prompt of 256 tokens and 48 more one
-by one, medians of 3 rounds:
+embeddings and head are float16 in both. Tokens/s, student / teacher, rounds of both in turn, a prompt of 256
+tokens and 48 more one by one, medians of 3 rounds; other programs ran on the same cores, which counts less in
+tokens per second of the processor, all threads together:
 
-{table(["threads", "prompt, student / teacher", "generated, student / teacher", "spread of rounds"], speeds)}
+{
+        table(
+            [
+                "threads",
+                "prompt, of the processor",
+                "prompt",
+                "generated, of the processor",
+                "generated",
+                "spread of rounds",
+            ],
+            speeds,
+        )
+    }
 
 llama.cpp: {found["system"]}"""
     names = " ".join(one.name for one in directories)

@@ -52,15 +52,24 @@ def logits(path: Path, samples: list[list[int]]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def rates(model: llama_cpp.Llama, ids: list[int]) -> tuple[float, float]:
-    """Tokens per second of the prompt, and of what follows token by token."""
+def rates(model: llama_cpp.Llama, ids: list[int]) -> dict[str, float]:
+    """Tokens per second of the prompt, and of what follows token by token; the same per second of the
+    processor, of all threads together, which other work on the machine disturbs less.
+    """
     model.reset()
-    started = time.perf_counter()
+    marks = [(time.perf_counter(), time.process_time())]
     model.eval(ids[:PROMPT])
-    middle = time.perf_counter()
+    marks.append((time.perf_counter(), time.process_time()))
     for token in ids[PROMPT : PROMPT + NEW]:
         model.eval([token])
-    return PROMPT / (middle - started), NEW / (time.perf_counter() - middle)
+    marks.append((time.perf_counter(), time.process_time()))
+    start, middle, end = marks
+    return {
+        "prompt": PROMPT / (middle[0] - start[0]),
+        "new": NEW / (end[0] - middle[0]),
+        "prompt_processor": PROMPT / (middle[1] - start[1]),
+        "new_processor": NEW / (end[1] - middle[1]),
+    }
 
 
 def speed(paths: list[Path], ids: list[int]) -> list[dict[str, float]]:
@@ -70,16 +79,11 @@ def speed(paths: list[Path], ids: list[int]) -> list[dict[str, float]]:
         models = {path: open_model(path, threads, logits_all=False) for path in paths}
         measured = [{path: rates(model, ids) for path, model in models.items()} for _ in range(ROUNDS + 1)]
         for path in paths:
-            prompt, new = zip(*(one[path] for one in measured[1:]), strict=True)
-            results.append(
-                {
-                    "file": path.name,
-                    "threads": threads,
-                    "prompt": statistics.median(prompt),
-                    "new": statistics.median(new),
-                    "spread": (max(new) - min(new)) / statistics.median(new),
-                }
-            )
+            rounds = [one[path] for one in measured[1:]]
+            medians = {what: statistics.median(one[what] for one in rounds) for what in rounds[0]}
+            new = [one["new"] for one in rounds]
+            spread = (max(new) - min(new)) / medians["new"]
+            results.append({"file": path.name, "threads": threads, "spread": spread, **medians})
     return results
 
 
