@@ -48,6 +48,13 @@ WORK = RUN / "llama_cpp"
 SAMPLES, LENGTH = 16, 128
 CACHE, HELD_OUT, DEEP_LENGTH = RUN / "ternary" / "cache", 0.04, 256  # of the students of the teacher's shape
 RATES = ("prompt", "new")
+PAIRS = (
+    ("llama.cpp", "emulation"),
+    ("llama.cpp", "reference"),
+    ("emulation", "reference"),
+    ("emulation, nudged", "emulation"),
+    ("reference, nudged", "reference"),
+)
 GAPS = (0.0, 0.1, 0.2, 0.5)  # least distances of the best two logits, for agreement where the choice is clear
 SENTENCE = "The capital of France is Paris in 1789."
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -119,12 +126,27 @@ def teacher_file() -> Path:
     return gguf.file_in(out, TYPES["Q2_0"])
 
 
-def emulated(directory: Path, kind: str, ids_BT: Tensor) -> Tensor:
-    """Logits [N, V] of the integer reference, computed in llama.cpp's way."""
+def blocked(directory: Path, kind: str) -> Any:
+    """The integer reference, computing in llama.cpp's way."""
     source = open_source(directory)
     gguf.fit(source, torch.float32)
     emulate(source.model, 32 if kind == "Q2_0" else 256)
-    return sample_by_sample(source.model, ids_BT)
+    return source.model
+
+
+def emulated(directory: Path, kind: str, ids_BT: Tensor) -> Tensor:
+    """Its logits [N, V]."""
+    return sample_by_sample(blocked(directory, kind), ids_BT)
+
+
+def nudged(model: Any) -> Any:
+    """The same model with input embeddings that differ by one part in 2^23, up or down by chance."""
+    weight_VD = model.get_input_embeddings().weight.data
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        model.get_output_embeddings().weight = torch.nn.Parameter(weight_VD.clone())  # stays
+    signs_VD = torch.randint(0, 2, weight_VD.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    weight_VD.mul_(1 + signs_VD * 2.0**-23)
+    return model
 
 
 def sample_by_sample(model: Any, ids_BT: Tensor) -> Tensor:
@@ -164,7 +186,8 @@ def relative_error(logits_NV: Tensor, reference_NV: Tensor) -> float:
 
 def deep(directory: Path) -> dict[str, Any]:
     """A student of the teacher's shape, on text that it has not learned from: llama.cpp, emulation and
-    integer reference in float32, how clear each position is, and what the files are.
+    integer reference in float32, what one rounding at the start does to the latter two, and how clear each
+    position is.
     """
     tokens, (name,) = held_out(), fitting(directory)
     ids_BT = torch.tensor(tokens)
@@ -173,9 +196,11 @@ def deep(directory: Path) -> dict[str, Any]:
         "llama.cpp": run.pop("logits"),
         "emulation": emulated(directory, name, ids_BT),
         "reference": sample_by_sample(open_source(directory).model, ids_BT),
+        "emulation, nudged": sample_by_sample(nudged(blocked(directory, name)), ids_BT),
+        "reference, nudged": sample_by_sample(nudged(open_source(directory).model), ids_BT),
     }
     pairs = {}
-    for one, other in itertools.combinations(logits, 2):
+    for one, other in PAIRS:
         differ = logits[one].argmax(-1) != logits[other].argmax(-1)
         clear = gaps(logits[other])
         pairs[f"{one} = {other}"] = {
@@ -193,7 +218,7 @@ def deep(directory: Path) -> dict[str, Any]:
     return run | {
         "type": name,
         "pairs": pairs,
-        "perplexity": {which: perplexity(one, ids_BT) for which, one in logits.items()},
+        "perplexity": {which: perplexity(logits[which], ids_BT) for which in list(logits)[:3]},
         "distinct": len(set(best.tolist())),
         "positions": len(best),
     }
