@@ -27,11 +27,12 @@ ternary, and 0.556 instead of 0.550 in the warm-up.
     ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 BEFORE=… python …
     python benchmarks/ternary_speed.py page                 the page of all that have run
 
-Needs the teacher of `run/` only. LAYERS, ROUNDS and SAMPLES are for trials.
+Needs the teacher of `run/` only, and 8 GB of memory; goes on where it was stopped. LAYERS, ROUNDS and SAMPLES are for trials.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -154,36 +155,36 @@ def total(found: dict[str, list[float]], which: int) -> float:
     return sum(times[which] for phase, times in found.items() if phase != "log")
 
 
-def measure() -> list[dict[str, Any]]:
-    """The best step of each row, threads and samples; the first round is not counted."""
+def measure(kept: Path) -> None:
+    """The best step of each row, threads and samples, those that are not kept yet; the first round is not
+    counted.
+    """
+    results = json.loads(kept.read_text()) if kept.is_file() else []
+    known = {(one["threads"], one["samples"]) for one in results}
+    settings = [setting for setting in itertools.product(THREADS, SAMPLES) if setting not in known]
     trees = {"": ROOT} | ({"before": Path(os.environ["BEFORE"]).resolve()} if "BEFORE" in os.environ else {})
     servers = {(FP, ""): Server("fp", ROOT)}
     servers |= {("ternary", tree): Server("ternary", path) for tree, path in trees.items()}
     rows = [(FP, "")] + [(row, tree) for row in (WARM, TERNARY) for tree in reversed(trees)]
-    results = []
-    for threads in THREADS:
-        for samples in SAMPLES:
-            steps: dict[tuple[str, str], list[dict[str, list[float]]]] = {row: [] for row in rows}
-            for number in range(ROUNDS + 1):
-                for row, tree in rows:
-                    server = servers[FP if row == FP else "ternary", tree]
-                    found = server.step(row, threads, samples)
-                    if number:
-                        steps[row, tree].append(found)
-            for (row, tree), all_steps in steps.items():
-                best = {
-                    phase: [min(one[phase][which] for one in all_steps) for which in (0, 1)]
-                    for phase in PHASES
-                }
-                step = [min(total(one, which) for one in all_steps) for which in (0, 1)]
-                results.append(
-                    {"row": row, "tree": tree, "threads": threads, "samples": samples}
-                    | {"step": step, "phases": best}
-                )
-                print(results[-1], flush=True)
+    for threads, samples in settings:
+        steps: dict[tuple[str, str], list[dict[str, list[float]]]] = {row: [] for row in rows}
+        for number in range(ROUNDS + 1):
+            for row, tree in rows:
+                server = servers[FP if row == FP else "ternary", tree]
+                found = server.step(row, threads, samples)
+                if number:
+                    steps[row, tree].append(found)
+        for (row, tree), all_steps in steps.items():
+            best = {
+                phase: [min(one[phase][which] for one in all_steps) for which in (0, 1)] for phase in PHASES
+            }
+            step = [min(total(one, which) for one in all_steps) for which in (0, 1)]
+            setting = {"row": row, "tree": tree, "threads": threads, "samples": samples}
+            results.append({**setting, "step": step, "phases": best})
+            print(results[-1], flush=True)
+        kept.write_text(json.dumps(results))
     for server in servers.values():
         server.close()
-    return results
 
 
 def tables(results: list[dict[str, Any]]) -> str:
@@ -244,7 +245,7 @@ def main() -> None:
         case ["page"]:
             page()
         case _:
-            (WORK / f"results{GUISE}.json").write_text(json.dumps(measure()))
+            measure(WORK / f"results{GUISE}.json")
             page()
 
 
