@@ -27,8 +27,8 @@ ternary, and 0.556 instead of 0.550 in the warm-up.
     ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 BEFORE=… python …
     python benchmarks/ternary_speed.py page                 the page of all that have run
 
-Needs the teacher of `run/` only, and 10 GB of memory; goes on where it was stopped. LAYERS, ROUNDS and SAMPLES
-are for trials.
+Needs the teacher of `run/` only, and 10 GB of memory; goes on where it was stopped. LAYERS, ROUNDS and
+SAMPLES are for trials.
 """
 
 from __future__ import annotations
