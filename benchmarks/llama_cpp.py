@@ -493,6 +493,9 @@ tokens per second of the processor, all threads together:
         )
     }
 
+This llama.cpp has no vector instructions for Q2_0 on x86: the one `ggml_vec_dot_q2_0_q8_0` of its library is the
+plain one, while TQ2_0 and Q4_0 have a `_generic` one beside that of the processor.
+
 llama.cpp: {found["system"]}"""
     names = " ".join(one.name for one in directories)
     command = f"python benchmarks/llama_cpp.py deep-report {names}"
