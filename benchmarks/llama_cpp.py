@@ -403,12 +403,15 @@ llama.cpp: {found["system"]}"""
 
 def deep_report(directories: list[Path]) -> None:
     """Of students of the teacher's shape; speed of the first."""
-    agreement, clear, learned = [], [], []
+    agreement, clear, learned, trained = [], [], [], []
     for directory in directories:
         found = json.loads(kept(directory, "deep").read_text())
         summary = json.loads((directory / "summary.json").read_text())
         steps = summary["last_eval"]["step"] if "last_eval" in summary else summary["steps"]
         name = f"{steps} steps"
+        flags = summary["command"][summary["command"].index("--recipe") :]
+        out = flags.index("--output-dir")
+        trained.append(f"- {name}: `{' '.join(flags[:out] + flags[out + 2 :])}`")
         learned.append([name, *(f"{one:,.1f}" for one in found["perplexity"].values())])
         for pair, one in found["pairs"].items():
             where = [one["gap_where_differ"] or 0, one["largest_gap_where_differ"] or 0]
@@ -443,12 +446,17 @@ def deep_report(directories: list[Path]) -> None:
         for one, other in zip(own, teacher, strict=True)
     ]
     student_bytes, teacher_bytes = rates["bytes"]
+    newline = "\n"
     body = f"""\
 llama-cpp-python {found["version"]}, files of type {found["type"]}. Students of {shape_of(first)}, the demo
 teacher's own shape. The text is {found["positions"]:,} positions, samples of {
         DEEP_LENGTH
     } tokens, that no student
-has learned from. Embeddings, head, keys and values are float32.
+has learned from. Embeddings, head, keys and values are float32. "Nudged" is the same computation with input
+embeddings that differ by one part in 2^23, up or down by chance: as little as two programs differ that sum in
+another order.
+
+{newline.join(trained)}
 
 Perplexity on this text:
 
@@ -493,7 +501,7 @@ tokens per second of the processor, all threads together:
         )
     }
 
-This llama.cpp has no vector instructions for Q2_0 on x86: the one `ggml_vec_dot_q2_0_q8_0` of its library is the
+This llama.cpp has no vector instructions for Q2_0 on x86: its library's only `ggml_vec_dot_q2_0_q8_0` is the
 plain one, while TQ2_0 and Q4_0 have a `_generic` one beside that of the processor.
 
 llama.cpp: {found["system"]}"""
