@@ -202,13 +202,14 @@ def write() -> None:
         "KL against all positions",
     ]
     intro = (__doc__ or "").split("\n", 2)[2].rsplit("\n\n", 1)[0].strip()
+    confirmed, pilots = compare(CONFIRMED, SEEDS, pilot=False), compare(PILOTS, [PILOT_SEED], pilot=True)
     body = (
         f"{intro}\n\n## Confirmed\n\nMeans ± standard deviations over seeds; in the last column but one of "
         "pairs with the same seed, below zero is better. Seconds are of the processor, one thread, without "
-        f"evaluation.\n\n{table([*header, 'seeds'], compare(CONFIRMED, SEEDS, pilot=False))}\n\n"
-        "## Pilots\n\nAll that were run, one seed, on other documents than those above, with which their KLs "
-        "do not compare. One more learned 25% drawn anew in each step, at a rate of 2e-3, and came to "
-        f"3.546; three were stopped before they ended.\n\n{table(header, compare(PILOTS, [PILOT_SEED], pilot=True))}"
+        f"evaluation.\n\n{table([*header, 'seeds'], confirmed)}\n\n## Pilots\n\nAll that were run, one seed, "
+        "on other documents than those above, with which their KLs do not compare. One more learned 25% drawn "
+        "anew in each step, at a rate of 2e-3, and came to 3.546; three were stopped before they ended."
+        f"\n\n{table(header, pilots)}"
     )
     write_result("selected_time", "Positions selected for a training in equal time", body)
 
