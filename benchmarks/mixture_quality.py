@@ -3,9 +3,10 @@
 The teachers are the demo teacher and a copy of it that was fine-tuned on the first half of the demo text by
 plain transformers. A student of 3 layers and a third of their width, of the demo teacher's weights narrowed,
 learns from their mixture (samples of 128 tokens; float32, AdamW, cosine), or from the first teacher alone.
-Its embeddings, which are also its LM head, stay as they are, or all weights are trained. For one seed the
-rows of a group see the same batches in the same order, from the same initial weights; the seed chooses the
-order. The cached rows are what `distily-train from-cache` does with its flags on the stores of
+Its embeddings, which are also its LM head, stay as they are, or all weights are trained. A further student
+has the teacher's width and starts with its embeddings, which are trained, too. For one seed the rows of a
+group see the same batches in the same order, from the same initial weights; the seed chooses the order. The
+cached rows are what `distily-train from-cache` does with its flags on the stores of
 `distily-cache generate`: `--tail` takes the first 16 or all 64 of the stored draws. The row of final states
 has an objective of one `full_kl` for each teacher, which reads no draws. The live rows are the same request,
 planned and trained by the same code, with the loss swapped for the KL over the whole vocabulary from the
@@ -48,13 +49,13 @@ from student.training.run import assemble, prepare
 from student.training.trainer import CacheTrainer
 
 SEEDS = range(int(os.environ.get("SEEDS", "3")))
-LENGTH, RATE = 128, "2e-3"
+LENGTH = 128
 SAMPLES, TRAINED = 290, 220  # in the stores; that are learned from, as often as the steps take
 MEASURED = 24  # of the others
 DRAWS = 64  # in the stores
 WEIGHTS, HELD_OUT = (0.6, 0.4), 0.1
 FINAL = HiddenSpec(30, "f32")
-SHAPE = {
+NARROW = {
     "num_hidden_layers": 3,
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -70,12 +71,14 @@ class Row:
     """One way to learn.
 
     weights: shares of the teachers; one for the first alone. frozen: whether the student's embeddings, which
-    are its LM head, stay as they are. batch: samples of a step. draws: of each teacher and position that are
-    learned from; 0: none, but the final states; None: live.
+    are its LM head, stay as they are. wide: whether it has the teacher's width and starts with its
+    embeddings. batch: samples of a step. draws: of each teacher and position that are learned from; 0: none,
+    but the final states; None: live.
     """
 
     weights: tuple[float, ...] = WEIGHTS
     frozen: bool = False
+    wide: bool = False
     steps: int
     batch: int
     draws: int | None = None
@@ -83,7 +86,17 @@ class Row:
     @property
     def group(self) -> tuple[Any, ...]:
         """What the rows that are compared share."""
-        return self.weights, self.frozen, self.steps, self.batch
+        return self.weights, self.frozen, self.wide, self.steps, self.batch
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The student's."""
+        return {"num_hidden_layers": 3} if self.wide else NARROW
+
+    @property
+    def rate(self) -> str:
+        """Where the embeddings are the teacher's, that of from-cache by default."""
+        return "4e-4" if self.wide else "2e-3"
 
     @property
     def name(self) -> str:
@@ -102,6 +115,8 @@ ROWS = {
         ("one", Row(weights=(1.0,), steps=100, batch=1), (None, 16)),
         ("both", Row(steps=100, batch=1), (None, 16, 64, 0)),
         ("batch", Row(steps=50, batch=4), (None, 16, 64)),
+        ("large", Row(steps=30, batch=16), (None, 16)),
+        ("wide", Row(wide=True, steps=100, batch=1), (None, 16)),
     )
     for draws in choices
     for key in ["" if draws is None else f"-{draws}"]
@@ -160,13 +175,13 @@ class LiveTeachers(DistillationModel):
 
     def __init__(self, planned: DistillationModel, teachers: Teachers, weights: tuple[float, ...]) -> None:
         super().__init__(planned.student, planned.objective)
-        self._live, self._shares = teachers, weights
+        self._live, self._mixed_by = teachers, weights
 
     def forward(self, input_ids: Tensor, labels: Tensor, **rest: Any) -> dict[str, Tensor]:
         if not self.training:  # what the product measures on its way is no part of the study
             return super().forward(input_ids, labels, **rest)
         learned = labels != IGNORE
-        wanted = torch.stack([self._live.logs(_key(ids_T), self._shares) for ids_T in input_ids])[learned]
+        wanted = torch.stack([self._live.logs(_key(ids_T), self._mixed_by) for ids_T in input_ids])[learned]
         own = self.student(input_ids=input_ids, use_cache=False).logits[learned].log_softmax(-1)
         total = torch.nn.functional.kl_div(own, wanted, log_target=True, reduction="sum")
         loss = total / rest["num_items_in_batch"]
@@ -200,10 +215,17 @@ def flags(row: Row, seed: int, out: str) -> list[str]:
     asked = [
         *map(str, STORES if several else STORES[:1]),
         *("--output-dir", out, "--seed", str(seed), "--max-steps", str(row.steps)),
-        *("--student-model-config", json.dumps(SHAPE), "--teacher", str(RUN / "teacher"), "--no-bf16"),
-        *("--per-device-train-batch-size", str(row.batch), "--learning-rate", RATE, "--save-strategy", "no"),
+        *("--student-model-config", json.dumps(row.shape), "--teacher", str(RUN / "teacher"), "--no-bf16"),
+        *(
+            "--per-device-train-batch-size",
+            str(row.batch),
+            "--learning-rate",
+            row.rate,
+            "--save-strategy",
+            "no",
+        ),
         *("--eval-fraction", str(HELD_OUT), "--train-samples", str(TRAINED), "--eval-strategy", "no"),
-        *("--report-to", "none", "--quiet", "--freeze-embeddings", str(row.frozen), "--disable-tqdm", "true"),
+        *("--freeze-embeddings", str(row.frozen)),
     ]
     if row.draws == 0:
         terms = [
@@ -245,8 +267,9 @@ def manifests() -> list[str]:
 
 def settings(row: Row) -> dict[str, Any]:
     """What makes results comparable."""
-    shared = {"manifests": manifests(), "trained": TRAINED, "measured": MEASURED, "rate": RATE}
-    return shared | {"shape": SHAPE} | asdict(row) | {"weights": list(row.weights)}
+    own = {name: value for name, value in asdict(row).items() if name not in ("wide", "weights")}
+    own |= {"weights": list(row.weights), "shape": row.shape, "rate": row.rate}
+    return {"manifests": manifests(), "trained": TRAINED, "measured": MEASURED} | own
 
 
 def result_file(key: str, seed: int) -> Path:
@@ -289,7 +312,7 @@ def apart(teachers: Teachers) -> tuple[float, float]:
 def report() -> str:
     """The table of the runs that have ended. Each ratio is taken within a seed."""
     lines = []
-    for (_, frozen, steps, batch), group in groupby(ROWS, lambda key: ROWS[key].group):
+    for (_, frozen, wide, steps, batch), group in groupby(ROWS, lambda key: ROWS[key].group):
         keys = list(group)
         live = [result(keys[0], seed) for seed in SEEDS]
         for key in keys:
@@ -300,7 +323,7 @@ def report() -> str:
             ratios = [one / other for one, other in known]
             lines.append(
                 [
-                    "frozen" if frozen else "trained",
+                    "frozen" if frozen else "trained, the teacher's" if wide else "trained",
                     f"{steps} × {batch}",
                     ROWS[key].name,
                     _spread([one for one, _ in known]),
