@@ -19,6 +19,7 @@ samples that no student has learned from.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -336,14 +337,14 @@ def report() -> str:
 
 
 def main() -> None:
-    """Run what is missing, one after the other, and print a table."""
+    """Run what is missing of all rows, or of those that the command names; print a table of all results."""
     prepare_stores()
     teachers = Teachers()
     for seed in SEEDS:
         for key in sys.argv[1:] or ROWS:
             if result(key, seed) is None:
                 run(key, seed, teachers)
-            print(key, seed, statistics.mean(result(key, seed) or []), flush=True)
+            print(key, seed, statistics.mean(result(key, seed) or [math.nan]), flush=True)
     kl, js = apart(teachers)
     intro = (__doc__ or "").split("\n", 2)[2].strip()
     body = (
@@ -351,7 +352,7 @@ def main() -> None:
         f"held-out samples the second is {kl:.3f} nats from the first, and their (generalised) Jensen-"
         f"Shannon divergence is {js:.3f} nats. {TRAINED} samples are learned from; {MEASURED} others are "
         f"measured, {MEASURED * (LENGTH - 1):,} positions.\n\n{report()}\n\nMean ± standard deviation over "
-        "the seeds. The draws are those of the stores, the same in each seed."
+        "the seeds, whose number is in brackets. Draws and held-out samples are the same in each seed."
     )
     write_result("mixture_quality", "What a student learns from two teachers: live and cached", body)
 
