@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distily.text import printable
 from distily.units import size
 
 _CACHE_ROWS = (
@@ -91,10 +92,11 @@ def _show_prompts(prompts: dict[str, Any], console: Console) -> None:
     sides = {side: prompts[side] for side in ("teacher", "student") if prompts[side]}
     table = _table("", "text", justify="left")
     for number, prompt in enumerate(prompts["prompts"]):
-        _add(table, "prompt", prompt)
+        # rich would drop some controls, and measure the others as if they were written.
+        _add(table, "prompt", printable(prompt, keep="\n\t"))
         for name, side in sides.items():
             one = side["continuations"][number]
-            _add(table, name, one["text"] + (" ∎" if one["ended"] else ""))
+            _add(table, name, printable(one["text"], keep="\n\t") + (" ∎" if one["ended"] else ""))
         table.add_section()
     most = f"at most {prompts['max_new_tokens']:,} tokens, always the most likely one; ∎ ends a text"
     console.print(Text(f"continuations, {most}"), table)

@@ -16,7 +16,7 @@ from featurestore.reader import CacheReader
 from student.evaluation.continuations import read_prompts
 from student.report import read_runs, runs_page
 from tests import html, teachers
-from tests.student.exports import Export, Students
+from tests.student.exports import Students
 from tests.student.splits import split_samples
 
 Refused = Callable[..., str]
@@ -82,21 +82,23 @@ def test_both_continue_as_transformers_does(
 
 
 def test_ternary_students_are_shown_with_their_exports(
-    distily: Run, students: Students, export: Export, prompts: Path, tmp_path: Path
+    distily: Run, students: Students, prompts: Path, tmp_path: Path
 ) -> None:
     student = Path(shutil.copytree(students("llama", hidden_size=64), tmp_path / "ternary"))
     (student / "summary.json").write_text("{}")
     big = teachers.llama(tmp_path / "big", layers=2, seed=3)
-    exported = export(student, "hf-bitnet")
+    code, out, err = distily("export", student, "--format", "hf-bitnet", "--json")
+    assert code == 0, err
+    exported = json.loads(out)
     code, out, err = distily("eval", student, "--prompts", prompts, "--teacher", big, "--max-new-tokens", 4)
     assert code == 0, err
     assert "a <b>cache</b> & \\u202etoken\\x0b" in out and "tokens/s" in out
     page = runs_page(read_runs([student]))
-    html.check(page)
+    shown = html.page(page).texts["span"]
     texts = json.loads((student / "eval.json").read_text())["prompts"]
     for side in ("student", "teacher"):
         for one in texts[side]["continuations"]:
-            assert one["text"] in page
+            assert one["text"] + " ∎" * one["ended"] in shown
     assert "&lt;b&gt;cache&lt;/b&gt; &amp; \\u202etoken\\x0b" in page and "<b>cache" not in page
     size = f"{exported['bytes'] / 1e3:,.1f} kB"
     assert f"hf-bitnet: {size}" in page
