@@ -110,7 +110,7 @@ def _show_prompts(prompts: dict[str, Any], console: Console) -> None:
 def where_measured(side: dict[str, Any]) -> str:
     """The device, and of a CPU the threads."""
     threads = side["threads"]
-    return side["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+    return str(side["device"]) + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
 
 
 def _table(first: str, *others: str, justify: Literal["left", "right"] = "right") -> Table:
