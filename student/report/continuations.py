@@ -80,7 +80,7 @@ def _how(run: RunFiles) -> str:
 def _where(run: RunFiles) -> str:
     student = _side(run, "student")
     threads = number_in(student, "threads")
-    on = f"{student.get('device')}" + (f", {number(threads)} threads" if threads else "")
+    on = f"{student.get('device')}" + (f", {number(threads)} thread{'s' * (threads > 1)}" if threads else "")
     return (
         f"Tokens per second in PyTorch on {on}, one prompt at a time, in one process after each other; a "
         "student's ternary matrices are unpacked at every step. Checkpoints of ternary students hold latent "
