@@ -1,7 +1,7 @@
 """`eval --prompts`: student and teacher continue the same texts, and how fast each of them writes.
 
 Both take their most likely token at every step, one prompt at a time, in this process, after each other. So
-the texts are reproducible, and the rates compare: same library, same threads, nothing beside them.
+no seed plays a part, and the rates compare: same library, same threads, nothing beside them.
 
 Shape letters: T tokens of a prompt.
 """
