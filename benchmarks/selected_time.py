@@ -207,8 +207,9 @@ def write() -> None:
         f"{intro}\n\n## Confirmed\n\nMeans ± standard deviations over seeds; in the last column but one of "
         "pairs with the same seed, below zero is better. Seconds are of the processor, one thread, without "
         f"evaluation.\n\n{table([*header, 'seeds'], confirmed)}\n\n## Pilots\n\nAll that were run, one seed, "
-        "on other documents than those above, with which their KLs do not compare. One more learned 25% drawn "
-        "anew in each step, at a rate of 2e-3, and came to 3.546; three were stopped before they ended."
+        "on other documents than those above, with which their KLs do not compare. One more drew 25% "
+        "of the positions anew in each step, at a rate of 2e-3, and came to 3.546; three were stopped before "
+        "they ended."
         f"\n\n{table(header, pilots)}"
     )
     write_result("selected_time", "Positions selected for a training in equal time", body)
