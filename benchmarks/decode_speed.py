@@ -141,7 +141,7 @@ def main() -> None:
         (s for s in reader.groups.values() if isinstance(s, HiddenSpec) and s.dtype == "int8"), None
     )
     if hidden is None or not isinstance(logits, LogitsSpec) or not logits.tail:
-        sys.exit(f"{RUN}/cache: draws and an int8 layer are needed; run `make quickstart` first")
+        sys.exit(f"{RUN}/cache: draws and an int8 layer are needed; benchmarks/README.md has the command")
     block = -(-len(reader) // reader.shards)
     order = list(EpochOrder(reader.manifest_digest, 0, 0, len(reader), block))
     tokens = int(reader.lengths.sum())

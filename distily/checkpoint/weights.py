@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from blake3 import blake3
+
 from distily.errors import CheckpointError
 from distily.safety.parsing import parse_json, read_json
 
@@ -62,6 +64,18 @@ def weight_files(directory: Path) -> list[Path]:
     if absent:
         raise CheckpointError(f"{directory} lacks {_some(absent)}{_why_absent(directory)}; {_AGAIN}")
     return [directory / name for name in names]
+
+
+def weights_digest(directory: Path) -> str:
+    """blake3 of the files of a model's weights: what is said of other weights does not belong beside these.
+
+    Raises:
+        CheckpointError: as `weight_files`.
+    """
+    digest = blake3()
+    for file in weight_files(directory):
+        digest.update_mmap(file)
+    return digest.hexdigest()
 
 
 def weight_patterns(directory: Path) -> list[str]:

@@ -106,6 +106,11 @@ def code(text: str) -> Html:
     return Html(f"<pre>{html(text)}</pre>")
 
 
+def written(text: str) -> Html:
+    """What a model wrote, as it stands, line breaks and all; for a cell of a table."""
+    return Html(f'<span class="written">{html(text)}</span>')
+
+
 def cards(figures: Iterable[tuple[str, Cell]]) -> Html:
     """Key figures: (label, value) each; those without a value are left out."""
     parts = [

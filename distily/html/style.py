@@ -135,6 +135,7 @@ thead th { border-top: 0; color: var(--soft); font-weight: 500; vertical-align: 
 tbody th { font-weight: 500; max-width: min(24rem, 46vw); }
 th:first-child, td:first-child { padding-left: .8rem; }
 thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
+.written { white-space: pre-wrap; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 pre { padding: .7rem .8rem; margin: .3rem 0 .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre, code { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }

@@ -241,6 +241,14 @@ def eval_(
     all_samples: Annotated[
         bool, typer.Option("--all-samples", help="Every sample of the cache, not only held-out ones.")
     ] = False,
+    trained_samples: Annotated[
+        bool,
+        typer.Option(
+            "--trained-samples",
+            help="Also the samples that the training learned from: how much better the student knows them "
+            "than held-out ones.",
+        ),
+    ] = False,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -271,8 +279,19 @@ def eval_(
     max_gen_toks: Annotated[
         int | None, typer.Option(help="Tokens that a task generates at most. Default: the task's.")
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt on each line, which student and --teacher continue."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that follow a prompt at most; 64.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put --prompts into the tokenizer's chat template.")
+    ] = False,
     teacher: Annotated[
-        str | None, typer.Option(help="Directory or hub name of a model to put beside, on texts and tasks.")
+        str | None,
+        typer.Option(help="Directory or hub name of a model to put beside, on texts, tasks and prompts."),
     ] = None,
     teacher_dtype: Annotated[str, typer.Option(help="auto: its own; float32, bfloat16, float16.")] = "auto",
     engine: Annotated[str, typer.Option(help="Of the tasks: transformers or vllm.")] = "transformers",
@@ -282,15 +301,21 @@ def eval_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print eval.json.")] = False,
 ) -> None:
-    """Measure a student, and its teacher beside it, on the cache, texts and tasks; writes DIR/eval.json."""
+    """Measure a student on cache, texts, tasks and prompts, its teacher beside it; writes DIR/eval.json."""
     with _exit_codes(), _quiet(as_json), _no_bars():
         from student.evaluation.command import evaluate
-        from student.evaluation.request import CacheOptions, EvalRequest, TaskOptions, TextOptions
+        from student.evaluation.request import (
+            CacheOptions,
+            EvalRequest,
+            PromptOptions,
+            TaskOptions,
+            TextOptions,
+        )
 
         record = evaluate(
             EvalRequest(
                 directory=directory,
-                cache=CacheOptions(cache, manifest, eval_fraction, all_samples),
+                cache=CacheOptions(cache, manifest, eval_fraction, all_samples, trained_samples),
                 texts=TextOptions(
                     names=tuple(text or ()),
                     split=split,
@@ -302,6 +327,7 @@ def eval_(
                 tasks=TaskOptions(
                     tuple(filter(None, (tasks or "").split(","))), task_data, num_fewshot, max_gen_toks
                 ),
+                prompts=PromptOptions(file=prompts, max_new_tokens=max_new_tokens, chat=chat),
                 suites=tuple(suite or ()),
                 teacher=teacher,
                 teacher_dtype=teacher_dtype,

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from distily.checkpoint.weights import weights_digest
 from distily.safety.redaction import redact_words
 from student.config.precision import inference_device
 from student.errors import UserError
-from student.evaluation import cache, harness, texts
+from student.evaluation import cache, continuations, harness, texts
 from student.evaluation.cache import CachePlan
 from student.evaluation.harness import LoadedTasks
 from student.evaluation.models import Side, free_memory, student_side, teacher_side
-from student.evaluation.planning import plan_cache
+from student.evaluation.planning import plan_cache, plan_trained
 from student.evaluation.positions import look_at_samples, write_samples
-from student.evaluation.record import VERSION, merged, read_record, weights_digest, write_record
+from student.evaluation.record import VERSION, merged, read_record, write_record
 from student.evaluation.request import EvalRequest
 from student.evaluation.suites import text_sources
 from student.evaluation.texts import TextSource
@@ -24,15 +27,20 @@ from student.export.source import quantization_of, read_config
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What is measured, all of it known to be there."""
+    """What is measured, all of it known to be there. trained: samples that the training learned from.
+    prompts: as written, and encoded for the student and the teacher.
+    """
 
     request: EvalRequest
     student: Side
     teacher: Side | None
     cache: CachePlan | None
+    trained: CachePlan | None
     texts: list[TextSource]
     length: int
     tasks: LoadedTasks | None
+    prompts: list[str]
+    encoded: dict[Side, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,10 @@ class _Measured:
 
     cache: dict[str, Any] | None
     samples: dict[str, Any] | None
+    trained: dict[str, Any] | None
     texts: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
+    prompts: dict[str, Any] | None
 
 
 def evaluate(request: EvalRequest) -> dict[str, Any]:
@@ -72,6 +82,10 @@ def _plan(request: EvalRequest) -> _Plan:
         texts.check_text(source)
     length = texts.window_length(request.texts.max_seq_len, sides)
     planned = plan_cache(request) if request.wants_cache else None
+    trained = plan_trained(request, planned) if planned and request.cache.trained_samples else None
+    options = request.prompts
+    prompts = continuations.read_prompts(options.file) if options.file else []
+    encoded = {side: continuations.encode(prompts, side, options) for side in sides} if prompts else {}
     if request.engine == "vllm":
         _check_vllm(request)
     return _Plan(
@@ -79,9 +93,12 @@ def _plan(request: EvalRequest) -> _Plan:
         student=student,
         teacher=teacher,
         cache=planned,
+        trained=trained,
         texts=sources,
         length=length,
         tasks=harness.load_tasks(request, sides),
+        prompts=prompts,
+        encoded=encoded,
     )
 
 
@@ -99,8 +116,13 @@ def _measure(plan: _Plan, side: Side) -> _Measured:
     """The cache is for the student only: it holds the teacher's part."""
     request, in_vllm = plan.request, plan.request.engine == "vllm"
     cached = plan.cache if side is plan.student else None
-    model: Any = side.load() if cached or plan.texts or (plan.tasks and not in_vllm) else None
+    here = cached or plan.texts or plan.prompts or (plan.tasks and not in_vllm)
+    model: Any = side.load() if here else None
     found, samples = _on_cache(model, cached, side, request.batch_size) if cached else (None, None)
+    trained = None
+    if cached and plan.trained:
+        head = cache.teacher_head(plan.trained, model.device)
+        trained = cache.measure(model, plan.trained, head, request.batch_size)
     by_text = [
         texts.measure(
             model,
@@ -110,15 +132,20 @@ def _measure(plan: _Plan, side: Side) -> _Measured:
         )
         for source in plan.texts
     ]
-    if plan.tasks is None:
-        return _Measured(found, samples, by_text, [])
-    if in_vllm:
-        del model
-        free_memory()
-        engine = harness.vllm_model(side, request.batch_size)
-    else:
-        engine = harness.language_model(model, side, request.batch_size)
-    return _Measured(found, samples, by_text, harness.run(engine, plan.tasks, request.limit))
+    written = None
+    if plan.prompts:
+        written = continuations.measure(model, side, plan.encoded[side], request.prompts)
+        written |= continuations.machine(model.device)
+    tasks = []
+    if plan.tasks is not None:
+        if in_vllm:
+            del model
+            free_memory()
+            engine = harness.vllm_model(side, request.batch_size)
+        else:
+            engine = harness.language_model(model, side, request.batch_size)
+        tasks = harness.run(engine, plan.tasks, request.limit)
+    return _Measured(found, samples, trained, by_text, tasks, written)
 
 
 def _on_cache(
@@ -141,8 +168,10 @@ def _new_record(plan: _Plan, student: _Measured, teacher: _Measured | None) -> d
         "teacher": plan.request.teacher,
         "teacher_dtype": plan.request.teacher_dtype if plan.teacher else None,
         "cache": student.cache and student.cache | {"command": command},
+        "trained": student.trained and student.trained | {"command": command},
         "texts": _texts(plan, student, teacher, command),
         "tasks": _tasks(plan, student, teacher, command),
+        "prompts": _prompts(plan, student, teacher, command),
     }
 
 
@@ -169,6 +198,24 @@ def _texts(
 
 def _figures(measured: dict[str, Any]) -> dict[str, Any]:
     return {name: measured[name] for name in ("ce", "perplexity", "bits_per_byte")}
+
+
+def _prompts(
+    plan: _Plan, student: _Measured, teacher: _Measured | None, command: Sequence[str]
+) -> dict[str, Any] | None:
+    """How each model continues the prompts, always with its most likely token."""
+    if not plan.prompts:
+        return None
+    options = plan.request.prompts
+    return {
+        "file": str(options.file),
+        "prompts": plan.prompts,
+        "chat": options.chat,
+        "max_new_tokens": options.max_new_tokens or continuations.NEW_TOKENS,
+        "command": command,
+        "student": student.prompts,
+        "teacher": teacher and teacher.prompts,
+    }
 
 
 def _tasks(

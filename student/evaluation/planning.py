@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def plan_cache(request: EvalRequest) -> CachePlan:
         other = with_choices(stores.first, others, other)
     final = None if len(stores) > 1 or other else _final(stores.first)
     return CachePlan(stores, indices[: request.limit], logits, final, other)
+
+
+def plan_trained(request: EvalRequest, held_out: CachePlan) -> CachePlan:
+    """The same with the samples that the training learned from. UserError where that is not known: no
+    summary.json says how many they were, or they were of another cache or state of it.
+    """
+    summary, stores = _summary(request.directory), held_out.stores
+    learned, fraction = summary.get("train_samples"), summary.get("eval_fraction")
+    if not isinstance(learned, int) or fraction is None:
+        raise UserError(
+            f"--trained-samples: {request.directory} has no summary.json that says which they were; leave "
+            "the flag out"
+        )
+    if request.cache.fraction not in (None, fraction) or stores.manifests[0] != summary.get("manifest"):
+        raise UserError(
+            "--trained-samples: the training read another cache, another state of it or another "
+            "--eval-fraction; leave --cache, --manifest and --eval-fraction out"
+        )
+    training = matched(split_cache(stores.first, fraction), stores).training[:learned]
+    return replace(held_out, indices=training[: request.limit])
 
 
 def _logits(reader: CacheReader) -> LogitsSpec:

@@ -6,23 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from distily.checkpoint.weights import weight_files
 from distily.safety.parsing import read_json
 from distily.system.files import write_json
 
 VERSION = 1
 FILE = "eval.json"
 Section = dict[str, Any]
-
-
-def weights_digest(directory: Path) -> str:
-    """blake3 of a student's safetensors files: figures of other weights do not belong beside its own."""
-    digest = blake3()
-    for file in weight_files(directory):
-        digest.update_mmap(file)
-    return str(digest.hexdigest())
 
 
 def read_record(directory: Path) -> Section:
@@ -36,7 +25,8 @@ def read_record(directory: Path) -> Section:
 
 def merged(old: Section, new: Section) -> Section:
     """`new` with what `old` has beside: a text is replaced by the one of its name, a metric of a task by the
-    same, the cache as a whole. Nothing is kept of other weights; of another teacher no figure is.
+    same, held-out samples of the cache, trained ones and prompts as a whole. Nothing is kept of other
+    weights; of another teacher no figure is.
     """
     if old.get("weights") != new["weights"]:
         old = {}
@@ -46,12 +36,17 @@ def merged(old: Section, new: Section) -> Section:
     if changed:
         texts = [text | {"teacher": None} for text in texts]
         tasks = [task | {"teacher": None, "teacher_stderr": None} for task in tasks]
+    prompts = old.get("prompts")
+    if prompts and changed:
+        prompts = prompts | {"teacher": None}
     return new | {
         "teacher": teacher,
         "teacher_dtype": new["teacher_dtype"] if new["teacher"] else old.get("teacher_dtype"),
         "cache": new["cache"] or old.get("cache"),
+        "trained": new["trained"] or old.get("trained"),
         "texts": _replaced(texts, new["texts"], lambda text: text["name"]),
         "tasks": _replaced(tasks, new["tasks"], lambda task: (task["task"], task["metric"], task["filter"])),
+        "prompts": new["prompts"] or prompts,
     }
 
 

@@ -15,12 +15,15 @@ ENGINES = ("transformers", "vllm")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """store: None takes the one that summary.json names. fraction: None takes the training's."""
+    """store: None takes the one that summary.json names. fraction: None takes the training's.
+    trained_samples: measure those that the training learned from as well, apart from the held-out ones.
+    """
 
     store: str | None = None
     manifest: str | None = None
     fraction: float | None = None
     all_samples: bool = False
+    trained_samples: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,18 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """file: text, a prompt on each line. chat: put prompts into the tokenizer's chat template."""
+
+    file: Path | None = None
+    max_new_tokens: int | None = None
+    chat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """directory: a student. teacher: of texts and tasks; the cache needs none. limit: at most so many
-    samples of the cache, windows of each text and records of each task. command: the words it was made
+    """directory: a student. teacher: of texts, tasks and prompts; the cache needs none. limit: at most so
+    many samples of the cache, windows of each text and records of each task. command: the words it was made
     with, for the record.
     """
 
@@ -56,6 +68,7 @@ class EvalRequest:
     cache: CacheOptions = field(default_factory=CacheOptions)
     texts: TextOptions = field(default_factory=TextOptions)
     tasks: TaskOptions = field(default_factory=TaskOptions)
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     suites: Sequence[str] = ()
     teacher: str | None = None
     teacher_dtype: str = "auto"
@@ -67,7 +80,8 @@ class EvalRequest:
     @property
     def wants_cache(self) -> bool:
         """The cache is measured where it is named, and where nothing else is asked for."""
-        return self.cache != CacheOptions() or not (self.texts.names or self.tasks.names or self.suites)
+        others = self.texts.names or self.tasks.names or self.suites or self.prompts.file
+        return self.cache != CacheOptions() or not others
 
     def check(self) -> None:
         """UserError for the first flag that cannot be served."""
@@ -75,6 +89,7 @@ class EvalRequest:
             ("--batch-size", self.batch_size),
             ("--limit", self.limit),
             ("--max-gen-toks", self.tasks.max_gen_toks),
+            ("--max-new-tokens", self.prompts.max_new_tokens),
         ):
             if value is not None and value < 1:
                 raise UserError(f"{flag} must be at least 1")
@@ -86,6 +101,8 @@ class EvalRequest:
             raise UserError("--eval-fraction must be between 0 and 1; for every sample, --all-samples")
         if self.cache.all_samples and self.cache.fraction is not None:
             raise UserError("--all-samples and --eval-fraction exclude each other; keep one")
+        if self.cache.all_samples and self.cache.trained_samples:
+            raise UserError("--all-samples are those of --trained-samples, too; keep one of the flags")
         for flag, chosen, known in (
             ("--teacher-dtype", self.teacher_dtype, DTYPES),
             ("--engine", self.engine, ENGINES),
@@ -98,11 +115,20 @@ class EvalRequest:
 
     def _check_effects(self) -> None:
         texts, tasks = bool(self.texts.names or self.suites), bool(self.tasks.names or self.suites)
+        prompts = self.prompts.file is not None
+        beside = texts or tasks or prompts
         for flag, given, used, fix in (
-            ("--teacher", self.teacher, texts or tasks, "--text, --tasks or --suite (the cache has its own)"),
+            (
+                "--teacher",
+                self.teacher,
+                beside,
+                "--text, --tasks, --suite or --prompts (the cache has its own)",
+            ),
             ("--task-data", self.tasks.data, tasks, "--tasks or --suite"),
             ("--text-column", self.texts.column, texts, "--text or --suite"),
             ("--since", self.texts.since, texts, "--text or --suite"),
+            ("--max-new-tokens", self.prompts.max_new_tokens, prompts, "--prompts"),
+            ("--chat", self.prompts.chat or None, prompts, "--prompts"),
         ):
             if given is not None and not used:
                 raise UserError(f"{flag} has no effect without {fix}")

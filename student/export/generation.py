@@ -54,7 +54,9 @@ def generate(request: GenerationRequest) -> dict[str, Any]:
         bitblas.use_bitblas(model)
     else:
         model.to(device)
-    ids_1T = _prompt_ids(tokenizer, request).to(model.device)
+    ids_1T = prompt_ids(tokenizer, request.prompt, request.chat).to(model.device)
+    if ids_1T.shape[1] == 0:
+        raise UserError("--prompt has no tokens; give some text")
     torch.manual_seed(request.seed)
     started = time.perf_counter()
     output = _continue(model, ids_1T, tokenizer, request)
@@ -113,17 +115,16 @@ def student_tokenizer(directory: Path) -> Any:
     return load_tokenizer(directory, config=config)
 
 
-def _prompt_ids(tokenizer: Any, request: GenerationRequest) -> Tensor:
-    if request.chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": request.prompt}]
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """Ids int64 [1, T] of a prompt, with `chat` in the tokenizer's chat template, where it has one."""
+    if chat and tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        encoded = tokenizer(request.prompt, return_tensors="pt")
+        encoded = tokenizer(prompt, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
-    if ids.shape[1] == 0:
-        raise UserError("--prompt has no tokens; give some text")
     return ids
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distily.checkpoint.weights import weights_digest
 from student.export.formats import ExportRequest, Format
 from student.export.source import ExportSource
 from student.export.verify import TOLERANCE, Agreement
@@ -35,6 +36,7 @@ def build(
     return {
         "format": request.format,
         "student": str(request.directory),
+        "weights": weights_digest(request.directory),
         "out": str(request.target()),
         "bytes": sum(file.stat().st_size for file in written.iterdir()),
         "dtype": str(dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ from student.report.teachers import shares
 _CARDS = {
     "held-out KL": "nats of held-out KL",
     "perplexity": "held-out perplexity",
+    "trained on": "perplexity on its own text",
     "teacher's": "the teacher's",
     "agreement": "agree with the teacher",
     "steps": "steps",
@@ -149,6 +150,7 @@ _RESULTS: dict[str, Callable[[RunFiles], Cell]] = {
     "held-out KL": lambda run: _metric(run.summary.get("last_eval"), "eval_kl"),
     "perplexity": lambda run: run.number("last_eval", "eval_perplexity"),
     "teacher's": lambda run: run.number("last_eval", "eval_teacher_perplexity"),
+    "trained on": lambda run: number_in(run.evaluation, "trained", "student", "perplexity"),
     "agreement": _agreement,
 }
 _RESOURCES: dict[str, Callable[[RunFiles], Cell]] = {

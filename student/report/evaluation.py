@@ -28,7 +28,7 @@ def evaluation(runs: Sequence[RunFiles]) -> Html:
     runs = [run for run in runs if run.evaluation]
     return section(
         "Evaluation",
-        _on_cache(runs),
+        row(_on_cache(runs, "cache", "on the cache"), _on_cache(runs, "trained", "on samples trained on")),
         row(
             *_by(runs, "by_position", "position in the sample", log_x=True),
             *_by(runs, "by_entropy", "entropy of the teacher, nats", log_x=False),
@@ -39,19 +39,19 @@ def evaluation(runs: Sequence[RunFiles]) -> Html:
     )
 
 
-def _on_cache(runs: Sequence[RunFiles]) -> Html:
-    """The teacher's column is that of the first run whose evaluation has it."""
-    runs = [run for run in runs if isinstance(run.evaluation.get("cache"), Mapping)]
+def _on_cache(runs: Sequence[RunFiles], key: str, header: str) -> Html:
+    """What stands under `key`. The teacher's column is that of the first run whose evaluation has it."""
+    runs = [run for run in runs if isinstance(run.evaluation.get(key), Mapping)]
     rows: list[tuple[Cell, ...]] = []
     for name, label in _METRICS.items():
         students = [
-            with_error(*(number_in(run.evaluation, "cache", "student", key) for key in (name, f"{name}_se")))
+            with_error(*(number_in(run.evaluation, key, "student", one) for one in (name, f"{name}_se")))
             for run in runs
         ]
-        teacher = _first(number_in(run.evaluation, "cache", "teacher", name) for run in runs)
+        teacher = _first(number_in(run.evaluation, key, "teacher", name) for run in runs)
         if any(value is not None for value in (*students, teacher)):
             rows.append((label, *students, teacher))
-    return table(("on the cache", *_names(runs), "teacher"), rows)
+    return table((header, *_names(runs), "teacher"), rows)
 
 
 def _by(runs: Sequence[RunFiles], key: str, x_label: str, log_x: bool) -> list[Html]:

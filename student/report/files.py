@@ -1,5 +1,5 @@
-"""A finished training as its files tell it: summary.json, trainer_state.json, config.json, eval.json and
-eval-samples.json.
+"""A finished training as its files tell it: summary.json, trainer_state.json, config.json, eval.json,
+eval-samples.json, and the export_report.json of its exports.
 
 Files of other versions may lack any key, so every look-up may find nothing.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from distily.safety.parsing import MAX_LOG, read_json
 from distily.units import number
 from student.errors import UserError
 
-SUMMARY, STATE, EVALUATION, SAMPLES, CONFIG, SWEEP = (
+SUMMARY, STATE, EVALUATION, SAMPLES, CONFIG, SWEEP, EXPORT = (
     "summary.json",
     "trainer_state.json",
     "eval.json",
     "eval-samples.json",
     "config.json",
     "sweep.json",
+    "export_report.json",
 )
 
 
@@ -33,8 +35,9 @@ class RunFiles:
 
     evaluation: of `distily-train eval`, empty without one. samples: what it found position by position, empty
     where that is not there, or of other weights or another cache than `evaluation`. config: config.json of
-    the student. flags: name without dashes -> value, as on the command line that made the run, empty where it
-    is not recorded.
+    the student. exports: reports of those that lie in their default places and are of the weights of
+    `evaluation`. flags: name without dashes -> value, as on the command line that made the run, empty where
+    it is not recorded.
     """
 
     name: str
@@ -44,6 +47,7 @@ class RunFiles:
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]
     config: Mapping[str, Any]
+    exports: Sequence[Mapping[str, Any]]
     layers: int | None
     flags: Mapping[str, str]
 
@@ -99,6 +103,7 @@ def read_run(directory: Path) -> RunFiles:
         evaluation=evaluation,
         samples=samples if _belong(samples, evaluation) else {},
         config=config,
+        exports=_exports(directory.resolve(), evaluation.get("weights")),
         layers=None if layers is None else int(layers),
         flags=_flags(summary.get("command")),
     )
@@ -147,6 +152,12 @@ def _belong(samples: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
     manifest = cache.get("manifest") if isinstance(cache, Mapping) else None
     here = (evaluation.get("weights"), manifest)
     return None not in here and here == (samples.get("weights"), samples.get("manifest"))
+
+
+def _exports(directory: Path, weights: Any) -> list[dict[str, Any]]:
+    """Reports of the directories that `distily-train export` names by default; none of other weights."""
+    files = sorted(directory.parent.glob(f"{escape(directory.name)}-*/{EXPORT}"))
+    return [found for found in map(_object, files) if weights is not None and found.get("weights") == weights]
 
 
 def _object(file: Path) -> dict[str, Any]:

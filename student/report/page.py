@@ -10,6 +10,7 @@ from distily.html.page import Html, code, note, page, paragraph, section, write
 from distily.safety.redaction import redact_words
 from distily.units import duration
 from student.report.comparison import comparison, details, key_figures, objective
+from student.report.continuations import continuations
 from student.report.curves import held_out, ternary, training
 from student.report.evaluation import evaluation
 from student.report.files import RunFiles, read_run
@@ -33,6 +34,7 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
     return page(
         title,
         *head,
+        continuations(runs),
         held_out(runs),
         details(runs[0]) if alone else Html(""),
         teachers_section(runs[0]) if alone else Html(""),
@@ -57,6 +59,8 @@ def _lead(run: RunFiles) -> str:
     samples, steps, seconds = run.number("train_samples"), run.number("steps"), run.number("seconds")
     if samples is not None and steps is not None:
         said += f" on {samples:,.0f} samples in {steps:,.0f} steps"
+        passes = run.series("epoch")
+        said += f", each sample read {passes[-1][1]:.3g} times" if passes else ""
     if seconds is not None:
         said += f", {duration(seconds)}"
     if pace := run.number("tokens_per_second"):

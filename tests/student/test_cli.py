@@ -70,7 +70,7 @@ def test_flags_in_any_order_and_both_spellings(tmp_path: Path) -> None:
 def test_an_optimizer_without_its_package_is_refused(
     refuse: Refuse, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student.training.run.find_spec", lambda _package: None)
+    monkeypatch.setattr("student.config.trainer_checks.find_spec", lambda _package: None)
     line = refuse(cache, "--output-dir", tmp_path / "out", "--optim", "paged_adamw_32bit")
     assert "--optim paged_adamw_32bit needs bitsandbytes" in line
 
