@@ -93,18 +93,17 @@ def convert_layers(layers: nn.ModuleList, conversion: str, eps: float, run: Call
         run: has some samples pass the layers.
     """
     names = normed(layers, conversion)
-    sizes = {name: _Sizes(layers.get_submodule(name).in_features, eps) for name in names}
-    handles = [
-        layers.get_submodule(name).register_forward_pre_hook(_adder(sums)) for name, sums in sizes.items()
-    ]
+    linears: dict[str, Any] = {name: layers.get_submodule(name) for name in names}
+    sizes = {name: _Sizes(linear.in_features, eps) for name, linear in linears.items()}
+    handles = [linears[name].register_forward_pre_hook(_adder(sums)) for name, sums in sizes.items()]
     if names:
         run()
     for handle in handles:
         handle.remove()
     convert(layers, names, eps)
     for name, sums in sizes.items():
-        norm = layers.get_submodule(name).rms_norm
-        norm.weight.copy_(sums.weight())
+        converted: Any = layers.get_submodule(name)
+        converted.rms_norm.weight.copy_(sums.weight())
 
 
 @torch.no_grad()

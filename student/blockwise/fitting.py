@@ -1,8 +1,8 @@
 """Training one block: full precision to ternary, towards the teacher's states behind it.
 
-A loop of its own and not transformers' Trainer: of what Trainer does, a block needs an optimizer and a schedule
-alone. It is not evaluated on its way, it starts again where it was stopped, and it is saved once, by the run; so
-a Trainer would be a module, a data set, a collator and switches that turn the rest off.
+A loop of its own and not transformers' Trainer: of what Trainer does, a block needs an optimizer and a
+schedule alone. It is not evaluated on its way, it begins anew where it was stopped, and the run saves it
+once; so a Trainer would be a module, a data set, a collator and switches that turn the rest off.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from student.bitnet import Warmup, convert_layers, quantize_always, quantize_once, set_strengths
@@ -54,7 +54,7 @@ Read = Callable[[Sequence[int]], BlockBatch]
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
-    """How blocks are trained. steps: of each; bf16: whether in bfloat16 autocast; bar: whether to show one."""
+    """How blocks are trained. steps: of each; bf16: in bfloat16 autocast; bar: whether one is shown."""
 
     steps: int
     learning_rate: float
@@ -91,7 +91,7 @@ def fit(module: BlockModule, read: Read, samples: Sequence[int], settings: FitSe
         total, weight = relative_errors(states_BTD, batch.target_BTD, batch.weight_BT)
         loss = total / weight.clamp_min(1.0)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     quantize_always(module)
@@ -102,14 +102,14 @@ def fit(module: BlockModule, read: Read, samples: Sequence[int], settings: FitSe
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the learning rate in the step that follows `step` finished ones: a short rise, then a cosine."""
+    """Share of the learning rate in the step that follows `step` finished ones: a rise, then a cosine."""
     return min(1.0, (step + 1) / (RISE * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
 def error(module: BlockModule, read: Read, batches: Iterable[Sequence[int]], bf16: bool) -> float:
-    """Mean over the positions of some samples of the squared difference to the teacher, relative to the teacher's
-    square.
+    """Mean over the positions of some samples of the squared difference to the teacher, relative to the
+    teacher's square.
     """
     device = next(module.parameters()).device
     total, weight = torch.zeros(2, dtype=torch.float64)

@@ -101,7 +101,7 @@ class BlockModule(nn.Module):
 
 
 def relative_errors(states_BTD: Tensor, target_BTD: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, weight) over the positions of a batch, of the squared difference relative to the teacher's square;
+    """(sum, weight) over the positions of a batch, of squared differences relative to the teacher's squares;
     weight_BT: 0 where nothing is compared.
     """
     counts_N = weight_BT.flatten().nonzero().squeeze(1)

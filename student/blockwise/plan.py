@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, pairwise
 
 from student.errors import UserError
 
@@ -53,13 +53,13 @@ def plan_blocks(copied: Sequence[int], boundaries: Sequence[int], depth: int) ->
         its teacher's layer, or to the last one where it is the student's last.
 
     Raises:
-        UserError: the student's layers are not in the teacher's order, or boundaries are missing; the line names
-            the flag of `generate` that adds them.
+        UserError: the student's layers are not in the teacher's order, or boundaries are missing; the line
+            names the flag of `generate` that adds them.
 
     Example:
         plan_blocks(range(30), range(2, 31, 2), 30)  # 15 blocks of two layers
     """
-    for before, layer in zip(copied, copied[1:], strict=False):
+    for before, layer in pairwise(copied):
         if layer <= before:
             raise UserError(
                 f"--copy-layers: --init blockwise trains layers in the teacher's order, and {layer} follows "
@@ -91,7 +91,7 @@ def _check_boundaries(boundaries: Sequence[int], depth: int) -> None:
             "generate ... --final`"
         )
     inside = sorted({boundary for boundary in boundaries if 0 < boundary < depth})
-    distances = [b - a for a, b in zip([0, *inside], inside, strict=False)]
+    distances = [b - a for a, b in pairwise([0, *inside])]
     step = min(distances, default=1)
     missing = [layer for layer in range(step, depth, step) if layer not in inside]
     if missing:

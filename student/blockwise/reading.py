@@ -49,7 +49,7 @@ class BlockReader:
         self._texts, self._lay_out_text = CachedDataset(reader, indices, ()), Collator((), pad_token=0)
 
     def given(self, sample: int) -> Tensor:
-        """What goes into the student's own block for one sample, without reading what the teacher made of it."""
+        """What goes into the student's own block for one sample; what the teacher made of it is not read."""
         if self._stream is not None:
             return self._stream.batch([sample])
         tokens: Tensor = self._lay_out_text([self._texts[sample]])["input_ids"]

@@ -52,7 +52,8 @@ class BlockwiseRequest:
             "--copy-layers": self.plan.copied,
             "--teacher": str(self.plan.teacher.directory.resolve()),
             "--student-model-config": digest(canonical_json({k: repr(v) for k, v in sorted(config.items())})),
-            "--eval-fraction": f"{len(self.split.training)} training, {len(self.split.held_out)} held-out samples",
+            "--eval-fraction": f"{len(self.split.training)} training and {len(self.split.held_out)} held-out "
+            "samples",
         }
 
 
@@ -75,11 +76,11 @@ def plan_blockwise(
         )
     if plan.teacher is None or plan.conversion is None:
         raise UserError("--init blockwise: a model was given, which has weights already; use --init teacher")
-    changed = sorted(axis for axis in plan.narrowing.kept)
+    changed = sorted(plan.narrowing.kept)
     if changed:
         raise UserError(
-            "--student-model-config: --init blockwise compares blocks with the teacher's, so all but "
-            f"num_hidden_layers stays as it is, and this changes the {', '.join(changed)} size; use --init teacher"
+            "--student-model-config: --init blockwise compares blocks with the teacher's, so all sizes but "
+            f"num_hidden_layers stay, and this changes the {', '.join(changed)} size; use --init teacher"
         )
     reader = stores.first
     check_blocks(plan.config)
@@ -108,7 +109,7 @@ def _check_whole(blocks: Sequence[Block], specs: dict[int, HiddenSpec]) -> None:
     parts = [block.given for block in blocks if block.given and not specs[block.given].whole]
     if parts:
         raise UserError(
-            f"--blockwise-inputs teacher: attention reads all positions, and the cache has layer {parts[0]} at "
-            f"{specs[parts[0]].share:.3g} of them; use --blockwise-inputs student, or `distily-cache generate "
-            f"... --hidden-layers {','.join(map(str, parts))}` without --hidden-positions"
+            f"--blockwise-inputs teacher: attention reads all positions, and the cache has layer {parts[0]} "
+            f"at {specs[parts[0]].share:.3g} of them; use --blockwise-inputs student, or `distily-cache "
+            f"generate ... --hidden-layers {','.join(map(str, parts))}` without --hidden-positions"
         )

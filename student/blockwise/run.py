@@ -1,15 +1,15 @@
-"""Training all blocks of a student, in the work folder of an output directory; what is finished is not done again.
+"""Training all blocks of a student in the work folder of an output directory, but those that are finished.
 
 The folder holds
 
 - settings.json: what the blocks follow from;
 - block-NNN.safetensors: float32 weights by their names in the student, and block-NNN.json, written last: what
   made them, and the errors before and after;
-- states-NNN.bin: what goes into block NNN for all samples that are read (`states.Stream`). It follows from the
-  blocks before, and is there only while it is needed.
+- states-NNN.bin: what goes into block NNN for all samples that are read (`states.Stream`). It follows from
+  the blocks before, and is there only while it is needed.
 
-Whatever a kill leaves, the same command begins the first block that has no record anew, from the same states and
-seed, so that it ends with the same weights.
+Whatever a kill leaves, the same command begins the first block that has no record anew, from the same states
+and seed, so that it ends with the same weights.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class BlockwiseRun:
     def train(self, overwrite: bool) -> tuple[Path, ...]:
         """Train the blocks that are not finished.
 
-        Several processes of one launch share the work where blocks do not depend on each other, and wait for each
-        other where they do.
+        Several processes of one launch share the work where blocks do not depend on each other, and wait for
+        each other where they do.
 
         Args:
             overwrite: delete what is in the work folder.
@@ -167,8 +167,8 @@ class BlockwiseRun:
         weights = {name: weight.detach().cpu().contiguous() for name, weight in module.trained()}
         self._save(block, weights, {"error_before": before, "error_after": after, "start": start})
         LOG.info(
-            f"block {block.number + 1} of {len(request.blocks)} ({block}): relative error on {self._on} samples "
-            f"{before:.3g} as rounded, {after:.3g} as trained"
+            f"block {block.number + 1} of {len(request.blocks)} ({block}): relative error on {self._on} "
+            f"samples {before:.3g} as rounded, {after:.3g} as trained"
         )
 
     def _save(self, block: Block, weights: dict[str, Tensor], measured: dict[str, float]) -> None:
@@ -221,7 +221,7 @@ class BlockwiseRun:
 
     @contextmanager
     def _claimed(self, block: Block, wait: bool) -> Iterator[bool]:
-        """Whether this process may train a block: no other has it. The system gives it free when a process ends."""
+        """Whether this process may train a block. The system takes a claim back when its process ends."""
         with (self.folder / f"block-{block.number:03d}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

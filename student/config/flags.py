@@ -121,9 +121,9 @@ class StudentOptions:
     init: Literal["teacher", "blockwise", "random"] = _flag(
         "teacher",
         "Where a new student's weights come from. teacher: its embeddings, head, norms and the layers of "
-        "--copy-layers (read from its safetensors, the model is never built). blockwise: the same, and then each "
-        "block of layers is made ternary by itself, so that it gives what the cache says the teacher's gave, "
-        "before all are trained together; for --student-model-as-bitnet, and a cache with --final and "
+        "--copy-layers (read from its safetensors, the model is never built). blockwise: the same, and then "
+        "each block of layers is made ternary by itself, so that it gives what the cache says the teacher's "
+        "gave, before all are trained together; for --student-model-as-bitnet, and a cache with --final and "
         "--hidden-layers behind every or every n-th layer. random: random numbers.",
     )
     blockwise_steps: int = _flag(200, "Steps in which --init blockwise trains each block.")
@@ -132,9 +132,9 @@ class StudentOptions:
     )
     blockwise_inputs: Literal["student", "teacher"] = _flag(
         "student",
-        "What goes into a block of --init blockwise. student: what the ternary blocks before it give, so that it "
-        "learns to correct them. teacher: the cached states, so that blocks do not depend on each other and the "
-        "processes of `accelerate launch` take different ones.",
+        "What goes into a block of --init blockwise. student: what the ternary blocks before it give, so "
+        "that it learns to correct them. teacher: the cached states, so that blocks do not depend on each "
+        "other and the processes of `accelerate launch` take different ones.",
     )
     copy_layers: str = _flag(
         "auto",

@@ -70,8 +70,8 @@ def copy_from_teacher(
     narrowing: Narrowing,
     without: Collection[str] = (),
 ) -> None:
-    """Fill every parameter of `model` but those `without` from the teacher's files, of which `narrowing` keeps a
-    part; names and shapes are all checked before any copy.
+    """Fill every parameter of `model` but those `without` from the teacher's files, of which `narrowing`
+    keeps a part; names and shapes are all checked before any copy.
 
     UserError when the checkpoint lacks a tensor or a shape differs.
     """

@@ -51,8 +51,8 @@ class StudentPlan:
     conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
     checkpoint has gone through it already. alternatives: the same student from other layers of the teacher,
     for --copy-layers auto. given: a model that there is already, and that is trained itself. tokenizer: files
-    of the student's, where that is not the teacher's. blocks: files of weights that were trained block by block
-    in ternary layers, which take the place of those that were copied.
+    of the student's, where that is not the teacher's. blocks: files of weights that were trained block by
+    block in ternary layers, which take the place of those that were copied.
     """
 
     config: Any
@@ -72,7 +72,7 @@ class StudentPlan:
     @property
     def copied(self) -> str | None:
         """The teacher's layers that the student starts as a copy of; None where it is no copy."""
-        return None if self.teacher is None else ",".join(map(str, self.layers))
+        return None if self.teacher is None or self.blocks else ",".join(map(str, self.layers))
 
     def build(
         self, samples: Sequence[Tensor] = (), device: torch.device | str = "cpu"

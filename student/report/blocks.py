@@ -38,6 +38,7 @@ def blocks_words(run: RunFiles) -> str:
     on = f" on {measured}" if isinstance(measured, str) else ""
     given = "the teacher's" if known.get("inputs") == "teacher" else "those of the blocks before"
     return (
-        f"Before the whole student, its blocks were trained one by one{said}, to give the teacher's cached states "
-        f"from {given}. Errors are squared differences to the teacher's states relative to their squares{on}, of the ternary block."
+        f"Before the whole student, its blocks were trained one by one{said}, to give the teacher's cached "
+        f"states from {given}. Errors are squared differences to the teacher's states relative to their "
+        f"squares{on}, of the ternary block."
     )

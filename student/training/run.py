@@ -82,7 +82,7 @@ class PreparedTraining:
     """A request that was checked, and what follows from it and the caches.
 
     checkpoint: where it resumes; None: at the start. tokens: what is aligned, where the student has a
-    tokenizer of its own. blockwise: blocks that are trained before the whole student, where they are asked for.
+    tokenizer of its own. blockwise: blocks that are trained before the whole student, if any are.
     """
 
     request: Request
@@ -188,7 +188,9 @@ def prepare(
     if checkpoint is not None:
         check_kind(checkpoint, plan)
     split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated, stores)
-    blockwise = plan_blockwise(options, plan, stores, split)
+    # Samples of another cache have no states here.
+    measured = split if evaluated is None else replace(split, held_out=[])
+    blockwise = plan_blockwise(options, plan, stores, measured)
     objective = plan_objective(wanted, stores, plan.config, split.training)
     if plan.tokenizer is not None:
         objective = _across_tokenizers(request, objective, stores)

@@ -1,5 +1,5 @@
-"""`python -m tests.student.killed OUT FILES ARGS`: starts `distily-train ARGS` once for each of FILES, and kills it
-with SIGKILL as soon as that file is in OUT/blockwise.
+"""`python -m tests.student.killed OUT FILES ARGS`: starts `distily-train ARGS` once for each of FILES, and
+kills it with SIGKILL as soon as that file is in OUT/blockwise.
 
 Each is forked from this process, which has imported what they need and has computed nothing.
 """

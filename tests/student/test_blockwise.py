@@ -1,5 +1,5 @@
-"""`--init blockwise`: ternary blocks from the teacher's cached states, one after the other, through kills and on
-caches of every kind.
+"""`--init blockwise`: ternary blocks from the teacher's cached states, one after the other, through kills and
+on caches of every kind.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def test_neither_padding_nor_masks_count(store: Path) -> None:
 def test_a_kill_anywhere_and_the_same_command_give_the_same_student(
     blockwise: Callable[..., dict[str, Any]], distily_train: Run, store: Path, tmp_path: Path
 ) -> None:
-    flags = (*FLAGS, "--bitnet-conversion", "subln", "--blockwise-steps", 60)
+    flags = (*FLAGS, "--bitnet-conversion", "subln", "--blockwise-steps", 20)
     straight, out = tmp_path / "straight", tmp_path / "killed"
     blockwise(store, *flags, out=straight)
     moments = ("states-001.bin", "block-001.json", "states-003.bin")
