@@ -119,14 +119,14 @@ def run(key: str, seed: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(directory: Path) -> dict[str, float]:
+def exact(student: Any, cache: Path, held_out: float) -> dict[str, float]:
     """Exact mean KL from the teacher and cross-entropy, nats per position, on what no row learns from."""
-    reader, student = CacheReader.open(WORK / "cache"), load_student(directory)
+    reader = CacheReader.open(cache)
     group, head = HiddenSpec(DEPTH), load_teacher(Objective.of((term("full_kl", pair=(0, 0)),)), reader).head
     assert head is not None
     weight_VD = head.weight_VD.float()
     kl = ce = count = 0.0
-    learned = set(split_cache(reader, HELD_OUT).training)
+    learned = set(split_cache(reader, held_out).training)
     for index in range(len(reader)):
         if index in learned:
             continue
@@ -279,7 +279,7 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     words = sys.argv[1:]
     if words[:1] == ["measure"]:
-        print(json.dumps(measure(Path(words[1]))))
+        print(json.dumps(exact(load_student(words[1]), WORK / "cache", HELD_OUT)))
         return
     prepare()
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

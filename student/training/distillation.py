@@ -17,7 +17,7 @@ from student.config.training_config import DistillationConfig
 from student.errors import UserError
 from student.modeling.adapters import add_adapters, has_adapters
 from student.modeling.tokenizer import load_tokenizer
-from student.training.outputs import check_output
+from student.training.outputs import check_output, check_writable
 from student.training.resume import (
     check_curriculum,
     check_kind,
@@ -26,7 +26,7 @@ from student.training.resume import (
     find_checkpoint,
     manifests_to_read,
 )
-from student.training.run import assemble, check_writable, prepare
+from student.training.run import assemble, prepare
 from student.training.trainer import CacheTrainer
 
 if TYPE_CHECKING:

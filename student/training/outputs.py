@@ -5,6 +5,7 @@ wrote it.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from featurestore.format.tokenizer_files import TOKENIZER_FILES
@@ -85,6 +86,18 @@ def remove_training(directory: Path) -> None:
                 path.unlink()
     if (directory / CARD).is_file() and not edited(directory / CARD):
         (directory / CARD).unlink()
+
+
+def check_writable(output_dir: Path) -> None:
+    """Make the directory; UserError where nothing can be written there."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {output_dir} cannot be written ({error.strerror}); choose another directory"
+        ) from error
 
 
 def _lost(source: Path, out: Path) -> bool:

@@ -18,9 +18,9 @@ from student.config.parser import Request
 from student.config.recipes import StageRequest
 from student.errors import UserError
 from student.modeling.plan import StudentPlan
-from student.training.outputs import check_output, remove_training
+from student.training.outputs import check_output, check_writable, remove_training
 from student.training.resume import last_checkpoint
-from student.training.run import build, check_writable, prepare, train
+from student.training.run import build, prepare, train
 
 RECORD = "stage.json"
 _ELSEWHERE = (

@@ -15,8 +15,8 @@ from torch import Tensor
 from student import bitnet
 from student.bitnet import chains
 from student.bitnet.master_weights import RoundingAdamW, round_stochastically
+from student.config.trainer_checks import _check_groups
 from student.errors import UserError
-from student.training.run import _check_groups
 from tests.student.test_training import BITNET, logs, weights
 
 Train = Callable[..., dict[str, Any]]
