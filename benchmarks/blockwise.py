@@ -1,8 +1,8 @@
 """Ternary blocks trained one by one, and then together, beside the same student trained as a whole alone.
 
 A student of 6 layers, spread over the demo teacher's 30, with its embeddings and head, which stay as they
-are. The cache holds every fifth state in int4 and the final ones, of SAMPLES samples of 256 tokens of the demo
-text. float32, AdamW, 2 samples a step. Norms are `subln`, calibrated; the objective is the KL to the cached
+are. The cache holds every fifth state in int4 and the final ones, of SAMPLES samples of 256 tokens of the
+demo text. float32, AdamW, 2 samples a step. Norms are `subln`, calibrated; the objective is the KL to the cached
 distribution. Blocks are trained one by one, then the whole with λ = 1. Without blocks, the student starts
 from the teacher's weights, with λ rising over three quarters of the steps (examples/recipes/ternary.yaml
 with the KL alone), and has as many steps as take the time of both parts. Time is that of the processor, as
@@ -129,8 +129,8 @@ def main() -> None:
     body = (
         f"{about}\n\n"
         + table(["student", "held-out KL, nats", "cross-entropy", "processor time"], found)
-        + f"\n\nThe blocks, on {blocks['measured_on']}: squared differences to the teacher's states relative to "
-        + "their squares.\n\n"
+        + f"\n\nThe blocks, on {blocks['measured_on']}: squared differences to the teacher's states relative "
+        + "to their squares.\n\n"
         + table(["student's layers", "teacher's state", "as rounded", "as trained"], errors)
     )
     given = f"SAMPLES={SAMPLES} BLOCK_STEPS={BLOCK_STEPS} STEPS={STEPS} python benchmarks/blockwise.py"
