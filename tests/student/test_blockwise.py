@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from distily.units import number
 from featurestore.format.schema import HiddenSpec, LogitsSpec
 from featurestore.reader import CacheReader
 from student.blockwise.module import BlockModule, relative_errors
@@ -30,7 +32,7 @@ from student.modeling.checkpoint import CheckpointTensors
 from student.modeling.plan import StudentPlan
 from student.training.run import prepare
 from tests import architectures, teachers
-from tests.command import generate, run_module
+from tests.command import call, generate, run_module
 from tests.student.caches import random_samples, save_teacher, write_cache
 from tests.tokenizers import own_bpe
 
@@ -79,6 +81,9 @@ def test_every_block_is_nearer_to_the_teacher_than_rounding(
     torch.testing.assert_close(student[name], block, rtol=0, atol=1e-8)
     assert not list((tmp_path / "out" / "blockwise").glob("states*"))
     assert "Blocks" in (tmp_path / "out" / "report.html").read_text()
+    call("distily-train", "card", tmp_path / "out")
+    error = number(made["blocks"][3]["error_after"])
+    assert re.search(rf"\| 4 +\| 3 +\| 4 .*{re.escape(error)}", (tmp_path / "out" / "README.md").read_text())
 
 
 def test_blocks_between_every_nth_state_and_of_a_selection_of_layers() -> None:
