@@ -5,8 +5,8 @@ are. The cache holds every fifth state in int4 and the final ones, of SAMPLES sa
 demo text. float32, AdamW, 2 samples a step. Norms are `subln`, calibrated; the objective is the KL to the
 cached distribution. Blocks are trained one by one, then the whole with λ = 1. Without blocks, the student
 starts from the teacher's weights, with λ rising over three quarters of the steps (the recipe ternary.yaml
-with the KL alone), and has as many steps as take the time of both parts. Time is that of the processor, as the
-system counts it for each process, since other work shares the machine.
+with the KL alone), and has as many steps as take the time of both parts. Time is that of the processor, as
+the system counts it for each process, since other work shares the machine.
 
     python benchmarks/blockwise.py    # what has not run yet, then the page
 """

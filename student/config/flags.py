@@ -128,7 +128,7 @@ class StudentOptions:
     )
     blockwise_steps: int = _flag(200, "Steps in which --init blockwise trains each block.")
     blockwise_learning_rate: float = _flag(
-        4e-3, "Peak learning rate of --init blockwise; it rises, then falls as a cosine, for each block."
+        1e-2, "Peak learning rate of --init blockwise; it rises, then falls as a cosine, for each block."
     )
     blockwise_inputs: Literal["student", "teacher"] = _flag(
         "student",
