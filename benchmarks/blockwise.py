@@ -38,7 +38,7 @@ STUDENT = (
         "--report-to",
         "none",
     ),
-    *("--eval-fraction", "0.15", "--eval-steps", "0.5", "--disable-tqdm", "True"),
+    *("--eval-fraction", "0.1", "--eval-steps", "0.5", "--disable-tqdm", "True"),
 )
 BLOCKS = ("--init", "blockwise", "--blockwise-steps", str(BLOCK_STEPS))
 WARM = ("--bitnet-warmup-weights", "0.75", "--bitnet-warmup-activations", "0.5")
@@ -78,7 +78,7 @@ def prepare() -> None:
         "--out",
         WORK / "cache",
     ]
-    command += ["--engine", "transformers", "--max-seq-len", LENGTH, "--num-samples", SAMPLES]
+    command += ["--engine", "transformers", "--pack", "--max-seq-len", LENGTH, "--num-samples", SAMPLES]
     command += ["--hidden-layers", STATES, "--hidden-dtype", "int4", "--final"]
     subprocess.run([str(word) for word in command], check=True)
 
