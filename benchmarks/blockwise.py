@@ -92,7 +92,7 @@ def rows() -> list[list[str]]:
         _row(f"blocks of {BLOCK_STEPS} steps", blocks, "first_eval", 0),
     ]
     made = float(blocks["processor_seconds"]) - float(rounded["processor_seconds"])
-    for rate in ("4e-3", "1e-3"):
+    for rate in ("1e-3", "4e-4"):
         name = f"blockwise-{rate}"
         # The blocks are the same, so they are not trained again.
         there = WORK / "students" / name / "blockwise"
@@ -100,7 +100,7 @@ def rows() -> list[list[str]]:
             shutil.copytree(WORK / "students" / "blocks" / "blockwise", there)
         whole = run(name, STEPS, "--learning-rate", rate, *BLOCKS)
         shown.append(_row(f"blocks, then {STEPS} steps at {rate}", whole, "last_eval", made))
-        if rate == "4e-3":
+        if rate == "1e-3":
             each = (float(whole["processor_seconds"]) - float(rounded["processor_seconds"])) / (STEPS - 1)
             steps = STEPS + round(made / each)
             alone = run("whole", steps, "--learning-rate", "4e-3", *WARM)
