@@ -112,8 +112,8 @@ def _row(name: str, found: dict[str, Any], when: str, before: float) -> list[str
     """before: seconds that were spent on it in another process."""
     measured = found["summary"][when]
     seconds = "" if when == "first_eval" else f"{found['processor_seconds'] + before:,.0f} s"
-    kl, error = measured["eval_kl"], measured.get("eval_kl_se", float("nan"))
-    return [name, f"{kl:.3f} ± {error:.3f}", f"{measured['eval_ce']:.3f}", seconds]
+    error = f" ± {measured['eval_kl_se']:.3f}" if "eval_kl_se" in measured else ""
+    return [name, f"{measured['eval_kl']:.3f}{error}", f"{measured['eval_ce']:.3f}", seconds]
 
 
 def main() -> None:
