@@ -116,7 +116,7 @@ class BlockwiseRun:
             "inputs": self._request.inputs,
             "steps": self._request.steps,
             "learning_rate": self._request.learning_rate,
-            "measured_on": f"{len(self._measured)} {self._on} samples",
+            "measured_on": f"{len(self._measured)} {self._on} sample{'s' * (len(self._measured) != 1)}",
             "seconds": round(sum(block["seconds"] for block in blocks), 3),
             "blocks": blocks,
         }
