@@ -2,16 +2,17 @@
 
 The teachers are the demo teacher and a copy of it that was fine-tuned on the first half of the demo text by
 plain transformers. A student of 3 layers and a third of their width, of the demo teacher's weights narrowed,
-learns from their mixture (each step a sample of 128 tokens; float32, AdamW, cosine): once with its
-embeddings, which are also its LM head, as they are, and once with all weights trained. For one seed the rows
-of either see the same batches in the same order, from the same initial weights; the seed chooses the order.
-The cached rows are the product's own commands, `distily-cache generate` for each teacher and `distily-train
-from-cache` on the stores. The live row is the same request, planned and trained by the same code, with the
-loss swapped for the KL over the whole vocabulary from the exact mixture. Both teachers are in memory for it:
-their final states of each sample, run once by transformers in float32 before the training, and their LM
-heads, which are multiplied in every step.
+learns from their mixture (samples of 128 tokens; float32, AdamW, cosine), or from the first teacher alone.
+Its embeddings, which are also its LM head, stay as they are, or all weights are trained. A further student
+has the teacher's width and starts with its embeddings, which are trained, too. For one seed the rows of a
+group see the same batches in the same order, from the same initial weights; the seed chooses the order. The
+cached rows are what `distily-train from-cache` does with its flags on the stores of
+`distily-cache generate`: `--tail` takes the first 16 or all 64 of the stored draws. The row of final states
+has an objective of one `full_kl` for each teacher, which reads no draws. The live rows are the same request,
+planned and trained by the same code, with the loss swapped for the KL over the whole vocabulary from the
+exact distribution: the teachers' final states of each sample, in float32, times their LM heads.
 
-What is compared is no loss of any row: KL(mixture‖student) in nats over the whole vocabulary, in float32, on
+What is compared is no loss of any row: KL(teachers‖student) in nats over the whole vocabulary, in float32, on
 samples that no student has learned from.
 """
 
@@ -24,31 +25,38 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from common import BIN, ROOT, RUN, table, write_result
+from common import BIN, RUN, table, write_result
 from shifted_teacher import shifted_teacher
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from featurestore.reader import CacheReader
+from featurestore.format.schema import HiddenFeatures, HiddenSpec
+from featurestore.reader import CachedSample, CacheReader
 from student.config.parser import parse
 from student.data.batches import IGNORE
 from student.data.mixture import mixed_logs
+from student.data.teacher_weights import load_parts
 from student.training.model import DistillationModel
 from student.training.plan import plan_split
 from student.training.run import assemble, prepare
 from student.training.trainer import CacheTrainer
 
 SEEDS = range(int(os.environ.get("SEEDS", "3")))
-BATCH, LENGTH, RATE = 1, 128, "2e-3"
-SAMPLES, TRAINED = 290, 150  # in the stores; that are learned from, as often as the steps take
+LENGTH = 128
+SAMPLES, TRAINED = 290, 220  # in the stores; that are learned from, as often as the steps take
+MEASURED = 24  # of the others
+DRAWS = 64  # in the stores
 WEIGHTS, HELD_OUT = (0.6, 0.4), 0.1
-SHAPE = {
+FINAL = HiddenSpec(30, "f32")
+NARROW = {
     "num_hidden_layers": 3,
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -59,60 +67,122 @@ WORK = RUN / "mixture"
 STORES = (WORK / "first", WORK / "second")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to learn. frozen: whether the student's embeddings, which are its LM head, stay as they are."""
+    """One way to learn.
 
-    name: str
-    live: bool
-    frozen: bool
+    weights: shares of the teachers; one for the first alone. frozen: whether the student's embeddings, which
+    are its LM head, stay as they are. wide: whether it has the teacher's width and starts with its
+    embeddings. batch: samples of a step. draws: of each teacher and position that are learned from; 0: none,
+    but the final states; None: live.
+    """
+
+    weights: tuple[float, ...] = WEIGHTS
+    frozen: bool = False
+    wide: bool = False
     steps: int
+    batch: int
+    draws: int | None = None
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What the rows that are compared share."""
+        return self.weights, self.frozen, self.wide, self.steps, self.batch
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The student's."""
+        return {"num_hidden_layers": 3} if self.wide else NARROW
+
+    @property
+    def rate(self) -> str:
+        """Where the embeddings are the teacher's, that of from-cache by default."""
+        return "4e-4" if self.wide else "2e-3"
+
+    @property
+    def name(self) -> str:
+        """`two caches, 16 draws`."""
+        one = len(self.weights) == 1
+        if self.draws is None:
+            return "one teacher live" if one else "both teachers live"
+        caches = "one cache" if one else "two caches"
+        return f"{caches}, {self.draws} draws" if self.draws else f"{caches}, `--final`"
 
 
 ROWS = {
-    "live_frozen": Row("both teachers live, embeddings frozen", True, True, 100),
-    "cached_frozen": Row("two caches, mixed, embeddings frozen", False, True, 100),
-    "live": Row("both teachers live, all weights trained", True, False, 200),
-    "cached": Row("two caches, mixed, all weights trained", False, False, 200),
+    f"{name}{key}": replace(row, draws=draws)
+    for name, row, choices in (
+        ("frozen", Row(frozen=True, steps=100, batch=1), (None, 16)),
+        ("one", Row(weights=(1.0,), steps=100, batch=1), (None, 16)),
+        ("both", Row(steps=100, batch=1), (None, 16, 64, 0)),
+        ("batch", Row(steps=50, batch=4), (None, 16, 64)),
+        ("large", Row(steps=30, batch=16), (None, 16)),
+        ("wide", Row(wide=True, steps=100, batch=1), (None, 16)),
+    )
+    for draws in choices
+    for key in ["" if draws is None else f"-{draws}"]
 }
 
 
-class Mixture:
-    """The exact mixture of both teachers at the positions of known samples."""
+class Teachers:
+    """Both teachers' exact distributions at the positions of known samples.
+
+    From final states and LM heads; what was asked for is kept in files, 25 MB for each sample.
+    """
 
     def __init__(self) -> None:
-        kept = torch.load(WORK / "states.pt")
-        self.ids_ST: Tensor = kept["ids"]
-        self._place = {bytes(ids.numpy().tobytes()): place for place, ids in enumerate(self.ids_ST)}
-        self._states: list[Tensor] = kept["states"]
-        self._heads: list[Tensor] = kept["heads"]
+        self._states: list[dict[bytes, Tensor]] = []
+        self._heads: list[Tensor] = []
+        for store in STORES:
+            reader = CacheReader.open(store)
+            read = [reader.read(index, [FINAL]) for index in range(len(reader))]
+            self._states.append({_key(one.tokens): _states(one) for one in read})
+            head = load_parts(reader, True, ()).head
+            assert head is not None
+            self._heads.append(head.weight_VD.float())
+        self._kept = WORK / "logs"
+        self._kept.mkdir(exist_ok=True)
 
-    def each(self, ids_BT: Tensor) -> list[Tensor]:
-        """log p of each teacher, float32 [B, T, V]."""
-        places = [self._place[ids.numpy().tobytes()] for ids in ids_BT]
-        return [
-            (states[places] @ head.t()).log_softmax(-1)
-            for states, head in zip(self._states, self._heads, strict=True)
-        ]
+    def each(self, sample: bytes) -> list[Tensor]:
+        """log p of each teacher, float32 [T, V]."""
+        pairs = zip(self._states, self._heads, strict=True)
+        return [(states[sample] @ head.t()).log_softmax(-1) for states, head in pairs]
 
-    def logs(self, ids_BT: Tensor) -> Tensor:
-        """log p of the mixture, float32 [B, T, V]."""
-        return mixed_logs(self.each(ids_BT), WEIGHTS)
+    def logs(self, sample: bytes, weights: tuple[float, ...]) -> Tensor:
+        """log p of the mixture, float32 [T, V], in a file that is mapped."""
+        name = sha256(repr((sample, weights, manifests())).encode()).hexdigest()[:32]
+        file = self._kept / f"{name}.npy"
+        if not file.is_file():
+            partial = self._kept / f"{name}-{os.getpid()}.npy"
+            np.save(partial, mixed_logs(self.each(sample)[: len(weights)], weights).numpy())
+            partial.rename(file)
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+
+def _key(ids_T: Any) -> bytes:
+    """The name of a sample, of its tokens in either library."""
+    return np.asarray(ids_T, np.int64).tobytes()
+
+
+def _states(sample: CachedSample) -> Tensor:
+    """float32 [T, D], read-only."""
+    features = sample.features[FINAL]
+    assert isinstance(features, HiddenFeatures)
+    return torch.from_numpy(features.values)
 
 
 class LiveTeachers(DistillationModel):
-    """KL over the whole vocabulary from both teachers' mixture."""
+    """KL over the whole vocabulary from the teachers' mixture."""
 
-    def __init__(self, planned: DistillationModel, teachers: Mixture) -> None:
+    def __init__(self, planned: DistillationModel, teachers: Teachers, weights: tuple[float, ...]) -> None:
         super().__init__(planned.student, planned.objective)
-        self._live = teachers
+        self._live, self._mixed_by = teachers, weights
 
     def forward(self, input_ids: Tensor, labels: Tensor, **rest: Any) -> dict[str, Tensor]:
         if not self.training:  # what the product measures on its way is no part of the study
             return super().forward(input_ids, labels, **rest)
         learned = labels != IGNORE
-        with torch.no_grad():
-            wanted = self._live.logs(input_ids)[learned]
+        wanted = torch.stack([self._live.logs(_key(ids_T), self._mixed_by) for ids_T in input_ids])[learned]
         own = self.student(input_ids=input_ids, use_cache=False).logits[learned].log_softmax(-1)
         total = torch.nn.functional.kl_div(own, wanted, log_target=True, reduction="sum")
         loss = total / rest["num_items_in_batch"]
@@ -120,124 +190,119 @@ class LiveTeachers(DistillationModel):
 
 
 @torch.no_grad()
-def measure(student: Any, teachers: Mixture) -> float:
-    """Mean KL from the mixture, nats per position, over the whole vocabulary, on the held-out samples."""
-    total, count = 0.0, 0
+def measure(student: Any, teachers: Teachers, weights: tuple[float, ...]) -> list[float]:
+    """KL from the mixture of each held-out sample, nats per position, over the whole vocabulary."""
+    found = []
     for ids_1T in held_out():
-        log_p_TV = teachers.logs(ids_1T)[0, :-1]
-        log_q_TV = student(input_ids=ids_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        total += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
-        count += len(log_q_TV)
-    return total / count
+        log_p_TV = teachers.logs(_key(ids_1T[0]), weights)[:-1]
+        log_q_TV = student(input_ids=ids_1T, use_cache=False).logits[0, :-1].log_softmax(-1)
+        found.append(float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean()))
+    return found
 
 
+@cache
 def held_out() -> list[Tensor]:
-    """Tokens [1, T] of each held-out sample."""
+    """Tokens [1, T] of MEASURED samples that are not learned from, spread evenly over these."""
     reader = CacheReader.open(STORES[0])
-    chosen = plan_split(reader, HELD_OUT).held_out
+    trained = set(plan_split(reader, HELD_OUT, TRAINED).training)
+    others = [index for index in range(len(reader)) if index not in trained]
+    chosen = [others[len(others) * place // MEASURED] for place in range(MEASURED)]
     return [torch.from_numpy(reader.read(index, []).tokens).long()[None] for index in chosen]
 
 
 def flags(row: Row, seed: int, out: str) -> list[str]:
     """Of from-cache."""
-    weights = ",".join(map(str, WEIGHTS))
-    return [
-        *map(str, STORES),
+    several = len(row.weights) > 1
+    asked = [
+        *map(str, STORES if several else STORES[:1]),
+        *("--output-dir", out, "--seed", str(seed), "--max-steps", str(row.steps)),
+        *("--student-model-config", json.dumps(row.shape), "--teacher", str(RUN / "teacher"), "--no-bf16"),
         *(
-            "--teacher-weights",
-            weights,
-            "--output-dir",
-            out,
-            "--seed",
-            str(seed),
-            "--max-steps",
-            str(row.steps),
+            "--per-device-train-batch-size",
+            str(row.batch),
+            "--learning-rate",
+            row.rate,
+            "--save-strategy",
+            "no",
         ),
-        *("--student-model-config", json.dumps(SHAPE), "--teacher", str(RUN / "teacher"), "--no-bf16"),
-        *("--per-device-train-batch-size", str(BATCH), "--learning-rate", RATE, "--save-strategy", "no"),
         *("--eval-fraction", str(HELD_OUT), "--train-samples", str(TRAINED), "--eval-strategy", "no"),
-        *("--report-to", "none", "--quiet", "--freeze-embeddings", str(row.frozen)),
+        *("--freeze-embeddings", str(row.frozen)),
     ]
+    if row.draws == 0:
+        terms = [
+            {"loss": "full_kl", "weight": weight, "teacher": number}
+            for number, weight in enumerate(row.weights)
+        ]
+        objective = Path(out) / "objective.json"
+        objective.write_text(json.dumps({"terms": terms}))
+        return [*asked, "--objective", str(objective)]
+    draws = ["--tail", str(row.draws)] if row.draws else []
+    return [*asked, *draws, *(["--teacher-weights", ",".join(map(str, row.weights))] if several else [])]
 
 
-def train_live(row: Row, seed: int, out: str, teachers: Mixture) -> Any:
-    """The student that both teachers have taught, from the request of the cached row."""
-    assembled = assemble(prepare(parse(flags(row, seed, out))))
-    model = LiveTeachers(assembled.model, teachers)
-    trainer = CacheTrainer(**assembled.for_trainer() | {"model": model})
-    trainer.train()
+def train(row: Row, seed: int, teachers: Teachers) -> Any:
+    """The student that a row makes."""
+    with tempfile.TemporaryDirectory() as out:
+        assembled = assemble(prepare(parse(flags(row, seed, out))))
+        model = assembled.model
+        if row.draws is None:
+            model = LiveTeachers(model, teachers, row.weights)
+        CacheTrainer(**assembled.for_trainer() | {"model": model}).train()
     return model.student.eval()
 
 
-def train_cached(row: Row, seed: int, out: str) -> Any:
-    """The student that the command makes."""
-    command = [BIN / "distily-train", "from-cache", *flags(row, seed, out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-
-
-def run(key: str, seed: int) -> None:
+def run(key: str, seed: int, teachers: Teachers) -> None:
     """One row with one seed; leaves its result beside the others."""
-    row, teachers = ROWS[key], Mixture()
-    with tempfile.TemporaryDirectory() as out:
-        trained = train_live(row, seed, out, teachers) if row.live else train_cached(row, seed, out)
-        found = {"settings": settings(row), "kl": measure(trained, teachers)}
+    row = ROWS[key]
+    found = {"settings": settings(row), "kl": measure(train(row, seed, teachers), teachers, row.weights)}
     partial = result_file(key, seed).with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.rename(result_file(key, seed))
 
 
+@cache
+def manifests() -> list[str]:
+    """What the stores hold."""
+    return [CacheReader.open(store).manifest_digest for store in STORES]
+
+
 def settings(row: Row) -> dict[str, Any]:
     """What makes results comparable."""
-    manifests = [CacheReader.open(store).manifest_digest for store in STORES]
-    return {"manifests": manifests, "steps": row.steps, "trained": TRAINED, "rate": RATE, "shape": SHAPE}
+    own = {name: value for name, value in asdict(row).items() if name not in ("wide", "weights")}
+    own |= {"weights": list(row.weights), "shape": row.shape, "rate": row.rate}
+    return {"manifests": manifests(), "trained": TRAINED, "measured": MEASURED} | own
 
 
 def result_file(key: str, seed: int) -> Path:
     return WORK / f"{key}-{seed}.json"
 
 
-def result(key: str, seed: int) -> float | None:
-    """The KL that a run has come to; None where it has not ended yet or had other settings."""
+def result(key: str, seed: int) -> list[float] | None:
+    """The KL of each held-out sample that a run has come to; None where it has not ended yet or had other
+    settings.
+    """
     file = result_file(key, seed)
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return found["kl"] if found.get("settings") == settings(ROWS[key]) else None
 
 
 def prepare_stores() -> None:
-    """A store of each teacher, and the final states and LM heads of both."""
-    teachers = (RUN / "teacher", shifted_teacher())
-    for seed, (teacher, store) in enumerate(zip(teachers, STORES, strict=True)):
+    """A store of each teacher: head, draws, and final states in float32."""
+    for seed, (teacher, store) in enumerate(zip((RUN / "teacher", shifted_teacher()), STORES, strict=True)):
         command = [
             *(BIN / "distily-cache", "generate", teacher, RUN / "topics.jsonl", "--out", store),
             *("--engine", "transformers", "--dtype", "float32", "--pack", "--max-seq-len", str(LENGTH)),
             *("--num-samples", str(SAMPLES), "--seed", str(seed)),
+            *("--top-k", "12", "--top-p", "0.7", "--tail", str(DRAWS), "--final", "--hidden-dtype", "f32"),
         ]
         subprocess.run(command, check=True)
-    if (WORK / "states.pt").is_file():
-        return
-    reader = CacheReader.open(STORES[0])
-    split = plan_split(reader, HELD_OUT, TRAINED)
-    chosen = [*split.training, *split.held_out]
-    ids_ST = torch.stack([torch.from_numpy(reader.read(i, []).tokens).long() for i in chosen])
-    kept: dict[str, Any] = {"ids": ids_ST, "states": [], "heads": []}
-    for teacher in teachers:
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-        with torch.no_grad():
-            states = [model.model(ids[None], use_cache=False).last_hidden_state[0] for ids in ids_ST]
-        kept["states"].append(torch.stack(states))
-        kept["heads"].append(model.lm_head.weight.detach())
-    torch.save(kept, WORK / "partial.pt")
-    (WORK / "partial.pt").rename(WORK / "states.pt")
 
 
-@torch.no_grad()
-def apart() -> tuple[float, float]:
+def apart(teachers: Teachers) -> tuple[float, float]:
     """Mean KL(first‖second) and Jensen-Shannon divergence of the teachers on held-out samples, nats."""
-    teachers = Mixture()
     kl, js = [], []
     for ids_1T in held_out():
-        one, other = (log_p_1TV[0, :-1] for log_p_1TV in teachers.each(ids_1T))
+        one, other = (log_p_TV[:-1] for log_p_TV in teachers.each(_key(ids_1T[0])))
         mixed = mixed_logs([one, other], WEIGHTS)
         kl.append(float((one.exp() * (one - other)).sum(-1).mean()))
         parts = [float((p.exp() * (p - mixed)).sum(-1).mean()) for p in (one, other)]
@@ -245,48 +310,58 @@ def apart() -> tuple[float, float]:
     return statistics.mean(kl), statistics.mean(js)
 
 
+def report() -> str:
+    """The table of the runs that have ended. Each ratio is taken within a seed."""
+    lines = []
+    for (_, frozen, wide, steps, batch), group in groupby(ROWS, lambda key: ROWS[key].group):
+        keys = list(group)
+        live = [result(keys[0], seed) for seed in SEEDS]
+        for key in keys:
+            pairs = [(result(key, seed), other) for seed, other in enumerate(live)]
+            known = [(statistics.mean(one), statistics.mean(other)) for one, other in pairs if one and other]
+            if not known:
+                continue
+            ratios = [one / other for one, other in known]
+            lines.append(
+                [
+                    "frozen" if frozen else "trained, the teacher's" if wide else "trained",
+                    f"{steps} × {batch}",
+                    ROWS[key].name,
+                    _spread([one for one, _ in known]),
+                    "1" if key == keys[0] else f"{_spread(ratios)} ({len(ratios)})",
+                    "" if key == keys[0] else "yes" if abs(statistics.mean(ratios) - 1) < 0.01 else "**no**",
+                ]
+            )
+    header = ["embeddings and LM head", "steps × samples", "learns from", "held-out KL, nats"]
+    return table([*header, "of live (seeds)", "within 1 %"], lines)
+
+
 def main() -> None:
-    """Run what is missing, one after the other, and print a table."""
+    """Run what is missing of all rows, or of those that the command names; print a table of all results."""
     prepare_stores()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for frozen in (True, False):
-        for seed, key in product(SEEDS, _rows(frozen)):
+    teachers = Teachers()
+    for seed in SEEDS:
+        for key in sys.argv[1:] or ROWS:
             if result(key, seed) is None:
-                subprocess.run([sys.executable, __file__, key, str(seed)], env=environment, check=True)
-            print(key, seed, result(key, seed), flush=True)
-    rows, claims = [], []
-    for frozen in (True, False):
-        live, cached = ([result(key, seed) or math.nan for seed in SEEDS] for key in _rows(frozen))
-        ratios = [one / other for one, other in zip(cached, live, strict=True)]
-        names = [ROWS[key].name for key in _rows(frozen)]
-        rows += [[names[0], _spread(live), "1"], [names[1], _spread(cached), _spread(ratios)]]
-        within = "yes" if abs(statistics.mean(ratios) - 1) < 0.01 else "**no**"
-        claims.append(f"{within} for {names[1]} (by seed {', '.join(f'{ratio:.4f}' for ratio in ratios)})")
-    kl, js = apart()
+                run(key, seed, teachers)
+            print(key, seed, statistics.mean(result(key, seed) or [math.nan]), flush=True)
+    kl, js = apart(teachers)
     intro = (__doc__ or "").split("\n", 2)[2].strip()
     body = (
         f"{intro}\n\nThe mixture is {WEIGHTS[0]} of the first teacher and {WEIGHTS[1]} of the second. On the "
         f"held-out samples the second is {kl:.3f} nats from the first, and their (generalised) Jensen-"
-        f"Shannon divergence is {js:.3f} nats. {TRAINED} samples are learned from, in "
-        f"{ROWS['live_frozen'].steps} steps with frozen embeddings, and in {ROWS['live'].steps} where all "
-        f"weights are trained; {len(SEEDS)} seeds.\n\n"
-        + table(["", "held-out KL to the mixture, nats", "of live, by seed"], rows)
-        + f"\n\nMean ± standard deviation. Within 1 % of live in held-out KL: {'; '.join(claims)}."
+        f"Shannon divergence is {js:.3f} nats. {TRAINED} samples are learned from; {MEASURED} others are "
+        f"measured, {MEASURED * (LENGTH - 1):,} positions.\n\n{report()}\n\nMean ± standard deviation over "
+        "the seeds, whose number is in brackets. Draws and held-out samples are the same in each seed."
     )
     write_result("mixture_quality", "What a student learns from two teachers: live and cached", body)
 
 
-def _rows(frozen: bool) -> list[str]:
-    """The live one, and the cached one."""
-    return [key for key, row in ROWS.items() if row.frozen == frozen]
-
-
 def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        run(sys.argv[1], int(sys.argv[2]))
-    else:
-        main()
+    main()

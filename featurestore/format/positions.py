@@ -23,6 +23,11 @@ def kept_positions(
     """int32 [n], ascending: the positions of a sample of `length` that are in a share and not in the smaller
     one `above`.
     """
-    key = blake3(_DOMAIN + seed.to_bytes(8, "little") + bytes.fromhex(sample_id)).digest(8)
-    u_T = uniforms(key, 0, length)
+    u_T = position_draws(sample_id, length, seed)
     return np.flatnonzero((u_T >= above) & (u_T < share)).astype(np.int32)
+
+
+def position_draws(sample_id: str, length: int, seed: int) -> npt.NDArray[np.float64]:
+    """float64 [T]: u of each position of a sample of `length`, uniform in [0, 1)."""
+    key = blake3(_DOMAIN + seed.to_bytes(8, "little") + bytes.fromhex(sample_id)).digest(8)
+    return uniforms(key, 0, length)

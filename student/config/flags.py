@@ -210,8 +210,9 @@ class StudentOptions:
         "commas between, e.g. 'surprise<8,entropy>0.5'. Measures are entropy, of the first STORE's teacher; "
         "surprise, -log of its probability of the actual next token; and disagreement, how far the surprises "
         "of several teachers are apart. X is in nats, or with a percent sign a quantile of the training "
-        "positions, which takes a pass over the cache before training. Held-out metrics keep all positions, "
-        "so that runs compare.",
+        "positions, which takes a pass over the cache before training. 'random<25%' learns a random quarter, "
+        "whatever the teacher says. The LM head is computed at these positions only, so a step takes less "
+        "time. Held-out metrics keep all positions, so that runs compare.",
     )
     weight: str | None = _flag(
         None,

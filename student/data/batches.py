@@ -91,7 +91,7 @@ class CachedDataset(torch.utils.data.Dataset[CodedSample]):
     def _taught(self, sample: CodedSample, codes: Sequence[LogitsCodes | None]) -> CodedSample:
         """A sample as the curriculum has it learned; codes: what measures are read from, of each cache."""
         assert self.curriculum is not None
-        learned, weight = self.curriculum.apply(codes, sample.loss_mask)
+        learned, weight = self.curriculum.apply(sample, codes)
         if not isinstance(sample, WeighedSample):
             sample = WeighedSample(
                 **{field.name: getattr(sample, field.name) for field in fields(CodedSample)}

@@ -4,6 +4,7 @@ quantiles, and what share of the positions is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -13,21 +14,22 @@ from featurestore.errors import MissingFeatureError
 from featurestore.format.codec import ROW_STEPS
 from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import LogitsSpec
-from featurestore.reader import CacheReader
-from student.data.measures import Array, Condition, Curriculum, measure
+from featurestore.reader import CacheReader, CodedSample
+from student.data.batches import codes_of
+from student.data.measures import RANDOM, Array, Condition, Curriculum, measure
 from student.data.stores import CacheStores
 from student.errors import UserError
 
 SAMPLES = 256  # that are looked at to say what share of the positions is left
 _MOST = 2**20  # codes of a measure; more nats than any vocabulary allows
 
-Positions = tuple[list[LogitsCodes | None], Array]  # codes of a sample for each cache, its loss mask
+Positions = tuple[CodedSample, list[LogitsCodes | None]]  # a sample, and its codes of each cache
 
 
 def plan_curriculum(asked: Curriculum, stores: CacheStores, training: Sequence[int]) -> Curriculum | None:
     """What --select and --weight ask for, on these caches; None where neither is given.
 
-    Bounds that are quantiles cost a pass over the training set; those in nats none.
+    Bounds that are quantiles cost a pass over the training set; those in nats, and random shares, none.
 
     training: the samples that are trained on, in the numbers of the first cache.
 
@@ -37,11 +39,13 @@ def plan_curriculum(asked: Curriculum, stores: CacheStores, training: Sequence[i
     if not asked.measures:
         return None
     asked = replace(asked, specs=_specs(asked, stores))
-    if any(condition.percent is not None for condition in asked.conditions):
-        counts = _histograms(asked.measures, _read(stores, asked.specs, training))
-        asked = replace(
-            asked, conditions=tuple(_bounded(one, counts[one.measure]) for one in asked.conditions)
+    quantiles = [one.measure for one in asked.conditions if math.isnan(one.bound)]
+    if quantiles:
+        counts = _histograms(quantiles, _read(stores, asked.specs, training))
+        bounded = (
+            _bounded(one, counts[one.measure]) if one.measure in counts else one for one in asked.conditions
         )
+        asked = replace(asked, conditions=tuple(bounded))
     return replace(asked, said=_say(asked, stores, training))
 
 
@@ -62,8 +66,9 @@ def _specs(asked: Curriculum, stores: CacheStores) -> tuple[LogitsSpec | None, .
             "choose entropy or surprise"
         )
     specs: list[LogitsSpec | None] = []
+    known = [one for one in asked.measures if one != RANDOM]
     for store, reader in enumerate(stores.readers):
-        measures = asked.measures if store == 0 else [one for one in asked.measures if one == "disagreement"]
+        measures = known if store == 0 else [one for one in known if one == "disagreement"]
         specs.append(_spec(asked, measures, reader, stores.names[store]) if measures else None)
     return tuple(specs)
 
@@ -89,26 +94,19 @@ def _read(
     stores: CacheStores, specs: Sequence[LogitsSpec | None], indices: Iterable[int]
 ) -> Iterator[Positions]:
     for index in indices:
-        codes: list[LogitsCodes | None] = []
-        for store, spec in enumerate(specs):
-            if spec is None:
-                codes.append(None)
-                continue
-            sample = stores.readers[store].read_codes(stores.index(store, index), [spec])
-            found = sample.features[spec]
-            assert isinstance(found, LogitsCodes)
-            codes.append(found)
-            if store == 0:
-                loss_mask = sample.loss_mask
-        yield codes, loss_mask
+        samples = [
+            reader.read_codes(stores.index(store, index), [] if spec is None else [spec])
+            for store, (reader, spec) in enumerate(zip(stores.readers, specs, strict=True))
+        ]
+        yield samples[0], [codes_of(sample, spec) for sample, spec in zip(samples, specs, strict=True)]
 
 
 def _histograms(measures: Sequence[str], positions: Iterable[Positions]) -> dict[str, Array]:
     """For each measure, how many learned positions have 0, 1, 2, ... steps of 1/64 nat; int64."""
     counts = {name: np.zeros(1, np.int64) for name in measures}
-    for codes, loss_mask in positions:
+    for sample, codes in positions:
         for name, before in counts.items():
-            values = measure(name, codes)[:-1][loss_mask[1:]]
+            values = measure(name, sample, codes)[:-1][sample.loss_mask[1:]]
             steps = np.rint(values[np.isfinite(values)] * ROW_STEPS).clip(0, _MOST).astype(np.int64)
             counts[name] = np.bincount(steps, minlength=len(before))
             counts[name][: len(before)] += before
@@ -129,11 +127,11 @@ def _say(asked: Curriculum, stores: CacheStores, training: Sequence[int]) -> str
     looked_at = stores.first.catalogue.smallest(SAMPLES, training)
     before = after = unknown = 0
     weights = 0.0
-    for codes, loss_mask in _read(stores, asked.specs, looked_at):
-        learned, weight_T = asked.apply(codes, loss_mask)
-        known_T = np.all([np.isfinite(measure(name, codes)) for name in asked.measures], axis=0)
-        before += int(loss_mask[1:].sum())
-        unknown += int((loss_mask[1:] & ~known_T[:-1]).sum())
+    for sample, codes in _read(stores, asked.specs, looked_at):
+        learned, weight_T = asked.apply(sample, codes)
+        known_T = np.all([np.isfinite(measure(name, sample, codes)) for name in asked.measures], axis=0)
+        before += int(sample.loss_mask[1:].sum())
+        unknown += int((sample.loss_mask[1:] & ~known_T[:-1]).sum())
         after += int(learned.sum())
         if weight_T is not None:
             weights += float(weight_T[:-1][learned[1:]].sum(dtype=np.float64))
@@ -152,7 +150,7 @@ def _say(asked: Curriculum, stores: CacheStores, training: Sequence[int]) -> str
     parts += [
         f"{one.percent:g}% of the positions have a {one.measure} of at most {one.bound:.4g} nats"
         for one in asked.conditions
-        if one.percent is not None
+        if one.percent is not None and one.measure != RANDOM
     ]
     parts += [f"their mean {asked.weight} is {weights / after:.4g} nats"] if asked.weight else []
     parts += [f"{unknown / before:.1%} are left out since it is not known of them"] if unknown else []

@@ -5,10 +5,12 @@ A measure is a number of each position t, in nats, about the prediction of token
     entropy       of the teacher's whole distribution
     surprise      -log p(token t + 1) of the teacher
     disagreement  of several teachers: the largest surprise less the smallest, |s_1 - s_2| of two
+    random        no measure of anything, in [0, 1): `generate --hidden-positions` chooses by the same one
 
-Entropy and surprise are those of the first cache's teacher. All are read from the stored codes, whose steps
-are 1/64 nat; NaN where the cache does not know it. "Not All Tokens Are What You Need" (arXiv:2404.07965)
-selects positions by such a number.
+Entropy and surprise are those of the first cache's teacher. Measures are read from the stored codes, whose
+steps are 1/64 nat; NaN where the cache does not know it. The random number follows from the sample's id and
+the position, so a share of the positions is the same in every run and holds all smaller ones. "Not All
+Tokens Are What You Need" (arXiv:2404.07965) selects positions by a measure.
 
 T positions of a sample.
 """
@@ -25,12 +27,14 @@ import numpy.typing as npt
 
 from featurestore.format.codec import decode_entropy, decode_labels
 from featurestore.format.codes import LogitsCodes
+from featurestore.format.positions import position_draws
 from featurestore.format.schema import LogitsSpec
 from featurestore.reader import CodedSample
 from student.errors import UserError
 
 Array = npt.NDArray[Any]
 MEASURES = ("entropy", "surprise", "disagreement")
+RANDOM = "random"
 _CONDITION = re.compile(r"\s*([a-z]+)\s*([<>])\s*([0-9]+(?:\.[0-9]+)?)\s*(%?)\s*")
 
 
@@ -88,28 +92,33 @@ class Curriculum:
         named = [condition.measure for condition in self.conditions]
         return tuple(dict.fromkeys([*named, self.weight] if self.weight else named))
 
-    def apply(self, codes: Sequence[LogitsCodes | None], loss_mask: Array) -> tuple[Array, Array | None]:
+    def apply(self, sample: CodedSample, codes: Sequence[LogitsCodes | None]) -> tuple[Array, Array | None]:
         """(which tokens of a sample are learned, bool [T]; weights of its positions, float32 [T] or None).
 
         Position t decides on token t + 1. A token is learned if it was and all conditions hold; one whose
         weight is not known is not.
 
-        codes: of the sample, for each cache; loss_mask: bool [T].
+        codes: of the sample, for each cache.
         """
-        values = {name: measure(name, codes) for name in self.measures}
-        keep_T = np.ones(len(loss_mask), np.bool_)
+        values = {name: measure(name, sample, codes) for name in self.measures}
+        keep_T = np.ones(len(sample.loss_mask), np.bool_)
         for condition in self.conditions:
             keep_T &= condition.holds(values[condition.measure])
         weight_T = values[self.weight] if self.weight else None
         if weight_T is not None:
             keep_T &= np.isfinite(weight_T)
-        learned = np.zeros_like(loss_mask)  # nothing predicts the first token
-        learned[1:] = loss_mask[1:] & keep_T[:-1]
+        learned = np.zeros_like(sample.loss_mask)  # nothing predicts the first token
+        learned[1:] = sample.loss_mask[1:] & keep_T[:-1]
         return learned, weight_T
 
 
-def measure(name: str, codes: Sequence[LogitsCodes | None]) -> Array:
-    """A measure of each position of a sample, float32 [T], nats. codes: for each cache."""
+def measure(name: str, sample: CodedSample, codes: Sequence[LogitsCodes | None]) -> Array:
+    """A measure of each position of a sample, float32 [T], nats; or the random number, float64 [T].
+
+    codes: of the sample, for each cache.
+    """
+    if name == RANDOM:
+        return position_draws(sample.id, len(sample.loss_mask), seed=0)
     first = codes[0]
     if name == "disagreement":
         surprises = [-decode_labels(one.label_logprob) for one in codes if one is not None]
@@ -132,21 +141,24 @@ def _condition(part: str, text: str) -> Condition:
             "or a quantile in %, several with commas between, e.g. 'surprise<8,entropy>20%'"
         )
     name, sign, number, percent = found.groups()
-    _check_measure(name, f"--select {text!r}")
+    _check_measure(name, f"--select {text!r}", (*MEASURES, RANDOM))
     value = float(number)
+    if name == RANDOM and not percent:
+        raise UserError(f"--select {text!r}: give a random share in %, e.g. 'random<25%'")
     if percent and not 0 < value < 100:
         raise UserError(f"--select {text!r}: give a quantile above 0% and below 100%")
     if percent:
-        return Condition(measure=name, above=sign == ">", bound=np.nan, percent=value)
+        bound = value / 100 if name == RANDOM else np.nan
+        return Condition(measure=name, above=sign == ">", bound=bound, percent=value)
     return Condition(measure=name, above=sign == ">", bound=value)
 
 
 def parse_weight(text: str) -> str:
     """The measure of --weight; UserError for none that there is."""
-    _check_measure(text, f"--weight {text!r}")
+    _check_measure(text, f"--weight {text!r}", MEASURES)
     return text
 
 
-def _check_measure(name: str, where: str) -> None:
-    if name not in MEASURES:
-        raise UserError(f"{where}: {name!r} is no measure; choose {', '.join(MEASURES)}")
+def _check_measure(name: str, where: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UserError(f"{where}: {name!r} is no measure; choose {', '.join(known)}")

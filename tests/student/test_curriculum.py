@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distily import DistillationConfig, DistillationTrainer, Experiment
+from featurestore.format.positions import kept_positions
 from featurestore.format.schema import HiddenSpec, LogitsFeatures, LogitsSpec
 from featurestore.reader import CacheReader
 from student.data.batches import IGNORE, CachedDataset, Collator
@@ -88,6 +89,22 @@ def test_a_sample_is_learned_where_all_conditions_hold(
         if weight:
             wanted = np.where(mask[1:], values[weight][:-1], 0.0)
             assert batch["weight"][0, :-1].tolist() == wanted.astype(np.float32).tolist()
+
+
+def test_a_random_share_is_that_of_hidden_positions_and_its_complement(cache: Path) -> None:
+    """Alone it reads no distribution."""
+    reader = CacheReader.open(cache)
+    sides = [bound(select, None, cache) for select in ("random<30%", "random>30%", "random<30%,entropy>4")]
+    assert [one.specs == (None,) for one in sides] == [True, True, False]
+    samples = [[CachedDataset(reader, range(9), SPECS, one)[index] for index in range(9)] for one in sides]
+    for index, (below, above, both) in enumerate(zip(*samples, strict=True)):
+        mask = reader.read(index, []).loss_mask[1:]
+        inside = np.zeros(len(mask) + 1, np.bool_)
+        inside[kept_positions(below.id, len(mask) + 1, 0.3, seed=0)] = True
+        assert below.loss_mask[1:].tolist() == (mask & inside[:-1]).tolist()
+        assert above.loss_mask[1:].tolist() == (mask & ~inside[:-1]).tolist()
+        unsure = measures(reader, index)["entropy"][:-1] > 4
+        assert both.loss_mask[1:].tolist() == (mask & inside[:-1] & unsure).tolist()
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -239,6 +256,8 @@ def test_a_run_resumes_with_its_own_flags_alone(
         (("--select", "entropy<-1"), "'entropy<-1' is no condition"),
         (("--select", "entropy<100%"), "a quantile above 0% and below 100%"),
         (("--weight", "loss"), "--weight 'loss': 'loss' is no measure"),
+        (("--select", "random<0.5"), "give a random share in %, e.g. 'random<25%'"),
+        (("--weight", "random"), "'random' is no measure; choose entropy, surprise, disagreement"),
         (("--select", "surprise>90"), "--select 'surprise>90': the measures leave nothing to learn"),
         (("--select", "disagreement>1"), "one teacher agrees with itself; give two STOREs or more"),
         (("--weight", "disagreement"), "--weight disagreement: one teacher agrees with itself"),
