@@ -4,6 +4,8 @@ from student.bitnet.annealing import Annealing, soften_weight
 from student.bitnet.calibration import (
     Drift,
     convert_calibrated,
+    convert_layers,
+    convert_trained,
     curvatures,
     relative_temperatures,
     set_relative_temperatures,
@@ -56,7 +58,9 @@ __all__ = [
     "conversion_of",
     "convert",
     "convert_calibrated",
+    "convert_layers",
     "convert_student",
+    "convert_trained",
     "curvatures",
     "halve_masters",
     "int_mm",

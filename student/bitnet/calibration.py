@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from student.bitnet.convert import convert_student, norm_epsilon, normed
+from student.bitnet.convert import convert, convert_student, norm_epsilon, normed
 from student.bitnet.linear import FULL, Strengths, bit_linears, set_strengths
 
 ASYNCHRONY = 0.4  # how far apart temperatures are; the best of seven in Hestia (arXiv:2601.20745)
@@ -66,24 +66,70 @@ def convert_calibrated(student: Any, conversion: str, samples: Sequence[Tensor])
     samples: token ids, int64 [T] each; a single one serves for both. The student stays in the mode it is in.
     """
     measured = samples[1::2] or samples
-    layers, eps = student.get_decoder().layers, norm_epsilon(student.config)
-    names, training = normed(layers, conversion), student.training
+    layers, training = student.get_decoder().layers, student.training
     student.eval()
-    sizes = {name: _Sizes(layers.get_submodule(name).in_features, eps) for name in names}
-    handles = [
-        layers.get_submodule(name).register_forward_pre_hook(_adder(sums)) for name, sums in sizes.items()
-    ]
-    final_states(student, samples[::2])
-    for handle in handles:
-        handle.remove()
     before = final_states(student, measured)
-    convert_student(student, conversion)
-    for name, sums in sizes.items():
-        layers.get_submodule(name).rms_norm.weight.copy_(sums.weight())
+    convert_layers(
+        layers, conversion, norm_epsilon(student.config), lambda: final_states(student, samples[::2])
+    )
     drift = Drift(
-        norms=distance(before, final_states(student, measured, Strengths(0, 0, 1))) if names else None,
+        norms=distance(before, final_states(student, measured, Strengths(0, 0, 1)))
+        if conversion != "none"
+        else None,
         quantised=distance(before, final_states(student, measured)),
     )
+    student.train(training)
+    return drift
+
+
+@torch.no_grad()
+def convert_layers(layers: nn.ModuleList, conversion: str, eps: float, run: Callable[[], object]) -> None:
+    """Convert decoder layers, with norms calibrated on what passes them.
+
+    Args:
+        layers: in full precision.
+        conversion: of `convert.CONVERSIONS`.
+        eps: of the norms that are added.
+        run: has some samples pass the layers.
+    """
+    names = normed(layers, conversion)
+    linears: dict[str, Any] = {name: layers.get_submodule(name) for name in names}
+    sizes = {name: _Sizes(linear.in_features, eps) for name, linear in linears.items()}
+    handles = [linears[name].register_forward_pre_hook(_adder(sums)) for name, sums in sizes.items()]
+    if names:
+        run()
+    for handle in handles:
+        handle.remove()
+    convert(layers, names, eps)
+    for name, sums in sizes.items():
+        converted: Any = layers.get_submodule(name)
+        converted.rms_norm.weight.copy_(sums.weight())
+
+
+@torch.no_grad()
+def convert_trained(
+    student: Any, conversion: str, trained: Iterable[Mapping[str, Tensor]], samples: Sequence[Tensor]
+) -> Drift | None:
+    """Convert a full-precision student and give it weights that were trained in converted layers.
+
+    Args:
+        student: in full precision; it stays in the mode it is in.
+        conversion: of `convert.CONVERSIONS`.
+        trained: weights by their names in the student, part by part.
+        samples: as of `convert_calibrated`.
+
+    Returns:
+        How far the student moved; None without samples.
+    """
+    training = student.training
+    student.eval()
+    before = final_states(student, samples) if samples else []
+    convert_student(student, conversion)
+    parameters = dict(student.named_parameters())
+    for part in trained:
+        for name, tensor in part.items():
+            parameters[name].copy_(tensor)
+    drift = Drift(norms=None, quantised=distance(before, final_states(student, samples))) if samples else None
     student.train(training)
     return drift
 

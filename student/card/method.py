@@ -9,6 +9,8 @@ from typing import Any
 from distily.safety.markdown import command, cut, link, section, table
 from distily.units import duration, number, size
 from student.losses.catalogue import EXACTNESS, Loss, catalogue
+from student.report.blocks import HEADER as HEADER_OF_BLOCKS
+from student.report.blocks import block_rows, blocks_words
 from student.report.files import RunFiles, number_in, rows_in
 from student.report.savings import capture_seconds, savings
 from student.report.teachers import HEADER, matched, rows, stores
@@ -54,6 +56,12 @@ def architectures(run: RunFiles) -> str:
     ]
     known = [row for row in rows if row[1:] != ("–", "–")]
     return section("Teacher and student", table(("", "teacher", "student"), known))
+
+
+def blocks(run: RunFiles) -> str:
+    """How blocks ended that were trained one by one."""
+    rows = [tuple(cell if isinstance(cell, str) else number(cell) for cell in row) for row in block_rows(run)]
+    return section("Blocks", blocks_words(run), table(HEADER_OF_BLOCKS, rows)) if rows else ""
 
 
 def cache(run: RunFiles) -> str:

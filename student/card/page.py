@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from distily.safety.markdown import fence, line, section, table, text
 from distily.units import number
 from student.card.metadata import stock, ternary
-from student.card.method import architectures, break_even, cache, objective, training
+from student.card.method import architectures, blocks, break_even, cache, objective, training
 from student.card.results import HELD_OUT, Result, results
 from student.report.files import RunFiles
 from student.report.teachers import matched, stores
@@ -41,6 +41,7 @@ def card_page(run: RunFiles, data: ModelCardData, plots: Sequence[tuple[str, str
         _use(run),
         _results(run, plots),
         architectures(run),
+        blocks(run),
         objective(run),
         cache(run),
         training(run),

@@ -118,10 +118,23 @@ class StudentOptions:
         "products of gradients rounded to int8, wherever they point the same way (cosine 0.999, measured "
         "every 25 steps), else full.",
     )
-    init: Literal["teacher", "random"] = _flag(
+    init: Literal["teacher", "blockwise", "random"] = _flag(
         "teacher",
-        "Where a new student's weights come from: the teacher's embeddings, head, norms and the layers of "
-        "--copy-layers (read from its safetensors, the model is never built), or random numbers.",
+        "Where a new student's weights come from. teacher: its embeddings, head, norms and the layers of "
+        "--copy-layers (read from its safetensors, the model is never built). blockwise: the same, and then "
+        "each block of layers is made ternary by itself, so that it gives what the cache says the teacher's "
+        "gave, before all are trained together; for --student-model-as-bitnet, and a cache with --final and "
+        "--hidden-layers behind every or every n-th layer. random: random numbers.",
+    )
+    blockwise_steps: int = _flag(200, "Steps in which --init blockwise trains each block.")
+    blockwise_learning_rate: float = _flag(
+        1e-2, "Peak learning rate of --init blockwise; it rises, then falls as a cosine, for each block."
+    )
+    blockwise_inputs: Literal["student", "teacher"] = _flag(
+        "student",
+        "What goes into a block of --init blockwise. student: what the ternary blocks before it give, so "
+        "that it learns to correct them. teacher: the cached states, so that blocks do not depend on each "
+        "other and the processes of `accelerate launch` take different ones.",
     )
     copy_layers: str = _flag(
         "auto",
@@ -244,6 +257,7 @@ class StudentOptions:
                 "--student and --student-tokenizer exclude each other: a checkpoint brings its own tokenizer"
             )
         self._check_numbers()
+        self._check_blockwise()
         names = ("hidden_layers", "layer_map", "mapper", "projector")
         given = [name for name in names if getattr(self, name) != getattr(StudentOptions, name)]
         if self.hidden_loss == "none" and given:
@@ -286,6 +300,29 @@ class StudentOptions:
             raise UserError(
                 f"--bitnet-anneal {self.bitnet_anneal:g}: give a share of the steps above that of "
                 f"--bitnet-warmup-weights ({self.bitnet_warmup_weights:g}), at most 1, or 0"
+            )
+
+    def _check_blockwise(self) -> None:
+        """Flags of --init blockwise, and with which others it goes."""
+        for name in ("blockwise_steps", "blockwise_learning_rate", "blockwise_inputs"):
+            if self.init != "blockwise" and getattr(self, name) != getattr(StudentOptions, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no effect without --init blockwise; add that"
+                )
+        if self.blockwise_steps < 1:
+            raise UserError(f"--blockwise-steps {self.blockwise_steps}: give 1 or more")
+        if not 0 < self.blockwise_learning_rate < float("inf"):
+            raise UserError(
+                f"--blockwise-learning-rate {self.blockwise_learning_rate:g}: give a number above 0"
+            )
+        if self.init == "blockwise" and self.student is not None:
+            raise UserError(
+                "--init blockwise starts from the teacher's layers, and --student from a checkpoint; keep one"
+            )
+        if self.init == "blockwise" and not self.student_model_as_bitnet:
+            raise UserError(
+                "--init blockwise makes blocks ternary, and a student in full precision has none; add "
+                "--student-model-as-bitnet, or use --init teacher"
             )
 
     def check_ternary(self, conversion: str | None) -> None:

@@ -81,6 +81,9 @@ _OURS = {
     ),
     "Ternary weights": (
         "bitnet_conversion",
+        "blockwise_steps",
+        "blockwise_learning_rate",
+        "blockwise_inputs",
         "bitnet_warmup_weights",
         "bitnet_warmup_activations",
         "bitnet_warmup_norms",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,19 @@ def source_names(
 
 @torch.no_grad()
 def copy_from_teacher(
-    model: nn.Module, layers: Sequence[int], teacher: CheckpointTensors, narrowing: Narrowing
+    model: nn.Module,
+    layers: Sequence[int],
+    teacher: CheckpointTensors,
+    narrowing: Narrowing,
+    without: Collection[str] = (),
 ) -> None:
-    """Fill every parameter of `model` from the teacher's files, of which `narrowing` keeps a part; names and
-    shapes are all checked before any copy.
+    """Fill every parameter of `model` but those `without` from the teacher's files, of which `narrowing`
+    keeps a part; names and shapes are all checked before any copy.
 
     UserError when the checkpoint lacks a tensor or a shape differs.
     """
-    names = source_names(model, layers, teacher, _is_tied(teacher.directory))
+    sources = source_names(model, layers, teacher, _is_tied(teacher.directory))
+    names = {name: source for name, source in sources.items() if name not in without}
     parameters = dict(model.named_parameters())
     _check(names, parameters, teacher, narrowing)
     wanted: dict[str, list[str]] = {}

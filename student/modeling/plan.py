@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distily.checkpoint.configs import json_object
@@ -50,7 +51,8 @@ class StudentPlan:
     conversion: of `bitnet.CONVERSIONS`, None for a student in full precision. converted: whether the
     checkpoint has gone through it already. alternatives: the same student from other layers of the teacher,
     for --copy-layers auto. given: a model that there is already, and that is trained itself. tokenizer: files
-    of the student's, where that is not the teacher's.
+    of the student's, where that is not the teacher's. blocks: files of weights that were trained block by
+    block in ternary layers, which take the place of those that were copied.
     """
 
     config: Any
@@ -65,11 +67,12 @@ class StudentPlan:
     alternatives: tuple[StudentPlan, ...] = ()
     given: Any = None
     tokenizer: Path | None = None
+    blocks: tuple[Path, ...] = ()
 
     @property
     def copied(self) -> str | None:
         """The teacher's layers that the student starts as a copy of; None where it is no copy."""
-        return None if self.teacher is None else ",".join(map(str, self.layers))
+        return None if self.teacher is None or self.blocks else ",".join(map(str, self.layers))
 
     def build(
         self, samples: Sequence[Tensor] = (), device: torch.device | str = "cpu"
@@ -82,7 +85,9 @@ class StudentPlan:
         """
         student, drift = self.start().to(device), None
         if self.conversion is not None and not self.converted:
-            if samples:
+            if self.blocks:
+                drift = bitnet.convert_trained(student, self.conversion, map(load_file, self.blocks), samples)
+            elif samples:
                 drift = bitnet.convert_calibrated(student, self.conversion, samples)
             else:
                 bitnet.convert_student(student, self.conversion)
@@ -129,7 +134,7 @@ def plan_student(options: StudentOptions, reader: CacheReader) -> StudentPlan:
     else:
         own.check(config, flag)
     teacher = None
-    if options.init == "teacher":
+    if options.init != "random":
         directory = resolve_teacher(options.teacher, reader.identity.name)
         teacher = CheckpointTensors(directory)
         _check_teacher(directory, teacher_config, reader)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from distily.html.page import Html, code, note, page, paragraph, section, write
 from distily.safety.redaction import redact_words
 from distily.units import duration
+from student.report.blocks import blocks_section
 from student.report.comparison import comparison, details, key_figures, objective
 from student.report.continuations import continuations
 from student.report.curves import held_out, ternary, training
@@ -38,6 +39,7 @@ def runs_page(runs: Sequence[RunFiles]) -> str:
         held_out(runs),
         details(runs[0]) if alone else Html(""),
         teachers_section(runs[0]) if alone else Html(""),
+        blocks_section(runs[0]) if alone else Html(""),
         training(runs),
         ternary(runs),
         evaluation(runs),

@@ -14,6 +14,8 @@ from transformers import set_seed
 from distily.logs import LOG
 from featurestore.reader import CacheReader
 from student.bitnet import Drift, set_relative_temperatures
+from student.blockwise.request import BlockwiseRequest, plan_blockwise
+from student.blockwise.run import BlockwiseRun
 from student.config.parser import Request
 from student.config.trainer_checks import (
     check_hub,
@@ -80,7 +82,7 @@ class PreparedTraining:
     """A request that was checked, and what follows from it and the caches.
 
     checkpoint: where it resumes; None: at the start. tokens: what is aligned, where the student has a
-    tokenizer of its own.
+    tokenizer of its own. blockwise: blocks that are trained before the whole student, if any are.
     """
 
     request: Request
@@ -90,6 +92,7 @@ class PreparedTraining:
     objective: Objective
     data: DataPlan
     tokens: TokenStatistics | None = None
+    blockwise: BlockwiseRequest | None = None
 
     @property
     def reader(self) -> CacheReader:
@@ -185,6 +188,9 @@ def prepare(
     if checkpoint is not None:
         check_kind(checkpoint, plan)
     split = plan_split(reader, options.eval_fraction, options.train_samples, evaluated, stores)
+    # Samples of another cache have no states here.
+    measured = split if evaluated is None else replace(split, held_out=[])
+    blockwise = plan_blockwise(options, plan, stores, measured)
     objective = plan_objective(wanted, stores, plan.config, split.training)
     if plan.tokenizer is not None:
         objective = _across_tokenizers(request, objective, stores)
@@ -212,6 +218,7 @@ def prepare(
         objective=objective,
         data=data,
         tokens=tokens,
+        blockwise=blockwise,
     )
 
 
@@ -297,7 +304,12 @@ def assemble(prepared: PreparedTraining) -> Assembled:
         if prepared.data.train.curriculum is not None:
             LOG.info(prepared.data.train.curriculum.said)
     samples = calibration_samples(prepared.data.train)
-    plan, chosen = best_copy(prepared.plan, samples, args.device)
+    plan, chosen = prepared.plan, None
+    if prepared.blockwise is None:
+        plan, chosen = best_copy(plan, samples, args.device)
+    elif prepared.checkpoint is None:
+        blocks = BlockwiseRun(prepared.blockwise, args).train(options.overwrite_output_dir)
+        plan = replace(plan, blocks=blocks)
     if chosen is not None and args.process_index == 0:
         LOG.warning(chosen)
     prepared = replace(prepared, plan=plan)
@@ -350,6 +362,9 @@ def train(built: Built, command: Sequence[str] | None = None) -> dict[str, Any]:
         curriculum=data.train.curriculum,
         vocab_size=prepared.vocab_size,
         tokens=prepared.tokens,
+        blockwise=None
+        if prepared.blockwise is None
+        else BlockwiseRun(prepared.blockwise, trainer.args).summary(),
     )
     summary = summarise(run)
     if "load_tokenizer_with" in summary:

@@ -55,6 +55,7 @@ class TrainingRun:
     curriculum: Curriculum | None = None
     vocab_size: int
     tokens: TokenStatistics | None = None
+    blockwise: Mapping[str, Any] | None = None  # how blocks ended that were trained before the whole
 
     @property
     def reader(self) -> CacheReader:
@@ -111,6 +112,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     }
     if run.curriculum is not None:
         summary["curriculum"] = {**run.curriculum.record(), "said": run.curriculum.said}
+    if run.blockwise is not None:
+        summary["blockwise"] = dict(run.blockwise)
     if run.tokens is not None:
         summary["tokens_of_both"] = {**run.tokens.to_json(), "said": str(run.tokens)}
         summary["held_out_kl"] = f"over the student's {_measured_tokens(run)}"

@@ -1,0 +1,3 @@
+"""Ternary students block by block: each block against the teacher's cached output of it, before all of them
+are trained together.
+"""
