@@ -40,7 +40,6 @@ from typing import Any
 
 import torch
 from common import BIN, ROOT, RUN, table, train, write_result
-from ternary import exact
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from featurestore.reader import CacheReader
@@ -129,45 +128,37 @@ def run(key: str) -> dict[str, Any]:
     file, output = WORK / f"{key}.json", WORK / "students" / key
     if (kept := result(key)) is not None:
         return kept
+    if not (output / "summary.json").is_file():
+        learn(key, output)
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    student = load_student(output)
+    found = {
+        "settings": settings(),
+        "curve": [[LENGTH * one["step"], one["eval_kl"]] for one in log if "eval_kl" in one],
+        "tokens": json.loads((output / "summary.json").read_text())["tokens"],
+        **measure(student, load_teacher()),
+        "continued": continue_all(student),
+    }
+    file.with_suffix(".partial").write_text(json.dumps(found))
+    file.with_suffix(".partial").rename(file)
+    return found
+
+
+def learn(key: str, output: Path) -> None:
+    """The training of a row, from its start or its last checkpoint."""
     _, share, flags = ROWS[key]
     resumed = any(output.glob("checkpoint-*/trainer_state.json"))
     with counted(WORK / f"{key}.seconds"):
-        summary = train(
+        train(
             output,
             *flags,
-            *(
-                "--freeze-embeddings",
-                "--no-bf16",
-                "--per-device-train-batch-size",
-                "1",
-                "--report-to",
-                "none",
-            ),
-            *(
-                "--max-steps",
-                str(max(1, round(STEPS * share))),
-                "--save-steps",
-                "50",
-                "--save-total-limit",
-                "1",
-            ),
+            *("--freeze-embeddings", "--no-bf16", "--per-device-train-batch-size", "1"),
+            *("--max-steps", str(max(1, round(STEPS * share)))),
+            *("--save-steps", "50", "--save-total-limit", "1", "--report-to", "none"),
             *("--eval-fraction", str(HELD_OUT), "--eval-steps", "0.25"),
             *(["--resume-from-checkpoint", "True"] if resumed else []),
             cache=CACHE,
         )
-    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    curve = [[LENGTH * one["step"], one["eval_kl"]] for one in log if "eval_kl" in one]
-    student = load_student(output)
-    found = {
-        "settings": settings(),
-        "curve": curve,
-        "tokens": summary["tokens"],
-        "continued": continue_all(student),
-    }
-    found |= exact(student, CACHE, HELD_OUT)
-    file.with_suffix(".partial").write_text(json.dumps(found))
-    file.with_suffix(".partial").rename(file)
-    return found
 
 
 @contextmanager
@@ -199,11 +190,35 @@ def teacher() -> dict[str, Any]:
     """Its own cross-entropy on the held-out samples, and its continuations."""
     if (kept := result("teacher")) is not None:
         return kept
-    model = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.float32).eval()
+    model = load_teacher()
     found: dict[str, Any] = {"settings": settings(), "continued": continue_all(model)}
-    found |= exact(model, CACHE, HELD_OUT)
+    found |= measure(model, model)
     (WORK / "teacher.json").write_text(json.dumps(found))
     return found
+
+
+def load_teacher() -> Any:
+    return AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def measure(student: Any, teacher: Any) -> dict[str, float]:
+    """Exact mean KL from the teacher, which runs for it, and cross-entropy, nats per position, on what no
+    row learns from.
+    """
+    reader = CacheReader.open(CACHE)
+    learned = set(split_cache(reader, HELD_OUT).training)
+    kl = ce = count = 0.0
+    for index in set(range(len(reader))) - learned:
+        ids_1T = torch.from_numpy(reader.read(index, []).tokens).long()[None]
+        p_TV, q_TV = (
+            model(input_ids=ids_1T, use_cache=False).logits[0, :-1].log_softmax(-1)
+            for model in (teacher, student)
+        )
+        kl += float((p_TV.exp() * (p_TV - q_TV)).sum())
+        ce -= float(q_TV.gather(1, ids_1T[0, 1:, None]).sum())
+        count += len(q_TV)
+    return {"kl": kl / count, "ce": ce / count, "positions": count}
 
 
 @torch.no_grad()
