@@ -32,7 +32,9 @@ _WARMUPS = ("bitnet_warmup_weights", "bitnet_warmup_activations", "bitnet_warmup
 
 
 def _flag(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+    return field(
+        default=default, metadata={"help": help_text.replace("%", "%%")}
+    )  # argparse fills in %(...)s
 
 
 @dataclass

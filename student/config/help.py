@@ -188,7 +188,7 @@ def _row(field: Field[Any]) -> tuple[str, str]:
         flag += " " + "|".join(part.strip(" '\"") for part in kind[len("Literal[") : -1].split(","))
     elif not kind.startswith("bool"):
         flag += {"int": " N", "float": " X"}.get(kind.split(" ", maxsplit=1)[0], " TEXT")
-    said: str = field.metadata["help"]
+    said: str = field.metadata["help"].replace("%%", "%")  # as argparse shows it
     shown = field.default not in (None, False, MISSING) and "default" not in said.lower()
     return flag, f"{said} [default: {field.default}]" if shown else said
 

@@ -266,8 +266,10 @@ def _quantised_once(layer: bitnet.BitLinear, tracker: FakeTracker) -> Callable[[
 
     @cache
     def quantized() -> tuple[Tensor, Tensor]:
-        with tracker.under(TERNARY):
-            return quantize_weight(layer.weight.detach())
+        made = quantize_weight(layer.weight.detach())
+        for tensor in made:  # and not what came and went while they were made
+            tracker.relabel(tensor, TERNARY)
+        return made
 
     return quantized
 

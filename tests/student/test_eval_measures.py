@@ -119,8 +119,8 @@ def test_windows_predict_every_token_once_from_what_stands_before(count: int) ->
 
 
 def record(**changes: object) -> dict[str, object]:
-    empty = {"weights": "a", "teacher": None, "teacher_dtype": None, "cache": None, "texts": [], "tasks": []}
-    return empty | changes
+    none = dict.fromkeys(("teacher", "teacher_dtype", "cache", "trained", "prompts"))
+    return {"weights": "a", "texts": [], "tasks": []} | none | changes
 
 
 def test_a_later_evaluation_replaces_only_what_it_measured() -> None:
