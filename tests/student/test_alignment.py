@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +336,17 @@ def _reads(case: Case, text: bytes, ids: list[int]) -> bool:
     if words:
         normal, own = "".join(normal.split()), [part.strip() for part in own]
     unknown = case.own.unk_token_id
-    parts = [b".+" if index == unknown else re.escape(part) for index, part in zip(ids, own, strict=True)]
-    return (
-        re.fullmatch(b"".join(parts).removeprefix(rb"\ "), normal.removeprefix(" ").encode(), re.DOTALL)
-        is not None
-    )
+    parts = [None if index == unknown else part for index, part in zip(ids, own, strict=True)]
+    return _matches([part for part in parts if part != b""], normal.removeprefix(" ").encode())
+
+
+def _matches(parts: list[bytes | None], text: bytes) -> bool:
+    """Whether a text is made of these parts, the first one without its space; None: of one byte or more."""
+    ends = {0}  # in the text, of what was read so far; a regular expression takes exponential time
+    for number, part in enumerate(parts):
+        if part is None:
+            ends = set(range(min(ends, default=len(text)) + 1, len(text) + 1))
+        else:
+            known = part if number else part.removeprefix(b" ")
+            ends = {end + len(known) for end in ends if text.startswith(known, end)}
+    return len(text) in ends
