@@ -73,8 +73,9 @@ def kill_an_engine(store: Path, killed: list[int]) -> None:
     """SIGKILL one of the engines after the first commit."""
     while not list(store.glob("commit/samples/*.json")):
         time.sleep(0.02)
-    for process in psutil.process_iter():
-        if "MapWorker(MapBatches(CapturingActor))" in process.name() + " ".join(process.cmdline()):
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = [process.info["name"], *(process.info["cmdline"] or ())]  # which a zombie lacks
+        if "MapWorker(MapBatches(CapturingActor))" in " ".join(words):
             os.kill(process.pid, signal.SIGKILL)
             killed.append(process.pid)
             return
