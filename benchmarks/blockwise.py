@@ -19,12 +19,11 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import BIN, RUN, table, train, write_result
+from common import RUN, generate, table, train, write_result
 
 from featurestore.reader import CacheReader
 from student.data.dataset import DistillationDataset
@@ -81,17 +80,8 @@ def _processor_seconds() -> float:
 
 
 def prepare() -> None:
-    command = [
-        BIN / "distily-cache",
-        "generate",
-        RUN / "teacher",
-        RUN / "topics.jsonl",
-        "--out",
-        WORK / "cache",
-    ]
-    command += ["--engine", "transformers", "--pack", "--max-seq-len", LENGTH, "--num-samples", SAMPLES]
-    command += ["--hidden-layers", STATES, "--hidden-dtype", "int4", "--final"]
-    subprocess.run([str(word) for word in command], check=True)
+    flags = ["--pack", "--max-seq-len", LENGTH, "--num-samples", SAMPLES]
+    generate(WORK / "cache", *flags, "--hidden-layers", STATES, "--hidden-dtype", "int4", "--final")
 
 
 def rows() -> list[list[str]]:

@@ -45,6 +45,14 @@ def train(output_dir: Path, *flags: str, cache: Path = RUN / "cache") -> dict[st
     return summary
 
 
+def generate(
+    out: Path, *flags: object, teacher: Path = RUN / "teacher", data: Path = RUN / "topics.jsonl"
+) -> None:
+    """Run `distily-cache generate` as a process of its own, which adds what the store lacks."""
+    command = [BIN / "distily-cache", "generate", teacher, data, "--out", out, "--engine", "transformers"]
+    subprocess.run([*map(str, command), *map(str, flags)], check=True)
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

@@ -39,7 +39,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 import torch
-from common import BIN, ROOT, RUN, table, train, write_result
+from common import ROOT, RUN, generate, table, train, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from featurestore.reader import CacheReader
@@ -116,11 +116,9 @@ def write_text() -> None:
 
 def capture() -> None:
     layers = ",".join(map(str, range(1, DEPTH)))
-    command = [BIN / "distily-cache", "generate", RUN / "teacher", TEXT, "--out", CACHE]
-    flags = ["--engine", "transformers", "--dtype", "float32", "--pack", "--max-seq-len", str(LENGTH)]
-    flags += ["--num-samples", str(SAMPLES), "--final", "--hidden-layers", layers]
-    flags += ["--hidden-dtype", "int4", "--hidden-positions", "0.25"]
-    subprocess.run([*map(str, command), *flags], check=True)
+    flags = ["--dtype", "float32", "--pack", "--max-seq-len", LENGTH, "--num-samples", SAMPLES, "--final"]
+    flags += ["--hidden-layers", layers, "--hidden-dtype", "int4", "--hidden-positions", 0.25]
+    generate(CACHE, *flags, data=TEXT)
 
 
 def run(key: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BIN, ROOT, RUN, write_result
+from common import ROOT, RUN, generate, write_result
 from quality_report import Curve, plot, report
 from torch import Tensor
 from torch.nn import functional
@@ -224,17 +224,13 @@ def prepare() -> float:
     """The store with all that the rows read, and the teacher's side of the held-out samples; returns the
     teacher's own cross-entropy there.
     """
-    base = [
-        *(BIN / "distily-cache", "generate", RUN / "teacher", RUN / "topics.jsonl", "--out", WORK / "cache"),
-        *("--engine", "transformers", "--pack", "--max-seq-len", str(LENGTH)),
-        *("--num-samples", str(MEASURED + round(STEPS * BATCH / (1 - HELD_OUT)) + 20)),
-    ]
+    samples = MEASURED + round(STEPS * BATCH / (1 - HELD_OUT)) + 20
     for flags in (["--final"], ["--top-k", "50"]):
-        subprocess.run([*base, *flags], check=True)
+        generate(WORK / "cache", "--pack", "--max-seq-len", LENGTH, "--num-samples", samples, *flags)
     reader = CacheReader.open(WORK / "cache")
     chosen = split_cache(reader, HELD_OUT).held_out
-    samples = [torch.from_numpy(reader.read(i, []).tokens).long() for i in chosen]
-    ids_ST = torch.stack([ids for ids in samples if len(ids) == LENGTH][:MEASURED])
+    tokens = [torch.from_numpy(reader.read(i, []).tokens).long() for i in chosen]
+    ids_ST = torch.stack([ids for ids in tokens if len(ids) == LENGTH][:MEASURED])
     teacher = AutoModelForCausalLM.from_pretrained(RUN / "teacher", dtype=torch.float32).eval()
     with torch.no_grad():
         states = [teacher.model(ids[None], use_cache=False).last_hidden_state[0] for ids in ids_ST]

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BIN, RUN, table, write_result
+from common import RUN, generate, table, write_result
 from shifted_teacher import shifted_teacher
 from torch import Tensor
 
@@ -289,13 +288,9 @@ def result(key: str, seed: int) -> list[float] | None:
 def prepare_stores() -> None:
     """A store of each teacher: head, draws, and final states in float32."""
     for seed, (teacher, store) in enumerate(zip((RUN / "teacher", shifted_teacher()), STORES, strict=True)):
-        command = [
-            *(BIN / "distily-cache", "generate", teacher, RUN / "topics.jsonl", "--out", store),
-            *("--engine", "transformers", "--dtype", "float32", "--pack", "--max-seq-len", str(LENGTH)),
-            *("--num-samples", str(SAMPLES), "--seed", str(seed)),
-            *("--top-k", "12", "--top-p", "0.7", "--tail", str(DRAWS), "--final", "--hidden-dtype", "f32"),
-        ]
-        subprocess.run(command, check=True)
+        flags = ["--dtype", "float32", "--pack", "--max-seq-len", LENGTH, "--num-samples", SAMPLES]
+        flags += ["--top-k", 12, "--top-p", 0.7, "--tail", DRAWS, "--final", "--hidden-dtype", "f32"]
+        generate(store, *flags, "--seed", seed, teacher=teacher)
 
 
 def apart(teachers: Teachers) -> tuple[float, float]:

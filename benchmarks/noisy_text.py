@@ -15,7 +15,6 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from common import BIN, RUN, table, write_result
+from common import RUN, generate, table, write_result
 from transformers import AutoTokenizer
 
 from distily import DistillationConfig, DistillationTrainer
@@ -108,11 +107,7 @@ def _spoilt(texts: list[str], whole: bool, share: float) -> list[str]:
 def _generate(name: str, texts: list[str], *flags: str) -> None:
     data = WORK / f"{name}.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
-    command = [
-        *(BIN / "distily-cache", "generate", RUN / "teacher", data, "--out", WORK / name, *flags),
-        *("--engine", "transformers", "--dtype", "float32", "--pack", "--max-seq-len", "128"),
-    ]
-    subprocess.run(command, check=True)
+    generate(WORK / name, *flags, "--dtype", "float32", "--pack", "--max-seq-len", "128", data=data)
 
 
 def learn(noise: str, flags: dict[str, Any], seed: int) -> Metrics:

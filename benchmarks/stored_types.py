@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import BIN, RUN, table, write_result
+from common import RUN, generate, table, write_result
 
 from distily import Experiment
 from featurestore.reader import CacheReader
@@ -38,13 +37,11 @@ LOSSES: dict[str, dict[str, Any]] = {
 def capture(hidden: str, final: str) -> Path:
     """A cache with these types."""
     store = WORK / f"{hidden}-{final}"
-    command = [
-        *(BIN / "distily-cache", "generate", RUN / "teacher", RUN / "topics.jsonl", "--out", store),
-        *("--engine", "transformers", "--dtype", "float32", "--pack", "--max-seq-len", str(LENGTH)),
-        *("--num-samples", str(SAMPLES), "--hidden-layers", str(LAYER), "--hidden-dtype", hidden),
-        *("--final", "--final-dtype", final),
-    ]
-    subprocess.run(command, check=True)
+    generate(
+        store,
+        *("--dtype", "float32", "--pack", "--max-seq-len", LENGTH, "--num-samples", SAMPLES),
+        *("--hidden-layers", LAYER, "--hidden-dtype", hidden, "--final", "--final-dtype", final),
+    )
     return store
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BIN, RESULTS, ROOT, RUN, table, train, write_result
+from common import RESULTS, ROOT, RUN, generate, table, train, write_result
 from quality_report import shown, spread
 
 from featurestore.format.schema import HiddenSpec
@@ -119,14 +119,14 @@ def run(key: str, seed: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def exact(student: Any, cache: Path, held_out: float) -> dict[str, float]:
+def measure(directory: Path) -> dict[str, float]:
     """Exact mean KL from the teacher and cross-entropy, nats per position, on what no row learns from."""
-    reader = CacheReader.open(cache)
+    reader, student = CacheReader.open(WORK / "cache"), load_student(directory)
     group, head = HiddenSpec(DEPTH), load_teacher(Objective.of((term("full_kl", pair=(0, 0)),)), reader).head
     assert head is not None
     weight_VD = head.weight_VD.float()
     kl = ce = count = 0.0
-    learned = set(split_cache(reader, held_out).training)
+    learned = set(split_cache(reader, HELD_OUT).training)
     for index in range(len(reader)):
         if index in learned:
             continue
@@ -148,17 +148,8 @@ def settings() -> dict[str, Any]:
 
 
 def prepare() -> None:
-    command = [
-        BIN / "distily-cache",
-        "generate",
-        RUN / "teacher",
-        RUN / "topics.jsonl",
-        "--out",
-        WORK / "cache",
-    ]
-    flags = ["--engine", "transformers", "--pack", "--max-seq-len", LENGTH, "--final"]
-    flags += ["--relation-layers", RELATION_LAYER]
-    subprocess.run([str(word) for word in (*command, *flags)], check=True)
+    flags = ["--pack", "--max-seq-len", LENGTH, "--final", "--relation-layers", RELATION_LAYER]
+    generate(WORK / "cache", *flags)
     (WORK / "relation.yaml").write_text(json.dumps(OBJECTIVE))
 
 
@@ -279,7 +270,7 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> None:
     words = sys.argv[1:]
     if words[:1] == ["measure"]:
-        print(json.dumps(exact(load_student(words[1]), WORK / "cache", HELD_OUT)))
+        print(json.dumps(measure(Path(words[1]))))
         return
     prepare()
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BIN, ROOT, RUN, table, write_result
+from common import ROOT, RUN, generate, table, write_result
 from steps import Step, cached, labels, sparse_targets, student
 from torch import Tensor
 from torch.nn import functional
@@ -59,13 +59,8 @@ DENSE = "cache: dense reconstruction"
 
 def prepare() -> None:
     """The cache: as many samples as a row takes, each of LENGTH tokens."""
-    command = [
-        *(BIN / "distily-cache", "generate", RUN / "teacher", RUN / "topics.jsonl", "--out", CACHE),
-        *("--engine", "transformers", "--pack", "--max-seq-len", str(LENGTH)),
-        *("--num-samples", str(BATCH * (STEPS + 1)), "--final", "--hidden-layers", str(LAYER)),
-        *("--hidden-dtype", "int8"),
-    ]
-    subprocess.run(command, check=True)
+    flags = ["--pack", "--max-seq-len", LENGTH, "--num-samples", BATCH * (STEPS + 1)]
+    generate(CACHE, *flags, "--final", "--hidden-layers", LAYER, "--hidden-dtype", "int8")
 
 
 def live(model: Any) -> Step:
