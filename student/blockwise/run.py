@@ -98,7 +98,7 @@ class BlockwiseRun:
         independent = self._request.inputs == "teacher"
         for wait in (False, True) if independent else (True,):
             for block in left:
-                self._advise()
+                self._advise(overwrite)
                 with self._claimed(block, wait) as ours:
                     if ours and not self._record(block).is_file():
                         self._train(block)
@@ -214,10 +214,11 @@ class BlockwiseRun:
             with computing(self._args.device, bool(self._args.bf16)):
                 yield module(read.given(sample).to(self._args.device))[0]
 
-    def _advise(self) -> None:
+    def _advise(self, overwrite: bool) -> None:
         blocks = self._request.blocks
         done = sum(self._record(block).is_file() for block in blocks)
-        advise(f"{done} of {len(blocks)} blocks are finished, the same command goes on behind them")
+        what = "--overwrite-output-dir begins them anew" if overwrite else "the same command goes on behind them"
+        advise(f"{done} of {len(blocks)} blocks are finished, {what}")
 
     @contextmanager
     def _claimed(self, block: Block, wait: bool) -> Iterator[bool]:
