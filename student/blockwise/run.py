@@ -217,8 +217,8 @@ class BlockwiseRun:
     def _advise(self, overwrite: bool) -> None:
         blocks = self._request.blocks
         done = sum(self._record(block).is_file() for block in blocks)
-        what = "--overwrite-output-dir begins them anew" if overwrite else "the same command goes on behind them"
-        advise(f"{done} of {len(blocks)} blocks are finished, {what}")
+        then = "--overwrite-output-dir begins them anew" if overwrite else "the same command goes on there"
+        advise(f"{done} of {len(blocks)} blocks are finished, {then}")
 
     @contextmanager
     def _claimed(self, block: Block, wait: bool) -> Iterator[bool]:
