@@ -49,8 +49,6 @@ SAMPLES, LENGTH = 16, 128
 CACHE, HELD_OUT, DEEP_LENGTH = RUN / "ternary" / "cache", 0.04, 256  # of the students of the teacher's shape
 RATES = ("prompt", "new")
 PAIRS = (
-    ("llama.cpp", "emulation"),
-    ("llama.cpp", "reference"),
     ("emulation", "reference"),
     ("emulation, nudged", "emulation"),
     ("reference, nudged", "reference"),
@@ -130,7 +128,7 @@ def blocked(directory: Path, kind: str) -> Any:
     """The integer reference, computing in llama.cpp's way."""
     source = open_source(directory)
     gguf.fit(source, torch.float32)
-    emulate(source.model, 32 if kind == "Q2_0" else 256)
+    emulate(source.model, 32 if kind in ("Q2_0", "Q4_0") else 256)
     return source.model
 
 
@@ -189,18 +187,20 @@ def deep(directory: Path) -> dict[str, Any]:
     integer reference in float32, what one rounding at the start does to the latter two, and how clear each
     position is.
     """
-    tokens, (name,) = held_out(), fitting(directory)
+    tokens, kinds = held_out(), fitting(directory)
     ids_BT = torch.tensor(tokens)
-    run = worker("logits", tokens, exported(directory, name, "float32"))
-    logits = {
-        "llama.cpp": run.pop("logits"),
+    runs = {kind: worker("logits", tokens, exported(directory, kind, "float32")) for kind in kinds}
+    programs = {f"llama.cpp, {kind}": run.pop("logits") for kind, run in runs.items()}
+    name, run = kinds[0], runs[kinds[0]]
+    logits = programs | {
         "emulation": emulated(directory, name, ids_BT),
         "reference": sample_by_sample(open_source(directory).model, ids_BT),
         "emulation, nudged": sample_by_sample(nudged(blocked(directory, name)), ids_BT),
         "reference, nudged": sample_by_sample(nudged(open_source(directory).model), ids_BT),
     }
     pairs = {}
-    for one, other in PAIRS:
+    compared = [(program, other) for other in ("emulation", "reference") for program in programs]
+    for one, other in (*compared, *PAIRS):
         differ = logits[one].argmax(-1) != logits[other].argmax(-1)
         clear = gaps(logits[other])
         pairs[f"{one} = {other}"] = {
@@ -214,11 +214,13 @@ def deep(directory: Path) -> dict[str, Any]:
                 for least in GAPS
             ],
         }
-    best = logits["llama.cpp"].argmax(-1)
+    best = logits[f"llama.cpp, {name}"].argmax(-1)
     return run | {
-        "type": name,
+        "types": kinds,
         "pairs": pairs,
-        "perplexity": {which: perplexity(logits[which], ids_BT) for which in list(logits)[:3]},
+        "perplexity": {
+            which: perplexity(logits[which], ids_BT) for which in (*programs, "emulation", "reference")
+        },
         "distinct": len(set(best.tolist())),
         "positions": len(best),
     }
@@ -275,12 +277,13 @@ def wide(directory: Path) -> None:
 
 
 def beside_teacher(directory: Path) -> dict[str, Any]:
-    """Tokens per second of the student and of its teacher with float16 matrices."""
-    files = [exported(directory, *fitting(directory), "float16"), teacher_file()]
-    found = worker("speed", held_out(), *files)
-    for one, which in zip(found["rates"], itertools.cycle(("student", "teacher"))):
+    """Tokens per second and bytes of the student in each type and of its teacher with float16 matrices."""
+    files = {kind: exported(directory, kind, "float16") for kind in fitting(directory)}
+    files["teacher"] = teacher_file()
+    found = worker("speed", held_out(), *files.values())
+    for one, which in zip(found["rates"], itertools.cycle(files)):
         one["path"] = which  # as the worker goes through its files
-    return found | {"bytes": [one.stat().st_size for one in files]}
+    return found | {"bytes": {which: one.stat().st_size for which, one in files.items()}}
 
 
 def speed(directory: Path) -> dict[str, Any]:
@@ -430,11 +433,11 @@ def deep_report(directories: list[Path]) -> None:
     first = directories[0]
     found = json.loads(kept(first, "deep").read_text())
     rates = json.loads(kept(first, "beside").read_text())
-    own, teacher = (
-        [one for one in rates["rates"] if one["path"] == which] for which in ("student", "teacher")
-    )
+    of_teacher = {one["threads"]: one for one in rates["rates"] if one["path"] == "teacher"}
     speeds = [
         [
+            one["path"],
+            f"{rates['bytes'][one['path']] / 1e6:.1f}",
             str(one["threads"]),
             *(
                 f"{one[what]:.0f} / {other[what]:.0f} = {one[what] / other[what]:.2f}"
@@ -443,12 +446,15 @@ def deep_report(directories: list[Path]) -> None:
             ),
             f"{max(one['spread'], other['spread']):.0%}",
         ]
-        for one, other in zip(own, teacher, strict=True)
+        for one in rates["rates"]
+        if one["path"] != "teacher"
+        for other in [of_teacher[one["threads"]]]
     ]
-    student_bytes, teacher_bytes = rates["bytes"]
     newline = "\n"
     body = f"""\
-llama-cpp-python {found["version"]}, files of type {found["type"]}. Students of {shape_of(first)}, the demo
+llama-cpp-python {found["version"]}, files of type {" and ".join(found["types"])}. Students of {
+        shape_of(first)
+    }, the demo
 teacher's own shape. The text is {found["positions"]:,} positions, samples of {
         DEEP_LENGTH
     } tokens, that no student
@@ -460,7 +466,7 @@ another order.
 
 Perplexity on this text:
 
-{table(["student", "llama.cpp", "emulation", "integer reference"], learned)}
+{table(["student", *found["perplexity"]], learned)}
 
 {
         table(
@@ -481,15 +487,16 @@ The same where the best two are at least so far apart:
 
 {table(["student", "best token of", *(f"{least:g}" for least in GAPS)], clear)}
 
-The student's file has {student_bytes / 1e6:.1f} MB, the teacher's with float16 matrices {
-        teacher_bytes / 1e6:.1f} MB;
-embeddings and head are float16 in both. Tokens/s, student / teacher, rounds of both in turn, a prompt of 256
+The teacher's file, with float16 matrices, has {rates["bytes"]["teacher"] / 1e6:.1f} MB;
+embeddings and head are float16 in all. Tokens/s, student / teacher, rounds of all in turn, a prompt of 256
 tokens and 48 more one by one, medians of 3 rounds; other programs ran on the same cores, which counts less in
 tokens per second of the processor, all threads together:
 
 {
         table(
             [
+                "type",
+                "MB",
                 "threads",
                 "prompt, of the processor",
                 "prompt",

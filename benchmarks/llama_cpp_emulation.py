@@ -1,8 +1,8 @@
 """A Llama student as llama.cpp computes it on a CPU, as far as that moves activations to other integers.
 
 Activations are quantised in blocks with a scale each: 256 columns beside TQ2_0 and TQ1_0 (ggml's Q8_K), 32
-with float16 scales beside Q2_0 (Q8_0). Integers are summed exactly within a block. Mean squares are summed in
-float64, and a rotary angle is that of the channel before it times a constant.
+with float16 scales beside Q2_0 and Q4_0 (Q8_0). Integers are summed exactly within a block. Mean squares are
+summed in float64, and a rotary angle is that of the channel before it times a constant.
 
 Shape letters: B samples, T positions, N tokens, I input features, O output features, G blocks, C columns of a
 block, H half a head's width.

@@ -109,11 +109,13 @@ def drawn(order: Callable[[int], Sequence[int]], total: int) -> list[int]:
         total: samples of all steps.
 
     Returns:
-        The first `total` samples of the epochs in a row; so a cache that has more is not read whole.
+        The first `total` samples of the epochs in a row, each from its end; so a cache that has more is not
+        read whole, and a short end-to-end training, which reads its first epoch from the start, learns from
+        other samples than the blocks have.
     """
 
     def epochs() -> Iterator[int]:
         for epoch in count():
-            yield from order(epoch)
+            yield from reversed(order(epoch))
 
     return list(islice(epochs(), total))

@@ -115,7 +115,7 @@ def export_(
         typer.Option(help="Type of embeddings, head, norms and biases: bfloat16, float16 or float32."),
     ] = None,
     gguf_type: Annotated[
-        str | None, typer.Option(help="Blocks of --format gguf: TQ2_0 (default), TQ1_0 or Q2_0.")
+        str | None, typer.Option(help="Blocks of --format gguf: TQ2_0 (default), TQ1_0, Q2_0 or Q4_0.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="New directory; DIR-FORMAT when left out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -119,10 +119,10 @@ def test_what_blocks_cannot_be_made_of(
         plan_blocks(copied, boundaries, 4)
 
 
-def test_steps_take_epochs_one_after_the_other() -> None:
+def test_steps_take_epochs_one_after_the_other_each_from_its_end() -> None:
     orders = ([2, 0, 1], [1, 2, 0], [0, 1, 2])
-    assert drawn(orders.__getitem__, 7) == [2, 0, 1, 1, 2, 0, 0]
-    assert drawn(orders.__getitem__, 2) == [2, 0]
+    assert drawn(orders.__getitem__, 7) == [1, 0, 2, 0, 2, 1, 2]
+    assert drawn(orders.__getitem__, 2) == [1, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "granite", "qwen3"])

@@ -67,10 +67,18 @@ def floats(model: nn.Module) -> nn.Module:
     return copied
 
 
+def test_q4_0_is_laid_out_as_ggml_has_it() -> None:
+    """ggml's block_q4_0: half d, then 16 bytes of column j and column 16 + j, low bits first, value + 8."""
+    ternary = np.zeros((1, 32), np.int8)
+    ternary[0, [0, 1, 16, 18]] = [-1, 1, 1, -1]
+    block = to_blocks(ternary, 1.0, TYPES["Q4_0"])[0]
+    assert block.tobytes() == b"\x00\x3c" + bytes([0x97, 0x89, 0x78]) + b"\x88" * 13
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_transformers_reads_the_student_back(students: Students, export: Export, model_type: str) -> None:
     source = students(model_type, **SHAPE, **({"sliding_window": None} if model_type == "mistral" else {}))
-    kind = "TQ1_0" if model_type == "qwen2" else "TQ2_0"
+    kind = {"qwen2": "TQ1_0", "qwen3": "Q4_0"}.get(model_type, "TQ2_0")
     report = export(source, "gguf", "--gguf-type", kind, "--dtype", "float32")
     assert report["verification"]["reader"] == "transformers"
     # Its matrices, taken apart into integers again, compute the reference at stored precision exactly.
@@ -175,7 +183,7 @@ def test_refusals(students: Students, refused: Callable[..., str]) -> None:
     line = refused("export", small, "--format", "gguf")
     assert "q_proj has 64 columns, not a multiple of 256" in line
     assert "or --gguf-type Q2_0, whose blocks have 64" in line
-    assert "choose one of TQ2_0, TQ1_0, Q2_0" in refused(
+    assert "choose one of TQ2_0, TQ1_0, Q2_0, Q4_0" in refused(
         "export", small, "--format", "gguf", "--gguf-type", "Q4"
     )
     assert "leave it out" in refused("export", small, "--format", "hf-bitnet", "--gguf-type", "TQ2_0")

@@ -24,7 +24,7 @@ from student.export.reading import matrices_to_integers, no_bars
 from student.export.reference import integer_linears
 from student.export.source import ExportSource
 
-_READ_BY_TRANSFORMERS = ("TQ2_0", "TQ1_0")
+_READ_BY_TRANSFORMERS = ("TQ2_0", "TQ1_0", "Q4_0")
 # Of these it takes the settings that it does not read from the file (the width of heads) from the student.
 _CONFIG_NEEDED = ("qwen3",)
 _VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

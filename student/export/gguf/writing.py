@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: ternary matrices in TQ2_0, TQ1_0 or Q2_0 blocks, everything else as asked.
+"""GGUF files for llama.cpp: ternary matrices in TQ2_0, TQ1_0, Q2_0 or Q4_0 blocks, everything else as asked.
 
 The weights are ternarised before they are cut into blocks, and their scales are chosen so that float16 has
 them: a block holds its part of the matrix exactly.
