@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from student.bitnet import Warmup, convert_layers, quantize_always, quantize_once, set_strengths
+from student.bitnet import Warmup, convert_layers, quantize_once, set_strengths
 from student.blockwise.module import BlockModule, relative_errors
 from student.errors import StudentError
 
@@ -94,7 +94,6 @@ def fit(module: BlockModule, read: Read, samples: Sequence[int], settings: FitSe
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    quantize_always(module)
     module.eval()
     final = float(loss.detach())
     if not math.isfinite(final):
@@ -112,6 +111,7 @@ def error(module: BlockModule, read: Read, batches: Iterable[Sequence[int]], bf1
     teacher's square.
     """
     device = next(module.parameters()).device
+    quantize_once(module)
     total, weight = torch.zeros(2, dtype=torch.float64)
     for samples in batches:
         batch = read(samples).to(device)

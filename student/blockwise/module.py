@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from student.bitnet import convert, normed
+from student.bitnet import convert, normed, quantize_once
 from student.blockwise.plan import Block
 from student.errors import UserError
 from student.losses.hidden import nmse
@@ -87,6 +87,7 @@ class BlockModule(nn.Module):
         for name, parameter in self.trained():
             parameter.copy_(weights[name])
         self.eval()
+        quantize_once(self)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, by its name in the whole student."""
