@@ -308,6 +308,8 @@ def assemble(prepared: PreparedTraining) -> Assembled:
     if prepared.blockwise is None:
         plan, chosen = best_copy(plan, samples, args.device)
     elif prepared.checkpoint is None:
+        if options.pack_rows:  # refused before the blocks, which take long
+            check_packing(plan.start())
         blocks = BlockwiseRun(prepared.blockwise, args).train(options.overwrite_output_dir)
         plan = replace(plan, blocks=blocks)
     if chosen is not None and args.process_index == 0:
