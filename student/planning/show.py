@@ -65,7 +65,7 @@ def show(plan: TrainingPlan, console: Console) -> None:
         if name in plan.memory.whole:
             table.add_row(words, size(plan.memory.whole[name]), size(plan.memory.at_peak[name]))
     table.add_row(Text("sum", "bold"), "", Text(size(plan.memory.peak), "bold"))
-    if plan.roomy > plan.memory.peak:
+    if plan.target.on_gpu and plan.roomy > plan.memory.peak:
         table.add_row("sum, with the chunks of the head that this GPU has room for", "", size(plan.roomy))
     if plan.memory.paged:
         table.add_row("optimizer state in host memory", size(plan.memory.paged), "")
@@ -101,6 +101,14 @@ def _show_work(plan: TrainingPlan, console: Console) -> None:
             f"matrix products at the {plan.rate / 1e9:,.0f} GFLOP/s measured here; what else a step "
             "does, evaluations and saving come on top",
         )
+    if (blocks := plan.blockwise) is not None:
+        text = f"{blocks.blocks}, of {blocks.steps:,} steps and {blocks.tokens:,} tokens each"
+        text += f"; {blocks.flops:.3g} FLOPs of ternary layers in all"
+        if plan.seconds_of_blocks is not None:
+            text += f", at least {duration(plan.seconds_of_blocks)}, estimated"
+        if blocks.states_bytes:
+            text += f"; {size(2 * blocks.states_bytes)} of disk for their states"
+        table.add_row("blocks before", text)
     console.print(table)
 
 

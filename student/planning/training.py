@@ -18,6 +18,7 @@ from student.data.matched import collator_of
 from student.errors import StudentError
 from student.planned import PlannedDevice, planning_for
 from student.planning import advice
+from student.planning.blocks import BlockwiseWork, blockwise_work
 from student.planning.memory import (
     FEW,
     Lasting,
@@ -66,8 +67,9 @@ class TrainingPlan:
     parameters: numbers of the student and what is trained beside it, as total, trained, frozen, ternary.
     memory: with the smallest chunks of the LM head. roomy: bytes of the peak where these are as large as a
     GPU of that memory lets them be. rate: FLOPs per second of this machine's products, None where the
-    training is to run elsewhere. change: the smallest one with which it fits; None where it fits as it is, or
-    nothing helps. least: all changes at once, where they do not help.
+    training is to run elsewhere. blockwise: what blocks take that are trained before, if any are. change: the
+    smallest one with which it fits; None where it fits as it is, or nothing helps. least: all changes at
+    once, where they do not help.
     """
 
     target: Target
@@ -77,6 +79,7 @@ class TrainingPlan:
     roomy: int
     work: TrainingWork
     rate: float | None
+    blockwise: BlockwiseWork | None
     change: advice.Change | None
     least: advice.Change | None
 
@@ -91,6 +94,11 @@ class TrainingPlan:
         if self.rate is None:
             return None
         return self.work.flops_per_step / self.target.processes / self.rate
+
+    @property
+    def seconds_of_blocks(self) -> float | None:
+        """Of their matrix products in one process, which is less than they take."""
+        return self.blockwise.flops / self.rate if self.blockwise and self.rate else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -109,6 +117,8 @@ class TrainingPlan:
             "measured_flops_per_second": self.rate,
             "estimated_seconds_per_step": seconds,
             "estimated_tokens_per_second": tokens / seconds if seconds else None,
+            "blockwise": self.blockwise.to_json() if self.blockwise else None,
+            "estimated_seconds_of_blocks": self.seconds_of_blocks,
         }
 
 
@@ -135,16 +145,19 @@ def plan_training(prepared: PreparedTraining, target: Target) -> TrainingPlan:
         if change is None:
             smallest, flags = advice.least_setting(setting)
             least = advice.Change(smallest, flags, planner.evaluate(smallest))
+    counts = _counts(planner.parameters)
+    work = plan_work(prepared, planner.traced(setting), planner.positions(setting), setting, target.processes)
     return TrainingPlan(
         target=target,
-        parameters=_counts(planner.parameters),
+        parameters=counts,
         setting=setting,
         memory=memory,
         roomy=planner.roomy(setting),
-        work=plan_work(
-            prepared, planner.traced(setting), planner.positions(setting), setting, target.processes
-        ),
+        work=work,
         rate=measured_rate(args.bf16 or args.fp16) if target.here else None,
+        blockwise=blockwise_work(
+            prepared.blockwise, setting.rows, work.tokens_per_epoch / work.samples, counts["ternary"]
+        ),
         change=change,
         least=least,
     )

@@ -14,6 +14,8 @@ import torch
 from transformers import TrainerCallback
 
 from featurestore.format.schema import HiddenSpec, LogitsSpec, Sample
+from student.blockwise import run as blockwise_run
+from student.blockwise.run import BlockwiseRun
 from student.config.parser import parse
 from student.planning.advice import changes, fits, smallest_change
 from student.planning.command import target_of
@@ -25,7 +27,7 @@ from student.planning.work import padded_positions
 from student.training.run import PreparedTraining, build, prepare
 from student.training.trainer import CacheTrainer
 from tests.student.allocations import allocated_at_most
-from tests.student.caches import random_samples, write_cache
+from tests.student.caches import random_samples, save_teacher, write_cache
 
 SHAPE = ["--student-model-config", '{"num_hidden_layers": 2}']
 DEEP = ["--student-model-config", '{"num_hidden_layers": 5}', "--copy-layers", "0,0,1,1,2"]
@@ -266,3 +268,35 @@ def test_a_margin_is_left_beside_the_process() -> None:
 
 def test_batches_are_padded_to_their_longest() -> None:
     assert padded_positions([3, 1, 2, 5, 4], 2) == 6 + 10 + 4
+
+
+def test_blocks_are_counted_beside_the_whole_student(tmp_path: Path) -> None:
+    """Samples of 20 positions; D = 64."""
+    teacher = save_teacher(tmp_path / "teacher", 4)
+    boundaries = [LogitsSpec(8), *(HiddenSpec(layer, "bf16") for layer in (1, 2, 3, 4))]
+    samples = random_samples(40, 199, lengths=(20, 21))
+    store = write_cache(tmp_path / "store", teacher, samples, boundaries)
+    flags = ["--init", "blockwise", *TERNARY, "--blockwise-steps", "5", "--eval-fraction", "0.25"]
+    ready = prepared(store, tmp_path / "out", *flags)
+    plan = plan_training(ready, target_of())
+    blocks = plan.blockwise
+    assert blocks is not None
+    assert (blocks.blocks, blocks.steps, blocks.tokens) == (4, 5, 5 * 4 * 20)
+    assert blocks.flops == 6 * plan.parameters["ternary"] * 400
+    assert blocks.states_bytes == (5 * 4 + len(ready.data.split.held_out)) * 20 * 64 * 2
+    assert plan.seconds_of_blocks is not None
+    run = BlockwiseRun(ready.blockwise, ready.request.training)
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        written = blockwise_run.write_stream
+
+        def write(path: Path, states: Any) -> None:
+            written(path, states)
+            sizes.append(path.stat().st_size)
+
+        patch.setattr(blockwise_run, "write_stream", write)
+        run.train(overwrite=False)
+    assert set(sizes) == {blocks.states_bytes}
+    teachers_states = prepared(store, tmp_path / "out", *flags, "--blockwise-inputs", "teacher")
+    inputs = plan_training(teachers_states, target_of()).blockwise
+    assert inputs is not None and inputs.states_bytes == 0
