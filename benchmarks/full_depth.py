@@ -62,7 +62,7 @@ RATE = ["--learning-rate", "1e-3"]
 AT_ONCE = ["--bitnet-warmup-weights", "0", "--bitnet-warmup-activations", "0"]
 LABELS = ["--logits-loss", "none", "--hidden-loss", "none", "--mapper", "all", "--ce-weight", "1"]
 BLOCK_STEPS = round(0.4 * STEPS)
-BLOCKWISE = ["--init", "blockwise", "--blockwise-steps", str(BLOCK_STEPS), "--learning-rate", "3e-4"]
+BLOCKWISE = ["--init", "blockwise", "--blockwise-steps", str(BLOCK_STEPS), "--learning-rate", "2e-4"]
 ROWS: dict[str, tuple[str, float, list[str]]] = {  # name, share of STEPS, flags
     "labels": ("ternary, labels", 1.0, [*RECIPE, *RATE, *LABELS]),
     "kd": ("ternary, KD", 1.0, [*RECIPE, *RATE]),
