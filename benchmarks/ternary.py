@@ -8,8 +8,8 @@ are, learns from the demo text (samples of 256 tokens, one a step; float32, Adam
 weights in three quarters of them. Rate: a peak learning rate of 4e-3, twice that of the other rows, which is
 the one that suited the full-precision student best in a trial of 120 steps. Annealed: Hestia's softmax
 (`--bitnet-anneal`), from a λ of a fifth of the steps to rounding at 0.7 of them. Final states: the relative
-squared error of the hidden states behind the final norm, beside the KL. Relation: `qkv_relation` of one
-block, its gradient 0.3 times as long as the KL's.
+squared error of the hidden states behind the final norm, beside the KL. Decay: of the ternary matrices alone,
+0.1 (0 in all other rows). Relation: `qkv_relation` of one block, its gradient 0.3 times as long as the KL's.
 
 Curves are the product's own held-out KL (unbiased, from the cache's head and draws) of the fully ternary
 student, also while λ < 1; the table's KL and perplexity are exact, over the whole vocabulary in float32, on
@@ -81,6 +81,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "subln-long": ("ternary `subln`, KL, long λ, rate", [*SUBLN, *LONG, *FAST]),
     "subln-soft": ("ternary `subln`, KL, annealed, rate", [*SUBLN, *SOFT, *FAST]),
     "subln-final": ("ternary `subln`, KL + final states, long λ, rate", [*SUBLN, *LONG, *FAST, *HIDDEN]),
+    "subln-decay": (
+        "ternary `subln`, KL + final states, long λ, rate, decay",
+        [*SUBLN, *LONG, *FAST, *HIDDEN, "--bitnet-weight-decay", "0.1"],
+    ),
     "subln-rel": ("ternary `subln`, KL + relation", [*SUBLN, *RELATION]),
     "subln-rel-warm": ("ternary `subln`, KL + relation, λ", [*SUBLN, *RELATION, *WARM]),
 }
