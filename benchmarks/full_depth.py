@@ -7,9 +7,9 @@ is one `distily-train from-cache` with other flags:
 
 - labels: ternary, cross-entropy on the next token alone.
 - kd: ternary, the recipe examples/recipes/ternary.yaml, from the cached distribution and final states.
-- blockwise: ternary, block by block from the cached states first (`--init blockwise`), then as kd, but
-  ternary from the first step on, and at a lower rate, since it starts from a student that works. Each block
-  has 0.4 and the whole 0.45 of the steps that kd has, which takes about the same time.
+- blockwise: ternary, the recipe examples/recipes/blockwise.yaml: block by block from the cached states first,
+  then as kd, but ternary from the first step on, and at a lower rate, since it starts from a student that
+  works. Each block has 0.4 and the whole 0.45 of the steps that kd has, which takes about the same time.
 - fp: full precision, labels: what learning this text does to the teacher itself.
 
 The table's KL and perplexity are exact, over the whole vocabulary in float32, on samples that no row has
@@ -56,17 +56,17 @@ DJANGO = "Django==5.2.8"
 DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
 FOLDERS = ("intro", "topics", "howto", "faq", "ref")
 
-RECIPE = ["--recipe", str(ROOT / "examples" / "recipes" / "ternary.yaml")]
+RECIPES = ROOT / "examples" / "recipes"
+RECIPE = ["--recipe", str(RECIPES / "ternary.yaml")]
 # A quarter of the recipe's rate, which drives all 30 layers away from the teacher before they are ternary.
 RATE = ["--learning-rate", "1e-3"]
-AT_ONCE = ["--bitnet-warmup-weights", "0", "--bitnet-warmup-activations", "0"]
 LABELS = ["--logits-loss", "none", "--hidden-loss", "none", "--mapper", "all", "--ce-weight", "1"]
 BLOCK_STEPS = round(0.4 * STEPS)
-BLOCKWISE = ["--init", "blockwise", "--blockwise-steps", str(BLOCK_STEPS), "--learning-rate", "2e-4"]
+BLOCKWISE = ["--recipe", str(RECIPES / "blockwise.yaml"), "--blockwise-steps", str(BLOCK_STEPS)]
 ROWS: dict[str, tuple[str, float, list[str]]] = {  # name, share of STEPS, flags
     "labels": ("ternary, labels", 1.0, [*RECIPE, *RATE, *LABELS]),
     "kd": ("ternary, KD", 1.0, [*RECIPE, *RATE]),
-    "blockwise": ("ternary, blockwise + KD", 0.45, [*RECIPE, *AT_ONCE, *BLOCKWISE]),
+    "blockwise": ("ternary, blockwise + KD", 0.45, BLOCKWISE),
     "fp": (
         "full precision, labels",
         1.0,

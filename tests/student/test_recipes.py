@@ -30,12 +30,13 @@ SMALL = ("--student-model-config", '{"num_hidden_layers": 2}', "--learning-rate"
 
 @pytest.fixture(scope="module")
 def relations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the default distribution, the final states and the relations of block 1 of 3."""
+    """A cache with the default distribution, all states and the relations of block 1 of 3."""
     folder = tmp_path_factory.mktemp("relations")
     teacher = teachers.llama(folder / "teacher")
     texts = [json.dumps({"text": text_of(20, seed)}) for seed in range(24)]
     (folder / "data.jsonl").write_text("\n".join(texts))
-    generate(teacher, folder / "data.jsonl", folder / "cache", "--relation-layers", 1, "--final")
+    layers = ("--relation-layers", 1, "--hidden-layers", "1,2", "--final")
+    generate(teacher, folder / "data.jsonl", folder / "cache", *layers)
     return folder / "cache"
 
 
@@ -49,15 +50,18 @@ def terms(directory: Path) -> set[str]:
         ("bitnet-kd", "none", {"kl"}),
         ("tsld-qat", "subln", {"tsld", "ce"}),
         ("ternary", "subln", {"kl", "hidden_nmse_L3_to_L2"}),
+        ("blockwise", "subln", {"kl", "hidden_nmse_L3_to_L2"}),
     ],
 )
 def test_recipes_of_one_training(
     distily_train: Run, relations: Path, tmp_path: Path, recipe: str, conversion: str, learned: set[str]
 ) -> None:
     words = (relations, "--recipe", RECIPES / f"{recipe}.yaml", "--output-dir", tmp_path)
-    code, out, err = distily_train(*words, *QUICK, *SMALL, "--max-steps", 2)
+    few = ("--blockwise-steps", 4) if recipe == "blockwise" else ()
+    code, out, err = distily_train(*words, *QUICK, *SMALL, "--max-steps", 2, *few)
     assert code == 0, err
     summary = json.loads(out)
+    assert ("blockwise" in summary) == (recipe == "blockwise")
     assert (summary["steps"], summary["bitnet_conversion"]) == (2, conversion)
     assert terms(tmp_path) == learned
 
