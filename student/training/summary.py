@@ -92,7 +92,9 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
         "samples_of_unknown_documents": run.split.unknown if run.split else 0,
         "held_out_kl": _exactness(run.reader),
         "first_eval": _metrics(evaluations[0]) if evaluations else None,
-        "start_warning": worse_than_uniform(run.state.log_history, run.vocab_size, run.copied),
+        "start_warning": worse_than_uniform(
+            run.state.log_history, run.vocab_size, run.copied, rounded=run.drift is not None
+        ),
         "last_eval": _metrics(evaluations[-1]) if evaluations else None,
         "seconds": round(run.seconds, 3),
         "tokens": int(run.state.num_input_tokens_seen),

@@ -99,7 +99,7 @@ class CacheTrainer(Trainer):  # type: ignore[misc]
         if conversion_of(model.student) is not None:
             self._ternary = TernaryCallback(model.student, self._ternary_plan)
             self.add_callback(self._ternary)
-        self.add_callback(UniformGuess(vocab_size, copied))
+        self.add_callback(UniformGuess(vocab_size, copied, rounded=drift is not None))
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Trainer's own, without its wish to compile the whole model, see `student.training.compiled`."""

@@ -21,11 +21,14 @@ _MEASURED = ("eval_kl", "eval_ce", "loss_ce")
 _MARGIN = 0.1
 
 
-def worse_than_uniform(log: Sequence[Mapping[str, Any]], vocab_size: int, start: str | None) -> str | None:
+def worse_than_uniform(
+    log: Sequence[Mapping[str, Any]], vocab_size: int, start: str | None, rounded: bool = False
+) -> str | None:
     """A sentence where the first figures of a log are clearly worse than those of a student that gives every
     token the same probability; None where they are not, or where nothing was measured.
 
     log: Trainer's, oldest first. start: which teacher layers the student is a copy of, None for no copy.
+    rounded: whether the conversion to ternary weights came before the figures.
     """
     guess = math.log(vocab_size)
     entry = next((entry for entry in log if any(name in entry for name in _MEASURED)), {})
@@ -39,6 +42,8 @@ def worse_than_uniform(log: Sequence[Mapping[str, Any]], vocab_size: int, start:
     )
     if start is None:
         return line
+    if rounded:
+        return f"{line}; rounding a teacher's weights to ternary does that, and the training is to undo it"
     return (
         f"{line}; it is a copy of the teacher's layers {start}, which do not fit together; try --copy-layers "
         "first, another list, or --init random"
@@ -84,16 +89,16 @@ def _start_loss(plan: StudentPlan, samples: Sequence[Tensor], device: torch.devi
 
 
 class UniformGuess(TrainerCallback):  # type: ignore[misc]
-    """Warns of it at the first figures of a training."""
+    """Says so at the first figures of a training; as a warning, unless it is as expected."""
 
-    def __init__(self, vocab_size: int, start: str | None) -> None:
-        self._vocab_size, self._start, self._done = vocab_size, start, False
+    def __init__(self, vocab_size: int, start: str | None, rounded: bool) -> None:
+        self._vocab_size, self._start, self._rounded, self._done = vocab_size, start, rounded, False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer has added the entry to the log already."""
         if self._done or not any(name in entry for entry in state.log_history for name in _MEASURED):
             return
         self._done = True
-        line = worse_than_uniform(state.log_history, self._vocab_size, self._start)
+        line = worse_than_uniform(state.log_history, self._vocab_size, self._start, self._rounded)
         if line is not None and state.is_world_process_zero:
-            LOG.warning(line)
+            (LOG.info if self._rounded else LOG.warning)(line)

@@ -34,6 +34,8 @@ def test_the_first_figures_count(log: list[dict[str, float]], said: str | None) 
         assert said is not None and said in line and f"{GUESS:.3g}" in line
         assert all(word in line for word in ("0,2", "--copy-layers", "--init random"))
         assert "copy" not in (worse_than_uniform(log, 199, None) or "copy")
+        ternary = worse_than_uniform(log, 199, "0,2", rounded=True)
+        assert ternary is not None and "rounding" in ternary and "copy" not in ternary
 
 
 def test_a_bad_copy_is_said_once_in_summary_and_report(
@@ -53,6 +55,9 @@ def test_a_bad_copy_is_said_once_in_summary_and_report(
     (line,) = [line for line in err.splitlines() if "uniform guess" in line]
     assert line == f"distily-train: {summary['start_warning']}" and "layers 0,2" in line
     assert "starts worse than a uniform guess" in (tmp_path / "bad" / "report.html").read_text()
+    summary, err = run("ternary", *shape, "--copy-layers", "uniform", "--student-model-as-bitnet")
+    assert "rounding a teacher's weights to ternary does that" in summary["start_warning"]
+    assert "--copy-layers" not in err
     small = '{"num_hidden_layers": 2, "initializer_range": 0.02}'
     summary, err = run("random", "--init", "random", "--student-model-config", small)
     assert summary["start_warning"] is None and "uniform guess" not in err
