@@ -1,4 +1,4 @@
-# make quickstart   a real teacher, a cache, a ternary student and a page about it (CPU: about ten minutes)
+# make quickstart   a real teacher, a cache, a ternary student and a page about it (CPU: about twelve minutes)
 # make test         the tests, the vLLM path included
 # make examples     the scripts and the notebook of examples/, as they stand, on tiny teachers
 # make docs         the documentation as a site, in build/site

@@ -1,6 +1,6 @@
 """The integer reference forward: what every export of a BitNet student has to compute.
 
-Ternary weights times int8 activations, summed in int32, divided by both scales in float32 afterwards. Weights
+Ternary weights times int8 activations, summed exactly, divided by both scales in float32 afterwards. Weights
 stay packed at two bits; a layer's matrix exists while the layer runs. Operation for operation this is
 transformers' offline `BitLinear` in float32 and the training forward, so that they agree to the last bit: a
 difference of one rounding would move some activation to the next integer, and a few layers turn that into the
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from student.bitnet import BitLinear, bit_linears, quantize_weight, to_int8
+from student.bitnet import BitLinear, bit_linears, int_mm, quantize_weight, to_int8
 from student.export.packing import pack, unpack
 
 
@@ -53,7 +53,7 @@ class IntegerLinear(nn.Module):
 
     def product(self, ints_NI: Tensor) -> Tensor:
         """The exact sums of products, float32 [N, O]."""
-        return integer_product(ints_NI, self.ternary())
+        return int_mm(ints_NI, self.ternary().t()).float()
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., I] of any float dtype; output [..., O] of the same."""
@@ -64,19 +64,6 @@ class IntegerLinear(nn.Module):
         if self.bias is not None:
             y_NO += self.bias
         return y_NO.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
-
-
-def integer_product(ints_NI: Tensor, ternary_OI: Tensor) -> Tensor:
-    """The exact product as float32 [N, O].
-
-    In float32 where torch's integer product does not serve (on GPUs for certain sizes only; on a CPU wrong
-    for a single column): sums of up to 2^17 products stay integers below 2^24, exact as well.
-    """
-    columns = ints_NI.shape[1]
-    if ints_NI.device.type == "cpu" and columns > 1:
-        return torch._int_mm(ints_NI, ternary_OI.t()).float()
-    assert columns < 2**17
-    return torch.mm(ints_NI.float(), ternary_OI.float().t())
 
 
 def input_norm(layer: nn.Module) -> nn.Module | None:
