@@ -5,7 +5,7 @@
     python benchmarks/llama_cpp.py wide STUDENT             a random student of 2048 channels beside it
     python benchmarks/llama_cpp.py speed STUDENT…           on a quiet machine; `wide` is the random one
     python benchmarks/llama_cpp.py report STUDENT…          the table of all that is known
-    python benchmarks/llama_cpp.py deep STUDENT…            of the teacher's own shape, on held-out text
+    python benchmarks/llama_cpp.py deep STUDENT…            of full_depth.py, on its held-out text
     python benchmarks/llama_cpp.py beside STUDENT           its speed beside that of the teacher
     python benchmarks/llama_cpp.py deep-report STUDENT…     the page of those
 
@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RUN, table, write_result
+from common import ROOT, RUN, table, write_result
+from full_depth import CACHE, HELD_OUT
+from full_depth import LENGTH as DEEP_LENGTH
 from llama_cpp_emulation import emulate
 from torch import Tensor
 from torch.nn import functional
@@ -46,7 +48,6 @@ from student.modeling.saving import load_student, save_student
 
 WORK = RUN / "llama_cpp"
 SAMPLES, LENGTH = 16, 128
-CACHE, HELD_OUT, DEEP_LENGTH = RUN / "ternary" / "cache", 0.04, 256  # of the students of the teacher's shape
 RATES = ("prompt", "new")
 PAIRS = (
     ("emulation", "reference"),
@@ -410,11 +411,9 @@ def deep_report(directories: list[Path]) -> None:
     for directory in directories:
         found = json.loads(kept(directory, "deep").read_text())
         summary = json.loads((directory / "summary.json").read_text())
-        steps = summary["last_eval"]["step"] if "last_eval" in summary else summary["steps"]
-        name = f"{steps} steps"
-        flags = summary["command"][summary["command"].index("--recipe") :]
-        out = flags.index("--output-dir")
-        trained.append(f"- {name}: `{' '.join(flags[:out] + flags[out + 2 :])}`")
+        name = directory.name
+        flags = summary["command"][summary["command"].index("--output-dir") + 2 :]
+        trained.append(f"- {name}: `{' '.join(flags).replace(f'{ROOT}/', '')}`")
         learned.append([name, *(f"{one:,.1f}" for one in found["perplexity"].values())])
         for pair, one in found["pairs"].items():
             where = [one["gap_where_differ"] or 0, one["largest_gap_where_differ"] or 0]
