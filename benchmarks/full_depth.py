@@ -19,8 +19,8 @@ learned from. Continuations are greedy and unedited, of the beginnings of three 
     python benchmarks/full_depth.py kd           # this row, then the page of all that have run
     python benchmarks/full_depth.py found        # that page alone
 
-STEPS sets the size; the page has all sizes that have run. A row that is stopped goes on from its last
-checkpoint, also on another machine that has a copy of RUN/full_depth.
+STEPS sets the size, and SAMPLES how much of the text is captured; the page has all sizes that have run. A row
+that is stopped goes on from its last checkpoint, also on another machine that has a copy of RUN/full_depth.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from featurestore.reader import CacheReader
 from student.data.held_out import split_cache
 from student.modeling.saving import load_student
 
-STEPS, SAMPLES = int(os.environ.get("STEPS", "500")), 960
+STEPS, SAMPLES = int(os.environ.get("STEPS", "300")), int(os.environ.get("SAMPLES", "640"))
 LENGTH, DEPTH, HELD_OUT, MEASURED = 256, 30, 0.03, 48
 PROMPTS, PROMPT_LENGTH, CONTINUED = 3, 24, 48
 WORK = RUN / "full_depth"
