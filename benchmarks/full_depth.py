@@ -256,7 +256,7 @@ def body(found: list[dict[str, Any]], taught: dict[str, Any]) -> str:
         (__doc__ or "").split("\n", 2)[2].strip(),
         table(header, rows),
         "Size: steps of the rows without blocks. Seconds of one thread's processor time of the command, with "
-        f"its evaluations and blocks. Positions that the figures are of: {taught['positions']:,}.",
+        f"its evaluations and blocks. Positions that the figures are of: {taught['positions']:,.0f}.",
         *_compared(found, taught),
         "Held-out KL, of the cache's distribution, after so many tokens of the whole student:",
         "\n".join(courses),
