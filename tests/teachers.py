@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -109,6 +111,26 @@ def gemma3(directory: Path, vocab_size: int = 262_144, seed: int = 0) -> Path:
         pad_token_id=0,
     )
     return _save(Gemma3ForCausalLM, config, directory, seed)
+
+
+def lfm2(directory: Path, vocab_size: int = 199, seed: int = 0) -> Path:
+    """Lfm2, D=32, which mixes positions by short convolutions that no attention mask stops.
+
+    Its embeddings are as small as by default: beside larger ones, such small layers change next to nothing.
+    """
+    config = Lfm2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["conv", "full_attention"],
+    )
+    torch.manual_seed(seed)
+    Lfm2ForCausalLM(config).float().save_pretrained(directory)
+    word_tokenizer(vocab_size).save_pretrained(directory)
+    return directory
 
 
 def _save(model_class: type, config: object, directory: Path, seed: int) -> Path:

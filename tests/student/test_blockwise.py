@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers import AutoModelForCausalLM
 
 from distily.units import number
 from featurestore.format.schema import HiddenSpec, LogitsSpec
@@ -270,19 +270,7 @@ def test_what_is_refused(
 def test_rows_that_cannot_be_packed_are_refused_before_the_blocks(
     refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Lfm2 mixes positions by short convolutions, which no attention mask stops."""
-    config = Lfm2Config(
-        vocab_size=199,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        layer_types=["conv", "full_attention"],
-    )
-    teacher = tmp_path / "teacher"
-    AutoModelForCausalLM.from_config(config).save_pretrained(teacher)
-    teachers.word_tokenizer(199).save_pretrained(teacher)
+    teacher = teachers.lfm2(tmp_path / "teacher")
     boundaries = [LogitsSpec(8), HiddenSpec(1, "bf16"), HiddenSpec(2, "bf16")]
     store = write_cache(tmp_path / "store", teacher, random_samples(12, 199), boundaries)
     said = refused("from-cache", store, "--output-dir", tmp_path / "out", *FLAGS, "--pack-rows")

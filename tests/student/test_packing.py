@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers import AutoModelForCausalLM
 
 from featurestore.format.codes import LogitsCodes
 from featurestore.format.schema import HiddenFeatures, HiddenSpec, LogitsSpec
@@ -124,17 +124,7 @@ def test_loss_and_gradients_are_those_of_one_sample_to_a_row(
         )
 
 
-def test_layers_that_carry_a_state_along_are_refused() -> None:
-    """Lfm2 mixes positions by short convolutions, which no attention mask stops."""
-    config = Lfm2Config(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        layer_types=["conv", "full_attention"],
-    )
-    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def test_layers_that_carry_a_state_along_are_refused(tmp_path: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(teachers.lfm2(tmp_path), dtype=torch.float32)
     with pytest.raises(UserError, match="--pack-rows: Lfm2ForCausalLM"):
         check_packing(student)
