@@ -20,7 +20,7 @@ from student.data.packing import check_packing, plan_rows, position_ids
 from student.errors import UserError
 from student.objective.terms import Objective, term
 from student.training.model import DistillationModel
-from tests import teachers
+from tests import architectures, teachers
 from tests.student.caches import random_samples, write_cache
 from tests.student.conftest import SPECS
 
@@ -124,7 +124,25 @@ def test_loss_and_gradients_are_those_of_one_sample_to_a_row(
         )
 
 
-def test_layers_that_carry_a_state_along_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["mixtral", "gemma2", "gemma3n_text", "gpt2"])
+def test_masks_keep_samples_apart_whatever_rounds(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The experts of a mixture multiply tokens of both samples together, which rounds differently."""
+    path = architectures.make(kind, tmp_path)
+    check_packing(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+
+
+def test_positions_that_are_counted_from_a_mask_are_refused(tmp_path: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(architectures.make("opt", tmp_path))
+    with pytest.raises(UserError, match="--pack-rows: OPTForCausalLM"):
+        check_packing(student)
+
+
+@pytest.mark.parametrize("factor", [1.0, 20.0, 20_000.0])
+def test_layers_that_carry_a_state_along_are_refused(factor: float, tmp_path: Path) -> None:
+    """However little they carry: beside embeddings times 20,000, one part in 10^8."""
     student = AutoModelForCausalLM.from_pretrained(teachers.lfm2(tmp_path), dtype=torch.float32)
+    with torch.no_grad():
+        student.get_input_embeddings().weight.mul_(factor)
     with pytest.raises(UserError, match="--pack-rows: Lfm2ForCausalLM"):
         check_packing(student)
