@@ -21,7 +21,7 @@ from student.blockwise.module import BlockModule, relative_errors
 from student.errors import StudentError
 
 # Measured on blocks of the demo teacher, see docs/bitnet.md.
-WARMUP = Warmup(weights=0.5, activations=0.5)
+WARMUP = Warmup(weights=0.3, activations=0.3)
 BETAS = (0.9, 0.98)
 RISE = 0.05  # share of the steps in which the learning rate rises
 
@@ -76,9 +76,8 @@ def fit(module: BlockModule, read: Read, samples: Sequence[int], settings: FitSe
         StudentError: the loss is not finite.
     """
     device = next(module.parameters()).device
-    optimizer = torch.optim.AdamW(
-        [parameter for _, parameter in module.trained()], settings.learning_rate, BETAS, weight_decay=0.0
-    )
+    parameters = [parameter for _, parameter in module.trained()]
+    optimizer = torch.optim.AdamW(parameters, settings.learning_rate, BETAS, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings.steps))
     name = f"block {module.block.number + 1}, {module.block}"
     module.train()
