@@ -17,6 +17,7 @@ Shape letters: B samples, T positions, N tokens, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -99,8 +100,12 @@ def worker(mode: str, tokens: list[list[int]], *paths: Path) -> dict[str, Any]:
 
 
 def exported(directory: Path, kind: str, dtype: str) -> Path:
-    """The GGUF file, made when it is not there."""
-    out = WORK / directory.name / f"{kind}-{dtype}"
+    """The GGUF file, made when there is none of these weights."""
+    weights = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            weights.update(hashlib.file_digest(opened, "sha256").digest())
+    out = WORK / directory.name / f"{kind}-{dtype}-{weights.hexdigest()[:12]}"
     if not out.is_dir():
         export(ExportRequest(directory=directory, format="gguf", out=out, dtype=dtype, gguf_type=kind))
     return out / f"model-{kind}.gguf"
