@@ -31,6 +31,8 @@ def int_mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
             return torch.mm(a_MK.float(), b_KN.float())
     if kind == "cuda":
         a_MK, b_KN = aligned(a_MK, b_KN)
+    elif rows == 1:  # of strides that no transposed matrix has
+        a_MK = a_MK.flatten()[None]
     return torch._int_mm(a_MK, b_KN)[:, :columns]
 
 
@@ -46,11 +48,11 @@ def is_integer(kind: str, rows: int, inner: int, columns: int) -> bool:
 
 def suits(kind: str, rows: int, inner: int, columns: int) -> bool:
     """Whether torch._int_mm may be asked: CUDA wants more than 16 rows, the rest is padded; on CPUs, a
-    transposed matrix of one row or column is mistaken for one that is not.
+    transposed matrix whose rows or columns are single numbers is mistaken for one that is not.
     """
     if inner > _OVERFLOW:
         return False
-    return rows > 16 if kind == "cuda" else kind == "cpu" and min(rows, inner, columns) > 1
+    return rows > 16 if kind == "cuda" else kind == "cpu" and inner > 1
 
 
 def aligned(a_MK: Tensor, b_KN: Tensor) -> tuple[Tensor, Tensor]:
