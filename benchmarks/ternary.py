@@ -288,6 +288,8 @@ def main() -> None:
         if key != "found":
             run(key, int(seed))
     found = kept() if words else run_all()
+    if not all(end in found for end in ALWAYS):
+        sys.exit(f"no page yet: the shares of the gap need the rows {' and '.join(ALWAYS)}")
     plot(found)
     write_result("ternary", "Ternary students against full precision", body(found))
 
