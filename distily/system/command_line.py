@@ -2,6 +2,7 @@
 
 # Without postponed annotations: typer reads them, and one of them holds a local function.
 import inspect
+import logging
 import os
 import re
 import sys
@@ -73,7 +74,11 @@ def installed(program: str, extra: str) -> Iterator[None]:
 
 
 def quiet_libraries(quiet: bool = False) -> None:
-    """No progress bars of Hugging Face's libraries where stderr is no terminal, or `quiet` is asked for."""
+    """No progress bars of Hugging Face's libraries where stderr is no terminal, or `quiet` is asked for; and
+    not the hint of bitsandbytes, which peft imports for every training, that a kernel for its 4-bit products
+    on CPUs that multiply bfloat16 could be installed.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not quiet and sys.stderr.isatty():
         return
     # Read when they are imported, and inherited by processes that are started.
