@@ -90,6 +90,10 @@ ROWS: dict[str, tuple[str, list[str]]] = {
         "ternary `subln`, KL + final states, long λ, rate, decay 0.5",
         [*SUBLN, *LONG, *FAST, *HIDDEN, "--bitnet-weight-decay", "0.5"],
     ),
+    "subln-decay10": (
+        "ternary `subln`, KL + final states, long λ, rate, decay 1",
+        [*SUBLN, *LONG, *FAST, *HIDDEN, "--bitnet-weight-decay", "1"],
+    ),
     "subln-rel": ("ternary `subln`, KL + relation", [*SUBLN, *RELATION]),
     "subln-rel-warm": ("ternary `subln`, KL + relation, λ", [*SUBLN, *RELATION, *WARM]),
 }
