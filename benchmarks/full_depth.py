@@ -10,7 +10,7 @@ is one `distily-train from-cache` with other flags:
   quarter of its rate and without its weight decay.
 - blockwise: ternary, the recipe examples/recipes/blockwise.yaml: block by block from the cached states first,
   then as kd, but ternary from the first step on, and at lower rates, since it starts from a student that
-  works. Each block has 0.6 and the whole 0.65 of the steps that kd has, which takes about the same time where
+  works. Each block has 0.6 and the whole 0.5 of the steps that kd has, which takes about the same time where
   there are integer products (VNNI).
 - fp: full precision, labels: what learning this text does to the teacher itself.
 
@@ -69,7 +69,7 @@ BLOCKWISE = ["--recipe", str(RECIPES / "blockwise.yaml"), "--blockwise-steps", s
 ROWS: dict[str, tuple[str, float, list[str]]] = {  # name, share of STEPS, flags
     "labels": ("ternary, labels", 1.0, [*RECIPE, *RATE, *LABELS]),
     "kd": ("ternary, KD", 1.0, [*RECIPE, *RATE]),
-    "blockwise": ("ternary, blockwise + KD", 0.65, BLOCKWISE),
+    "blockwise": ("ternary, blockwise + KD", 0.5, BLOCKWISE),
     "fp": (
         "full precision, labels",
         1.0,
