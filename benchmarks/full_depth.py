@@ -60,8 +60,8 @@ FOLDERS = ("intro", "topics", "howto", "faq", "ref")
 
 RECIPES = ROOT / "examples" / "recipes"
 RECIPE = ["--recipe", str(RECIPES / "ternary.yaml")]
-# A quarter of the recipe's rate, which drives all 30 layers away from the teacher before they are ternary; at
-# this rate its weight decay would do next to nothing, and the rows ran without it.
+# A quarter of the recipe's rate, which drives all 30 layers away from the teacher before they are ternary.
+# The rows ran before the recipe had a weight decay, which was not tried at this depth.
 RATE = ["--learning-rate", "1e-3", "--bitnet-weight-decay", "0"]
 LABELS = ["--logits-loss", "none", "--hidden-loss", "none", "--mapper", "all", "--ce-weight", "1"]
 BLOCK_STEPS = round(0.6 * STEPS)
