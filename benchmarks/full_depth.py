@@ -1,9 +1,10 @@
 """Ternary students of the teacher's own shape: what each way of learning leaves of the teacher.
 
 The student has all 30 layers of the demo teacher and its weights; embeddings and head stay as they are. The
-text is the demo's, and behind it the documentation of Django 5.2 (BSD licence, from its source distribution);
-a part of the documents is held out. Samples of 256 tokens, one a step, float32, AdamW, one thread. Each row
-is one `distily-train from-cache` with other flags:
+text is the first 1,500 characters of each of the demo's documents and of those of Django, Flask, pytest,
+Scrapy and Sphinx (BSD and MIT licences, from their source distributions), mixed; a part of the documents is
+held out. Samples of 256 tokens, one a step, float32, AdamW, one thread. Each row is one `distily-train
+from-cache` with other flags:
 
 - labels: ternary, cross-entropy on the next token alone.
 - kd: ternary, from the cached distribution and final states: the recipe examples/recipes/ternary.yaml at a
@@ -32,6 +33,8 @@ import html
 import json
 import math
 import os
+import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -42,7 +45,7 @@ from resource import RUSAGE_CHILDREN, getrusage
 from typing import Any
 
 import torch
-from common import ROOT, RUN, generate, table, train, write_result
+from common import RESULTS, ROOT, RUN, generate, table, train, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from featurestore.reader import CacheReader
@@ -50,13 +53,34 @@ from student.data.held_out import split_cache
 from student.modeling.saving import load_student
 
 STEPS, SAMPLES = int(os.environ.get("STEPS", "300")), int(os.environ.get("SAMPLES", "640"))
+EXCERPT = 1500  # characters of a document
 LENGTH, DEPTH, HELD_OUT, MEASURED = 256, 30, 0.03, 48
 PROMPTS, PROMPT_LENGTH, CONTINUED = 3, 24, 48
 WORK = RUN / "full_depth"
 TEXT, CACHE = WORK / "text.jsonl", WORK / "cache"
-DJANGO = "Django==5.2.8"
-DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
-FOLDERS = ("intro", "topics", "howto", "faq", "ref")
+PLOT = "full_depth.svg"
+SOURCES = {  # source distributions, their digests, and what of them is documentation
+    "Django==5.2.8": (
+        "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f",
+        r"docs/(intro|topics|howto|faq|ref)/.*\.txt",
+    ),
+    "Flask==3.1.2": (
+        "bf656c15c80190ed628ad08cdfd3aaa35beb087855e2f494910aa3774cc4fd87",
+        r"docs/.*\.rst",
+    ),
+    "pytest==8.4.2": (
+        "86c0d0b93306b961d58d62a4db4879f27fe25513d4b969df351abdddb3c30e01",
+        r"doc/en/(explanation/|how-to/|reference/|example/)?[^/]*\.rst",
+    ),
+    "Scrapy==2.13.3": (
+        "bf17588c10e46a9d70c49a05380b749e3c7fba58204a367a5747ce6da2bd204d",
+        r"docs/.*\.rst",
+    ),
+    "Sphinx==8.2.3": (
+        "398ad29dee7f63a75888314e9424d40f52ce5a6a87ae88e7071e80af296ec348",
+        r"doc/(development|extdev|internals|man|tutorial|usage)/.*\.rst",
+    ),
+}
 
 RECIPES = ROOT / "examples" / "recipes"
 RECIPE = ["--recipe", str(RECIPES / "ternary.yaml")]
@@ -79,43 +103,37 @@ ROWS: dict[str, tuple[str, float, list[str]]] = {  # name, share of STEPS, flags
 
 
 def write_text() -> None:
-    """The demo's documents and those of Django's documentation, one a line."""
+    """The beginnings of the demo's documents and of those of the sources, one a line, mixed.
+
+    Many short excerpts, since a ternary student learns from different documents and not from much of one.
+    """
     if TEXT.is_file():
         return
     WORK.mkdir(parents=True, exist_ok=True)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-binary",
-        ":all:",
-        "-d",
-        str(WORK),
-        DJANGO,
-    ]
-    subprocess.run(pip, check=True)
-    (archive,) = WORK.glob("[Dd]jango-*.tar.gz")
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != DJANGO_SHA256:
-        sys.exit(f"{archive} is not the {DJANGO} that the study reads")
-    lines = (RUN / "topics.jsonl").read_text("utf-8").splitlines()
-    with tarfile.open(archive) as files:
-        for member in sorted(files.getmembers(), key=lambda one: one.name):
-            parts = Path(member.name).parts
-            if (
-                member.isfile()
-                and parts[1] == "docs"
-                and parts[2] in FOLDERS
-                and member.name.endswith(".txt")
-            ):
-                opened = files.extractfile(member)
-                assert opened is not None
-                lines.append(json.dumps({"text": opened.read().decode("utf-8")}))
+    texts = [json.loads(line)["text"] for line in (RUN / "topics.jsonl").read_text("utf-8").splitlines()]
+    for requirement, (digest, names) in SOURCES.items():
+        texts += documents(requirement, digest, re.compile(names))
+    lines = [json.dumps({"text": text[:EXCERPT]}) for text in texts if len(text) >= EXCERPT]
+    random.Random(0).shuffle(lines)
     partial = TEXT.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n", "utf-8")
     partial.rename(TEXT)
+
+
+def documents(requirement: str, digest: str, names: re.Pattern[str]) -> Iterator[str]:
+    """The texts of a source distribution whose paths, behind its own folder, are such."""
+    folder = WORK / requirement
+    pip = ["pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", folder, requirement]
+    subprocess.run([sys.executable, "-m", *map(str, pip)], check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != digest:
+        sys.exit(f"{archive} is not the {requirement} that the study reads")
+    with tarfile.open(archive) as files:
+        for member in sorted(files.getmembers(), key=lambda one: one.name):
+            if member.isfile() and names.fullmatch(member.name.partition("/")[2]):
+                opened = files.extractfile(member)
+                assert opened is not None
+                yield opened.read().decode("utf-8")
 
 
 def capture() -> None:
@@ -139,7 +157,9 @@ def run(key: str) -> dict[str, Any]:
         "row": key,
         "steps": STEPS,
         "blocks": (BLOCK_STEPS if key == "blockwise" else 0),
-        "curve": [[LENGTH * one["step"], one["eval_kl"]] for one in log if "eval_kl" in one],
+        "curve": [
+            [LENGTH * one["step"], one["eval_kl"], one["eval_perplexity"]] for one in log if "eval_kl" in one
+        ],
         "tokens": json.loads((output / "summary.json").read_text())["tokens"],
         **measure(student, load_teacher()),
         "continued": continue_all(student),
@@ -261,7 +281,8 @@ def body(found: list[dict[str, Any]], taught: dict[str, Any]) -> str:
         "Size: steps of the rows without blocks. Seconds of one thread's processor time of the command, with "
         f"its evaluations and blocks. Positions that the figures are of: {taught['positions']:,.0f}.",
         *_compared(found, taught),
-        "Held-out KL, of the cache's distribution, after so many tokens of the whole student:",
+        f"![Held-out KL and perplexity over tokens]({PLOT})",
+        "Held-out KL of the cache's distribution (and perplexity) after so many tokens of the whole student:",
         "\n".join(courses),
     ]
     for place in range(PROMPTS):
@@ -289,7 +310,33 @@ def _name(one: dict[str, Any]) -> str:
 
 
 def _course(curve: list[list[float]]) -> str:
-    return ", ".join(f"{tokens:,.0f}: {kl:.2f}" for tokens, kl in curve)
+    return ", ".join(f"{tokens:,.0f}: {kl:.2f} ({perplexity:,.0f})" for tokens, kl, perplexity in curve)
+
+
+def plot(found: list[dict[str, Any]], taught: dict[str, Any]) -> None:
+    """Held-out KL and perplexity over the tokens of the whole student, of the ternary student throughout."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "full_depth"
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    for one in found:
+        tokens, kls, perplexities = zip(*one["curve"], strict=True)
+        left.plot(tokens, kls, marker="o", ms=3, label=_name(one))
+        right.plot(tokens, perplexities, marker="o", ms=3, label=_name(one))
+    right.axhline(math.exp(taught["ce"]), color="gray", ls="--", label="the teacher")
+    left.set(ylabel="held-out KL(teacher‖student), nats", ylim=(0.2, 10))
+    right.set(ylabel="held-out perplexity", ylim=(8, 3000))
+    for axes in (left, right):
+        axes.set(yscale="log", xlabel="tokens that the whole student has learned from")
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / PLOT, metadata={"Date": None})
 
 
 def _code(text: str) -> str:
@@ -307,7 +354,9 @@ def main() -> None:
     order = {key: place for place, key in enumerate(ROWS)}
     found = [one for file in files if (one := result(file)) is not None]
     found.sort(key=lambda one: (one["steps"], order[one["row"]]))
-    write_result("full_depth", "Ternary students of the teacher's own shape", body(found, teacher()))
+    taught = teacher()
+    plot(found, taught)
+    write_result("full_depth", "Ternary students of the teacher's own shape", body(found, taught))
 
 
 if __name__ == "__main__":
