@@ -22,8 +22,9 @@ learned from. Continuations are greedy and unedited, of the beginnings of three 
     python benchmarks/full_depth.py kd           # this row, then the page of all that have run
     python benchmarks/full_depth.py found        # that page alone
 
-STEPS sets the size, and SAMPLES how much of the text is captured; the page has all sizes that have run. A row
-that is stopped goes on from its last checkpoint, also on another machine that has a copy of RUN/full_depth.
+STEPS sets the size, and SAMPLES how much of the text is captured (it has 641); the page has all sizes that
+have run. A row that is stopped goes on from its last checkpoint, also on another machine that has a copy of
+RUN/full_depth.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ EXCERPT = 1500  # characters of a document
 LENGTH, DEPTH, HELD_OUT, MEASURED = 256, 30, 0.03, 48
 PROMPTS, PROMPT_LENGTH, CONTINUED = 3, 24, 48
 WORK = RUN / "full_depth"
-TEXT, CACHE = WORK / "text.jsonl", WORK / "cache"
+TEXT, CACHE = WORK / "excerpts.jsonl", WORK / "excerpts"
 PLOT = "full_depth.svg"
 SOURCES = {  # source distributions, their digests, and what of them is documentation
     "Django==5.2.8": (
@@ -314,7 +315,7 @@ def _course(curve: list[list[float]]) -> str:
 
 
 def plot(found: list[dict[str, Any]], taught: dict[str, Any]) -> None:
-    """Held-out KL and perplexity over the tokens of the whole student, of the ternary student throughout."""
+    """Held-out KL and perplexity over the tokens of the whole student, which is evaluated as rounded."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -326,7 +327,7 @@ def plot(found: list[dict[str, Any]], taught: dict[str, Any]) -> None:
         tokens, kls, perplexities = zip(*one["curve"], strict=True)
         left.plot(tokens, kls, marker="o", ms=3, label=_name(one))
         right.plot(tokens, perplexities, marker="o", ms=3, label=_name(one))
-    right.axhline(math.exp(taught["ce"]), color="gray", ls="--", label="the teacher")
+    right.axhline(math.exp(taught["ce"]), color="gray", ls="--", label="the teacher, as in the table")
     left.set(ylabel="held-out KL(teacher‖student), nats", ylim=(0.2, 10))
     right.set(ylabel="held-out perplexity", ylim=(8, 3000))
     for axes in (left, right):
