@@ -1,6 +1,7 @@
 """Does llama.cpp compute an exported student, how large is it, how fast?
 
     export LLAMA_PYTHON=…                                   a Python that has llama-cpp-python
+    export LLAMA_PLAIN=…                                    libraries without vector instructions, for `deep`
     python benchmarks/llama_cpp.py exact STUDENT            logits of every type, sizes of files
     python benchmarks/llama_cpp.py wide STUDENT             a random student of 2048 channels beside it
     python benchmarks/llama_cpp.py speed STUDENT…           on a quiet machine; `wide` is the random one
@@ -10,7 +11,12 @@
     python benchmarks/llama_cpp.py deep-report STUDENT…     the page of those
 
 llama.cpp does not quantise activations a token at a time, so it is compared with an emulation of what it does
-(llama_cpp_emulation.py), and the emulation with the integer reference.
+(llama_cpp_emulation.py), and the emulation with the integer reference. The emulation follows the roundings of
+llama.cpp without vector instructions; these commands, in its source, make what LLAMA_PLAIN names:
+
+    cmake -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DGGML_LLAMAFILE=OFF -DGGML_CPU_REPACK=OFF \
+      -DGGML_SSE42=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_BMI2=OFF -DGGML_FMA=OFF -DGGML_F16C=OFF
+    cmake --build build --target llama && export LLAMA_PLAIN=build/bin
 
 Shape letters: B samples, T positions, N tokens, V vocabulary.
 """
@@ -50,11 +56,6 @@ from student.modeling.saving import load_student, save_student
 WORK = RUN / "llama_cpp"
 SAMPLES, LENGTH = 16, 128
 RATES = ("prompt", "new")
-PAIRS = (
-    ("emulation", "reference"),
-    ("emulation, nudged", "emulation"),
-    ("reference, nudged", "reference"),
-)
 GAPS = (0.0, 0.1, 0.2, 0.5)  # least distances of the best two logits, for agreement where the choice is clear
 SENTENCE = "The capital of France is Paris in 1789."
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -86,13 +87,17 @@ def fitting(directory: Path) -> list[str]:
     return [name for name, kind in TYPES.items() if not any(size % kind.columns for size in sizes)]
 
 
-def worker(mode: str, tokens: list[list[int]], *paths: Path) -> dict[str, Any]:
-    """What llama_cpp_worker.py prints; with mode "logits" they are under that key, [N, V]."""
+def worker(mode: str, tokens: list[list[int]], *paths: Path, libraries: str | None = None) -> dict[str, Any]:
+    """What llama_cpp_worker.py prints; with mode "logits" they are under that key, [N, V].
+
+    libraries: where those of llama.cpp are, if not those of llama-cpp-python.
+    """
     given = paths[0].with_name("tokens.json")
     given.write_text(json.dumps(tokens))
     script = Path(__file__).with_name("llama_cpp_worker.py")
     command = [os.environ["LLAMA_PYTHON"], "-P", str(script), mode, str(given), *map(str, paths)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    env = os.environ | ({"LLAMA_CPP_LIB_PATH": str(Path(libraries).absolute())} if libraries else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     result: dict[str, Any] = json.loads(done.stdout)
     if mode == "logits":
         result["logits"] = torch.from_numpy(np.load(given.with_suffix(".npy")))
@@ -134,7 +139,7 @@ def blocked(directory: Path, kind: str) -> Any:
     """The integer reference, computing in llama.cpp's way."""
     source = open_source(directory)
     gguf.fit(source, torch.float32)
-    emulate(source.model, 32 if kind in ("Q2_0", "Q4_0") else 256)
+    emulate(source.model, kind)
     return source.model
 
 
@@ -189,46 +194,63 @@ def relative_error(logits_NV: Tensor, reference_NV: Tensor) -> float:
 
 
 def deep(directory: Path) -> dict[str, Any]:
-    """A student of the teacher's shape, on text that it has not learned from: llama.cpp, emulation and
-    integer reference in float32, what one rounding at the start does to the latter two, and how clear each
-    position is.
+    """A student of the teacher's shape, on text that it has not learned from: llama.cpp in two builds,
+    emulation and integer reference in float32, what one rounding at the start does to the latter two, and how
+    clear each position is.
     """
     tokens, kinds = held_out(), fitting(directory)
     ids_BT = torch.tensor(tokens)
-    runs = {kind: worker("logits", tokens, exported(directory, kind, "float32")) for kind in kinds}
-    programs = {f"llama.cpp, {kind}": run.pop("logits") for kind, run in runs.items()}
-    name, run = kinds[0], runs[kinds[0]]
-    logits = programs | {
-        "emulation": emulated(directory, name, ids_BT),
+    names = [f"{program}, {kind}" for program in ("llama.cpp", "plain llama.cpp") for kind in kinds]
+    builds = [None, os.environ["LLAMA_PLAIN"]]
+    runs = [
+        worker("logits", tokens, exported(directory, kind, "float32"), libraries=build)
+        for build in builds
+        for kind in kinds
+    ]
+    logits = {name: run.pop("logits") for name, run in zip(names, runs, strict=True)}
+    logits |= {f"emulation, {kind}": emulated(directory, kind, ids_BT) for kind in kinds}
+    first = kinds[0]
+    logits |= {
         "reference": sample_by_sample(open_source(directory).model, ids_BT),
-        "emulation, nudged": sample_by_sample(nudged(blocked(directory, name)), ids_BT),
+        "emulation, nudged": sample_by_sample(nudged(blocked(directory, first)), ids_BT),
         "reference, nudged": sample_by_sample(nudged(open_source(directory).model), ids_BT),
     }
-    pairs = {}
-    compared = [(program, other) for other in ("emulation", "reference") for program in programs]
-    for one, other in (*compared, *PAIRS):
-        differ = logits[one].argmax(-1) != logits[other].argmax(-1)
-        clear = gaps(logits[other])
-        pairs[f"{one} = {other}"] = {
-            "relative_error": relative_error(logits[one], logits[other]),
-            "top1_agreement": float((~differ).double().mean()),
-            "gap": float(clear.median()),
-            "gap_where_differ": float(clear[differ].median()) if differ.any() else None,
-            "largest_gap_where_differ": float(clear[differ].max()) if differ.any() else None,
-            "by_gap": [
-                [least, int((clear >= least).sum()), float((~differ[clear >= least]).double().mean())]
-                for least in GAPS
-            ],
-        }
-    best = logits[f"llama.cpp, {name}"].argmax(-1)
-    return run | {
+    compared = [(f"plain llama.cpp, {kind}", f"emulation, {kind}") for kind in kinds]
+    compared += [(f"llama.cpp, {kind}", f"plain llama.cpp, {kind}") for kind in kinds]
+    compared += [(f"llama.cpp, {kind}", "reference") for kind in kinds]
+    compared += [
+        (f"emulation, {first}", "reference"),
+        ("emulation, nudged", f"emulation, {first}"),
+        ("reference, nudged", "reference"),
+    ]
+    pairs = {f"{one} = {other}": agreement(logits[one], logits[other]) for one, other in compared}
+    best = logits[names[0]].argmax(-1)
+    return runs[0] | {
+        "plain": runs[-1]["system"],
         "types": kinds,
         "pairs": pairs,
         "perplexity": {
-            which: perplexity(logits[which], ids_BT) for which in (*programs, "emulation", "reference")
+            which: perplexity(some_NV, ids_BT) for which, some_NV in logits.items() if "nudged" not in which
         },
         "distinct": len(set(best.tolist())),
         "positions": len(best),
+    }
+
+
+def agreement(one_NV: Tensor, other_NV: Tensor) -> dict[str, Any]:
+    """How often the best tokens are the same, in all and where the other's best two are so far apart."""
+    differ_N = one_NV.argmax(-1) != other_NV.argmax(-1)
+    clear_N = gaps(other_NV)
+    return {
+        "relative_error": relative_error(one_NV, other_NV),
+        "top1_agreement": float((~differ_N).double().mean()),
+        "gap": float(clear_N.median()),
+        "gap_where_differ": float(clear_N[differ_N].median()) if differ_N.any() else None,
+        "largest_gap_where_differ": float(clear_N[differ_N].max()) if differ_N.any() else None,
+        "by_gap": [
+            [least, int((clear_N >= least).sum()), float((~differ_N[clear_N >= least]).double().mean())]
+            for least in GAPS
+        ],
     }
 
 
@@ -462,9 +484,10 @@ llama-cpp-python {found["version"]}, files of type {" and ".join(found["types"])
 teacher's own shape. The text is {found["positions"]:,} positions, samples of {
         DEEP_LENGTH
     } tokens, that no student
-has learned from. Embeddings, head, keys and values are float32. "Nudged" is the same computation with input
-embeddings that differ by one part in 2^23, up or down by chance: as little as two programs differ that sum in
-another order.
+has learned from. Embeddings, head, keys and values are float32. "Plain" llama.cpp is the same source compiled
+without vector instructions, whose roundings the emulation follows; the other one sums in another order.
+"Nudged" is the same computation with input embeddings that differ by one part in 2^23, up or down by chance:
+as little as two programs differ that sum in another order.
 
 {newline.join(trained)}
 
@@ -515,7 +538,9 @@ tokens per second of the processor, all threads together:
 This llama.cpp has no vector instructions for Q2_0 on x86: its library's only `ggml_vec_dot_q2_0_q8_0` is the
 plain one, while TQ2_0 and Q4_0 have a `_generic` one beside that of the processor.
 
-llama.cpp: {found["system"]}"""
+llama.cpp: {found["system"]}
+
+Plain llama.cpp: {found["plain"]}"""
     names = " ".join(one.name for one in directories)
     command = f"python benchmarks/llama_cpp.py deep-report {names}"
     write_result("llama_cpp_full_depth", "GGUF exports of the teacher's shape in llama.cpp", body, command)
