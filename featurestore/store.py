@@ -262,11 +262,11 @@ class FeatureStore:
             folder = self.root.begin(name)
             try:
                 records = self._write_private(name, folder, task, packed, None if has_samples else samples)
+                groups = tuple(record.group for record in records)
+                self.announce(Pending(bundle=name, task=task, groups=groups))
             except BaseException:
                 self.root.abandon(name)
                 raise
-            groups = tuple(record.group for record in records)
-            self.announce(Pending(bundle=name, task=task, groups=groups))
         return [replace(record, run=run) for record in records]
 
     def announce(self, marker: Pending) -> None:

@@ -28,6 +28,8 @@ from featurestore.storage.protocol import LISTS, PARTS, WRITTEN, Parse, Root, St
 
 # Folders to remember: a store may have millions.
 _FOLDERS = 4096
+# Looks, 20 ms apart, at whether an abandoned bundle is gone: in all, and in a row that find nothing.
+_LOOKS, _ABSENT = 50, 10
 
 
 class LocalRoot:
@@ -124,10 +126,13 @@ class LocalRoot:
 
     def abandon(self, bundle: str) -> None:
         directory = self.path / PARTS / bundle
-        # After one write has failed, a thread of zarr's may still be at another and make a file anew.
-        for _ in range(10):
+        # After one write has failed, threads of zarr's may still be at others and make the folder anew, late
+        # on a busy machine: it has to stay away for a while.
+        absent = 0
+        for _ in range(_LOOKS):
             shutil.rmtree(directory, ignore_errors=True)
-            if not directory.exists():
+            absent = 0 if directory.exists() else absent + 1
+            if absent == _ABSENT:
                 return
             time.sleep(0.02)
 

@@ -137,6 +137,39 @@ def test_a_disk_that_is_full_at_each_write_in_turn(tmp_path: Path) -> None:
         shutil.rmtree(path)
 
 
+def test_an_abandoned_bundle_that_comes_back_is_deleted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one write has failed, another thread of zarr's may make the folder anew a while later."""
+    write_all(tmp_path)
+    root, looks = FeatureStore.open(tmp_path).root, 0
+    folder = root.begin("late")
+
+    def late(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks in (3, 7):
+            folder.mkdir()
+
+    monkeypatch.setattr("featurestore.storage.local.time.sleep", late)
+    root.abandon("late")
+    assert looks > 7 and not folder.exists()
+
+
+def test_a_marker_that_cannot_be_written_leaves_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all(tmp_path)
+    bundles = {path.name for path in (tmp_path / "parts").iterdir()}
+    store, one = FeatureStore.open(tmp_path), sample(3, 300)
+    store.add_plan([task_of([one])])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(store, "announce", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(StoreWriteError, match="No space left"):
+        store.write_bundle(task_of([one]), [one], features([one], SPECS))
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == bundles
+
+
 def test_a_store_below_a_file_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreWriteError, match="Not a directory"):
