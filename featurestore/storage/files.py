@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from featurestore.errors import CorruptionError, StoreWriteError
 TEMPORARY = ".tmp-"
 MAX_RECORD_BYTES = 256 * 2**20
 BLOCK_BYTES = 4 * 2**20
+# Looks, 20 ms apart, at whether a folder is gone: in all, and in a row that find nothing.
+_LOOKS, _ABSENT = 50, 10
 
 
 @contextmanager
@@ -89,6 +93,21 @@ def publish(path: Path, data: bytes) -> bool:
     # The loser syncs too: it goes on as if the record were durable, so it has to be.
     sync(path.parent)
     return won
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete a folder that arrays were being written to when something failed.
+
+    After one write has failed, threads of zarr's may still be at others and make the folder anew, late on a
+    busy machine: it has to stay away for a while.
+    """
+    absent = 0
+    for _ in range(_LOOKS):
+        shutil.rmtree(directory, ignore_errors=True)
+        absent = 0 if directory.exists() else absent + 1
+        if absent == _ABSENT:
+            return
+        time.sleep(0.02)
 
 
 def read_bounded(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from featurestore.storage.files import (
     names_in,
     publish,
     read_bounded,
+    remove_unfinished,
     sync,
     sync_tree,
     write_new,
@@ -28,8 +28,6 @@ from featurestore.storage.protocol import LISTS, PARTS, WRITTEN, Parse, Root, St
 
 # Folders to remember: a store may have millions.
 _FOLDERS = 4096
-# Looks, 20 ms apart, at whether an abandoned bundle is gone: in all, and in a row that find nothing.
-_LOOKS, _ABSENT = 50, 10
 
 
 class LocalRoot:
@@ -125,16 +123,7 @@ class LocalRoot:
         os.utime(self.path / PARTS / bundle)
 
     def abandon(self, bundle: str) -> None:
-        directory = self.path / PARTS / bundle
-        # After one write has failed, threads of zarr's may still be at others and make the folder anew, late
-        # on a busy machine: it has to stay away for a while.
-        absent = 0
-        for _ in range(_LOOKS):
-            shutil.rmtree(directory, ignore_errors=True)
-            absent = 0 if directory.exists() else absent + 1
-            if absent == _ABSENT:
-                return
-            time.sleep(0.02)
+        remove_unfinished(self.path / PARTS / bundle)
 
     def unfinished(self) -> list[str]:
         folders = [self.path / name for name in ("", PARTS, *LISTS, "provenance", "teacher")]

@@ -22,7 +22,13 @@ from distily.system.machine import CACHE_VARIABLE, cache_directory
 from distily.text import one_line
 from featurestore.errors import CorruptionError, FeatureStoreError, StoreAccessError
 from featurestore.identity import canonical_json, digest
-from featurestore.storage.files import MAX_RECORD_BYTES, TEMPORARY, check_file, read_bounded
+from featurestore.storage.files import (
+    MAX_RECORD_BYTES,
+    TEMPORARY,
+    check_file,
+    read_bounded,
+    remove_unfinished,
+)
 from featurestore.storage.objects import Objects, forked
 from featurestore.storage.protocol import PARTS, Parse, Root, Stamps, State, T
 
@@ -166,7 +172,7 @@ class RemoteRoot:
         shutil.rmtree(self._private(bundle), ignore_errors=True)
 
     def abandon(self, bundle: str) -> None:
-        self.finish(bundle)
+        remove_unfinished(self._private(bundle))
         with suppress(FeatureStoreError):
             self._objects.delete([meta["path"] for meta in self._objects.below(f"{PARTS}/{bundle}")])
 

@@ -151,7 +151,7 @@ def test_an_abandoned_bundle_that_comes_back_is_deleted_again(
         if looks in (3, 7):
             folder.mkdir()
 
-    monkeypatch.setattr("featurestore.storage.local.time.sleep", late)
+    monkeypatch.setattr("featurestore.storage.files.time.sleep", late)
     root.abandon("late")
     assert looks > 7 and not folder.exists()
 
