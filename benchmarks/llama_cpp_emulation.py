@@ -83,7 +83,7 @@ class RepeatedAngles(nn.Module):
 
     def __init__(self, base: float, half: int) -> None:
         super().__init__()
-        self.half, self.factor = half, torch.tensor(c_function("powf", 2)(base, -2.0 / (2 * half)))
+        self.half, self.factor = half, torch.tensor(c_function("powf", 2)(base, -1.0 / half))
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = [position_ids.float()]

@@ -170,15 +170,15 @@ def _copy_task(store: FeatureStore, work: _Work) -> int:
                         copy_checked(source.local(f"{bundle_name(record)}/{file}"), copy, stamp)
             for name in names.values():
                 target.settle(name)
+            records = [replace(record, bundle=names[record.bundle]) for record in work.records]
+            for name in names.values():
+                groups = tuple(record.group for record in records if record.bundle == name)
+                store.announce(Pending(bundle=name, task=work.task, groups=groups))
         except BaseException:
-            # Nothing refers to the bundles yet. Once publishing has begun, something may.
+            # Only markers refer to the bundles yet, which promise nothing. Once commits begin, records may.
             for name in names.values():
                 target.abandon(name)
             raise
-        records = [replace(record, bundle=names[record.bundle]) for record in work.records]
-        for name in names.values():
-            groups = tuple(record.group for record in records if record.bundle == name)
-            store.announce(Pending(bundle=name, task=work.task, groups=groups))
     store.commit(records)
     return sum(record.size for record in records)
 

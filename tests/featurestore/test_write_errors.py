@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from featurestore.errors import StoreWriteError
 from featurestore.format.schema import GroupSpec, HiddenSpec, LogitsSpec
+from featurestore.maintenance.merge import merge_stores
 from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from tests.featurestore.helpers import features, identity, sample, task_of
@@ -151,7 +153,7 @@ def test_an_abandoned_bundle_that_comes_back_is_deleted_again(
         if looks in (3, 7):
             folder.mkdir()
 
-    monkeypatch.setattr("featurestore.storage.files.time.sleep", late)
+    monkeypatch.setattr("featurestore.storage.files.time", SimpleNamespace(sleep=late))
     root.abandon("late")
     assert looks > 7 and not folder.exists()
 
@@ -168,6 +170,17 @@ def test_a_marker_that_cannot_be_written_leaves_no_bundle(
     with pytest.raises(StoreWriteError, match="No space left"):
         store.write_bundle(task_of([one]), [one], features([one], SPECS))
     assert {path.name for path in (tmp_path / "parts").iterdir()} == bundles
+
+
+def test_a_marker_that_a_merge_cannot_write_leaves_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all(tmp_path / "source")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(FeatureStore, "announce", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(StoreWriteError, match="No space left"):
+        merge_stores(tmp_path / "target", [tmp_path / "source"])
+    assert not list((tmp_path / "target" / "parts").iterdir())
 
 
 def test_a_store_below_a_file_cannot_be_made(tmp_path: Path) -> None:
